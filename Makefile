@@ -1,0 +1,64 @@
+# make demo: set up, run the main job, show what was learned.   make test: set up, run the suite.   make help: the rest.
+# Needs Python >= 3.11, make and, for the first set-up, a package index. Nothing after that uses the network.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+# the first of these that is at least 3.11; make PYTHON=/path/to/python3 names another
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help setup demo test lint tiny-base clean
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP)  ## create .venv and install the tested set (constraints.txt)
+
+# torch goes first, by itself: resolved together with the rest, some indexes hand out a multi-gigabyte build that a
+# machine without a GPU cannot use
+$(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  for name in $(PYTHONS); do \
+	    if "$$name" -c '$(NEW_ENOUGH)' 2>/dev/null; then python=$$name; break; fi; \
+	  done; \
+	fi; \
+	if [ -z "$$python" ] || ! "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+	  echo "gemma-ft needs Python 3.11 or newer, found: $$("$${python:-python3}" --version 2>&1); install one, or say make PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## run the main job on the tiny Gemma that ships with the project
+	$(OFFLINE) $(BIN)/gemma-ft train recipes/sft_tiny.yaml --overwrite
+
+test: setup  ## run the whole suite
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# about half an hour on two cores, the same bytes each time; see data/README.md
+tiny-base: setup  ## make the tiny Gemma anew: data, tokenizer, pretraining, data/gemma-tiny
+	mkdir -p build/tiny
+	$(BIN)/python data/tiny_corpus.py task
+	$(BIN)/python data/tiny_corpus.py corpus build/tiny/corpus.jsonl
+	$(BIN)/python data/tiny_corpus.py probe build/tiny/probe.jsonl
+	$(BIN)/python data/tiny_tokenizer.py build/tiny/corpus.jsonl data/gemma-tiny
+	$(OFFLINE) $(BIN)/gemma-ft train recipes/tiny_base.yaml --overwrite output_dir=runs/tiny_base \
+	  data.train=build/tiny/corpus.jsonl data.eval=build/tiny/probe.jsonl
+	$(BIN)/python data/tiny_publish.py runs/tiny_base data/gemma-tiny
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find gemma_ft tests data -name __pycache__ -type d -prune -exec rm -rf {} +
