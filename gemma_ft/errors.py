@@ -1,0 +1,43 @@
+"""Errors a user can act on: each message is one plain line, each class carries the exit code of the process.
+
+A message says where (file, line, key), what was found and what to do. Several faults found together are several
+lines of one error. Anything that is not a `UserError` is a fault of ours: the command line says so and exits with 1.
+"""
+
+
+class UserError(ValueError):
+    """Something the user can repair: the command line prints the message as it is and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """The recipe, or an override on the command line, is not valid; one line for each fault, all at once."""
+
+
+class DataError(UserError):
+    """A data set cannot be read, or holds rows that cannot be trained on."""
+
+
+class CheckpointError(UserError):
+    """Checkpoints exist, and none of them can be used."""
+
+    exit_code = 3
+
+
+class DiskError(UserError):
+    """The disk is full, or refuses to be written."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """Loss or gradients became NaN or infinite, again and again."""
+
+    exit_code = 5
+
+
+class LockedError(UserError):
+    """Another run is writing to the same output directory."""
+
+    exit_code = 6

@@ -1,0 +1,183 @@
+"""Every setting of a run, on one page: name, type, range, default, one line each, in the order of the pipeline.
+
+A recipe holds what changes the numbers and nothing about where they are computed. This page is the only home of the
+defaults. Unknown keys, wrong types and values out of range are refused (validate.py words the messages); values are
+never coerced, so that `"3"` is not 3.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Steps = Annotated[int, Field(ge=1, le=100_000_000)]
+Rows = Annotated[int, Field(ge=0, le=10_000_000)]
+Batch = Annotated[int, Field(ge=1, le=65_536)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Column = Literal["prompt", "completion", "system", "messages", "text"]
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Section(BaseModel):
+    """A block of a recipe: frozen, no unknown key, no coercion, defaults checked like given values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Data(Section):
+    """What is learned from: the rows, how they become tokens, how tokens fill a sequence."""
+
+    train: Text = Field(description="Training rows: .jsonl .json .csv .parquet .txt, or a hub data set id")
+    eval: Text | None = Field(None, description="Held-out rows, in the same formats")
+    eval_fraction: Share = Field(0.0, description="Share of train held out by content hash when eval is not set")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="How a row is read; auto detects it from the columns"
+    )
+    columns: dict[Column, Text] = Field({}, description='Maps other column names: {prompt: "{question}", ...}')
+    max_seq_len: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence; longer rows are cut, counted")
+    packing: bool = Field(True, description="Fill each sequence with several documents that cannot see each other")
+    system: Literal["fold", "error", "drop"] = Field(
+        "fold", description="A system message goes into the first user turn, is refused, or is left out"
+    )
+    split: Text = Field("train", description="Split of a hub data set")
+    revision: Text | None = Field(None, description="Revision of a hub data set")
+
+
+class Model(Section):
+    """Which Gemma is tuned."""
+
+    preset: Literal["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-tiny"] = Field(
+        description="Shape of the model"
+    )
+    weights: Text | None = Field(None, description="Folder or hub id; not set: the preset's own; random: fresh weights")
+    revision: Text | None = Field(None, description="Revision of the hub id")
+    tokenizer: Text | None = Field(None, description="Folder or hub id; not set: the one beside the weights")
+    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="auto takes the fastest that is exact")
+
+
+class Quantize(Section):
+    """How the frozen weights are stored; used by strategy qlora only."""
+
+    kind: Literal["nf4", "int8"] = Field("nf4", description="4 or 8 bits for each weight of a linear layer")
+    double_quant: bool = Field(True, description="nf4: store the block scales in 8 bits as well")
+
+
+class Adapter(Section):
+    """The low-rank weights that are trained; used by strategies lora and qlora.
+
+    init offers what leaves the base untouched and starts at the base's own output: pissa and olora rewrite the base
+    weights, and orthogonal is rounded away from zero in bf16 and breaks on 4-bit weights.
+    """
+
+    rank: int = Field(16, ge=1, le=1024, description="Inner width of the two low-rank factors")
+    alpha: float = Field(32.0, gt=0, le=65_536, description="Scale: alpha / rank, or alpha / sqrt(rank) with rslora")
+    dropout: Share = Field(0.0, description="Dropout in front of the adapter")
+    targets: Literal["all-linear"] | list[Linear] = Field("all-linear", description="Linear layers that get an adapter")
+    rslora: bool = Field(False, description="Rank-stabilised scale")
+    dora: bool = Field(False, description="Train the magnitude of each weight row as well (DoRA)")
+    init: Literal["default", "gaussian"] = Field("default", description="Initial factor A; factor B starts at zero")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_form(cls, value: Any) -> Any:
+        if value == "all-linear" or (isinstance(value, list) and value):
+            return value
+        raise rule("expected all-linear or a list such as [q_proj, v_proj], got {got}", got=value)
+
+
+class Train(Section):
+    """How it is learned. Accumulation is derived: global_batch_size / (micro_batch_size x devices)."""
+
+    epochs: float = Field(1.0, gt=0, le=100_000, description="Passes over the training rows")
+    max_steps: Steps | None = Field(None, description="Optimizer steps; wins over epochs")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
+    global_batch_size: Batch = Field(32, description="Sequences in an optimizer step, over all devices")
+    micro_batch_size: Batch = Field(4, description="Sequences on one device at a time; changes memory, not the result")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up")
+    warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Gradient clipping; 0: none")
+    precision: Literal["bf16", "float32"] = Field("bf16", description="dtype of frozen weights and activations")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: slower, less memory")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_float16(cls, value: Any) -> Any:
+        if value in ("float16", "fp16", "half"):
+            raise rule("{got} overflows in Gemma, whose activations pass 65504; use bf16 or float32", got=value)
+        return value
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _whole_accumulation(cls, micro: int, info: ValidationInfo) -> int:
+        total = info.data.get("global_batch_size")
+        if total is None or total % micro == 0:
+            return micro
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        fits = sorted({max([d for d in divisors if d < micro]), min([d for d in divisors if d > micro], default=total)})
+        multiples = sorted({max(micro, total // micro * micro), (total // micro + 1) * micro})
+        raise rule(
+            f"{total} is not a multiple of micro_batch_size {micro}; use micro_batch_size {' or '.join(map(str, fits))}"
+            f", or global_batch_size {' or '.join(map(str, multiples))}",
+            key="train.global_batch_size",
+        )
+
+
+class Eval(Section):
+    """How the held-out rows are scored, before and after training and in between."""
+
+    every_steps: Steps | None = Field(None, description="Not set: only before and after")
+    max_rows: Steps | None = Field(200, description="Rows scored for the loss; null: all")
+    generate_rows: Rows = Field(32, description="Rows answered by generation for exact match; 0: none")
+    max_new_tokens: int = Field(256, ge=1, le=131_072, description="Longest generated answer")
+    batch_size: Batch = Field(8, description="Rows scored at a time")
+
+
+class Checkpoint(Section):
+    """What is kept for --resume."""
+
+    every_steps: Steps | None = Field(None, description="Not set: only at the end")
+    keep: int = Field(2, ge=1, le=1000, description="Newest checkpoints kept")
+
+
+class Logging(Section):
+    """Where the figures go; metrics.jsonl is always written."""
+
+    every_steps: Steps = Field(1, description="Steps between two lines of metrics.jsonl")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases")
+    project: Name = Field("gemma-ft", description="Weights & Biases project")
+    run_name: Name | None = Field(None, description="Not set: the name of the output directory")
+    tensorboard: bool = Field(False, description="Also write TensorBoard event files")
+
+
+class Recipe(Section):
+    """A run from data to tuned model. strategy decides which of adapter and quantize are used."""
+
+    output_dir: Text = Field(description="Everything the run writes goes here")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Data order, adapter start and dropout")
+    strategy: Literal["full", "lora", "qlora"] = Field(
+        description="full: all weights; lora: an adapter; qlora: an adapter over quantized weights"
+    )
+    data: Data
+    model: Model
+    quantize: Quantize | None = Field(None, description="qlora only; not set: nf4")
+    adapter: Adapter | None = Field(None, description="lora and qlora: required; full: ignored")
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @field_validator("adapter")
+    @classmethod
+    def _strategy_has_adapter(cls, adapter: Adapter | None, info: ValidationInfo) -> Adapter | None:
+        strategy = info.data.get("strategy")
+        if adapter is None and strategy in ("lora", "qlora"):
+            raise rule(f"{strategy} needs an adapter block; add one, or set strategy: full", key="strategy")
+        return adapter
+
+
+def rule(text: str, *, key: str | None = None, got: Any = None) -> PydanticCustomError:
+    """A broken rule as a pydantic error: `{got}` shows the value, `key` names another key as the one at fault."""
+    return PydanticCustomError("rule", "{text}", {"text": text.replace("{got}", repr(got)), "key": key or ""})

@@ -1,0 +1,95 @@
+"""What this process runs on: device, dtypes by name, memory, versions, quiet libraries. The only reader of
+os.environ.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+REPORTED_PACKAGES = ("gemma-ft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+def debug_enabled() -> bool:
+    """Whether the user asked for tracebacks (GEMMA_FT_DEBUG=1)."""
+    return os.environ.get("GEMMA_FT_DEBUG", "") not in ("", "0")
+
+
+def dtype_by_name(name: str) -> torch.dtype:
+    """The torch dtype of a recipe's `precision`: bf16 or float32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def default_device() -> torch.device:
+    """The device a run uses: this rank's CUDA device where there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def world_size() -> int:
+    """How many processes the launcher started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held at once: CUDA's allocator where there is a GPU, else the resident set of the
+    process.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, and the platform."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in REPORTED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to their own developers away from the user; called once, by the command line.
+
+    Their progress bars would tear ours. bitsandbytes asks at import for a package that would bring its own downloads,
+    and warns on every call that int8 multiplies in float16: our docs say so once. Faults still raise.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("bitsandbytes", "accelerate", "peft", "trl", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_bitsandbytes()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(bitsandbytes|torch|transformers|peft|trl|accelerate)"
+    )
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence bitsandbytes' import-time request for `kernels` and its per-call int8 cast warning (both mere log
+    lines).
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
