@@ -1,0 +1,122 @@
+"""What a Gemma is, as data: the published sizes, and the numbers a config.json decides.
+
+transformers' GemmaConfig and Gemma2Config stay the only configuration classes; `GemmaNumerics` reads from either what
+the layers need, so that no layer asks which family it belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import Gemma2Config, GemmaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from gemma_ft.errors import UserError
+
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
+
+# transformers reads `hidden_act` for Gemma 1 and `hidden_activation` for Gemma 2, and published files carry a legacy
+# "gelu" that means the tanh approximation: every name of a GELU is the same function here, anything else is another
+# model.
+GELU_NAMES = frozenset({"gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published size: its family, where its weights live, and the config fields that differ from transformers'
+    defaults.
+    """
+
+    model_type: Literal["gemma", "gemma2"]
+    weights: str  # hub id, or a folder that ships with the project
+    fields: dict[str, Any]
+
+    def config(self, **overrides: Any) -> PreTrainedConfig:
+        """A fresh transformers config of this size; `overrides` replace single fields."""
+        return CONFIG_CLASSES[self.model_type](**{**self.fields, **overrides})
+
+
+def _fields(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int = 256, **rest: Any
+) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        **rest,
+    }
+
+
+# Source: google/gemma_pytorch gemma/config.py, and the config.json of each hub id.
+PRESETS: dict[str, Preset] = {
+    "gemma-2b": Preset("gemma", "google/gemma-2b", _fields(18, 2048, 16384, 8, 1)),
+    "gemma-7b": Preset("gemma", "google/gemma-7b", _fields(28, 3072, 24576, 16, 16)),
+    "gemma-2-2b": Preset("gemma2", "google/gemma-2-2b", _fields(26, 2304, 9216, 8, 4, query_pre_attn_scalar=256)),
+    "gemma-2-9b": Preset("gemma2", "google/gemma-2-9b", _fields(42, 3584, 14336, 16, 8, query_pre_attn_scalar=256)),
+    "gemma-2-27b": Preset(
+        "gemma2", "google/gemma-2-27b", _fields(46, 4608, 36864, 32, 16, 128, query_pre_attn_scalar=144)
+    ),
+    # The tiny Gemma that ships with the project: all of Gemma 2, small enough to learn on two CPU cores. Its vocabulary
+    # is that of its tokenizer, so a fresh one is built with `config(vocab_size=len(tokenizer))`.
+    "gemma-tiny": Preset(
+        "gemma2",
+        "data/gemma-tiny",
+        _fields(6, 128, 512, 4, 2, 32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=2048),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GemmaNumerics:
+    """The numbers of one config that the layers compute with, the same for both families.
+
+    `window_tokens[i]` is the sliding window of layer i (keys visible to a query, itself included), or None for full
+    attention.
+    """
+
+    query_scale: float
+    attn_softcap: float | None
+    final_softcap: float | None
+    window_tokens: tuple[int | None, ...]
+    sandwich_norms: bool  # Gemma 2 also normalizes what attention and MLP give back
+    rope_theta: float
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> GemmaNumerics:
+        """Read a GemmaConfig or Gemma2Config.
+
+        Raises: UserError for a model type, activation, RoPE or attention direction that is not Gemma 1 or 2.
+        """
+        if config.model_type not in CONFIG_CLASSES:
+            raise UserError(
+                f"model_type {config.model_type!r} is not Gemma 1 or 2; supported: {', '.join(CONFIG_CLASSES)}"
+            )
+        activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "gelu")
+        if activation not in GELU_NAMES:
+            raise UserError(
+                f"config.json: activation {activation!r} is not Gemma's tanh GELU; this is not a Gemma model"
+            )
+        rope: dict[str, Any] = dict(config.rope_parameters or {})
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(
+                f"config.json: rope_type {rope['rope_type']!r} is not supported; Gemma 1 and 2 use 'default'"
+            )
+        if getattr(config, "use_bidirectional_attention", None):
+            raise UserError("config.json: use_bidirectional_attention is set; this is an encoder, not a causal Gemma")
+        second = config.model_type == "gemma2"
+        window = config.sliding_window if second else None
+        return cls(
+            query_scale=(config.query_pre_attn_scalar if second else config.head_dim) ** -0.5,
+            attn_softcap=config.attn_logit_softcapping if second else None,
+            final_softcap=config.final_logit_softcapping if second else None,
+            window_tokens=tuple(
+                window if second and config.layer_types[i] == "sliding_attention" else None
+                for i in range(config.num_hidden_layers)
+            ),
+            sandwich_norms=second,
+            rope_theta=float(rope.get("rope_theta", 10000.0)),
+        )

@@ -1,0 +1,282 @@
+"""The native Gemma with transformers' face: one implementation for Gemma 1 and Gemma 2, chosen by the config.
+
+Its weight names, config.json and `architectures` are transformers' own, so folders move freely between the two.
+Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, Gemma2Config, GemmaConfig
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from gemma_ft.errors import UserError
+from gemma_ft.model.attention import resolve_attention, visible_keys
+from gemma_ft.model.config import GemmaNumerics
+from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
+from gemma_ft.model.lm_head import fused_head_loss, softcapped
+
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@dataclass
+class GemmaCausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output plus what the fused head counted: `token_count` labelled tokens, `token_accuracy` in
+    0..1.
+    """
+
+    token_count: Tensor | None = None
+    token_accuracy: Tensor | None = None
+
+
+class GemmaPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of a model before it builds, loads, shards or saves it."""
+
+    config_class = GemmaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GemmaDecoderLayer"]  # noqa: RUF012 (transformers' own attribute)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer in some older folders)
+    _supports_sdpa = True  # whether it may run is decided by `resolve_attention`, which knows about the cap
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
+        """transformers' hook at construction and in `set_attn_implementation`: our resolver decides, and refuses."""
+        return resolve_attention(attn_implementation, GemmaNumerics.from_config(self.config).attn_softcap).name
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, GemmaRMSNorm):
+            init.zeros_(module.weight)  # Gemma stores weight - 1
+        else:
+            super()._init_weights(module)
+
+
+class GemmaModel(GemmaPreTrainedModel):
+    """Token ids [B, T] -> final hidden states [B, T, D]."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.numerics = GemmaNumerics.from_config(config)
+        self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            GemmaDecoderLayer(config, self.numerics, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        # A checkpointed layer runs twice in training and would write its keys to the cache twice.
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if document_ids is None and attention_mask is None and position_ids is not None and seen == 0:
+            document_ids = documents_of(position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
+        angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
+
+        states: list[Tensor] = []
+        for layer, window in zip(self.layers, self.numerics.window_tokens, strict=True):
+            states.append(x)
+            x = layer(x, angles, masks[window], past_key_values)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*states, x) if output_hidden_states else None,
+        )
+
+    def _masks(
+        self, x: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None, seen: int
+    ) -> dict[int | None, Tensor]:
+        """One visibility mask per kind of layer: window -> bool [B or 1, 1, T, S]."""
+        tokens = x.shape[1]
+        if document_ids is not None and seen:
+            raise ValueError("document_ids cannot be combined with a filled cache")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
+        query_index = torch.arange(tokens, device=x.device) + seen
+        masks: dict[int | None, Tensor] = {}
+        for index, window in enumerate(self.numerics.window_tokens):
+            if window in masks:
+                continue
+            # A cache may hold only the newest keys of a local layer: their places start at `offset`.
+            length, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, index)
+            key_is_real = None
+            if attention_mask is not None:
+                # A static cache is longer than what has been said so far: its empty places are no keys.
+                missing = max(offset + length - attention_mask.shape[1], 0)
+                key_is_real = nn.functional.pad(attention_mask, (0, missing))[:, offset : offset + length].bool()
+            masks[window] = visible_keys(
+                query_index,
+                torch.arange(offset, offset + length, device=x.device),
+                window_tokens=window,
+                key_is_real=key_is_real,
+                query_document=document_ids,
+                key_document=document_ids,
+            )
+        return masks
+
+
+class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
+    """Gemma with its tied LM head. `GemmaForCausalLM(config)` takes a GemmaConfig or a Gemma2Config; a Gemma2Config
+    gives a `Gemma2ForCausalLM`, whose name is what transformers expects under `architectures` in config.json.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __new__(cls, config: PreTrainedConfig | None = None, *_: Any, **__: Any) -> GemmaForCausalLM:
+        return super().__new__(_face(config, cls))
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = GemmaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """A model from a folder or hub id, as transformers' own method, whichever family its config.json names.
+
+        Raises: UserError when a weight is missing, unexpected, untied or of another shape: nothing is silently left at
+        random.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+            config = AutoConfig.from_pretrained(config or name_or_path, **hub)
+        GemmaNumerics.from_config(config)
+        wants_info = kwargs.pop("output_loading_info", False)
+        loader = super(GemmaForCausalLM, _face(config, cls)).from_pretrained
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
+        model, info = loader(name_or_path, *args, config=config, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(kind):
+                names = sorted(_described(key) for key in info[kind])
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise UserError(f"{name_or_path}: {kind.replace('_', ' ')} in the weights: {shown}")
+        if model.lm_head.weight is not model.model.embed_tokens.weight:
+            raise UserError(
+                f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
+                "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
+            )
+        return (model, info) if wants_info else model
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """transformers' hook in `generate` with a static cache: the mask [B, S] as it is, for `forward` makes its
+        own.
+        """
+        return attention_mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        document_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> GemmaCausalLMOutput:
+        """Token ids [B, T] -> logits [B, T, V] in float32 or wider, and the loss when labels are given.
+
+        attention_mask [B, T or S]: 1 real, 0 padding. position_ids [B, T]. document_ids [B, T]: tokens see their own
+        document only (packed rows); without it, and without an attention_mask, positions that restart mark the
+        documents. labels [B, T] with -100 for what is not trained: the loss is summed over labelled tokens and divided
+        by `num_items_in_batch` (default: the labelled tokens of this call), so that it does not depend on how a batch
+        is cut. skip_logits: True leaves `.logits` None and never builds them; the default is True in training mode with
+        labels. logits_to_keep: only the last so many positions (0: all), or the positions of an index tensor.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        result = GemmaCausalLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        if labels is not None:
+            self._add_loss(result, hidden, labels, num_items_in_batch)
+        if labels is None or not (self.training if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = softcapped(self.lm_head(hidden[:, kept]), self.model.numerics.final_softcap)
+        return result
+
+    def _add_loss(
+        self, result: GemmaCausalLMOutput, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> None:
+        if type(self.lm_head) is not nn.Linear:
+            raise UserError(
+                "lm_head carries an adapter, which the fused loss would not train; remove it from the targets"
+            )
+        head = fused_head_loss(hidden, self.lm_head.weight, labels, softcap=self.model.numerics.final_softcap)
+        count = head.token_count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        result.loss = head.loss_sum / count.to(head.loss_sum.device).clamp(min=1)
+        result.token_count = head.token_count
+        result.token_accuracy = head.correct_count / head.token_count.clamp(min=1)
+
+
+class Gemma2ForCausalLM(GemmaForCausalLM):
+    """The same class under the name that config.json of a Gemma 2 carries."""
+
+    config_class = Gemma2Config
+
+
+def _face(config: PreTrainedConfig | None, default: type[GemmaForCausalLM]) -> type[GemmaForCausalLM]:
+    """The class whose name and config class fit `config`: what is saved then names the right architecture."""
+    faces = {"gemma": GemmaForCausalLM, "gemma2": Gemma2ForCausalLM}
+    return faces.get(getattr(config, "model_type", ""), default)
+
+
+def _described(key: str | tuple[str, torch.Size, torch.Size]) -> str:
+    """A weight's name; of one that does not fit also its shape in the file, and the shape that config.json asks for."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} is {list(found)}, config.json asks for {list(expected)}"
+
+
+def documents_of(position_ids: Tensor) -> Tensor:
+    """Position ids [B, T] -> document ids [B, T]: a new document wherever positions do not go on by one."""
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.nn.functional.pad(breaks.long().cumsum(dim=1), (1, 0))

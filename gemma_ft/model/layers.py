@@ -1,0 +1,156 @@
+"""Gemma's layers in plain torch, with transformers' module and weight names.
+
+Letters: B batch, T tokens, S keys (cached ones included), D hidden, N query heads, K key/value heads, H head dim, F
+feed-forward. "wide" is float32 or wider: nothing is ever narrowed, so the laws hold to 1e-10 in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gemma_ft.model.attention import BACKENDS
+from gemma_ft.model.config import GemmaNumerics
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or x.dtype where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class GemmaRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), over the last dimension: computed in float32 or wider, returned in x.dtype.
+
+    Gemma stores weight - 1 and multiplies before the cast back to x.dtype (Llama casts first).
+    Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(wide_dtype(x))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GemmaScaledEmbedding(nn.Embedding):
+    """Token ids [B, T] -> embeddings [B, T, D] times sqrt(D), with sqrt(D) rounded to the activation dtype.
+
+    The activation dtype is the weight's, or autocast's where autocast is on, so that a model trained under bf16
+    autocast sees the normaliser that it will be served with. No padding_idx: the row of `<pad>` is tied to the head and
+    must keep its gradient, or the model learns to emit `<pad>`.
+    Source: google/gemma_pytorch gemma/model.py GemmaModel (normalizer).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Position ids [B, T] -> (cos, sin), each [B, 1, T, H] in `dtype` (float32 or wider: angles never pass through
+    bf16).
+
+    Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
+    angles = position_ids[..., None].to(dtype) * theta**-exponent  # [B, T, H/2]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, H]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, heads, T, H] by its positions; computed in the angles' dtype, returned in x.dtype."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class GemmaMLP(nn.Module):
+    """gelu_tanh(gate(x)) * up(x), projected down: [B, T, D] -> [B, T, D]. Source: arXiv:2002.05202 (GEGLU)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention with rotary positions: [B, T, D] -> [B, T, D]. N * H need not be D (7B: 16 * 256 !=
+    3072).
+    """
+
+    def __init__(self, config: PreTrainedConfig, numerics: GemmaNumerics, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.numerics = numerics
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            proj(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, N or K, T, H]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # [B, K, S, H]
+        out = BACKENDS[self.config._attn_implementation](
+            query,
+            key,
+            value,
+            visible,
+            scale=self.numerics.query_scale,
+            softcap=self.numerics.attn_softcap,
+            dropout_p=(self.config.attention_dropout or 0.0) if self.training else 0.0,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class GemmaDecoderLayer(GradientCheckpointingLayer):
+    """One layer: attention and MLP, each with its residual. [B, T, D] -> [B, T, D].
+
+    Gemma 1 normalizes what goes into attention and MLP (its post_attention_layernorm is the MLP's input norm); Gemma 2
+    also normalizes what comes out of them, with four norms in all. Source: arXiv:2408.00118 section 2.
+    """
+
+    def __init__(self, config: PreTrainedConfig, numerics: GemmaNumerics, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = GemmaAttention(config, numerics, layer_idx)
+        self.mlp = GemmaMLP(config)
+        self.sandwich_norms = numerics.sandwich_norms
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.sandwich_norms:
+            self.pre_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), angles, visible, cache)
+        if not self.sandwich_norms:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -1,0 +1,103 @@
+"""The LM head fused with its loss: labelled rows in, loss sum out, never the logits of a whole sequence.
+
+Letters: M labelled rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # torch's and transformers' label for "not trained"
+CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), in float32 or wider; `cap` None changes nothing but the dtype. Source:
+    arXiv:2408.00118.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if cap is None else cap * torch.tanh(wide / cap)
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """What the fused head gives: three scalars on the hidden states' device."""
+
+    loss_sum: Tensor  # cross-entropy summed over labelled tokens, float32 or wider, differentiable
+    token_count: Tensor  # labelled tokens, int64
+    correct_count: Tensor  # labelled tokens whose most likely prediction is the label, int64
+
+
+def fused_head_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None, chunk_rows: int | None = None
+) -> HeadLoss:
+    """Hidden states [B, T, D] and labels [B, T] -> the summed next-token loss of a linear head `weight` [V, D].
+
+    The label at t is predicted from t - 1; rows whose label is -100 are never projected. Logits exist for `chunk_rows`
+    rows at a time (default: as many as fit CHUNK_BYTES), are capped in float32 or wider, and their gradient is taken at
+    once, so that nothing of size V is kept for backward when the head is frozen (a trained head keeps its own gradient,
+    [V, D]).
+    """
+    targets = labels[:, 1:].reshape(-1)
+    labelled = targets != IGNORED
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]  # [M, D]
+    targets = targets[labelled]
+    if chunk_rows is None:
+        chunk_rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+    if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
+        rows, weight = rows.detach(), weight.detach()
+    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, targets, softcap, chunk_rows)
+    return HeadLoss(loss_sum, labelled.sum(), correct)
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    """(rows [M, D], weight [V, D], targets [M]) -> (loss sum, correct count); gradients are ready when forward
+    returns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        head = weight.to(rows.dtype)
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        loss_sum = torch.zeros((), dtype=wide, device=rows.device)
+        correct = torch.zeros((), dtype=torch.int64, device=rows.device)
+        for start in range(0, rows.shape[0], chunk_rows):
+            part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
+            logits = softcapped(part @ head.T, softcap)  # [m, V]
+            log_norm = logits.logsumexp(dim=-1)
+            loss_sum += (log_norm - logits.gather(1, target[:, None])[:, 0]).sum()
+            correct += (logits.argmax(dim=-1) == target).sum()
+            if grad_rows is None and grad_weight is None:
+                continue
+            grad = torch.exp(logits - log_norm[:, None])  # softmax
+            grad[torch.arange(len(target), device=rows.device), target] -= 1.0
+            if softcap is not None:
+                grad *= 1.0 - (logits / softcap) ** 2  # d cap(z) / dz = 1 - tanh(z / cap)^2
+            grad = grad.to(rows.dtype)
+            if grad_rows is not None:
+                grad_rows[start : start + chunk_rows] = grad @ head
+            if grad_weight is not None:
+                grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_rows, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_rows, grad_weight = ctx.saved_tensors
+        if grad_rows is not None:
+            grad_rows = (grad_rows * upstream).to(grad_rows.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
+        return grad_rows, grad_weight, None, None, None

@@ -1,0 +1,136 @@
+"""Who sees whom: the masks key by key, the backends against each other, and the resolver's choices and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma_ft.errors import UserError
+from gemma_ft.model.attention import (
+    AttentionChoice,
+    eager_attention,
+    resolve_attention,
+    sdpa_attention,
+    visible_keys,
+)
+from gemma_ft.model.gemma import GemmaForCausalLM, documents_of
+from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours, relative, tiny_config, token_rows
+
+NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto or eager"
+
+
+def as_text(mask: torch.Tensor) -> list[str]:
+    """A [T, S] mask as rows of x and dots."""
+    return ["".join("x" if seen else "." for seen in row) for row in mask]
+
+
+def test_the_causal_window_shows_exactly_its_width() -> None:
+    index = torch.arange(5)
+    assert as_text(visible_keys(index, index)[0, 0]) == ["x....", "xx...", "xxx..", "xxxx.", "xxxxx"]
+    windowed = visible_keys(index, index, window_tokens=2)[0, 0]
+    assert as_text(windowed) == ["x....", "xx...", ".xx..", "..xx.", "...xx"]
+
+
+def test_cached_keys_are_counted_from_the_first_token() -> None:
+    """Two new queries at places 6 and 7; the cache kept places 4 and 5 of a window of 3."""
+    visible = visible_keys(torch.tensor([6, 7]), torch.arange(4, 8), window_tokens=3)
+    assert as_text(visible[0, 0]) == ["xxx.", ".xxx"]
+
+
+def test_padding_and_documents_hide_keys() -> None:
+    index = torch.arange(4)
+    real = torch.tensor([[False, True, True, True]])
+    assert as_text(visible_keys(index, index, key_is_real=real)[0, 0]) == ["....", ".x..", ".xx.", ".xxx"]
+    documents = torch.tensor([[0, 0, 1, 1]])
+    visible = visible_keys(index, index, query_document=documents, key_document=documents)
+    assert as_text(visible[0, 0]) == ["x...", "xx..", "..x.", "..xx"]
+
+
+def test_documents_begin_where_positions_do_not_go_on() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [5, 6, 7, 8, 9, 10, 11]])
+    assert documents_of(positions).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_sdpa_equals_eager_and_both_equal_the_formula(kv_heads: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 7, 6, generator=draw, dtype=torch.float64)
+    key, value = torch.randn(2, 2, kv_heads, 7, 6, generator=draw, dtype=torch.float64)
+    visible = visible_keys(torch.arange(7), torch.arange(7), window_tokens=3)
+    eager = eager_attention(query, key, value, visible, scale=0.7)
+    assert relative(sdpa_attention(query, key, value, visible, scale=0.7), eager) <= 1e-13
+    head, row, low = 3, 5, 3  # one output written out: query 5 sees the keys 3, 4 and 5
+    shared = head * kv_heads // 4
+    weights = torch.softmax(0.7 * key[1, shared, low : row + 1] @ query[1, head, row], dim=0)
+    assert relative(eager[1, head, row], weights @ value[1, shared, low : row + 1]) <= 1e-13
+
+
+@pytest.mark.parametrize("shape", ["gemma-2b", "gemma-7b"])
+def test_gemma_1_is_the_same_on_sdpa_and_eager(shape: str) -> None:
+    ids = token_rows()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    labels = masked_labels(ids).where(mask.bool(), torch.tensor(-100))
+    labels[0, 6] = -100  # it would be predicted from padding, whose output means nothing
+    logits, grads = {}, {}
+    for name in ("sdpa", "eager"):
+        model = ours(shape, dtype=torch.float64)
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        logits[name] = model(ids, attention_mask=mask).logits[mask.bool()]
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+        grads[name] = gradients(model)
+    assert relative(logits["sdpa"], logits["eager"]) <= 1e-11
+    assert all(relative(grads["sdpa"][name], grads["eager"][name]) <= 1e-10 for name in grads["eager"])
+
+
+def test_dropout_of_attention_acts_in_training_only() -> None:
+    ids = token_rows()
+    for shape in (FIRST, SECOND):
+        plain, model = ours(shape), ours(shape, attention_dropout=0.5)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        torch.manual_seed(0)
+        assert relative(model.train()(ids).logits, plain(ids).logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("requested", "softcap", "choice"),
+    [
+        (None, None, AttentionChoice("sdpa", "this Gemma has no soft-cap")),
+        ("auto", None, AttentionChoice("sdpa", "this Gemma has no soft-cap")),
+        ("auto", 50.0, AttentionChoice("eager", "the soft-cap needs it")),
+        ("eager", 50.0, AttentionChoice("eager", "asked for")),
+        ("sdpa", None, AttentionChoice("sdpa", "asked for")),
+    ],
+)
+def test_the_resolver_chooses_and_says_why(requested: str | None, softcap: float | None, choice: AttentionChoice) -> None:
+    assert resolve_attention(requested, softcap) == choice
+
+
+@pytest.mark.parametrize(
+    ("requested", "softcap", "message"),
+    [
+        ("sdpa", 50.0, NO_CAP),
+        ("flash_attention_2", None, "attention: unknown backend 'flash_attention_2'; use auto, eager or sdpa"),
+        ("flash_attention_2", 50.0, "attention: unknown backend 'flash_attention_2'; use auto, eager or sdpa"),
+    ],
+)
+def test_the_resolver_refuses_in_one_line(requested: str, softcap: float | None, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        resolve_attention(requested, softcap)
+    assert str(raised.value) == message
+
+
+def test_fault_11_sdpa_that_drops_the_cap_is_refused_everywhere() -> None:
+    draw = torch.zeros(1, 1, 1, 2)
+    attempts = [
+        lambda: resolve_attention("sdpa", 50.0),
+        lambda: GemmaForCausalLM(tiny_config(SECOND, attn_implementation="sdpa")),
+        lambda: ours(SECOND).set_attn_implementation("sdpa"),
+        lambda: sdpa_attention(draw, draw, draw, torch.ones(1, 1, 1, 1, dtype=torch.bool), scale=1.0, softcap=50.0),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UserError) as raised:
+            attempt()
+        assert str(raised.value) == NO_CAP
+    assert ours(SECOND).config._attn_implementation == "eager"
