@@ -1,0 +1,28 @@
+"""Examples -> one batch of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+
+from gemma_ft.data.chat import IGNORE
+
+
+class Collator:
+    """A list of examples -> int64 tensors (B, T), padded at the right to the longest of them.
+
+    input_ids (pad: the pad id), labels (-100), attention_mask (1 real, 0 pad), position_ids (0), document_ids (-1).
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.padding = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0, "document_ids": -1}
+
+    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """The batch. The examples are not changed."""
+        lengths = [len(example["input_ids"]) for example in examples]
+        longest = max(lengths)
+        batch = {
+            name: torch.tensor([example[name] + [pad] * (longest - len(example[name])) for example in examples])
+            for name, pad in self.padding.items()
+        }
+        batch["attention_mask"] = torch.tensor([[1] * length + [0] * (longest - length) for length in lengths])
+        return batch

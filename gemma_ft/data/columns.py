@@ -1,0 +1,89 @@
+"""`data.columns`: small templates over a row's fields: "{question}", "{meta.title}: {body}", "{turns[0].text}"."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_ft.data.items import kind_of, text_fault
+from gemma_ft.errors import DataError
+
+COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text")
+# "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
+PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+PATH = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d+\])*")
+
+
+class FieldError(Exception):
+    """A row does not have what a template asks for; the message is the reason, without the place."""
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Nothing when the templates are well formed and belong together. Raises: DataError naming the key."""
+    for key, template in columns.items():
+        if key not in COLUMN_KEYS:
+            raise DataError(f"data.columns: unknown key {key!r}; use {', '.join(COLUMN_KEYS)}")
+        for found in PART.finditer(template):
+            if found[0] in ("{{", "}}"):
+                continue
+            if found[1] is None or not PATH.fullmatch(found[1].strip()):
+                raise DataError(
+                    f"data.columns.{key}: cannot read {found[0]!r} in {template!r}; write fields as {{name}}, "
+                    "{name.inner} or {name[0].inner}, and braces as {{ }}"
+                )
+    keys = set(columns) - {"system"}
+    if columns and keys not in ({"prompt", "completion"}, {"messages"}, {"text"}):
+        raise DataError(
+            f"data.columns: got {', '.join(sorted(columns))}; give prompt and completion, or messages, or text "
+            "(system may be added to the first two)"
+        )
+    if columns and keys == {"text"} and "system" in columns:
+        raise DataError("data.columns: system does not go with text; a plain document has no turns")
+
+
+def lookup(fields: Mapping[str, Any], path: str) -> Any:
+    """The value at `path`, such as "a.b[0].c". Raises: FieldError when a step does not exist."""
+    if path in fields:  # a column whose very name holds a dot
+        return fields[path]
+    value: Any = fields
+    done = ""
+    for step in STEP.finditer(path):
+        name, index = step[1], step[2]
+        if name is not None:
+            if not isinstance(value, Mapping):
+                raise FieldError(f"{done!r} is {kind_of(value)}, it has no field {name!r}")
+            if name not in value:
+                raise FieldError(f"no field {(done + step[0])!r}; the row has {', '.join(map(str, value)) or 'none'}")
+            value = value[name]
+        else:
+            if not isinstance(value, list):
+                raise FieldError(f"{done!r} is {kind_of(value)}, it has no element {step[0]}")
+            if int(index) >= len(value):
+                raise FieldError(f"{done!r} has {len(value)} elements, no {step[0]}")
+            value = value[int(index)]
+        done += step[0]
+    return value
+
+
+def fill_text(template: str, fields: Mapping[str, Any]) -> str:
+    """The template with its fields filled in. Raises: FieldError when a field is missing or is not text."""
+
+    def replace(found: re.Match[str]) -> str:
+        if found[0] in ("{{", "}}"):
+            return found[0][0]
+        path = (found[1] or "").strip()
+        value = lookup(fields, path)
+        fault = text_fault(value)
+        if fault:
+            raise FieldError(f"{path!r} {fault}")
+        return str(value)
+
+    return PART.sub(replace, template)
+
+
+def fill_value(template: str, fields: Mapping[str, Any]) -> Any:
+    """The raw value that a template of exactly one field names (for `messages`). Raises: FieldError."""
+    found = PART.fullmatch(template.strip())
+    if found is None or found[1] is None:
+        raise FieldError(f"data.columns.messages must be one field such as {{dialog}}, got {template!r}")
+    return lookup(fields, found[1].strip())

@@ -1,0 +1,63 @@
+"""Data sets of the hub, and what to tell a user when the hub does not give a tokenizer or a data set."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from gemma_ft.errors import DataError
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def hub_reason(error: BaseException, name: str, *, kind: str, revision: str | None = None) -> str:
+    """One line `name: what happened; what to do`, out of an exception of transformers, datasets or huggingface_hub.
+
+    `kind` is "model" or "data set". The libraries wrap each other's errors, so the whole chain of causes is looked at.
+    """
+    names = {type(one).__name__ for one in _chain(error)}
+    text = " ".join(str(one) for one in _chain(error)).lower()
+    page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name.partition(':')[0]}"
+    if "GatedRepoError" in names or "gated" in text:
+        return f"{name}: this {kind} is gated; accept its terms at {page}, then set HF_TOKEN or run `hf auth login`"
+    if "RevisionNotFoundError" in names:
+        return f"{name}: the {kind} has no revision {revision!r}; see {page}/tree/main"
+    if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout"}:
+        return f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
+    if "connect" in text or "offline" in text:
+        return f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HfUriError", "HFValidationError"}:
+        return f"{name}: no such {kind} on the hub, or it is private; check the name, or set HF_TOKEN"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{name}: the {kind} cannot be loaded: {first}"
+
+
+def read_hub_records(source: str, *, split: str, revision: str | None) -> list[dict[str, Any]]:
+    """The rows of "owner/name" or "owner/name:config" on the hub, or in its local cache.
+
+    Raises: DataError in one line: what is missing, and what to set.
+    """
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, config or None, split=split, revision=revision)
+    except Exception as error:  # the library raises many kinds; each becomes one line for the user
+        raise DataError(_hub_fault(error, source, name, split, revision)) from error
+    return [dict(record) for record in table]
+
+
+def _hub_fault(error: Exception, source: str, name: str, split: str, revision: str | None) -> str:
+    text = " ".join(str(error).split())
+    if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
+        configs = re.search(r"(?:available configs|Available): (\[[^\]]*\])", text)
+        known = f"; it has {configs[1]}" if configs else ""
+        return f"{source}: name one of its configurations, as {name}:CONFIG{known}"
+    if "Unknown split" in text or "Bad split" in text:
+        splits = re.search(r"(\[[^\]]*\])", text)
+        return f"{source}: no split {split!r}{'; it has ' + splits[1] if splits else ''}; set data.split"
+    return hub_reason(error, source, kind="data set", revision=revision)

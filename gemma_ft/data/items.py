@@ -1,0 +1,79 @@
+"""What rows become: conversations of turns, or plain documents. No tokenizer is known here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: who says it, and the text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An optional system turn, then user and assistant in turn, ending with an assistant.
+
+    `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see formats.py).
+    """
+
+    where: str
+    turns: tuple[Turn, ...]
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A plain text to be continued; nothing in it is a turn."""
+
+    where: str
+    text: str
+
+
+def order_fault(turns: Sequence[Turn]) -> str | None:
+    """Why these turns are no conversation (None when they are): [system,] user, assistant, user, ..."""
+    for number, turn in enumerate(turns, start=1):
+        if turn.role not in ROLES:
+            return f"turn {number}: unknown role {turn.role!r}; known roles: {', '.join(ROLES)}"
+    body = turns[1:] if turns and turns[0].role == "system" else turns
+    first = len(turns) - len(body) + 1
+    for offset, turn in enumerate(body):
+        expected = "user" if offset % 2 == 0 else "assistant"
+        if turn.role == expected:
+            continue
+        place = f"turn {first + offset}"
+        if turn.role == "system":
+            return f"{place}: a system turn can only come first"
+        if offset == 0:
+            return f"{place}: a conversation starts with a user turn, got {turn.role}"
+        return f"{place}: user and assistant must alternate, got {turn.role} after {turn.role}"
+    return None
+
+
+def text_fault(value: object) -> str | None:
+    """Why this value cannot be a turn's or a document's text (None when it can). Empty text is text."""
+    if value is None:
+        return "is null, expected text"
+    if not isinstance(value, str):
+        return f"is {kind_of(value)}, expected text"
+    if "\x00" in value:
+        return "holds a NUL character; is the file damaged, or not UTF-8?"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds half a surrogate pair at character {error.start + 1}; the text was cut inside a character"
+    return None
+
+
+def kind_of(value: object) -> str:
+    """A value's kind in JSON's words, with its article: "a list", "a number", "null"."""
+    if value is None:
+        return "null"
+    kinds = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")

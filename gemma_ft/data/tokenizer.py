@@ -1,0 +1,147 @@
+"""The tokenizer, and the one way that text becomes ids: by a copy of it that knows no control token.
+
+Gemma's turn tokens are ordinary added tokens to transformers, so neither `add_special_tokens=False` nor
+`split_special_tokens=True` keeps a typed "<start_of_turn>" from becoming the token. Here nothing typed can.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gemma_ft.data.hub import hub_reason
+from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
+from gemma_ft.errors import DataError, UserError
+
+# Added tokens that are text: runs of blanks and line breaks, and HTML tags. The tags are named, because "<eos>" looks
+# like one.
+BLANK_RUN = re.compile(r"[\n\t\r \u2581]+")
+HTML_TAG = re.compile(
+    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|pre|p|a|ul|ol|li"
+    r"|div|span|br|hr)/?>",
+    re.IGNORECASE,
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class ControlIds:
+    """The ids of the control tokens, by name from the tokenizer, never by number."""
+
+    pad: int
+    eos: int
+    bos: int
+    start_of_turn: int
+    end_of_turn: int
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> "ControlIds":
+        """The ids of a transformers tokenizer. Raises: UserError naming the tokens that it does not have."""
+        vocabulary = tokenizer.get_vocab()
+        missing = [name for name in CONTROL_TOKENS if name not in vocabulary]
+        if missing:
+            raise UserError(f"{tokenizer.name_or_path}: not a Gemma tokenizer: it has no token {', '.join(missing)}")
+        ids = {name: vocabulary[name] for name in CONTROL_TOKENS}
+        return cls(ids[PAD], ids[EOS], ids[BOS], ids[START_OF_TURN], ids[END_OF_TURN])
+
+
+class ContentEncoder:
+    """Text -> ids in which no control token can occur, and text that decodes to the same text.
+
+    Newline runs and HTML tags keep their own ids. "\u2581" is SentencePiece's sign for a space and decodes as one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = [token for token in spec["added_tokens"] if not is_text_token(token["content"])]
+        control = {token["content"] for token in added} | set(CONTROL_TOKENS)
+        self.control_ids = frozenset(tokenizer.get_vocab()[name] for name in control)
+        self._backend = _without(spec, control)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text. Raises: DataError when the text is not valid Unicode (half a surrogate pair)."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, all at once (the backend works on them in parallel). Raises: DataError as `encode`."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError("the text holds half a surrogate pair; it was cut inside a character") from error
+        ids: list[list[int]] = [encoding.ids for encoding in encodings]
+        assert all(self.control_ids.isdisjoint(one) for one in ids), "a control token came out of plain text"
+        return ids
+
+
+def is_text_token(name: str) -> bool:
+    """Whether an added token stands for text as it is (blank runs, HTML tags), and so is no control token."""
+    return bool(BLANK_RUN.fullmatch(name) or HTML_TAG.fullmatch(name))
+
+
+def _without(spec: dict[str, Any], control: set[str]) -> Tokenizer:
+    """The backend of a serialized tokenizer, with no control token among its added tokens or reachable by merges.
+
+    Merges are generated from the vocabulary, so a chain of them may spell a control token or a byte piece ("<0x0A>").
+    """
+    spec = {**spec, "post_processor": None, "truncation": None, "padding": None}
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in control]
+    model = dict(spec["model"])
+    model["merges"] = [merge for merge in model.get("merges", []) if not _spells_control(merge, control)]
+    spec["model"] = model
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _spells_control(merge: str | Sequence[str], control: set[str]) -> bool:
+    piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+    return piece in control or BYTE_PIECE.fullmatch(piece) is not None
+
+
+def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None) -> Any:
+    """Gemma's fast transformers tokenizer from a folder (tokenizer.json or tokenizer.model) or a hub id.
+
+    It adds BOS to plain text, pads on the right, and has a chat template: its own, or ours where it has none (a base
+    model tuned on chats must not be saved without one).
+
+    Raises: UserError in one line: no such folder, no tokenizer in it, not Gemma's, gated, or not reachable.
+    """
+    from transformers import GemmaTokenizer
+
+    folder = _tokenizer_folder(path_or_hub_id, revision)
+    try:
+        tokenizer = GemmaTokenizer.from_pretrained(str(folder), add_bos_token=True)
+    except Exception as error:  # transformers raises many kinds; each becomes one line for the user
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path_or_hub_id}: the tokenizer files cannot be read: {first}") from error
+    ControlIds.from_tokenizer(tokenizer)
+    tokenizer.padding_side = "right"
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template("fold")
+    return tokenizer
+
+
+def _tokenizer_folder(path_or_hub_id: str, revision: str | None) -> Path:
+    """A local folder that holds the tokenizer's files, downloaded when the name is a hub id.
+
+    transformers is not asked to download: where it finds no file, it makes a tokenizer of five tokens without a word.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        in_a_folder = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+        if folder.exists() or in_a_folder or not HUB_ID.fullmatch(path_or_hub_id):
+            what = "a file, not a folder" if folder.exists() else "no such folder"
+            raise UserError(f"{path_or_hub_id}: {what}; name a folder with tokenizer files, or a hub id (owner/name)")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(path_or_hub_id, revision=revision, allow_patterns=TOKENIZER_FILES))
+        except Exception as error:  # the hub raises many kinds; each becomes one line for the user
+            raise UserError(hub_reason(error, path_or_hub_id, kind="model", revision=revision)) from error
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{path_or_hub_id}: there is no tokenizer.json or tokenizer.model in it")
+    return folder

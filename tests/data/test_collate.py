@@ -1,0 +1,36 @@
+"""A batch is its examples, padded at the right."""
+
+import torch
+
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.collate import Collator
+from gemma_ft.data.dataset import prepare
+from gemma_ft.data.items import Conversation, Turn
+
+
+def test_batch_is_padded_at_the_right() -> None:
+    examples = [
+        {"input_ids": [2, 7, 2], "labels": [-100, 7, -100], "position_ids": [0, 1, 0], "document_ids": [0, 0, 1]},
+        {"input_ids": [2], "labels": [-100], "position_ids": [0], "document_ids": [0]},
+    ]
+    batch = Collator(pad_id=9)(examples)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[2, 7, 2], [2, 9, 9]],
+        "labels": [[-100, 7, -100], [-100, -100, -100]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "position_ids": [[0, 1, 0], [0, 0, 0]],
+        "document_ids": [[0, 0, 1], [0, -1, -1]],
+    }
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert examples[1]["input_ids"] == [2]
+
+
+def test_every_prepared_example_comes_back_from_its_batch(encoder: ChatEncoder) -> None:
+    items = [Conversation("x:1", (Turn("user", "word " * size), Turn("assistant", "yes"))) for size in (1, 9, 4, 30)]
+    examples = prepare(items, encoder, max_seq_len=64, packing=True).examples
+    batch = Collator(encoder.control.pad)(examples)
+    for index, example in enumerate(examples):
+        real = batch["attention_mask"][index].bool()
+        for name, column in example.items():
+            assert batch[name][index][real].tolist() == column
+        assert set(batch["labels"][index][~real].tolist()) <= {-100}

@@ -1,0 +1,205 @@
+"""From items to examples: nothing lost or twice, what is left out is counted, and nothing untrainable passes."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.dataset import DataStats, Prepared, prepare, split_by_hash
+from gemma_ft.data.items import Conversation, Document, Turn
+from gemma_ft.errors import DataError
+from tests.data.strategies import conversations, documents
+
+SOME = settings(max_examples=80, deadline=None)
+items_of_both_kinds = st.lists(st.one_of(conversations(), documents), min_size=1, max_size=8)
+
+
+def chat(question: str, answer: str, where: str = "x:1", system: str | None = None) -> Conversation:
+    turns = [Turn("system", system)] if system is not None else []
+    return Conversation(where, (*turns, Turn("user", question), Turn("assistant", answer)))
+
+
+GOOD = chat("Hi", "Yes")
+
+
+def whole_documents(prepared: Prepared) -> list[Encoded]:
+    """Each document of each example again as a sequence."""
+    found = []
+    for example, wheres in zip(prepared.examples, prepared.wheres, strict=True):
+        for number, where in enumerate(wheres):
+            at = [index for index, one in enumerate(example["document_ids"]) if one == number]
+            assert at == list(range(at[0], at[-1] + 1))
+            assert [example["position_ids"][index] for index in at] == list(range(len(at)))
+            found.append(Encoded([example["input_ids"][i] for i in at], [example["labels"][i] for i in at], where))
+    return found
+
+
+def by_content(encoded: list[Encoded]) -> list[Any]:
+    return sorted((one.input_ids, one.labels) for one in encoded)
+
+
+@SOME
+@given(items=items_of_both_kinds, packing=st.booleans(), limit=st.sampled_from([64, 256, 4096]))
+def test_fault_28_packing_loses_nothing_and_restarts_positions(
+    encoder: ChatEncoder, items: list[Any], packing: bool, limit: int
+) -> None:
+    prepared = prepare([GOOD, *items], encoder, max_seq_len=limit, packing=packing)
+    for example in prepared.examples:
+        assert len({len(column) for column in example.values()}) == 1
+        assert len(example["input_ids"]) <= limit
+        assert set(example["document_ids"]) == set(range(max(example["document_ids"]) + 1))
+    packed = whole_documents(prepared)
+    assert all(one.labels[0] == IGNORE and one.input_ids.count(encoder.control.bos) == 1 for one in packed)
+    said = [item for item in [GOOD, *items] if isinstance(item, Conversation)]
+    said = [item for item in said if all(turn.content.strip() for turn in item.turns if turn.role != "system")]
+    cut = [Encoded(one.input_ids[:limit], one.labels[:limit], "") for one in encoder.encode_many(said)]
+    kept = [one for one in cut if set(one.labels) != {IGNORE}]
+    alone = prepare(
+        [item for item in items if isinstance(item, Document)] + [GOOD], encoder, max_seq_len=limit, packing=False
+    )
+    chunks = [one for one in whole_documents(alone) if encoder.control.start_of_turn not in one.input_ids]
+    assert by_content(packed) == by_content(kept + chunks)
+    stats = prepared.stats
+    assert stats.tokens == sum(len(one.input_ids) for one in packed)
+    assert stats.trained_tokens == sum(label != IGNORE for one in packed for label in one.labels)
+    assert (stats.documents, stats.packed_rows) == (len(packed), len(prepared.examples))
+    assert stats.dropped == len(cut) - len(kept)
+
+
+@SOME
+@given(
+    text=st.text(st.characters(codec="ascii", exclude_characters="\x00"), min_size=1, max_size=300),
+    limit=st.integers(2, 40),
+)
+def test_long_documents_are_cut_and_nothing_is_lost(encoder: ChatEncoder, text: str, limit: int) -> None:
+    if not text.strip():
+        return
+    prepared = prepare([Document("d:1", text)], encoder, max_seq_len=limit, packing=False)
+    parts = [example["input_ids"] for example in prepared.examples]
+    assert all(part[0] == encoder.control.bos and 2 <= len(part) <= limit for part in parts)
+    assert [token for part in parts for token in part[1:]] == encoder.encode_document(Document("", text)).input_ids[1:]
+    if limit > 2:  # a chunk of BOS and EOS alone would teach to end at once
+        assert [encoder.control.bos, encoder.control.eos] not in parts
+
+
+def test_packed_rows_keep_their_places(encoder: ChatEncoder) -> None:
+    items = [chat("Hi", "Yes", f"x:{number}") for number in range(1, 5)]
+    size = len(encoder.encode(GOOD).input_ids)
+    prepared = prepare(items, encoder, max_seq_len=2 * size, packing=True)
+    assert sorted(where for wheres in prepared.wheres for where in wheres) == ["x:1", "x:2", "x:3", "x:4"]
+    assert [len(wheres) for wheres in prepared.wheres] == [2, 2]
+    assert prepared.stats.fill == 1.0
+
+
+def test_fault_24_rows_whose_answer_is_cut_away_are_dropped_and_counted(encoder: ChatEncoder) -> None:
+    items = [GOOD, chat("very long question " * 30, "never seen"), chat("Hi", "long answer " * 60)]
+    prepared = prepare(items, encoder, max_seq_len=40, packing=False)
+    assert (prepared.stats.dropped, prepared.stats.truncated, prepared.stats.documents) == (1, 1, 2)
+    assert all(set(example["labels"]) != {IGNORE} for example in prepared.examples)
+    assert prepared.stats.terminators == 1
+
+
+def message(items: list[Any], encoder: ChatEncoder, limit: int) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(items, encoder, max_seq_len=limit, packing=True)
+    return str(caught.value)
+
+
+def test_fault_24_nothing_left_to_train_is_refused(encoder: ChatEncoder) -> None:
+    assert message([chat("word " * 50, "a"), chat("a", " ")], encoder, 20) == (
+        "none of the 2 rows can be trained on: 1 are empty, 1 have their answer past data.max_seq_len 20"
+    )
+
+
+def test_fault_17_data_that_never_trains_the_terminator_is_refused(encoder: ChatEncoder) -> None:
+    assert message([chat("a", "word " * 50), Document("d:1", "text")], encoder, 20) == (
+        "no <end_of_turn> would be trained: every answer is cut at data.max_seq_len 20; raise it"
+    )
+
+
+def test_plain_text_alone_needs_no_terminator(encoder: ChatEncoder) -> None:
+    prepared = prepare([Document("d:1", "Once upon a time")], encoder, max_seq_len=64, packing=True)
+    assert (prepared.stats.terminators, prepared.stats.documents) == (0, 1)
+
+
+def test_empty_rows_are_dropped_and_counted(encoder: ChatEncoder) -> None:
+    items = [GOOD, chat("a", " \n"), chat("", "b"), Document("d:1", " "), chat("a", "b", system=" ")]
+    stats = prepare(items, encoder, max_seq_len=64, packing=True).stats
+    assert (stats.rows, stats.dropped_empty, stats.documents) == (5, 3, 2)
+
+
+def test_turns_and_systems_left_out_are_counted(encoders: dict[str, ChatEncoder]) -> None:
+    items = [Conversation("x:1", GOOD.turns, left_out=2), chat("a", "b", system="s")]
+    stats = prepare(items, encoders["drop"], max_seq_len=64, packing=True).stats
+    assert (stats.left_out_turns, stats.dropped_system) == (2, 1)
+    assert prepare(items, encoders["fold"], max_seq_len=64, packing=True).stats.dropped_system == 0
+
+
+def test_all_refused_system_turns_are_named(encoders: dict[str, ChatEncoder]) -> None:
+    items = [chat("a", "b", "x:1", system="s"), GOOD, chat("a", "b", "x:3", system="s")]
+    reason = "a system turn, and data.system is 'error'; set it to fold or drop"
+    assert message(items, encoders["error"], 64) == f"x:1: {reason}\nx:3: {reason}"
+
+
+def test_stats_tell_what_needs_attention() -> None:
+    stats = DataStats(
+        rows=1200, documents=1190, packed_rows=100, tokens=200_000, trained_tokens=50_000, truncated=3, dropped=10,
+        max_seq_len=2048,
+    )  # fmt: skip
+    assert stats.describe() == (
+        "1,200 rows -> 1,190 sequences, 200,000 tokens, 25% trained\n"
+        "100 examples of up to 2,048 tokens, 97.7% full\n"
+        "3 cut at max_seq_len\n"
+        "10 dropped: their answer lies past max_seq_len"
+    )
+    assert stats.as_dict()["dropped"] == 10
+
+
+MANY_ITEMS: list[Any] = [chat(f"question {number}", "yes", f"x:{number}") for number in range(400)]
+
+
+def test_split_shares_no_row_and_loses_none() -> None:
+    train, held_out = split_by_hash(MANY_ITEMS, 0.1, seed=1)
+    assert sorted((*train, *held_out), key=MANY_ITEMS.index) == MANY_ITEMS
+    assert 20 <= len(held_out) <= 60
+    assert split_by_hash(MANY_ITEMS, 0.1, seed=1) == (train, held_out)
+    assert split_by_hash(MANY_ITEMS, 0.1, seed=2) != (train, held_out)
+    assert split_by_hash(MANY_ITEMS, 0.0, seed=1) == (MANY_ITEMS, [])
+
+
+def test_split_keeps_equal_rows_together() -> None:
+    again = [Conversation(f"y:{number}", item.turns) for number, item in enumerate(MANY_ITEMS)]
+    train, held_out = split_by_hash([*MANY_ITEMS, *again], 0.1, seed=1)
+    assert not {item.turns for item in train} & {item.turns for item in held_out}
+
+
+def test_added_rows_move_no_other() -> None:
+    before = split_by_hash(MANY_ITEMS[:200], 0.1, seed=1)[1]
+    after = split_by_hash(MANY_ITEMS, 0.1, seed=1)[1]
+    assert [item for item in after if item in MANY_ITEMS[:200]] == before
+
+
+def test_split_holds_out_one_row_at_least() -> None:
+    train, held_out = split_by_hash(MANY_ITEMS[:3], 0.001, seed=1)
+    assert (len(train), len(held_out)) == (2, 1)
+
+
+def test_split_of_one_row_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        split_by_hash([GOOD], 0.5, seed=1)
+    assert str(caught.value) == "data.eval_fraction: 1 rows cannot be split; give data.eval, or more rows"
+
+
+def test_split_cuts_a_single_document_at_a_line() -> None:
+    text = "".join(f"line {number}\n" for number in range(100))
+    train, held_out = split_by_hash([Document("d:1", text)], 0.1, seed=1)
+    assert train[0].text + held_out[0].text == text  # type: ignore[union-attr]
+    assert train[0].text.endswith("\n")  # type: ignore[union-attr]
+    assert 5 <= held_out[0].text.count("\n") <= 15  # type: ignore[union-attr]
+    with pytest.raises(DataError) as caught:
+        split_by_hash([Document("d:1", "one line only")], 0.1, seed=1)
+    assert str(caught.value) == (
+        "data.eval_fraction: a single document without line breaks cannot be split; give data.eval"
+    )

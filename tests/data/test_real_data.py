@@ -1,0 +1,70 @@
+"""The real files, by detection alone: read, parsed, prepared at 512 tokens, and clean under the preview's checks."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.dataset import Prepared, prepare, split_by_hash
+from gemma_ft.data.formats import detect_format, parse_rows
+from gemma_ft.data.items import Document
+from gemma_ft.data.preview import find_faults
+from gemma_ft.data.sources import read_rows
+
+Find = Callable[[str], str]
+
+
+def prepared_file(source: str, encoder: ChatEncoder) -> Prepared:
+    prepared = prepare(parse_rows(read_rows(source)), encoder, max_seq_len=512, packing=True)
+    assert find_faults(prepared.examples, encoder) == []
+    return prepared
+
+
+def test_gsm8k(real_data: Find, encoder: ChatEncoder) -> None:
+    source = real_data("gsm8k_train.jsonl")
+    assert detect_format(read_rows(source)) == ("prompt_completion", "the rows have question, answer")
+    start = time.perf_counter()
+    stats = prepared_file(source, encoder).stats
+    assert time.perf_counter() - start < 20
+    assert stats.rows == 7473
+    assert stats.documents + stats.dropped == 7473
+    assert stats.dropped < 75
+    assert stats.fill > 0.9
+
+
+def test_seed_tasks(real_data: Find, encoder: ChatEncoder) -> None:
+    source = real_data("seed_tasks.jsonl")
+    assert detect_format(read_rows(source)) == ("alpaca", "the rows have instruction, instances")
+    stats = prepared_file(source, encoder).stats
+    assert (stats.rows, stats.documents + stats.dropped) == (175, 175)
+
+
+def test_sharegpt_sample(real_data: Find, encoder: ChatEncoder) -> None:
+    source = real_data("sharegpt_sample.json")
+    assert detect_format(read_rows(source)) == ("sharegpt", "the rows have conversations")
+    prepared = prepared_file(source, encoder)
+    assert (prepared.stats.rows, prepared.stats.documents, prepared.stats.left_out_turns) == (500, 500, 0)
+    assert prepared.stats.terminators == 1000
+
+
+def test_tinyshakespeare(real_data: Find, encoder: ChatEncoder) -> None:
+    source = real_data("tinyshakespeare.txt")
+    rows = read_rows(source)
+    assert detect_format(rows) == ("text", "the rows have text")
+    prepared = prepared_file(source, encoder)
+    assert prepared.stats.fill > 0.99
+    train, held_out = split_by_hash(parse_rows(rows), 0.1, seed=42)
+    assert isinstance(train[0], Document)
+    assert isinstance(held_out[0], Document)
+    assert train[0].text + held_out[0].text == rows[0].fields["text"]
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "seed_tasks.jsonl", "sharegpt_sample.json"])
+def test_answers_come_back_from_their_labels(real_data: Find, encoder: ChatEncoder, name: str) -> None:
+    items = parse_rows(read_rows(real_data(name)))[:100]
+    for item in items:
+        assert not isinstance(item, Document)
+        labels = [label for label in encoder.encode(item).labels if label != -100]
+        answers = [turn.content.strip() for turn in item.turns if turn.role == "assistant"]
+        assert encoder.tokenizer.decode(labels) == "".join(f"{answer}<end_of_turn>" for answer in answers)
