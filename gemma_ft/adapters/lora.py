@@ -1,0 +1,77 @@
+"""Low-rank adapters around a model, through PEFT: LoRA (arXiv:2106.09685), rsLoRA (2312.03732), DoRA (2402.09353)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | Sequence[str],
+    rslora: bool,
+    dora: bool,
+    init: str,
+    base: str,
+    revision: str | None,
+) -> PeftModel:
+    """Wrap `model` with a fresh adapter whose output equals the base's (B = 0), all of its weights in float32.
+
+    `targets`: "all-linear" (every linear layer but the head) or module names. `base` and `revision` are written to
+    adapter_config.json: a hub id with its commit, or an absolute folder, so that stock PEFT finds the base again.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights=True if init == "default" else init,
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config)
+    active = wrapped.peft_config["default"]
+    active.base_model_name_or_path, active.revision = base, revision
+    trainables_in_float32(wrapped)
+    return wrapped
+
+
+def trainables_in_float32(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Cast every trainable parameter to float32 (float64 stays), freeze nothing, and return name -> a copy of its
+    value.
+
+    The copies let a caller undo a library that narrows the trainables: see `restore_trainables`.
+    """
+    values = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            values[name] = parameter.detach().clone()
+    return values
+
+
+def restore_trainables(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Put back the values and dtypes of `trainables_in_float32`.
+
+    TRL rounds LoRA's A and B over a quantized base to bf16 (and leaves DoRA's magnitude): small updates are then lost,
+    and FSDP2 wants one dtype among the trainables of a group.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = values[name].to(parameter.device)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write a plain PEFT folder (adapter_config.json, adapter_model.safetensors). Never asks the hub anything."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -1,0 +1,46 @@
+"""Frozen weights in 4 or 8 bits, through bitsandbytes, on CUDA and CPU."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+Kind = Literal["nf4", "int8"]
+
+
+def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What `from_pretrained(quantization_config=...)` needs to store every linear layer but the head as `kind`.
+
+    nf4 (arXiv:2305.14314) computes in `compute_dtype` and stores bytes in it too, so that FSDP can shard them as
+    parameters. int8 (arXiv:2208.07339) multiplies in float16 inside bitsandbytes: the one declared exception to "no
+    float16", safe because each row is scaled by its own maximum first.
+    """
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype,
+    )
+
+
+def keep_trainable(model: nn.Module) -> int:
+    """Make quantized layers safe to train after an evaluation; returns how many were touched.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a Linear4bit's weight in the first no-grad forward in eval mode;
+    after that its backward gives no gradient to the layers below, with no more than a warning. The switch is a public
+    attribute of each module.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    touched = 0
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            touched += 1
+    return touched

@@ -1,0 +1,175 @@
+"""The bench: a recipe becomes a tokenizer, data sets and a model with its quantization and adapter. Every verb builds
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft import runtime
+from gemma_ft.adapters.lora import add_adapter
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.dataset import Item, Prepared, prepare, split_by_hash
+from gemma_ft.data.formats import parse_rows
+from gemma_ft.data.items import Conversation
+from gemma_ft.data.preview import preview
+from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.errors import UserError
+from gemma_ft.load import Source, load_base, located, model_source
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.schema import Data, Recipe
+
+FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
+
+
+def weights_source(recipe: Recipe) -> Source:
+    """Where the recipe's weights lie: `model.weights`, else the preset's own.
+
+    Raises: UserError for something that is neither a folder nor a hub id.
+    """
+    name = recipe.model.weights or PRESETS[recipe.model.preset].weights
+    return model_source(name, recipe.model.revision, key="model.weights: ")
+
+
+# Tokenizer and data
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights."""
+    if recipe.model.tokenizer is not None:
+        source = model_source(recipe.model.tokenizer, key="model.tokenizer: ")
+    elif recipe.model.weights == FRESH:
+        raise UserError("model.tokenizer: fresh weights come without a tokenizer; name a folder or hub id")
+    else:
+        source = weights_source(recipe)
+    return load_tokenizer(source.name, revision=source.revision)
+
+
+@dataclass(frozen=True)
+class BuiltData:
+    """What a run reads: examples for training and for the held-out loss, and the held-out conversations as they
+    were.
+    """
+
+    encoder: ChatEncoder
+    train: Prepared
+    held_out: Prepared | None
+    held_out_items: Sequence[Item]
+    train_source: str
+    eval_source: str | None
+
+
+def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
+    """Read, check, encode and pack the recipe's rows."""
+    data = recipe.data
+    encoder = ChatEncoder(tokenizer, data.system)
+    rows = read_source(data, data.train)
+    items: Sequence[Item] = parse_rows(rows, format=data.format, columns=data.columns)
+    eval_source = data.eval
+    if data.eval is not None:
+        held_out: Sequence[Item] = _held_out_items(data, read_source(data, data.eval), rows)
+    else:
+        items, held_out = split_by_hash(items, data.eval_fraction, recipe.seed)
+        eval_source = f"{data.eval_fraction:.1%} of {data.train}" if held_out else None
+    return BuiltData(
+        encoder=encoder,
+        train=prepare(items, encoder, max_seq_len=data.max_seq_len, packing=data.packing),
+        held_out=prepare(held_out[: recipe.eval.max_rows], encoder, max_seq_len=data.max_seq_len, packing=data.packing)
+        if held_out
+        else None,
+        held_out_items=held_out,
+        train_source=data.train,
+        eval_source=eval_source,
+    )
+
+
+def read_source(data: Data, source: str) -> list[Row]:
+    """The rows of one source, unparsed. Raises: DataError naming file, line and reason."""
+    return read_rows(located(source), split=data.split, revision=data.revision)
+
+
+def _held_out_items(data: Data, rows: list[Row], train_rows: list[Row]) -> Sequence[Item]:
+    """Held-out rows as items. `data.format` and `data.columns` describe data.train: they hold for data.eval where its
+    rows have the same fields, and otherwise (training rows were replaced on the command line, say) its format is
+    detected.
+    """
+    alike = bool(rows and train_rows) and rows[0].fields.keys() == train_rows[0].fields.keys()
+    return parse_rows(rows, format=data.format, columns=data.columns) if alike else parse_rows(rows)
+
+
+def conversations(items: Sequence[Item], limit: int) -> list[Conversation]:
+    """The first `limit` conversations among items: those that can be answered by generation."""
+    return [item for item in items if isinstance(item, Conversation)][:limit]
+
+
+def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
+    """Print what a recipe would train on, as coloured tokens with counts; True when every check passed."""
+    for note in loaded.notes:
+        print(f"note: {note}")
+    data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
+    return preview(data.train, data.encoder, rows=rows)
+
+
+# Model
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Source | None]:
+    """The recipe's model, on its device, ready to train (adapter on, or every weight trainable), and where it came from
+    (None for fresh weights).
+
+    Frozen weights have the recipe's precision, or are quantized; what is trained is float32.
+    """
+    torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
+    precision = runtime.dtype_by_name(recipe.train.precision)
+    dtype = torch.float32 if recipe.strategy == "full" else precision
+    attention = None if recipe.model.attention == "auto" else recipe.model.attention
+    source = None
+    if recipe.model.weights == FRESH:
+        config = PRESETS[recipe.model.preset].config(vocab_size=len(tokenizer), dtype=dtype)
+        config._attn_implementation = attention
+        model = GemmaForCausalLM(config).to(runtime.default_device())
+    else:
+        source = weights_source(recipe)
+        kind = recipe.quantize.kind if recipe.strategy == "qlora" and recipe.quantize else None
+        double_quant = recipe.quantize.double_quant if recipe.quantize else True
+        model = load_base(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
+        _check_preset(model.config, recipe.model.preset, source.name)
+    if model.config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model.tokenizer: has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the model's own"
+        )
+    if recipe.strategy == "full" or recipe.adapter is None:
+        return model, source
+    return add_adapter(
+        model,
+        **recipe.adapter.model_dump(),
+        base=source.name if source else FRESH,
+        revision=getattr(model.config, "_commit_hash", None) or (source.revision if source else None),
+    ), source
+
+
+def _check_preset(config: Any, preset: str, name: str) -> None:
+    """Raises UserError when the weights are not of the preset's shape, and says which preset they are, if any."""
+
+    def differences(key: str) -> list[str]:
+        expected = PRESETS[key].config()
+        fields = ["model_type", *PRESETS[key].fields]
+        return [
+            f"{field} {getattr(config, field, None)}, not {getattr(expected, field)}"
+            for field in fields
+            if getattr(config, field, None) != getattr(expected, field)
+        ]
+
+    wrong = differences(preset)
+    if wrong:
+        fitting = next((key for key in PRESETS if not differences(key)), None)
+        cure = f"set model.preset: {fitting}" if fitting else "set model.preset to the size that it is"
+        raise UserError(f"model.preset: {name} is not a {preset} ({wrong[0]}); {cure}")

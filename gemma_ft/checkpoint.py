@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or not there: staged, hashed, synced, renamed; safetensors and JSON only.
+
+A checkpoint is a folder `step-00000042` under `checkpoints/`. Its `manifest.json` names every other file with its size
+and sha256; it is valid when all of them are there and unchanged. What the files hold is decided by the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma_ft.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool = True) -> None:
+    """Make folder `target` appear at once and complete: `write` fills a staging folder beside it, which is then synced
+    and renamed. An older `target` is replaced only after the new one is on disk. With `manifest`, hashes are written
+    last.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write(staging)
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    if manifest:
+        entries = {str(path.relative_to(staging)): _fingerprint(path) for path in files}
+        files.append(write_json(staging / MANIFEST, entries))
+    for path in (*files, staging):
+        _sync(path)
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    staging.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies under `root`."""
+    return root / f"step-{step:08d}"
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, in words; None when every file is there with its size and sha256."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in entries.items():
+            if _fingerprint(folder / name) != expected:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint under `root` that verifies, or None when there is none at all; damaged ones are told to
+    `warn`.
+
+    Raises: CheckpointError when checkpoints exist and none verifies.
+    """
+    found = sorted(_checkpoints(root), reverse=True)
+    for _, folder in found:
+        fault = fault_of(folder)
+        if fault is None:
+            return folder
+        warn(f"{folder}: {fault}; trying an older checkpoint")
+    if found:
+        raise CheckpointError(f"{root}: none of the {len(found)} checkpoints is intact; use --overwrite to start again")
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, oldest first, once the newest verifies."""
+    found = sorted(_checkpoints(root))
+    if found and fault_of(found[-1][1]) is None:
+        for _, folder in found[:-keep]:
+            shutil.rmtree(folder)
+
+
+def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            yield int(match.group(1)), path
+
+
+def as_json(value: Any) -> str:
+    """`value` as indented JSON text, floats at full precision."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` as JSON; returns `path`."""
+    path.write_text(as_json(value), encoding="utf-8")
+    return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old text or the new one, never a part."""
+    staging = path.with_name(f".{path.name}.staging")
+    staging.write_text(text, encoding="utf-8")
+    _sync(staging)
+    os.replace(staging, path)
+    _sync(path.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, from whatever device they are on."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read what `save_tensors` wrote, onto the CPU."""
+    return load_file(str(path))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

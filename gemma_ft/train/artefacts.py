@@ -1,0 +1,56 @@
+"""The result of a run as a folder that stock libraries open: a PEFT adapter, or a whole transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft import runtime
+from gemma_ft.adapters.lora import save_adapter
+from gemma_ft.checkpoint import commit_folder, write_json
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.load import Source
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.run_dir import RunDir
+
+CONTRACT = "gemma_ft.json"
+
+
+def save_result(
+    run: RunDir,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: ChatEncoder,
+    source: Source | None,
+) -> Path:
+    """Write `adapter/`, or `model/` for strategy full, complete or not at all; returns the folder.
+
+    Beside the weights lie the tokenizer with the chat template that was trained, and gemma_ft.json with what whoever
+    serves the model must keep to: template hash, stop ids, system policy, one BOS.
+    """
+    full = recipe.strategy == "full"
+
+    def write(folder: Path) -> None:
+        if full:
+            model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
+            model.to(runtime.dtype_by_name(recipe.train.precision)).save_pretrained(str(folder))
+        else:
+            save_adapter(model, folder)
+        save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
+        contract = {
+            "template_sha256": encoder.template_hash,
+            "stop_ids": encoder.stop_ids,
+            "system": encoder.system_policy,
+            "bos": "once, at the start of every sequence",
+            "base": source.name if source else None,
+            "preset": recipe.model.preset,
+        }
+        write_json(folder / CONTRACT, contract)
+
+    target = run.model if full else run.adapter
+    commit_folder(target, write, manifest=False)
+    return target

@@ -1,0 +1,268 @@
+"""A run from recipe to tuned Gemma, in reading order: build, score, train, score again, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from gemma_ft import runtime
+from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, conversations
+from gemma_ft.checkpoint import as_json, newest_valid, replace_text
+from gemma_ft.data.collate import Collator
+from gemma_ft.errors import NonFiniteError, UserError
+from gemma_ft.evaluate.held_out import Question, Score, exact_match, held_out_loss
+from gemma_ft.load import Source
+from gemma_ft.model.attention import resolve_attention
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.artefacts import save_result
+from gemma_ft.train.display import Display, show_summary
+from gemma_ft.train.run_dir import RunDir, append_line
+from gemma_ft.train.state import load_state
+from gemma_ft.train.trackers import Tracker, build_trackers
+from gemma_ft.train.trainer import GemmaTrainer, Progress
+
+SAMPLES_KEPT = 10
+
+
+def train_recipe(
+    loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> int:
+    """Train what a recipe says and write everything under its output_dir; returns the exit code 0.
+
+    Raises: UserError and its children, one clear line each, before anything of an earlier run is touched.
+    """
+    recipe, display = loaded.recipe, Display(console or Console())
+    if runtime.world_size() > 1:
+        raise UserError(
+            f"launched as {runtime.world_size()} processes: a run uses one device; start it without a launcher"
+        )
+    run = RunDir(Path(recipe.output_dir))
+    display.say(f"gemma-ft train {loaded.path} -> {run.root}")
+    for note in loaded.notes:
+        display.say(f"  note: {note}")
+    if not overwrite:
+        run.claim(resume=resume, overwrite=False)
+    tokenizer = build_tokenizer(recipe)
+    data = build_data(recipe, tokenizer)
+    total = total_steps(recipe, len(data.train.examples))
+    finished = run.steps_finished() if resume else None
+    if finished is not None and finished >= total:
+        display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
+        return 0
+    if overwrite:  # only now: a recipe that cannot even be built leaves the old run as it was
+        run.claim(resume=False, overwrite=True)
+    run.write_recipe(recipe, resume=resume)
+    model, source = build_model(recipe, tokenizer)
+    display.plan(_plan(recipe, data, model, source, total))
+    return _Run(recipe, run, display, tokenizer, data, model, source, total).go(resume)
+
+
+@dataclass
+class _Run:
+    """One run with everything it needs built."""
+
+    recipe: Recipe
+    run: RunDir
+    display: Display
+    tokenizer: PreTrainedTokenizerBase
+    data: BuiltData
+    model: Any
+    source: Source | None
+    total: int
+
+    def go(self, resume: bool) -> int:
+        """Score, train, score again, save; the order of a run."""
+        checkpoint = newest_valid(self.run.checkpoints, self.display.say) if resume else None
+        progress = Progress()
+        if checkpoint is not None:
+            vars(progress).update(load_state(checkpoint))
+            self.display.say(f"  resuming   after step {progress.step}, from {checkpoint}")
+        self.run.cut_logs(progress.step)
+        self.run.summary.unlink(missing_ok=True)
+        trackers = build_trackers(self.recipe, self.run.root, self.display.say)
+        trainer = self._trainer(progress, trackers)
+        if checkpoint is None:
+            score = self._score(trainer)
+            progress.extra["before"] = {**score.figures(), "answers": score.answers[:SAMPLES_KEPT]}
+        self.display.start(self.total, progress.step)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            self.display.say(f"stopped after step {progress.step}; --resume goes on from the newest checkpoint")
+            raise
+        finally:
+            self.display.stop()
+            for tracker in trackers:
+                tracker.close()
+        after = self._score(trainer)
+        result = save_result(self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source)
+        summary = self._summary(progress, after, result)
+        replace_text(self.run.summary, as_json(summary))
+        show_summary(self.display.console, summary, self.run.root)
+        return 0
+
+    def _trainer(self, progress: Progress, trackers: Sequence[Tracker]) -> GemmaTrainer:
+        recipe, every = self.recipe, self.recipe.logging.every_steps
+        held_out = self.data.held_out
+
+        def on_step(figures: dict[str, Any]) -> None:
+            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"] or 0.0)):
+                raise NonFiniteError(
+                    f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; "
+                    "lower train.learning_rate, or look at the data with gemma-ft preview; this step was not saved"
+                )
+            if figures["step"] % every == 0 or figures["step"] == self.total:
+                append_line(self.run.metrics, figures)
+                for tracker in trackers:
+                    tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
+            self.display.step(figures)
+
+        def on_eval(step: int, loss: float | None) -> None:
+            self.display.eval_loss = loss
+            append_line(self.run.evals, {"step": step, "eval_loss": loss})
+            for tracker in trackers:
+                tracker.log(step, {"eval_loss": loss})
+
+        return GemmaTrainer(
+            self.model,
+            _arguments(recipe, self.run.checkpoints, self.total, evaluates=held_out is not None),
+            train_dataset=Dataset.from_list(self.data.train.examples),
+            eval_dataset=Dataset.from_list(held_out.examples) if held_out else None,
+            collator=Collator(self.data.encoder.control.pad),
+            tokenizer=self.tokenizer,
+            schedule=recipe.train.schedule,
+            warmup_ratio=recipe.train.warmup_ratio,
+            autocast=torch.bfloat16 if recipe.strategy == "full" and recipe.train.precision == "bf16" else None,
+            keep_checkpoints=recipe.checkpoint.keep,
+            progress=progress,
+            on_step=on_step,
+            on_eval=on_eval,
+        )
+
+    def _score(self, trainer: GemmaTrainer) -> Score:
+        """The held-out loss and exact match of the model as it is now."""
+        if self.data.held_out is None:
+            return Score(None, None, [])
+        loss = held_out_loss(self.model, trainer.get_eval_dataloader(), autocast=trainer.compute_loss_context_manager)
+        settings = self.recipe.eval
+        with trainer.compute_loss_context_manager():
+            share, answers = exact_match(
+                self.model,
+                self.tokenizer,
+                self._questions(),
+                stop_ids=self.data.encoder.stop_ids,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+            )
+        return Score(loss, share, answers)
+
+    def _questions(self) -> list[Question]:
+        chosen = conversations(self.data.held_out_items, self.recipe.eval.generate_rows)
+        return [
+            Question(self.data.encoder.encode_prompt(chat.turns), chat.turns[-2].content, chat.turns[-1].content)
+            for chat in chosen
+        ]
+
+    def _summary(self, progress: Progress, after: Score, result: Path) -> dict[str, Any]:
+        before = dict(progress.extra["before"])
+        answers = before.pop("answers")
+        samples = [
+            {"prompt": question.prompt, "expected": question.answer, "before": first, "after": last}
+            for question, first, last in zip(self._questions(), answers, after.answers, strict=False)
+        ]
+        return {
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+            "peak_bytes": runtime.peak_memory_bytes(),
+            "train_loss": progress.last_loss,  # of the last optimizer step
+            "eval_before": before,
+            "eval_after": after.figures(),
+            "result": result.name,
+            "samples": samples,
+            "data": self.data.train.stats.as_dict(),
+            "versions": runtime.versions(),
+        }
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of a run over so many examples; the last step of an epoch may be a smaller batch."""
+    per_epoch = math.ceil(examples / recipe.train.global_batch_size)
+    return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
+
+
+def _arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluates: bool) -> SFTConfig:
+    """A recipe as TRL's settings; whatever a library would do on its own (reports, progress bars, datasets) is switched
+    off.
+    """
+    train = recipe.train
+    evals = recipe.eval.every_steps if evaluates else None
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        seed=recipe.seed,
+        max_steps=total,
+        per_device_train_batch_size=train.micro_batch_size,
+        per_device_eval_batch_size=recipe.eval.batch_size,
+        gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=False,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint.every_steps or total,
+        eval_strategy="steps" if evals else "no",
+        eval_steps=evals,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=runtime.default_device().type == "cpu",
+    )
+
+
+def _plan(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, total: int) -> list[tuple[str, str]]:
+    """What is about to happen, in lines a person can check."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = {
+        "full": f"all {trainable:,} weights trained",
+        "lora": f"LoRA: {trainable:,} weights trained",
+        "qlora": f"{recipe.quantize.kind if recipe.quantize else ''} + LoRA: {trainable:,} weights trained",
+    }[recipe.strategy]
+    choice = resolve_attention(recipe.model.attention, base.model.numerics.attn_softcap)
+    train = recipe.train
+    lines = data.train.stats.describe().splitlines()
+    rows = [
+        ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
+        ("attention", f"{choice.name}: {choice.reason}"),
+        ("data", f"{data.train_source}: {lines[0]}"),
+        *(("", line) for line in lines[1:]),
+    ]
+    if data.held_out is not None:
+        rows.append(("held out", f"{data.eval_source}: {data.held_out.stats.rows:,} rows"))
+    accumulation = train.global_batch_size // train.micro_batch_size
+    cut = f"{train.micro_batch_size} (micro batch) x {accumulation} (accumulation) x 1 device"
+    rows.append(("batch", f"{train.global_batch_size} = {cut}"))
+    rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
+    return rows

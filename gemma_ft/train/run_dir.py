@@ -1,0 +1,126 @@
+"""The output directory of a run: what lies where, who may write there, and what a resume keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gemma_ft.checkpoint import replace_text
+from gemma_ft.errors import UserError
+from gemma_ft.recipe.load import dump_recipe
+from gemma_ft.recipe.schema import Recipe
+
+# What a resumed run may change: where and how it is computed, watched and kept, and how long it goes on.
+FREE_TO_CHANGE = (
+    "output_dir",
+    "logging",
+    "checkpoint",
+    "eval",
+    "data.eval",
+    "train.micro_batch_size",
+    "train.gradient_checkpointing",
+    "train.max_steps",
+    "train.epochs",
+)
+
+
+class RunDir:
+    """Paths of one run under `root`, and the rules of starting, resuming and overwriting it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.evals = root / "evals.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.adapter = root / "adapter"
+        self.model = root / "model"
+        self.summary = root / "summary.json"
+
+    @property
+    def _all(self) -> tuple[Path, ...]:
+        return (self.recipe, self.metrics, self.evals, self.checkpoints, self.adapter, self.model, self.summary)
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Make sure that this run may write here; with `overwrite`, remove the old run (and nothing else).
+
+        Raises: UserError when the directory holds a run and neither flag is given, or it cannot be made.
+        """
+        holds_run = any(path.exists() for path in self._all)
+        if holds_run and not resume and not overwrite:
+            raise UserError(
+                f"{self.root}: already holds a run; use --resume to go on with it, --overwrite to start again, "
+                "or another output_dir"
+            )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                for path in self._all:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
+
+    def write_recipe(self, recipe: Recipe, *, resume: bool) -> None:
+        """Write the resolved recipe; on a resume, first make sure that it still describes the same run.
+
+        Raises: UserError naming every key that changed and would change the numbers.
+        """
+        text = dump_recipe(recipe)
+        if resume and self.recipe.exists():
+            before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+            after = _flat(yaml.safe_load(text))
+            changed = [
+                f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+                for key in sorted({*before, *after})
+                if before.get(key) != after.get(key)
+                and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.root}: cannot resume with another recipe: {'; '.join(changed)}; "
+                    "restore it, or start a new output_dir"
+                )
+        replace_text(self.recipe, text)
+
+    def steps_finished(self) -> int | None:
+        """Steps of a run that came to its end, or None."""
+        try:
+            return int(json.loads(self.summary.read_text(encoding="utf-8"))["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def cut_logs(self, step: int) -> None:
+        """Drop from the logs a torn last line and every line past `step`: those steps will be computed again."""
+        for path in (self.metrics, self.evals):
+            if path.exists():
+                replace_text(path, "".join(_lines_until(path.read_text(encoding="utf-8").splitlines(), step)))
+
+
+def append_line(path: Path, figures: dict[str, Any]) -> None:
+    """Add one JSON line, floats at full precision; it is with the operating system when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(figures) + "\n")
+
+
+def _lines_until(lines: Iterable[str], step: int) -> Iterable[str]:
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill: the line was never whole
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, child in value.items()
+        for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,102 @@
+"""A tiny Gemma 2 with amplified random weights, and runs over it that take about a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from gemma_ft import runtime
+from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.recipe.load import LoadedRecipe, load_recipe
+from gemma_ft.train.run import train_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    runtime.quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def small_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Gemma of the tiny preset's shape, amplified random weights and the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("small") / "gemma-small"
+    tokenizer = load_tokenizer(str(ROOT / "data" / "gemma-tiny"))
+    torch.manual_seed(7)
+    config = PRESETS["gemma-tiny"].config(vocab_size=len(tokenizer))
+    model = GemmaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.3 if "norm" in name else 1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder, system_policy="fold")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten short conversations of unequal length."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "question": f"What is {n} plus {n}?" + " Please." * (n % 4),
+                "answer": f"It is {2 * n}." + " Yes." * (n % 3),
+            }
+        )
+        for n in range(10)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_for(small_gemma: Path, rows: Path, tmp_path: Path) -> Callable[..., LoadedRecipe]:
+    """The shipped tiny recipe on the small model and rows, with further overrides."""
+
+    def make(*overrides: str, out: str = "run") -> LoadedRecipe:
+        return load_recipe(
+            ROOT / "recipes" / "sft_tiny.yaml",
+            [
+                f"output_dir={tmp_path / out}",
+                f"data.train={rows}",
+                f"data.eval={rows}",
+                "data.max_seq_len=48",
+                "data.packing=false",
+                f"model.weights={small_gemma}",
+                "train.max_steps=4",
+                "train.epochs=1",
+                "train.global_batch_size=4",
+                "train.micro_batch_size=2",
+                "eval.generate_rows=0",
+                "eval.every_steps=null",
+                "checkpoint.every_steps=null",
+                "adapter.rank=4",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run a recipe in this process, quietly; returns the lines of its metrics.jsonl."""
+
+    def run(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
+        with (tmp_path / "console.txt").open("a", encoding="utf-8") as sink:
+            assert train_recipe(loaded, resume=resume, overwrite=overwrite, console=Console(file=sink, width=120)) == 0
+        metrics = Path(loaded.recipe.output_dir) / "metrics.jsonl"
+        return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+    return run

@@ -1,0 +1,173 @@
+"""A resumed run is the same run: losses, learning rates and final weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from gemma_ft.checkpoint import checkpoint_folder
+from gemma_ft.errors import CheckpointError, UserError
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.run import train_recipe
+from gemma_ft.train.trainer import GemmaTrainer
+
+RecipeFor = Callable[..., LoadedRecipe]
+Train = Callable[..., list[dict[str, Any]]]
+EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it and tidy up."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next run die right after its figures of `step` are written."""
+    original = GemmaTrainer.log
+
+    def log(self: GemmaTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
+        original(self, logs, start_time)
+        if self.state.global_step == step:
+            monkeypatch.setattr(GemmaTrainer, "log", original)
+            raise Killed
+
+    monkeypatch.setattr(GemmaTrainer, "log", log)
+
+
+def exact(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in EXACT} for line in lines]
+
+
+# 10 rows in steps of 4: epochs of 3 steps. A kill at 5 resumes inside the second epoch, at 4 on its first step.
+@pytest.mark.parametrize(
+    ("overrides", "weights", "killed_at"),
+    [
+        (["quantize=nf4"], "adapter/adapter_model.safetensors", 5),
+        (["strategy=lora", "train.precision=bf16"], "adapter/adapter_model.safetensors", 4),
+        (["strategy=full"], "model/model.safetensors", 8),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    recipe_for: RecipeFor,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    weights: str,
+    killed_at: int,
+) -> None:
+    shared = [
+        *overrides,
+        "adapter.dropout=0.1",
+        "train.max_steps=9",
+        "checkpoint.every_steps=3",
+        "train.schedule=cosine",
+    ]
+    whole = recipe_for(*shared, out="whole")
+    expected = train(whole)
+    broken = recipe_for(*shared, out="broken")
+    kill_after(monkeypatch, killed_at)
+    with pytest.raises(Killed):
+        train(broken)
+    assert not (Path(broken.recipe.output_dir) / "summary.json").exists()
+    with (Path(broken.recipe.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 99, "lo')  # torn by the kill
+    assert exact(train(broken, resume=True)) == exact(expected)
+    one, other = (load_file(str(Path(run.recipe.output_dir) / weights)) for run in (whole, broken))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    first, second = (json.loads((Path(run.recipe.output_dir) / "summary.json").read_text()) for run in (whole, broken))
+    for key in ("steps", "tokens", "train_loss", "eval_before", "eval_after"):
+        assert first[key] == second[key], key
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(
+    recipe_for: RecipeFor, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = recipe_for("strategy=lora")
+    kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        train(loaded)
+    assert [line["step"] for line in train(loaded, resume=True)] == [1, 2, 3, 4]
+
+
+def test_resume_of_an_empty_directory_is_a_fresh_run(recipe_for: RecipeFor, train: Train) -> None:
+    assert len(train(recipe_for("strategy=lora"), resume=True)) == 4
+
+
+def test_resume_of_a_finished_run_says_so(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    loaded = recipe_for("strategy=lora")
+    before = train(loaded)
+    assert train(loaded, resume=True) == before
+    assert "already finished, 4 steps; nothing to do" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_finished_run_can_go_on_for_longer(recipe_for: RecipeFor, train: Train) -> None:
+    train(recipe_for("strategy=lora", "train.schedule=constant"))
+    longer = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6"), resume=True)
+    whole = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6", out="whole"))
+    assert exact(longer) == exact(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    loaded = recipe_for("strategy=lora", "checkpoint.every_steps=2")
+    expected = train(loaded)
+    out = Path(loaded.recipe.output_dir)
+    (out / "summary.json").unlink()
+    newest = checkpoint_folder(out / "checkpoints", 4) / "weights.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    assert exact(train(loaded, resume=True)) == exact(expected)
+    said = (tmp_path / "console.txt").read_text().replace("\n", "")
+    assert "step-00000004: weights.safetensors is damaged; trying an older checkpoint" in said
+
+
+def test_no_intact_checkpoint_is_exit_code_3(recipe_for: RecipeFor, train: Train) -> None:
+    loaded = recipe_for("strategy=lora", "checkpoint.every_steps=2")
+    train(loaded)
+    out = Path(loaded.recipe.output_dir)
+    (out / "summary.json").unlink()
+    for folder in (out / "checkpoints").iterdir():
+        (folder / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        train_recipe(loaded, resume=True)
+    root = out / "checkpoints"
+    assert str(caught.value) == f"{root}: none of the 2 checkpoints is intact; use --overwrite to start again"
+    assert caught.value.exit_code == 3
+
+
+def test_a_changed_recipe_is_refused(recipe_for: RecipeFor, train: Train) -> None:
+    loaded = recipe_for("strategy=lora")
+    train(loaded)
+    changed = recipe_for("strategy=lora", "train.learning_rate=1e-3", "train.max_steps=9")
+    with pytest.raises(UserError) as caught:
+        train_recipe(changed, resume=True)
+    assert str(caught.value) == (
+        f"{loaded.recipe.output_dir}: cannot resume with another recipe: train.learning_rate was 0.002, now 0.001; "
+        "restore it, or start a new output_dir"
+    )
+
+
+def test_a_run_is_not_overwritten_unasked(recipe_for: RecipeFor, train: Train) -> None:
+    loaded = recipe_for("strategy=lora")
+    train(loaded)
+    out = Path(loaded.recipe.output_dir)
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(UserError) as caught:
+        train_recipe(loaded)
+    assert str(caught.value) == (
+        f"{out}: already holds a run; use --resume to go on with it, --overwrite to start again, or another output_dir"
+    )
+    assert len(train(loaded, overwrite=True)) == 4
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_only_the_newest_checkpoints_are_kept(recipe_for: RecipeFor, train: Train) -> None:
+    loaded = recipe_for("strategy=lora", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    train(loaded)
+    kept = sorted(path.name for path in (Path(loaded.recipe.output_dir) / "checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000004"]
