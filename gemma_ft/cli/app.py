@@ -1,0 +1,99 @@
+"""The command `gemma-ft`: its verbs, and what a user sees when one fails.
+
+Every verb is one file that parses, calls one function and prints. torch and transformers are imported inside the verb
+function, so that `--help` and completion stay fast.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gemma_ft import __version__
+from gemma_ft.cli import preview, recipes, schema, train
+from gemma_ft.errors import DiskError, UserError
+
+CRASHED, MISUSED, INTERRUPTED = 1, 2, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; a failure is a plain line on stderr, never a traceback."""
+    command = typer.main.get_command(build_app())
+    try:
+        code = command.main(args=arguments, prog_name="gemma-ft", standalone_mode=False) or 0
+        sys.stdout.flush()  # here, where a broken pipe can still be caught
+        return _say("interrupted", code) if code == INTERRUPTED else code  # typer keeps an interrupt to itself
+    except UserError as error:
+        return _say(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does: nothing to say, and nowhere to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CRASHED
+    except typer.TyperException as error:
+        return _say(_in_one_line(error), MISUSED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return _say(f"{error.filename or 'disk'}: no space left; free some and run again", DiskError.exit_code)
+        return _say_fault_of_ours(error)
+
+
+def build_app() -> typer.Typer:
+    """The typer application with every verb registered."""
+    app = typer.Typer(
+        name="gemma-ft",
+        help="Fine-tune Google's Gemma: one recipe in, a tuned model out.",
+        invoke_without_command=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    app.command("train")(train.train)
+    app.command("preview")(preview.preview)
+    app.add_typer(recipes.build_app(), name="recipes")
+    app.command("schema")(schema.schema)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Fine-tune Google's Gemma: one recipe in, a tuned model out."""
+    if version:
+        print(f"gemma-ft {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _in_one_line(error: typer.TyperException) -> str:
+    """What is wrong with the command line, in the words of typer, and where its options are shown."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "gemma-ft"
+    found = " ".join(error.format_message().split()).removesuffix(".").replace(". Did you", "; did you")
+    found = f"{command}: {found}"
+    return found if found.endswith("?") else f"{found}; {command} --help shows what it takes"
+
+
+def _say_fault_of_ours(error: Exception) -> int:
+    """One line that takes the blame; the traceback only where it was asked for."""
+    from gemma_ft.runtime import debug_enabled
+
+    if debug_enabled():
+        import traceback
+
+        traceback.print_exception(error)
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    found = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return _say(f"a fault of gemma-ft, not of yours: {found} (GEMMA_FT_DEBUG=1 shows the traceback)", CRASHED)

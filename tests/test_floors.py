@@ -1,0 +1,161 @@
+"""The rules of the house that a machine can check: who imports whom, how long a file is, what may not be called."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gemma_ft
+
+PACKAGE = Path(gemma_ft.__file__).resolve().parent
+FLOORS = [
+    ["errors"],
+    ["recipe", "runtime"],
+    ["kernels"],
+    ["data", "model", "adapters"],
+    ["load"],
+    ["load"],  # a model from where it lies; build puts one together from a recipe
+    ["build", "checkpoint", "plan"],
+    ["infer", "export"],
+    ["evaluate"],
+    ["train"],
+    ["cli"],
+    ["__main__"],
+]
+STRANGERS = ("data", "model", "adapters")  # to each other, and to recipes
+HIGHEST = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LIGHT = {"typer", *sys.stdlib_module_names}
+PICKLING = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_shipped" not in path.parts)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module that is imported anywhere in a tree, functions and TYPE_CHECKING blocks included, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((name.name, node.lineno) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield node.module, node.lineno
+            if node.module == "gemma_ft":
+                yield from ((f"gemma_ft.{name.name}", node.lineno) for name in node.names)
+
+
+def rooms_imported(path: Path) -> Iterator[tuple[str, int]]:
+    for module, line in imported(tree_of(path)):
+        top, _, rest = module.partition(".")
+        if top == "gemma_ft" and rest and not rest.startswith("_"):
+            yield rest.split(".")[0], line
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def faults_of(path: Path) -> list[str]:
+    """What a file imports that its floor does not allow."""
+    mine, found = room_of(path), []
+    for room, line in rooms_imported(path):
+        where = f"{name(path)}:{line}: {mine} imports {room}"
+        if room not in HIGHEST:
+            found.append(f"{where}, which has no floor")
+        elif room != mine and HIGHEST[room] >= HIGHEST[mine]:
+            found.append(f"{where}, which is not below it")
+        elif mine in STRANGERS and room == "recipe":
+            found.append(f"{where}: build.py turns recipes into plain arguments")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_go_down_only(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("the public names are handed out lazily from any floor")
+    assert room_of(path) in HIGHEST, f"{name(path)}: give the room a floor in FLOORS"
+    assert faults_of(path) == []
+
+
+def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The walker itself: imports in functions, strangers, a room above, a recipe in a stranger's room."""
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "gemma_ft")
+    bad = tmp_path / "gemma_ft" / "data" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text(
+        "from gemma_ft import build\nfrom gemma_ft.errors import UserError\nimport gemma_ft.model.gemma\n"
+        "def f():\n    from gemma_ft.recipe.load import load_recipe\n"
+    )
+    assert faults_of(bad) == [
+        "gemma_ft/data/bad.py:1: data imports build, which is not below it",
+        "gemma_ft/data/bad.py:3: data imports model, which is not below it",
+        "gemma_ft/data/bad.py:5: data imports recipe: build.py turns recipes into plain arguments",
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_file_is_longer_than_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_function_is_longer_than_a_page(path: Path) -> None:
+    limit = 80 if room_of(path) == "train" else 50
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False) or ""  # a docstring may be as long as it has to say
+            lines = node.end_lineno - node.lineno + 1 - (len(text.splitlines()) if text else 0)
+            assert lines <= limit, f"{name(path)}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def test_init_files_are_empty_but_the_top_one() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        if path != PACKAGE / "__init__.py":
+            assert path.read_bytes() == b"", name(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_environment_is_read_in_one_place(path: Path) -> None:
+    if path == PACKAGE / "runtime.py":
+        pytest.skip("this is the place")
+    for node in ast.walk(tree_of(path)):
+        names = {node.attr} if isinstance(node, ast.Attribute) else set()
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            names = {alias.name for alias in node.names}
+        touched = names & {"environ", "environb", "getenv", "putenv"}
+        assert not touched, f"{name(path)}:{node.lineno}: os.{touched.pop()} is read in runtime.py only"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_nothing_is_pickled(path: Path) -> None:
+    tree = tree_of(path)
+    for module, line in imported(tree):
+        assert module.split(".")[0] not in PICKLING, f"{name(path)}:{line}: {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr not in ("save", "load"), f"{name(path)}:{node.lineno}: torch.{node.attr}"
+        if isinstance(node, ast.keyword | ast.arg):
+            assert node.arg != "trust_remote_code", f"{name(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "cli"], ids=name)
+def test_cli_modules_import_nothing_heavy_at_their_top(path: Path) -> None:
+    for node in tree_of(path).body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        for module, line in imported(node):
+            top, _, rest = module.partition(".")
+            allowed = rest.split(".")[0] in ("", "cli", "errors", "__version__") if top == "gemma_ft" else top in LIGHT
+            assert allowed, f"{name(path)}:{line}: {module}"
+
+
+def test_no_vague_room_names() -> None:
+    for path in FILES:
+        assert not set(path.stem.split("_")) & {"utils", "util", "helpers", "helper", "common", "manager"}, name(path)

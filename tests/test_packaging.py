@@ -1,0 +1,44 @@
+"""pyproject, constraints and what ships: said once, and true."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import gemma_ft
+
+ROOT = Path(gemma_ft.__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="only in a checkout")
+
+
+def pins() -> dict[str, Version]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {
+        re.sub(r"[-_.]+", "-", name).lower(): Version(version) for name, version in (line.split("==") for line in lines)
+    }
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+
+
+@pytest.mark.parametrize("requirement", requirements() if (ROOT / "pyproject.toml").exists() else [], ids=str)
+def test_the_tested_version_of_each_dependency_is_pinned_and_in_range(requirement: Requirement) -> None:
+    assert pins()[requirement.name.lower().replace("_", "-")] in requirement.specifier
+
+
+def test_the_tested_set_is_the_promised_one_and_fits_any_machine() -> None:
+    promised = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "accelerate": "1.15.0",
+                "bitsandbytes": "0.50.2", "datasets": "5.2.0", "wandb": "0.31.0"}  # fmt: skip
+    assert {name: str(pins()[name]) for name in promised} == promised
+    assert all(version.local is None for version in pins().values()), "a +cpu pin shuts CUDA machines out"
+
+
+def test_the_licence_is_the_plain_apache_licence() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert text.rstrip().endswith("limitations under the License.")
