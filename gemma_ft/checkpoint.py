@@ -33,12 +33,11 @@ def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write(staging)
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
     if manifest:
-        entries = {str(path.relative_to(staging)): _fingerprint(path) for path in files}
-        files.append(write_json(staging / MANIFEST, entries))
-    for path in (*files, staging):
-        _sync(path)
+        write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
+    for name in _names(staging):
+        _sync(staging / name)
+    _sync(staging)
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -56,13 +55,16 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 def fault_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, in words; None when every file is there with its size and sha256."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        entries = json.loads(text)
+        if text != as_json(entries) or {*entries, MANIFEST} != _names(folder):
+            return f"{MANIFEST} is damaged, or does not name the files that are there"
         for name, expected in entries.items():
             if _fingerprint(folder / name) != expected:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -127,6 +129,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read what `save_tensors` wrote, onto the CPU."""
     return load_file(str(path))
+
+
+def _names(folder: Path) -> set[str]:
+    """The files of a folder, as paths below it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

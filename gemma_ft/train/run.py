@@ -50,8 +50,9 @@ def train_recipe(
     display.say(f"gemma-ft train {loaded.path} -> {run.root}")
     for note in loaded.notes:
         display.say(f"  note: {note}")
-    if not overwrite:
-        run.claim(resume=resume, overwrite=False)
+    run.check(resume=resume, overwrite=overwrite)
+    if resume:
+        run.check_recipe(recipe)
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
     total = total_steps(recipe, len(data.train.examples))
@@ -59,10 +60,10 @@ def train_recipe(
     if finished is not None and finished >= total:
         display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
         return 0
-    if overwrite:  # only now: a recipe that cannot even be built leaves the old run as it was
-        run.claim(resume=False, overwrite=True)
-    run.write_recipe(recipe, resume=resume)
     model, source = build_model(recipe, tokenizer)
+    if overwrite:  # only now: a run that cannot even be built leaves the old one as it was
+        run.clear()
+    run.write_recipe(recipe)
     display.plan(_plan(recipe, data, model, source, total))
     return _Run(recipe, run, display, tokenizer, data, model, source, total).go(resume)
 

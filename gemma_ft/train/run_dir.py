@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,46 +47,59 @@ class RunDir:
     def _all(self) -> tuple[Path, ...]:
         return (self.recipe, self.metrics, self.evals, self.checkpoints, self.adapter, self.model, self.summary)
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make sure that this run may write here; with `overwrite`, remove the old run (and nothing else).
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """See whether this run may write here, and leave everything as it is.
 
-        Raises: UserError when the directory holds a run and neither flag is given, or it cannot be made.
+        Raises: UserError when the directory holds a run and neither flag is given, or when it cannot be written.
         """
-        holds_run = any(path.exists() for path in self._all)
-        if holds_run and not resume and not overwrite:
+        if self._holds_run() and not resume and not overwrite:
             raise UserError(
                 f"{self.root}: already holds a run; use --resume to go on with it, --overwrite to start again, "
                 "or another output_dir"
             )
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for path in self._all:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
+        nearest = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {self.root}: {nearest} cannot be written to; choose another")
 
-    def write_recipe(self, recipe: Recipe, *, resume: bool) -> None:
-        """Write the resolved recipe; on a resume, first make sure that it still describes the same run.
+    def _holds_run(self) -> bool:
+        return any(path.exists() for path in self._all)
+
+    def clear(self) -> None:
+        """Remove the run that is here, and nothing else that lies beside it."""
+        for path in self._all:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Before a resume: the recipe must still describe the run that is here.
 
         Raises: UserError naming every key that changed and would change the numbers.
         """
-        text = dump_recipe(recipe)
-        if resume and self.recipe.exists():
-            before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
-            after = _flat(yaml.safe_load(text))
-            changed = [
-                f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
-                for key in sorted({*before, *after})
-                if before.get(key) != after.get(key)
-                and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.root}: cannot resume with another recipe: {'; '.join(changed)}; "
-                    "restore it, or start a new output_dir"
-                )
-        replace_text(self.recipe, text)
+        if not self.recipe.exists():
+            return
+        before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+        after = _flat(yaml.safe_load(dump_recipe(recipe)))
+        changed = [
+            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key)
+            and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.root}: cannot resume with another recipe: {'; '.join(changed)}; "
+                "restore it, or start a new output_dir"
+            )
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe; from here on the directory holds a run.
+
+        Raises: UserError when it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            replace_text(self.recipe, dump_recipe(recipe))
+        except OSError as error:
+            raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
 
     def steps_finished(self) -> int | None:
         """Steps of a run that came to its end, or None."""

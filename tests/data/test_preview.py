@@ -49,7 +49,7 @@ def test_colours_tell_trained_masked_and_control_apart(encoder: ChatEncoder) -> 
     styles = {text.plain[span.start : span.end].strip(): str(span.style) for span in text.spans}
     assert styles["<bos>"] == styles["<start_of_turn>"] == "magenta"
     asked, answered = text.plain.index("Hi"), text.plain.index("Yes")
-    assert {str(span.style) for span in text.spans if asked <= span.start < asked + 17} == {"grey70", "grey50"}
+    assert {str(span.style) for span in text.spans if asked <= span.start < asked + 16} == {"grey70", "grey50"}
     assert {str(span.style) for span in text.spans if answered <= span.start < answered + 9} == {"green", "bold green"}
     ends = [str(span.style) for span in text.spans if text.plain[span.start : span.end] == "<end_of_turn>"]
     assert ends == ["magenta", "bold black on green"]  # the typed one is text, in several tokens

@@ -1,5 +1,6 @@
 """Files as rows with their places, and every kind of damage as one clear line."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from gemma_ft.data.formats import parse_rows
+from gemma_ft.data.items import Conversation, Document
 from gemma_ft.data.sources import Row, read_rows
 from gemma_ft.errors import DataError
 
@@ -153,3 +158,48 @@ def test_folders_and_unknown_types(file: File) -> None:
     kinds = ".jsonl, .json, .csv, .parquet or .txt"
     assert message("chats") == f"chats: is a folder; name one file in it ({kinds})"
     assert message("a.docx") == f"a.docx: cannot tell the file type from '.docx'; use {kinds}"
+
+
+def test_a_carriage_return_inside_a_row_does_not_end_it(file: File) -> None:
+    assert read_rows(file("a.jsonl", b'{"text":\r"a"}\r\n')) == [Row("a.jsonl:1", {"text": "a"})]
+
+
+def test_the_csv_modules_own_limit_is_given_back(file: File) -> None:
+    before = csv.field_size_limit(123_456)
+    try:
+        read_rows(file("a.csv", "text\na\n"))
+        message(file("b.csv", 'text\n"a\n'))
+        assert csv.field_size_limit() == 123_456
+    finally:
+        csv.field_size_limit(before)
+
+
+SEEDS = {
+    ".jsonl": b'{"prompt": "a", "completion": "b"}\n{"text": null}\n{"messages": [{"role": "user", "content": "a"}]}',
+    ".json": b'[{"instruction": "a", "output": ["b"]}, {"conversations": [{"from": "gpt", "value": "x"}]}]',
+    ".csv": b'question,answer\r\n"a, ""b""","one\ntwo"\r\nc,d\r\n',
+    ".txt": b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n",
+    ".parquet": b"PAR1\x15\x04\x15\x10PAR1",
+}
+SPLICES = st.sampled_from(
+    [b"", b"\x00", b"\xff", b'"', b"{", b"]", b"\\ud800", b"\n", b"\r", b",", b"null", b"1e999", b"[" * 3000]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(suffix=st.sampled_from(sorted(SEEDS)), edits=st.lists(st.tuples(st.integers(0, 120), SPLICES), max_size=4))
+def test_damaged_bytes_are_rows_or_a_plain_complaint(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, edits: list[tuple[int, bytes]]
+) -> None:
+    data = SEEDS[suffix]
+    for at, splice in edits:
+        data = data[:at] + splice + data[at + 1 :]
+    path = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    path.write_bytes(data)
+    items, complaint = [], ""
+    try:
+        items = parse_rows(read_rows(str(path)))
+    except DataError as error:  # and nothing else
+        complaint = str(error)
+    assert complaint.startswith(str(path)) != bool(items)
+    assert all(isinstance(item, Conversation | Document) for item in items)

@@ -65,6 +65,18 @@ def test_sdpa_equals_eager_and_both_equal_the_formula(kv_heads: int) -> None:
     assert relative(eager[1, head, row], weights @ value[1, shared, low : row + 1]) <= 1e-13
 
 
+def test_fault_12_a_query_without_any_key_never_reaches_sdpa() -> None:
+    """Such a row is NaN on some of SDPA's kernels and zero on others: it is opened to all keys before."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 4, 6, generator=draw)
+    visible = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    visible[..., 1, :] = False
+    found = sdpa_attention(query, key, value, visible, scale=0.7)
+    open_row = torch.softmax(0.7 * query[:, :, 1:2] @ key.mT, dim=-1) @ value
+    assert relative(found[:, :, 1:2], open_row) <= 1e-6
+    assert eager_attention(query, key, value, visible, scale=0.7).isfinite().all()
+
+
 @pytest.mark.parametrize("shape", ["gemma-2b", "gemma-7b"])
 def test_gemma_1_is_the_same_on_sdpa_and_eager(shape: str) -> None:
     ids = token_rows()
@@ -103,7 +115,9 @@ def test_dropout_of_attention_acts_in_training_only() -> None:
         ("sdpa", None, AttentionChoice("sdpa", "asked for")),
     ],
 )
-def test_the_resolver_chooses_and_says_why(requested: str | None, softcap: float | None, choice: AttentionChoice) -> None:
+def test_the_resolver_chooses_and_says_why(
+    requested: str | None, softcap: float | None, choice: AttentionChoice
+) -> None:
     assert resolve_attention(requested, softcap) == choice
 
 

@@ -22,7 +22,9 @@ def model_of(shape: str) -> GemmaForCausalLM:
     return ours(shape, dtype=torch.float64, num_hidden_layers=2).train()
 
 
-def accumulated(model: GemmaForCausalLM, ids: Tensor, labels: Tensor, parts: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+def accumulated(
+    model: GemmaForCausalLM, ids: Tensor, labels: Tensor, parts: list[list[int]]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients summed over the micro-batches, each divided by the labelled tokens of the whole batch."""
     items = (labels[:, 1:] != -100).sum()
     model.zero_grad()
@@ -38,7 +40,7 @@ def accumulated(model: GemmaForCausalLM, ids: Tensor, labels: Tensor, parts: lis
 def cuts(draw: st.DrawFn) -> list[list[int]]:
     """The rows in any order, cut anywhere: micro-batches of unequal sizes, the last one short."""
     order = draw(st.permutations(range(ROWS)))
-    ends = sorted(draw(st.sets(st.integers(1, ROWS - 1)))) + [ROWS]
+    ends = [*sorted(draw(st.sets(st.integers(1, ROWS - 1)))), ROWS]
     return [list(order[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -38,7 +38,9 @@ def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | 
 @pytest.mark.parametrize("upstream", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000, None])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_value_and_gradients_equal_plain_cross_entropy(softcap: float | None, chunk_rows: int | None, upstream: float) -> None:
+def test_value_and_gradients_equal_plain_cross_entropy(
+    softcap: float | None, chunk_rows: int | None, upstream: float
+) -> None:
     hidden, weight, labels = inputs()
     expected = plain_loss(hidden, weight, labels, softcap)
     wanted = torch.autograd.grad(expected * upstream, (hidden, weight))
@@ -67,7 +69,8 @@ def test_no_labelled_row_is_a_finite_zero(trained_head: bool) -> None:
     found = fused_head_loss(hidden, weight, torch.full_like(labels, IGNORED), softcap=30.0)
     found.loss_sum.backward()
     assert (found.loss_sum, found.token_count, found.correct_count) == (0, 0, 0)
-    assert hidden.grad is not None and not hidden.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
     assert weight.grad is None if not trained_head else not weight.grad.any()
 
 
@@ -87,7 +90,8 @@ def test_a_frozen_head_gets_no_gradient_and_keeps_nothing_of_its_size() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(tuple(x.shape)), x)[1], lambda x: x):
         found = fused_head_loss(hidden, frozen, labels, softcap=30.0)
     torch.testing.assert_close(torch.autograd.grad(found.loss_sum, hidden)[0], wanted, rtol=TOLERANCE, atol=TOLERANCE)
-    assert kept and all(WORDS not in shape for shape in kept), kept
+    assert kept
+    assert all(WORDS not in shape for shape in kept), kept
 
 
 def test_frozen_hidden_states_still_train_the_head() -> None:
@@ -103,7 +107,9 @@ def test_no_grad_gives_the_same_value_and_no_graph() -> None:
     with torch.no_grad():
         found = fused_head_loss(hidden, weight, labels, softcap=30.0)
     assert not found.loss_sum.requires_grad
-    torch.testing.assert_close(found.loss_sum, plain_loss(hidden, weight, labels, 30.0).detach(), rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(
+        found.loss_sum, plain_loss(hidden, weight, labels, 30.0).detach(), rtol=TOLERANCE, atol=0
+    )
 
 
 def test_hidden_states_may_be_used_elsewhere_too() -> None:
@@ -131,7 +137,9 @@ def test_bf16_gradients_are_accumulated_in_float32() -> None:
     hidden, weight, labels = inputs()
     small_hidden = hidden.detach().bfloat16().requires_grad_()
     small_weight = weight.detach().bfloat16().requires_grad_()
-    wanted = torch.autograd.grad(plain_loss(small_hidden.double(), small_weight.double(), labels, 30.0), small_weight)[0]
+    wanted = torch.autograd.grad(plain_loss(small_hidden.double(), small_weight.double(), labels, 30.0), small_weight)[
+        0
+    ]
     found = fused_head_loss(small_hidden, small_weight, labels, softcap=30.0, chunk_rows=1)
     assert found.loss_sum.dtype == torch.float32
     grads = torch.autograd.grad(found.loss_sum, (small_hidden, small_weight))

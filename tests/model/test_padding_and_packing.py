@@ -18,7 +18,7 @@ def documents(seed: int = 0) -> list[Tensor]:
 
 
 def packed(parts: list[Tensor], pad: int = 0) -> dict[str, Tensor]:
-    """One row of all parts: ids, positions from 0 in each, document ids, labels without any first token; `pad` at its end."""
+    """One row of all parts: ids, positions from 0 in each, document ids, no label on first tokens; `pad` at its end."""
     ids = torch.cat(parts, dim=1)
     positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
     numbers = torch.cat([torch.full((part.shape[1],), index) for index, part in enumerate(parts)])[None]
@@ -35,7 +35,11 @@ def alone(model: GemmaForCausalLM, parts: list[Tensor]) -> tuple[Tensor, Tensor,
     logits = torch.cat([model.eval()(part).logits for part in parts], dim=1)
     losses = [model.train()(part, labels=part, num_items_in_batch=1).loss for part in parts]
     torch.stack(losses).sum().backward()
-    return logits.detach(), torch.stack(losses).sum().detach(), {name: g.clone() for name, g in gradients(model).items()}
+    return (
+        logits.detach(),
+        torch.stack(losses).sum().detach(),
+        {name: g.clone() for name, g in gradients(model).items()},
+    )
 
 
 @pytest.mark.parametrize("how", ["document_ids", "position_ids"])
@@ -107,7 +111,8 @@ def test_fault_12_rows_without_any_visible_key_stay_finite(shape: str) -> None:
         model = ours(shape, dtype=dtype).train()
         output = model(ids, attention_mask=mask, labels=labels, skip_logits=False)
         output.loss.backward()
-        assert output.logits.isfinite().all() and output.loss.isfinite()
+        assert output.logits.isfinite().all()
+        assert output.loss.isfinite()
         assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
@@ -128,7 +133,8 @@ def test_fault_28_packing_leaks_nothing_between_documents(shape: str) -> None:
     only_last = labels.clone()
     only_last[:, : last.start] = -100
     model.train()(inputs_embeds=embedded, labels=only_last, **row).loss.backward()
-    assert not embedded.grad[:, : last.start].any() and embedded.grad[:, last].any()
+    assert not embedded.grad[:, : last.start].any()
+    assert embedded.grad[:, last].any()
 
 
 def test_misuse_of_masks_is_refused() -> None:
@@ -136,5 +142,5 @@ def test_misuse_of_masks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^attention_mask must be \[batch, tokens\], got \(2, 1, 21, 21\)$"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21))
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="^document_ids cannot be combined with a filled cache$"):
+    with pytest.raises(ValueError, match=r"^document_ids cannot be combined with a filled cache$"):
         model(ids[:, :1], past_key_values=cache, document_ids=torch.zeros(2, 1))

@@ -1,7 +1,7 @@
 """Tiny models that show every fault: each published Gemma in its own proportions, with loud random weights.
 
-Default initial weights are so small that attention is nearly uniform, both caps are nearly linear and a norm of 1 + 0 hides
-its cast order. Here the weights are amplified until caps, window, positions and norms all move the logits.
+Default initial weights are so small that attention is nearly uniform, both caps are nearly linear, and a norm of 1 + 0
+hides its cast order. Here the weights are amplified until caps, window, positions and norms all move the logits.
 """
 
 from __future__ import annotations

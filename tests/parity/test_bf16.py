@@ -1,7 +1,7 @@
 """bfloat16: our distance from the truth is no larger than transformers' own, over several seeds.
 
-The truth is the same bf16 weights computed in float64, from the same embedded tokens (the normaliser sqrt(D) is rounded to
-bf16 on purpose, which is no error: `test_fault_04` holds it down).
+The truth is the same bf16 weights computed in float64, from the same embedded tokens (the normaliser sqrt(D) is
+rounded to bf16 on purpose, which is no error; a test of fault 4 covers it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.parity.amplified import SHAPES, gradients, masked_labels, ours, reference, token_rows
 
 SEEDS = range(6)
-SLACK = 1.2  # of root mean square error, against the noise of six draws
+SLACK = 1.05  # of root mean square error; 0.72 to 0.94 was seen, ours keeps more steps in float32
 
 
 def rms(x: Tensor) -> float:
@@ -43,7 +43,7 @@ def test_logits_in_bf16_are_within_the_references_own_rounding(shape: str) -> No
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_in_bf16_are_within_the_references_own_rounding(shape: str) -> None:
-    """Every parameter but the embedding, whose truth would need gradients through the rounded normaliser; scaled by size."""
+    """Every parameter, scaled by size, but the embedding: its truth would need the rounded normaliser's gradient."""
     our_error, their_error = [], []
     for seed in SEEDS:
         truth_model, embedded = truth_for(shape, seed)
@@ -65,7 +65,7 @@ def test_gradients_in_bf16_are_within_the_references_own_rounding(shape: str) ->
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_autocast_sees_the_same_embedding_as_a_bf16_model(shape: str) -> None:
-    """Full training keeps float32 weights under bf16 autocast: its normaliser must be the one it will be served with."""
+    """Full training keeps float32 weights under bf16 autocast: its normaliser must be the one it is served with."""
     ids = token_rows()
     weights = ours(shape)
     with torch.autocast("cpu", torch.bfloat16):

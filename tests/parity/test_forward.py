@@ -121,5 +121,5 @@ def test_hidden_states_equal_transformers(shape: str) -> None:
 def test_embeddings_given_in_place_of_ids_are_not_scaled_again(shape: str) -> None:
     ids, model = token_rows(), ours(shape)
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="^pass exactly one of input_ids and inputs_embeds$"):
+    with pytest.raises(ValueError, match=r"^pass exactly one of input_ids and inputs_embeds$"):
         model()

@@ -1,4 +1,4 @@
-"""Generation through transformers' `generate` and its caches: cached = uncached logits past the window, greedy tokens."""
+"""Generation through transformers' `generate` and its caches: cached = uncached past the window, and greedy tokens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_fault_14_cached_logits_equal_uncached_ones_past_the_window(shape: str, 
             assert relative(found[mask.bool()], whole[mask.bool()]) <= TOLERANCE, type(cache)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_of_a_ragged_batch_equal_transformers(shape: str, options: dict[str, Any]) -> None:
     ids, mask = ragged_prompts()

@@ -30,7 +30,9 @@ def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
 def test_every_gradient_equals_transformers(shape: str, seed: int) -> None:
     ids = token_rows(seed=seed)
     inputs = {"labels": masked_labels(ids, seed), "num_items_in_batch": 19}
-    assert_equal_gradients(trained(ours(shape, seed=seed), ids, **inputs), trained(reference(shape, seed=seed), ids, **inputs))
+    assert_equal_gradients(
+        trained(ours(shape, seed=seed), ids, **inputs), trained(reference(shape, seed=seed), ids, **inputs)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,4 +1,4 @@
-"""Folders move both ways: transformers opens what we save, we open what it saves, sharded or quantized, with equal logits."""
+"""Folders move both ways with equal logits: transformers opens what we save, we open what it saves, sharded or nf4."""
 
 from __future__ import annotations
 

@@ -11,7 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from gemma_ft.model.gemma import GemmaForCausalLM
-from tests.parity.amplified import FIRST, SECOND, SHAPES, gradients, masked_labels, ours, reference, relative, token_rows
+from tests.parity.amplified import (
+    FIRST,
+    SECOND,
+    SHAPES,
+    gradients,
+    masked_labels,
+    ours,
+    reference,
+    relative,
+    token_rows,
+)
 
 TOLERANCE = 1e-5
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}

@@ -89,6 +89,16 @@ def test_extends_merges_blocks_and_points_at_the_file_at_fault(write: Write) -> 
     ]
 
 
+def test_a_fault_is_where_the_value_in_force_was_written(write: Write) -> None:
+    path = write(GOOD + "train:\n  global_batch_size: 30\n")
+    text = "train.global_batch_size: {} is not a multiple of micro_batch_size 4; use micro_batch_size {}"
+    assert refusal(path)[0].startswith("my.yaml:7: " + text.format(30, "3 or 5"))
+    assert refusal(path, "train.global_batch_size=31")[0].startswith("command line: " + text.format(31, "1 or 31"))
+    fault = "train.global_batch_size: 32 is not a multiple of micro_batch_size 5"
+    assert refusal(path, "train=", "train.micro_batch_size=5")[0].startswith(f"command line: {fault}")
+    assert refusal(path, "~train.global_batch_size", "train.micro_batch_size=5")[0].startswith(f"my.yaml:6: {fault}")
+
+
 def test_extends_finds_shipped_recipes(write: Write) -> None:
     child = write("extends: sft_2b\noutput_dir: runs/mine\nmodel: {preset: gemma-7b}\n")
     recipe = load_recipe(child).recipe
@@ -106,9 +116,9 @@ def test_faults_of_extends(write: Write) -> None:
 
 
 def test_yaml_1_2_scalars(write: Write) -> None:
-    path = write(GOOD + "train: {learning_rate: 2e-4, epochs: 1.}\nlogging: {project: on, run_name: no}\nseed: 0x1F\n")
+    path = write(GOOD + "train: {learning_rate: 2e-4, epochs: 1e1}\nlogging: {project: on, run_name: no}\nseed: 0x1F\n")
     recipe = load_recipe(path).recipe
-    assert (recipe.train.learning_rate, recipe.train.epochs, recipe.seed) == (2e-4, 1, 31)
+    assert (recipe.train.learning_rate, recipe.train.epochs, recipe.seed) == (2e-4, 10, 31)
     assert (recipe.logging.project, recipe.logging.run_name) == ("on", "no")
     assert load_recipe(path, ["logging.project=1_000", "seed=0o17"]).recipe.seed == 15
 

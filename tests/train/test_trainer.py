@@ -187,6 +187,21 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
+def test_each_epoch_sees_every_row_once_in_its_own_order(recipe_for: RecipeFor) -> None:
+    trainer = make_trainer(recipe_for("strategy=lora"))
+    trainer.args.max_steps = 6  # two epochs of 10 rows in steps of 4
+    seen: list[tuple[int, ...]] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(tuple(row[row > 0].tolist()) for row in kwargs["input_ids"]),
+        with_kwargs=True,
+    )
+    trainer.train()
+    first, second = seen[:10], seen[10:]
+    assert len(set(first)) == len(second) == 10
+    assert set(first) == set(second)
+    assert first != second
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_learning_rate_warms_up_and_never_is_zero(schedule: Any) -> None:
     factors = [learning_rate_factor(step, total_steps=20, warmup_steps=4, schedule=schedule) for step in range(20)]

@@ -1,0 +1,80 @@
+"""Checkpoints are whole or not there, and damage of any file is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_ft.checkpoint import MANIFEST, checkpoint_folder, commit_folder, fault_of, newest_valid, prune, save_tensors
+from gemma_ft.errors import CheckpointError
+
+
+def write(folder: Path) -> None:
+    save_tensors(folder / "a.safetensors", {"x": torch.arange(6.0)})
+    (folder / "b.json").write_text("{}\n")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, flip, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["a.safetensors", "b.json", MANIFEST])
+def test_every_damage_is_found(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    folder = checkpoint_folder(tmp_path, 3)
+    commit_folder(folder, write)
+    assert fault_of(folder) is None
+    damage(folder / name)
+    assert fault_of(folder) is not None
+
+
+def test_a_write_that_dies_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    commit_folder(target, write)
+
+    def dies(folder: Path) -> None:
+        (folder / "a.safetensors").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        commit_folder(target, dies)
+    assert fault_of(target) is None
+    commit_folder(target, write)  # the staging folder that was left is no obstacle
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_the_newest_valid_one_is_found(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert newest_valid(tmp_path / "none", said.append) is None
+    for step in (5, 10, 20):
+        commit_folder(checkpoint_folder(tmp_path, step), write)
+    (tmp_path / ".step-00000030.staging").mkdir()
+    (tmp_path / "step-99").mkdir()
+    flip(checkpoint_folder(tmp_path, 20) / "a.safetensors")
+    assert newest_valid(tmp_path, said.append) == checkpoint_folder(tmp_path, 10)
+    assert said == [f"{checkpoint_folder(tmp_path, 20)}: a.safetensors is damaged; trying an older checkpoint"]
+    for step in (5, 10):
+        (checkpoint_folder(tmp_path, step) / "b.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        newest_valid(tmp_path, said.append)
+    assert str(caught.value) == f"{tmp_path}: none of the 3 checkpoints is intact; use --overwrite to start again"
+
+
+def test_pruning_waits_for_a_valid_successor(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        commit_folder(checkpoint_folder(tmp_path, step), write)
+    flip(checkpoint_folder(tmp_path, 3) / "b.json")
+    prune(tmp_path, 1)
+    assert len(list(tmp_path.iterdir())) == 3
+    commit_folder(checkpoint_folder(tmp_path, 4), write)
+    prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
