@@ -15,7 +15,7 @@ from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.dataset import Item, Prepared, prepare, split_by_hash
-from gemma_ft.data.formats import parse_rows
+from gemma_ft.data.formats import detect_format, parse_rows
 from gemma_ft.data.items import Conversation
 from gemma_ft.data.preview import preview
 from gemma_ft.data.sources import Row, read_rows
@@ -64,6 +64,7 @@ class BuiltData:
     held_out: Prepared | None
     held_out_items: Sequence[Item]
     train_source: str
+    train_format: str  # the format of the training rows, and why
     eval_source: str | None
 
 
@@ -72,7 +73,8 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
     data = recipe.data
     encoder = ChatEncoder(tokenizer, data.system)
     rows = read_source(data, data.train)
-    items: Sequence[Item] = parse_rows(rows, format=data.format, columns=data.columns)
+    form, why = detect_format(rows, data.columns) if data.format == "auto" else (data.format, "named in the recipe")
+    items: Sequence[Item] = parse_rows(rows, format=form, columns=data.columns)
     eval_source = data.eval
     if data.eval is not None:
         held_out: Sequence[Item] = _held_out_items(data, read_source(data, data.eval), rows)
@@ -87,6 +89,7 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
         else None,
         held_out_items=held_out,
         train_source=data.train,
+        train_format=f"{form}: {why}",
         eval_source=eval_source,
     )
 
@@ -115,6 +118,7 @@ def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
     for note in loaded.notes:
         print(f"note: {note}")
     data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
+    print(f"format: {data.train_format}")
     return preview(data.train, data.encoder, rows=rows)
 
 

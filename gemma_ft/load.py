@@ -11,6 +11,7 @@ import torch
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import keep_trainable, quantization_config
+from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -120,6 +121,16 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     return model.eval()
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a run directory, an adapter or model folder, or a hub id, ready for text and chats.
+
+    Raises: UserError when there is none, or it is not Gemma's.
+    """
+    folder = Path(located(str(path)))
+    inside = (folder / "adapter", folder / "model")
+    return tokenizers.load_tokenizer(str(next(filter(Path.is_dir, inside), folder)), revision=revision)
 
 
 def _base_of(adapter: Path) -> Source:

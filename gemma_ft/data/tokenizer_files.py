@@ -4,8 +4,6 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from transformers.utils.hub import cached_file
-
 from gemma_ft.data.template import SystemPolicy, chat_template
 
 
@@ -13,16 +11,10 @@ def save_tokenizer(tokenizer: Any, folder: Path, *, system_policy: SystemPolicy)
     """Write the tokenizer's files, with the chat template of this system policy, into `folder`.
 
     transformers leaves tokenizer.model behind, which GGUF needs for its scores: it is copied from where the tokenizer
-    came.
+    came from.
     """
     tokenizer.chat_template = chat_template(system_policy)
     tokenizer.save_pretrained(str(folder))
-    origin = cached_file(
-        tokenizer.name_or_path,
-        "tokenizer.model",
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if origin is not None:
-        copyfile(origin, folder / "tokenizer.model")
+    pieces = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if pieces.is_file():
+        copyfile(pieces, folder / pieces.name)

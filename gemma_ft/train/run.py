@@ -259,6 +259,7 @@ def _plan(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, to
         ("attention", f"{choice.name}: {choice.reason}"),
         ("data", f"{data.train_source}: {lines[0]}"),
         *(("", line) for line in lines[1:]),
+        ("format", data.train_format),
     ]
     if data.held_out is not None:
         rows.append(("held out", f"{data.eval_source}: {data.held_out.stats.rows:,} rows"))
