@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import keep_trainable, quantization_config
@@ -16,6 +18,9 @@ from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
+
+# What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
+LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 
 
 def located(name: str) -> str:
@@ -73,7 +78,7 @@ def load_base(
         model = GemmaForCausalLM.from_pretrained(source.name, **options)
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # what transformers and huggingface_hub raise for files, names and access
+    except LOAD_ERRORS as error:
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
     keep_trainable(model)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from gemma_ft.load import Source, load_model, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import shipped_recipes
+from gemma_ft.recipe.paths import shipped_recipes, shipped_root
 from gemma_ft.recipe.schema import Recipe
 
+DATA = shipped_root() / "data"
 LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
 
 
@@ -115,3 +117,32 @@ def test_an_unreachable_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     assert message(build_model, recipe, build_tokenizer(recipe)) == (
         "google/gemma-2b: not in the local cache and the hub cannot be reached; connect once, or name a local path"
     )
+
+
+def broken(tmp_path: Path, **changes: Any) -> Path:
+    """A copy of the tiny Gemma's folder with other config fields (None removes one)."""
+    config = json.loads((DATA / "gemma-tiny" / "config.json").read_text())
+    config.update({key: value for key, value in changes.items() if value is not None})
+    for key in [key for key, value in changes.items() if value is None]:
+        config.pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((DATA / "gemma-tiny" / "model.safetensors").read_bytes())
+    return tmp_path
+
+
+def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
+    for name, changes in {
+        "other": {"model_type": "llama"},
+        "none": {"model_type": None},
+        "typed": {"head_dim": "x"},
+    }.items():
+        (tmp_path / name).mkdir()
+        text = message(load_model, broken(tmp_path / name, **changes))
+        assert text.startswith((f"{tmp_path / name}: ", "model_type 'llama' is not Gemma 1 or 2"))
+        assert len(text.splitlines()) == 1
+    folder = broken(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert message(load_model, folder).startswith(f"{folder}: the model cannot be loaded: ")
+    (folder / "model.safetensors").unlink()
+    assert message(load_model, folder).startswith(f"{folder}: the model cannot be loaded: ")

@@ -35,6 +35,21 @@ def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | 
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
+class Recorder(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation gives, and counts matrix products."""
+
+    elements = 0
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func is torch.ops.aten.mm.default
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000, None])
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -104,8 +119,9 @@ def test_frozen_hidden_states_still_train_the_head() -> None:
 
 def test_no_grad_gives_the_same_value_and_no_graph() -> None:
     hidden, weight, labels = inputs()
-    with torch.no_grad():
-        found = fused_head_loss(hidden, weight, labels, softcap=30.0)
+    with torch.no_grad(), Recorder() as seen:
+        found = fused_head_loss(hidden, weight, labels, softcap=30.0, chunk_rows=1000)
+    assert seen.products == 1, "gradients were computed for nobody"
     assert not found.loss_sum.requires_grad
     torch.testing.assert_close(
         found.loss_sum, plain_loss(hidden, weight, labels, 30.0).detach(), rtol=TOLERANCE, atol=0
@@ -134,8 +150,10 @@ def test_two_losses_on_one_input_add_up() -> None:
 
 
 def test_bf16_gradients_are_accumulated_in_float32() -> None:
+    """Many small chunks: a bf16 sum would stop growing after a few hundred."""
     hidden, weight, labels = inputs()
-    small_hidden = hidden.detach().bfloat16().requires_grad_()
+    labels = labels.repeat(1, 60)
+    small_hidden = hidden.detach().bfloat16().repeat(1, 60, 1).requires_grad_()
     small_weight = weight.detach().bfloat16().requires_grad_()
     wanted = torch.autograd.grad(plain_loss(small_hidden.double(), small_weight.double(), labels, 30.0), small_weight)[
         0
@@ -147,28 +165,15 @@ def test_bf16_gradients_are_accumulated_in_float32() -> None:
     assert (grads[1] - wanted).norm() < 0.01 * wanted.norm()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("shape", [FIRST, SECOND])
 def test_training_never_builds_the_logits_of_a_sequence(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma_ft.model.lm_head.CHUNK_BYTES", 4 * 5003 * 16)
     model, ids = ours(shape, vocab_size=5003, num_hidden_layers=1).train(), token_rows(4, 80)
     model.requires_grad_(False).model.norm.requires_grad_(True)
-    with LargestTensor() as largest:
+    with Recorder() as seen:
         model(ids, labels=masked_labels(ids)).loss.backward()
     head = model.lm_head.weight.numel()
-    assert largest.elements <= head < 4 * 80 * 5003, largest.elements
-    with LargestTensor() as largest:
+    assert seen.elements <= head < 4 * 80 * 5003, seen.elements
+    with Recorder() as seen:
         model.eval()(ids)
-    assert largest.elements == 4 * 80 * 5003, "the recorder sees logits where they are built"
+    assert seen.elements == 4 * 80 * 5003, "the recorder sees logits where they are built"

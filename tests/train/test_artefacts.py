@@ -71,7 +71,6 @@ def test_the_full_model_opens_in_stock_transformers(recipe_for: RecipeFor, train
     assert type(stock).__module__.startswith("transformers.")
     expected = logits(stock)
     assert (logits(load_model(out, dtype=torch.float32)) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert "lm_head.weight" not in load_file(str(out / "model" / "model.safetensors"))
     tokenizer = load_tokenizer(str(out / "model"))
     stops = ChatEncoder(tokenizer).stop_ids
     assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == stops
@@ -121,6 +120,14 @@ def test_the_summary_has_what_others_rely_on(recipe_for: RecipeFor, train: Train
     assert summary["tokens"] > 100
     assert len(summary["samples"]) == 3
     assert summary["samples"][0].keys() == {"prompt", "expected", "before", "after"}
+
+
+def test_fault_22_no_stray_head_and_no_grown_vocabulary(recipe_for: RecipeFor, train: Train, small_gemma: Path) -> None:
+    out = trained(recipe_for, train, "strategy=full")
+    before, after = (load_file(str(folder / "model.safetensors")) for folder in (small_gemma, out / "model"))
+    assert {name: weight.shape for name, weight in after.items()} == {name: w.shape for name, w in before.items()}
+    assert "lm_head.weight" not in after
+    assert len(load_tokenizer(out)) == after["model.embed_tokens.weight"].shape[0]
 
 
 def test_fault_16_full_training_keeps_head_and_embedding_tied(recipe_for: RecipeFor, train: Train) -> None:
