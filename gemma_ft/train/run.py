@@ -27,7 +27,7 @@ from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import save_result
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.run_dir import RunDir, append_line
-from gemma_ft.train.state import load_state
+from gemma_ft.train.state import load_state, load_weights
 from gemma_ft.train.trackers import Tracker, build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
 
@@ -97,7 +97,12 @@ class _Run:
             progress.extra["before"] = {**score.figures(), "answers": score.answers[:SAMPLES_KEPT]}
         self.display.start(self.total, progress.step)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and progress.step >= self.total:
+                load_weights(
+                    checkpoint, self.model
+                )  # only scoring and saving are left; Trainer would take one step more
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             self.display.say(f"stopped after step {progress.step}; --resume goes on from the newest checkpoint")
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,21 @@ def test_resume_of_a_finished_run_says_so(recipe_for: RecipeFor, train: Train, t
     before = train(loaded)
     assert train(loaded, resume=True) == before
     assert "already finished, 4 steps; nothing to do" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_run_killed_after_its_last_step_takes_no_step_more(recipe_for: RecipeFor, train: Train) -> None:
+    loaded = recipe_for("strategy=lora")
+    before = train(loaded)
+    out = Path(loaded.recipe.output_dir)
+    summary = json.loads((out / "summary.json").read_text())
+    adapter = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "adapter")
+    assert train(loaded, resume=True) == before
+    again = load_file(str(out / "adapter" / "adapter_model.safetensors"))
+    assert all((adapter[name] == again[name]).all() for name in adapter)
+    for key in ("steps", "tokens", "train_loss", "eval_before", "eval_after"):
+        assert json.loads((out / "summary.json").read_text())[key] == summary[key]
 
 
 def test_a_finished_run_can_go_on_for_longer(recipe_for: RecipeFor, train: Train) -> None:
