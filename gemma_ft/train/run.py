@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, conversations
@@ -21,12 +20,13 @@ from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.evaluate.held_out import Question, Score, exact_match, held_out_loss
 from gemma_ft.load import Source
-from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import save_result
 from gemma_ft.train.display import Display, show_summary
+from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir, append_line
+from gemma_ft.train.settings import total_steps, training_arguments
 from gemma_ft.train.state import load_state, load_weights
 from gemma_ft.train.trackers import Tracker, build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
@@ -64,7 +64,7 @@ def train_recipe(
     if overwrite:  # only now: a run that cannot even be built leaves the old one as it was
         run.clear()
     run.write_recipe(recipe)
-    display.plan(_plan(recipe, data, model, source, total))
+    display.plan(outlook(recipe, data, model, source, total))
     return _Run(recipe, run, display, tokenizer, data, model, source, total).go(resume)
 
 
@@ -141,7 +141,7 @@ class _Run:
 
         return GemmaTrainer(
             self.model,
-            _arguments(recipe, self.run.checkpoints, self.total, evaluates=held_out is not None),
+            training_arguments(recipe, self.run.checkpoints, self.total, evaluates=held_out is not None),
             train_dataset=Dataset.from_list(self.data.train.examples),
             eval_dataset=Dataset.from_list(held_out.examples) if held_out else None,
             collator=Collator(self.data.encoder.control.pad),
@@ -200,76 +200,3 @@ class _Run:
             "data": self.data.train.stats.as_dict(),
             "versions": runtime.versions(),
         }
-
-
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run over so many examples; the last step of an epoch may be a smaller batch."""
-    per_epoch = math.ceil(examples / recipe.train.global_batch_size)
-    return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
-
-
-def _arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluates: bool) -> SFTConfig:
-    """A recipe as TRL's settings; whatever a library would do on its own (reports, progress bars, datasets) is switched
-    off.
-    """
-    train = recipe.train
-    evals = recipe.eval.every_steps if evaluates else None
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        seed=recipe.seed,
-        max_steps=total,
-        per_device_train_batch_size=train.micro_batch_size,
-        per_device_eval_batch_size=recipe.eval.batch_size,
-        gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=False,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=recipe.checkpoint.every_steps or total,
-        eval_strategy="steps" if evals else "no",
-        eval_steps=evals,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        packing=False,
-        padding_free=False,
-        max_length=None,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=runtime.default_device().type == "cpu",
-    )
-
-
-def _plan(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, total: int) -> list[tuple[str, str]]:
-    """What is about to happen, in lines a person can check."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    how = {
-        "full": f"all {trainable:,} weights trained",
-        "lora": f"LoRA: {trainable:,} weights trained",
-        "qlora": f"{recipe.quantize.kind if recipe.quantize else ''} + LoRA: {trainable:,} weights trained",
-    }[recipe.strategy]
-    choice = resolve_attention(recipe.model.attention, base.model.numerics.attn_softcap)
-    train = recipe.train
-    lines = data.train.stats.describe().splitlines()
-    rows = [
-        ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
-        ("attention", f"{choice.name}: {choice.reason}"),
-        ("data", f"{data.train_source}: {lines[0]}"),
-        *(("", line) for line in lines[1:]),
-        ("format", data.train_format),
-    ]
-    if data.held_out is not None:
-        rows.append(("held out", f"{data.eval_source}: {data.held_out.stats.rows:,} rows"))
-    accumulation = train.global_batch_size // train.micro_batch_size
-    cut = f"{train.micro_batch_size} (micro batch) x {accumulation} (accumulation) x 1 device"
-    rows.append(("batch", f"{train.global_batch_size} = {cut}"))
-    rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
-    return rows

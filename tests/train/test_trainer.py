@@ -17,8 +17,8 @@ from trl import SFTTrainer
 from gemma_ft.build import build_data, build_model, build_tokenizer
 from gemma_ft.data.collate import Collator
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.train.run import _arguments
 from gemma_ft.train.schedule import learning_rate_factor
+from gemma_ft.train.settings import training_arguments
 from gemma_ft.train.trainer import GemmaTrainer, Progress, SeededSampler
 
 RecipeFor = Callable[..., LoadedRecipe]
@@ -45,7 +45,7 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "on_step": lambda figures: None,
         "on_eval": lambda step, loss: None,
     }
-    settings = _arguments(recipe, Path(recipe.output_dir) / "checkpoints", 4, evaluates=False)
+    settings = training_arguments(recipe, Path(recipe.output_dir) / "checkpoints", 4, evaluates=False)
     return GemmaTrainer(model, settings, **{**arguments, **changes})
 
 

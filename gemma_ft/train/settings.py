@@ -1,0 +1,56 @@
+"""A recipe in TRL's words: steps and trainer settings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from trl import SFTConfig
+
+from gemma_ft import runtime
+from gemma_ft.recipe.schema import Recipe
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of a run over so many examples; the last step of an epoch may be a smaller batch."""
+    per_epoch = math.ceil(examples / recipe.train.global_batch_size)
+    return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluates: bool) -> SFTConfig:
+    """A recipe as TRL's settings; whatever a library would do on its own (reports, progress bars, datasets) is switched
+    off.
+    """
+    train = recipe.train
+    evals = recipe.eval.every_steps if evaluates else None
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        seed=recipe.seed,
+        max_steps=total,
+        per_device_train_batch_size=train.micro_batch_size,
+        per_device_eval_batch_size=recipe.eval.batch_size,
+        gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=False,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint.every_steps or total,
+        eval_strategy="steps" if evals else "no",
+        eval_steps=evals,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=runtime.default_device().type == "cpu",
+    )
