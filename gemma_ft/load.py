@@ -120,6 +120,8 @@ def load_model(
         )
     else:
         source = model_source(str(path))
+    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: no adapter_model.safetensors in it; other forms of weights are not opened")
     model = load_base(source, dtype=dtype, quantize=quantize, device=device)
     if adapter is not None:
         from peft import PeftModel

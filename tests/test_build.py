@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_an_unreachable_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     recipe = load_recipe("sft_2b", ["model.tokenizer=data/gemma-tiny"]).recipe
     assert message(build_model, recipe, build_tokenizer(recipe)) == (
         "google/gemma-2b: not in the local cache and the hub cannot be reached; connect once, or name a local path"
+    )
+
+
+def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
+    """Neither a model's nor an adapter's: each is refused before anything of it is read."""
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (pytest.fail, ("a pickle was opened",))
+
+    folder = broken(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    assert message(load_model, folder).startswith(f"{folder}: the model cannot be loaded: ")
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "data/gemma-tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
+    assert message(load_model, "data/gemma-tiny", adapter=folder) == (
+        f"{folder}: no adapter_model.safetensors in it; other forms of weights are not opened"
     )
 
 

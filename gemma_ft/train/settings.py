@@ -44,6 +44,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluat
         eval_strategy="steps" if evals else "no",
         eval_steps=evals,
         prediction_loss_only=True,
+        use_cache=True,  # Trainer writes it into the model's config, and the saved model would generate without a cache
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,

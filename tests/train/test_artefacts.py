@@ -73,6 +73,7 @@ def test_the_full_model_opens_in_stock_transformers(recipe_for: RecipeFor, train
     assert (logits(load_model(out, dtype=torch.float32)) - expected).abs().max() <= 1e-5 * expected.abs().max()
     tokenizer = load_tokenizer(str(out / "model"))
     stops = ChatEncoder(tokenizer).stop_ids
+    assert stock.config.use_cache is True
     assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == stops
 
 
