@@ -4,6 +4,8 @@ here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Item, Prepared, prepare, split_by_hash
+from gemma_ft.data.dataset import Example, Item, Prepared, content_hash, prepare, split_by_hash
 from gemma_ft.data.formats import detect_format, parse_rows
 from gemma_ft.data.items import Conversation
 from gemma_ft.data.preview import preview
 from gemma_ft.data.sources import Row, read_rows
 from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.errors import UserError
+from gemma_ft.errors import DataError, UserError
 from gemma_ft.load import Source, load_base, located, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Data, Recipe
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
@@ -66,6 +69,7 @@ class BuiltData:
     train_source: str
     train_format: str  # the format of the training rows, and why
     eval_source: str | None
+    overlap: int  # held-out rows that are training rows too
 
 
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
@@ -81,13 +85,19 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
     else:
         items, held_out = split_by_hash(items, data.eval_fraction, recipe.seed)
         eval_source = f"{data.eval_fraction:.1%} of {data.train}" if held_out else None
+    shape = {"max_seq_len": data.max_seq_len, "packing": data.packing}
+    train = prepare(items, encoder, **shape)
+    try:
+        scored = prepare(held_out[: recipe.eval.max_rows], encoder, **shape) if held_out else None
+    except DataError as error:
+        raise DataError(f"held-out rows, {eval_source}: {error}") from error
+    seen = {content_hash(item) for item in items}
     return BuiltData(
         encoder=encoder,
-        train=prepare(items, encoder, max_seq_len=data.max_seq_len, packing=data.packing),
-        held_out=prepare(held_out[: recipe.eval.max_rows], encoder, max_seq_len=data.max_seq_len, packing=data.packing)
-        if held_out
-        else None,
+        train=train,
+        held_out=scored,
         held_out_items=held_out,
+        overlap=sum(content_hash(item) in seen for item in held_out),
         train_source=data.train,
         train_format=f"{form}: {why}",
         eval_source=eval_source,
@@ -108,9 +118,23 @@ def _held_out_items(data: Data, rows: list[Row], train_rows: list[Row]) -> Seque
     return parse_rows(rows, format=data.format, columns=data.columns) if alike else parse_rows(rows)
 
 
-def conversations(items: Sequence[Item], limit: int) -> list[Conversation]:
-    """The first `limit` conversations among items: those that can be answered by generation."""
-    return [item for item in items if isinstance(item, Conversation)][:limit]
+def conversations(items: Sequence[Item]) -> list[Conversation]:
+    """The conversations among items: those that can be answered by generation."""
+    return [item for item in items if isinstance(item, Conversation)]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 (hex) of examples: equal exactly when the same tokens are trained in the same order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
+    return digest.hexdigest()
+
+
+def inputs_of(recipe: Recipe) -> list[str]:
+    """The files and folders of this machine that a recipe reads."""
+    names = [recipe.data.train, recipe.data.eval, recipe.model.weights, recipe.model.tokenizer]
+    return [located(name) for name in names if name is not None and locate(name) is not None]
 
 
 def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
@@ -137,6 +161,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
     attention = None if recipe.model.attention == "auto" else recipe.model.attention
     source = None
     if recipe.model.weights == FRESH:
+        if recipe.strategy != "full":
+            raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
         config = PRESETS[recipe.model.preset].config(vocab_size=len(tokenizer), dtype=dtype)
         config._attn_implementation = attention
         model = GemmaForCausalLM(config).to(runtime.default_device())
@@ -155,8 +181,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
     return add_adapter(
         model,
         **recipe.adapter.model_dump(),
-        base=source.name if source else FRESH,
-        revision=getattr(model.config, "_commit_hash", None) or (source.revision if source else None),
+        base=source.name,
+        revision=getattr(model.config, "_commit_hash", None) or source.revision,
     ), source
 
 

@@ -6,6 +6,7 @@ and sha256; it is valid when all of them are there and unchanged. What the files
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gemma_ft.errors import CheckpointError
+from gemma_ft.errors import CheckpointError, DiskError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
@@ -32,9 +34,17 @@ def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    write(staging)
-    if manifest:
-        write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
+    try:
+        write(staging)
+        if manifest:
+            write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if _is_disk_full(error):
+            raise DiskError(f"{target}: no space left to write it; free some and use --resume") from error
+        raise
+    for name in _names(staging):  # safetensors writes files that only their owner can read
+        (staging / name).chmod(staging.stat().st_mode & 0o666)
     for name in _names(staging):
         _sync(staging / name)
     _sync(staging)
@@ -129,6 +139,12 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read what `save_tensors` wrote, onto the CPU."""
     return load_file(str(path))
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of space or quota; safetensors tells it in its message alone."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(f"os error {code})" in str(error) for code in full)
 
 
 def _names(folder: Path) -> set[str]:

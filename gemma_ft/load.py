@@ -67,7 +67,7 @@ def load_base(
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
     if source.revision is not None:
@@ -144,7 +144,10 @@ def _base_of(adapter: Path) -> Source:
     """The base model that an adapter folder names."""
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(str(adapter))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{adapter}/adapter_config.json: cannot be read as a PEFT adapter: {error}") from error
     name = config.base_model_name_or_path
     if not name:
         raise UserError(

@@ -42,7 +42,13 @@ def default_device() -> torch.device:
 
 def world_size() -> int:
     """How many processes the launcher started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdigit() else 1
+
+
+def no_crash_reports() -> None:
+    """W&B's crash reporter would open connections even when W&B is offline; whoever set the variable decides."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def peak_memory_bytes() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,25 @@ def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
     assert message(load_model, "data/gemma-tiny", adapter=folder) == (
         f"{folder}: no adapter_model.safetensors in it; other forms of weights are not opened"
     )
+
+
+def test_code_in_a_model_folder_never_runs(tmp_path: Path) -> None:
+    """Not even when somebody says yes to the question that transformers would ask."""
+    folder = broken(tmp_path, model_type="custom", auto_map={"AutoConfig": "conf.Conf"})
+    (folder / "conf.py").write_text("print('custom code ran')\nclass Conf: ...\n")
+    script = f"from gemma_ft import load_model; load_model({str(folder)!r})"
+    run = subprocess.run([sys.executable, "-c", script], input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "custom code ran" not in run.stdout + run.stderr
+    assert "[y/N]" not in run.stdout + run.stderr
+    assert "gemma_ft.errors.UserError: " in run.stderr
+
+
+def test_a_word_in_a_folder_name_is_no_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "aggregated" / "offline"
+    folder.mkdir(parents=True)
+    (broken(folder) / "model.safetensors").unlink()
+    assert message(load_model, folder).startswith(f"{folder}: the model cannot be loaded: ")
 
 
 def broken(tmp_path: Path, **changes: Any) -> Path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gemma_ft.checkpoint import MANIFEST, checkpoint_folder, commit_folder, fault_of, newest_valid, prune, save_tensors
-from gemma_ft.errors import CheckpointError
+from gemma_ft.errors import CheckpointError, DiskError
 
 
 def write(folder: Path) -> None:
@@ -50,6 +52,31 @@ def test_a_write_that_dies_leaves_the_old_folder(tmp_path: Path) -> None:
     assert fault_of(target) is None
     commit_folder(target, write)  # the staging folder that was left is no obstacle
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_exit_code_4_and_leaves_no_staging(tmp_path: Path, error: Exception) -> None:
+    def full(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise error
+
+    with pytest.raises(DiskError) as caught:
+        commit_folder(tmp_path / "adapter", full)
+    assert str(caught.value) == f"{tmp_path / 'adapter'}: no space left to write it; free some and use --resume"
+    assert caught.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_can_be_read_by_whoever_may_enter_the_folder(tmp_path: Path) -> None:
+    commit_folder(tmp_path / "adapter", write)
+    folder = tmp_path / "adapter"
+    assert {path.stat().st_mode & 0o666 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
 
 
 def test_the_newest_valid_one_is_found(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def add_adapter(
     wrapped = get_peft_model(model, config)
     active = wrapped.peft_config["default"]
     active.base_model_name_or_path, active.revision = base, revision
+    active.target_modules = sorted(
+        active.target_modules
+    )  # a set has another order in each process, and so would the file
     trainables_in_float32(wrapped)
     return wrapped
 

@@ -17,6 +17,7 @@ from gemma_ft.cli import preview, recipes, schema, train
 from gemma_ft.errors import DiskError, UserError
 
 CRASHED, MISUSED, INTERRUPTED = 1, 2, 130
+LESS_MEMORY = "lower train.micro_batch_size and eval.batch_size, or set train.gradient_checkpointing=true"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return _say(f"{error.filename or 'disk'}: no space left; free some and run again", DiskError.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name: torch is not imported here
+            return _say(f"out of GPU memory; {LESS_MEMORY}", MISUSED)
         return _say_fault_of_ours(error)
 
 

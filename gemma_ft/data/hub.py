@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import DataError
@@ -21,14 +22,15 @@ def hub_reason(error: BaseException, name: str, *, kind: str, revision: str | No
     """
     names = {type(one).__name__ for one in _chain(error)}
     text = " ".join(str(one) for one in _chain(error)).lower()
+    local = Path(name).exists()  # a folder's own name may hold any word
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name.partition(':')[0]}"
-    if "GatedRepoError" in names or "gated" in text:
+    if "GatedRepoError" in names or ("gated" in text and not local):
         return f"{name}: this {kind} is gated; accept its terms at {page}, then set HF_TOKEN or run `hf auth login`"
     if "RevisionNotFoundError" in names:
         return f"{name}: the {kind} has no revision {revision!r}; see {page}/tree/main"
     if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout"}:
         return f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
-    if "connect" in text or "offline" in text:
+    if ("connect" in text or "offline" in text) and not local:
         return f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HfUriError", "HFValidationError"}:
         return f"{name}: no such {kind} on the hub, or it is private; check the name, or set HF_TOKEN"

@@ -173,9 +173,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """
         if not isinstance(config, PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
-            config = AutoConfig.from_pretrained(config or name_or_path, **hub)
+            config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub)
         GemmaNumerics.from_config(config)
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # a pickle is never opened
         loader = super(GemmaForCausalLM, _face(config, cls)).from_pretrained
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
         model, info = loader(name_or_path, *args, config=config, output_loading_info=True, **kwargs)

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.data.chat import ChatEncoder
@@ -37,7 +36,7 @@ def save_result(
     def write(folder: Path) -> None:
         if full:
             model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
-            model.to(runtime.dtype_by_name(recipe.train.precision)).save_pretrained(str(folder))
+            model.save_pretrained(str(folder))
         else:
             save_adapter(model, folder)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)

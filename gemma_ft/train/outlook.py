@@ -30,7 +30,10 @@ def outlook(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, 
         ("format", data.train_format),
     ]
     if data.held_out is not None:
-        rows.append(("held out", f"{data.eval_source}: {data.held_out.stats.rows:,} rows"))
+        totals, _, *notes = data.held_out.stats.describe().splitlines()
+        rows += [("held out", f"{data.eval_source}: {totals}"), *(("", note) for note in notes)]
+    if data.overlap:
+        rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
     accumulation = train.global_batch_size // train.micro_batch_size
     cut = f"{train.micro_batch_size} (micro batch) x {accumulation} (accumulation) x 1 device"
     rows.append(("batch", f"{train.global_batch_size} = {cut}"))

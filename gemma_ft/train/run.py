@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, conversations
+from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, conversations, fingerprint, inputs_of
 from gemma_ft.checkpoint import as_json, newest_valid, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, UserError
@@ -39,18 +38,16 @@ def train_recipe(
 ) -> int:
     """Train what a recipe says and write everything under its output_dir; returns the exit code 0.
 
-    Raises: UserError and its children, one clear line each, before anything of an earlier run is touched.
+    Raises: UserError and its children, one clear line each. Until the run is built, nothing in output_dir is touched.
     """
     recipe, display = loaded.recipe, Display(console or Console())
     if runtime.world_size() > 1:
-        raise UserError(
-            f"launched as {runtime.world_size()} processes: a run uses one device; start it without a launcher"
-        )
+        raise UserError(f"launched as {runtime.world_size()} processes: a run uses one device; use no launcher")
     run = RunDir(Path(recipe.output_dir))
     display.say(f"gemma-ft train {loaded.path} -> {run.root}")
     for note in loaded.notes:
         display.say(f"  note: {note}")
-    run.check(resume=resume, overwrite=overwrite)
+    run.check(resume=resume, overwrite=overwrite, inputs=inputs_of(recipe))
     if resume:
         run.check_recipe(recipe)
     tokenizer = build_tokenizer(recipe)
@@ -61,11 +58,13 @@ def train_recipe(
         display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
         return 0
     model, source = build_model(recipe, tokenizer)
-    if overwrite:  # only now: a run that cannot even be built leaves the old one as it was
+    display.plan(outlook(recipe, data, model, source, total))
+    course = _Run(recipe, run, display, tokenizer, data, model, source, total)
+    checkpoint = course.find_checkpoint() if resume else None
+    if overwrite:
         run.clear()
     run.write_recipe(recipe)
-    display.plan(outlook(recipe, data, model, source, total))
-    return _Run(recipe, run, display, tokenizer, data, model, source, total).go(resume)
+    return course.go(checkpoint)
 
 
 @dataclass
@@ -81,43 +80,78 @@ class _Run:
     source: Source | None
     total: int
 
-    def go(self, resume: bool) -> int:
-        """Score, train, score again, save; the order of a run."""
-        checkpoint = newest_valid(self.run.checkpoints, self.display.say) if resume else None
-        progress = Progress()
-        if checkpoint is not None:
-            vars(progress).update(load_state(checkpoint))
-            self.display.say(f"  resuming   after step {progress.step}, from {checkpoint}")
-        self.run.cut_logs(progress.step)
-        self.run.summary.unlink(missing_ok=True)
-        trackers = build_trackers(self.recipe, self.run.root, self.display.say)
-        trainer = self._trainer(progress, trackers)
+    def __post_init__(self) -> None:
+        self.progress = Progress(extra={"data": fingerprint(self.data.train.examples), "total": self.total})
+        self.trackers: list[Tracker] = []
+        self.trainer = self._trainer()
+
+    def find_checkpoint(self) -> Path | None:
+        """The newest valid checkpoint, its progress taken over; None when there is none yet.
+
+        Raises: CheckpointError when all are damaged; UserError when the training rows are not those of the checkpoint.
+        """
+        checkpoint = newest_valid(self.run.checkpoints, self.display.say)
         if checkpoint is None:
-            score = self._score(trainer)
-            progress.extra["before"] = {**score.figures(), "answers": score.answers[:SAMPLES_KEPT]}
-        self.display.start(self.total, progress.step)
+            return None
+        now = self.progress.extra
+        vars(self.progress).update(load_state(checkpoint))
+        before = self.progress.extra
+        if before["data"] != now["data"]:
+            raise UserError(
+                f"{self.run.root}: cannot resume: {self.recipe.data.train} gives other training rows than before; "
+                "restore it, or start a new output_dir"
+            )
+        self.display.say(f"  resuming   after step {self.progress.step}, from {checkpoint}")
+        if before["total"] != self.total:
+            self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
+            before["total"] = self.total
+        return checkpoint
+
+    def go(self, checkpoint: Path | None) -> int:
+        """Score, train, score again, save; the order of a run."""
+        self.run.cut_logs(self.progress.step)
+        self.run.summary.unlink(missing_ok=True)
+        self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
         try:
-            if checkpoint is not None and progress.step >= self.total:
-                load_weights(
-                    checkpoint, self.model
-                )  # only scoring and saving are left; Trainer would take one step more
-            else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except KeyboardInterrupt:
-            self.display.say(f"stopped after step {progress.step}; --resume goes on from the newest checkpoint")
-            raise
+            if checkpoint is None:
+                score = self._score()
+                self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:SAMPLES_KEPT]}
+                self._track(0, score)
+            self._train(checkpoint)
+            if self.recipe.strategy == "full":  # what is scored is what is saved
+                self.model.to(runtime.dtype_by_name(self.recipe.train.precision))
+            after = self._score()
+            self._track(self.progress.step, after)
+            result = save_result(self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source)
+            summary = self._summary(after, result)
+            replace_text(self.run.summary, as_json(summary))
         finally:
-            self.display.stop()
-            for tracker in trackers:
+            for tracker in self.trackers:
                 tracker.close()
-        after = self._score(trainer)
-        result = save_result(self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source)
-        summary = self._summary(progress, after, result)
-        replace_text(self.run.summary, as_json(summary))
         show_summary(self.display.console, summary, self.run.root)
         return 0
 
-    def _trainer(self, progress: Progress, trackers: Sequence[Tracker]) -> GemmaTrainer:
+    def _train(self, checkpoint: Path | None) -> None:
+        self.display.start(self.total, self.progress.step)
+        try:
+            if checkpoint is not None and self.progress.step >= self.total:
+                load_weights(checkpoint, self.model)  # Trainer would take one step more
+            else:
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            saved = sorted(self.run.checkpoints.glob("step-*"))
+            cure = f"goes on from {saved[-1].name}" if saved else "starts again: checkpoint.every_steps saved none yet"
+            self.display.say(f"stopped after step {self.progress.step}; --resume {cure}")
+            raise
+        finally:
+            self.display.stop()
+
+    def _track(self, step: int, score: Score) -> None:
+        figures = {f"eval_{name}": value for name, value in score.figures().items() if value is not None}
+        for tracker in self.trackers:
+            tracker.log(step, figures)
+
+    def _trainer(self) -> GemmaTrainer:
         recipe, every = self.recipe, self.recipe.logging.every_steps
         held_out = self.data.held_out
 
@@ -129,14 +163,14 @@ class _Run:
                 )
             if figures["step"] % every == 0 or figures["step"] == self.total:
                 append_line(self.run.metrics, figures)
-                for tracker in trackers:
+                for tracker in self.trackers:
                     tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
             self.display.step(figures)
 
         def on_eval(step: int, loss: float | None) -> None:
             self.display.eval_loss = loss
             append_line(self.run.evals, {"step": step, "eval_loss": loss})
-            for tracker in trackers:
+            for tracker in self.trackers:
                 tracker.log(step, {"eval_loss": loss})
 
         return GemmaTrainer(
@@ -150,15 +184,16 @@ class _Run:
             warmup_ratio=recipe.train.warmup_ratio,
             autocast=torch.bfloat16 if recipe.strategy == "full" and recipe.train.precision == "bf16" else None,
             keep_checkpoints=recipe.checkpoint.keep,
-            progress=progress,
+            progress=self.progress,
             on_step=on_step,
             on_eval=on_eval,
         )
 
-    def _score(self, trainer: GemmaTrainer) -> Score:
+    def _score(self) -> Score:
         """The held-out loss and exact match of the model as it is now."""
         if self.data.held_out is None:
             return Score(None, None, [])
+        trainer = self.trainer
         loss = held_out_loss(self.model, trainer.get_eval_dataloader(), autocast=trainer.compute_loss_context_manager)
         settings = self.recipe.eval
         with trainer.compute_loss_context_manager():
@@ -173,13 +208,18 @@ class _Run:
         return Score(loss, share, answers)
 
     def _questions(self) -> list[Question]:
-        chosen = conversations(self.data.held_out_items, self.recipe.eval.generate_rows)
-        return [
-            Question(self.data.encoder.encode_prompt(chat.turns), chat.turns[-2].content, chat.turns[-1].content)
-            for chat in chosen
-        ]
+        """Held-out conversations to be answered: those whose question fits max_seq_len, as in the held-out loss."""
+        questions: list[Question] = []
+        for chat in conversations(self.data.held_out_items):
+            if len(questions) == self.recipe.eval.generate_rows:
+                break
+            ids = self.data.encoder.encode_prompt(chat.turns)
+            if len(ids) < self.recipe.data.max_seq_len:
+                questions.append(Question(ids, chat.turns[-2].content, chat.turns[-1].content))
+        return questions
 
-    def _summary(self, progress: Progress, after: Score, result: Path) -> dict[str, Any]:
+    def _summary(self, after: Score, result: Path) -> dict[str, Any]:
+        progress = self.progress
         before = dict(progress.extra["before"])
         answers = before.pop("answers")
         samples = [

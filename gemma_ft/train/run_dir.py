@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ FREE_TO_CHANGE = (
     "output_dir",
     "logging",
     "checkpoint",
-    "eval",
-    "data.eval",
+    "eval.every_steps",
+    "eval.batch_size",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -45,29 +45,44 @@ class RunDir:
 
     @property
     def _all(self) -> tuple[Path, ...]:
-        return (self.recipe, self.metrics, self.evals, self.checkpoints, self.adapter, self.model, self.summary)
+        """Everything a run writes; recipe.yaml last, for it is what says that the rest is a run's."""
+        folders = (self.checkpoints, self.adapter, self.model, self.root / "tensorboard", self.root / "wandb")
+        return (self.summary, self.metrics, self.evals, *folders, self.recipe)
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """See whether this run may write here, and leave everything as it is.
+    def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+        """See whether this run may write here, and leave everything as it is. `inputs`: files and folders it reads.
 
-        Raises: UserError when the directory holds a run and neither flag is given, or when it cannot be written.
+        Raises: UserError when the directory holds a run and neither flag is given, when it cannot be written, or when
+        overwriting would remove what is no run, or what this run reads.
         """
-        if self._holds_run() and not resume and not overwrite:
+        try:
+            present = [path for path in self._all if path.exists() or path.is_symlink()]
+            nearest = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
+        except OSError as error:
+            raise UserError(f"output_dir: {self.root}: {error.strerror}; choose another") from error
+        if present and self.recipe not in present:
+            raise UserError(
+                f"{self.root}: holds {present[0].name} but no recipe.yaml, so it is not known to be a run; "
+                "move it away, or choose another output_dir"
+            )
+        if present and not resume and not overwrite:
             raise UserError(
                 f"{self.root}: already holds a run; use --resume to go on with it, --overwrite to start again, "
                 "or another output_dir"
             )
-        nearest = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {self.root}: {nearest} cannot be written to; choose another")
-
-    def _holds_run(self) -> bool:
-        return any(path.exists() for path in self._all)
+        for text in inputs if overwrite else ():
+            if any(Path(text).resolve().is_relative_to(path.resolve()) for path in present):
+                raise UserError(f"{text}: lies in the run that --overwrite would remove; choose another output_dir")
 
     def clear(self) -> None:
         """Remove the run that is here, and nothing else that lies beside it."""
         for path in self._all:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Before a resume: the recipe must still describe the run that is here.
@@ -76,7 +91,10 @@ class RunDir:
         """
         if not self.recipe.exists():
             return
-        before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+        try:
+            before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{self.recipe}: cannot be read; restore it, or use --overwrite to start again") from error
         after = _flat(yaml.safe_load(dump_recipe(recipe)))
         changed = [
             f"{key} was {before.get(key)!r}, now {after.get(key)!r}"

@@ -23,7 +23,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluat
     """
     train = recipe.train
     evals = recipe.eval.every_steps if evaluates else None
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
         max_steps=total,
@@ -55,3 +55,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluat
         log_level="error",
         use_cpu=runtime.default_device().type == "cpu",
     )
+    # Trainer would spread a model over every visible GPU with nn.DataParallel, which TRL refuses: one device is used.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from gemma_ft import runtime
 from gemma_ft.recipe.schema import Recipe
 
 CONNECT_SECONDS = 10  # a dead endpoint may delay the start by so much, and no step after it
@@ -28,7 +29,10 @@ def build_trackers(recipe: Recipe, root: Path, say: Callable[[str], None]) -> li
         tracker = _start_wandb(recipe, root, say)
         trackers += [tracker] if tracker else []
     if logging.tensorboard:
-        trackers.append(_TensorBoard(root / "tensorboard"))
+        try:
+            trackers.append(_TensorBoard(root / "tensorboard"))
+        except (ImportError, OSError) as error:
+            say(f"TensorBoard: {error}; going on without it")
     return trackers
 
 
@@ -70,8 +74,12 @@ class _WandB:
 
 def _start_wandb(recipe: Recipe, root: Path, say: Callable[[str], None]) -> _WandB | None:
     """A W&B run in the mode asked for; offline when the service does not answer in time; None when even that fails."""
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        say(f"W&B: {error}; going on without it")
+        return None
+    runtime.no_crash_reports()
     modes = ["online", "offline"] if recipe.logging.wandb == "online" else ["offline"]
     for mode in modes:
         try:
@@ -81,7 +89,9 @@ def _start_wandb(recipe: Recipe, root: Path, say: Callable[[str], None]) -> _Wan
                 dir=str(root),
                 config=recipe.model_dump(),
                 mode=mode,
-                settings=wandb.Settings(init_timeout=CONNECT_SECONDS, silent=True, console="off"),
+                settings=wandb.Settings(
+                    init_timeout=CONNECT_SECONDS, finish_timeout=CONNECT_SECONDS, silent=True, console="off"
+                ),
             )
             return _WandB(run, say)
         except Exception as error:  # no key, no network, a refused connection: each has its own class

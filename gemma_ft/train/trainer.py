@@ -114,6 +114,12 @@ class GemmaTrainer(SFTTrainer):
         self._sampler = SeededSampler(len(train_dataset or self.train_dataset), self.args.seed)
         return self._sampler
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """On a resume Trainer takes the intervals of evaluation and saving from the checkpoint; the recipe decides."""
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return result
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         """Trainer tells the epoch to the data loader, but on a resume that loader is wrapped and the sampler never
         hears it.
@@ -186,7 +192,9 @@ class GemmaTrainer(SFTTrainer):
         """Loss per labelled token, every token weighing the same (Trainer averages over batches)."""
         loss = held_out_loss(self.model, self.get_eval_dataloader(), autocast=self.compute_loss_context_manager)
         self.on_eval(self.state.global_step, loss)
-        return {} if loss is None else {f"{metric_key_prefix}_loss": loss}
+        metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # Checkpoints: Trainer's are four pickles written in place; ours are safetensors and JSON that appear complete
 

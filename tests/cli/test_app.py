@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,10 @@ SURFACE = {
 }
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "yaml", "rich")
 Train = Callable[[Exception | int], None]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Has the name of torch's."""
 
 
 @pytest.fixture
@@ -71,17 +74,6 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert (run.returncode, run.stderr.strip()) == (0, "[]")
 
 
-def test_help_is_quick() -> None:
-    """Under 0.3 s on a quiet machine; the best of five, and slack for a busy one."""
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "gemma_ft", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.6
-
-
 def test_the_version_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     import gemma_ft
 
@@ -122,6 +114,9 @@ def test_misuse_is_one_line_and_exit_code_2(
         (NonFiniteError("n"), 5, "n\n"),
         (LockedError("l"), 6, "l\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2,
+         "out of GPU memory; lower train.micro_batch_size and eval.batch_size, "
+         "or set train.gradient_checkpointing=true\n"),
         (KeyError("x"), 1,
          "a fault of gemma-ft, not of yours: KeyError: 'x' (GEMMA_FT_DEBUG=1 shows the traceback)\n"),
         (RuntimeError("first\nsecond"), 1,

@@ -1,6 +1,5 @@
 """The real files, by detection alone: read, parsed, prepared at 512 tokens, and clean under the preview's checks."""
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -24,9 +23,7 @@ def prepared_file(source: str, encoder: ChatEncoder) -> Prepared:
 def test_gsm8k(real_data: Find, encoder: ChatEncoder) -> None:
     source = real_data("gsm8k_train.jsonl")
     assert detect_format(read_rows(source)) == ("prompt_completion", "the rows have question, answer")
-    start = time.perf_counter()
     stats = prepared_file(source, encoder).stats
-    assert time.perf_counter() - start < 20
     assert stats.rows == 7473
     assert stats.documents + stats.dropped == 7473
     assert stats.dropped < 75

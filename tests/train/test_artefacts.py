@@ -54,6 +54,7 @@ def test_the_adapter_opens_in_stock_peft(
     out = trained(recipe_for, train, "strategy=lora", *extra)
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(small_gemma)
+    assert config["target_modules"] == sorted(config["target_modules"])
     base = AutoModelForCausalLM.from_pretrained(small_gemma, dtype=torch.float32)
     plain = logits(base)
     stock = logits(PeftModel.from_pretrained(base, str(out / "adapter")))

@@ -1,0 +1,106 @@
+"""What a run may remove, replace or go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_ft.errors import UserError
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.run import train_recipe
+
+RecipeFor = Callable[..., LoadedRecipe]
+Train = Callable[..., list[dict[str, Any]]]
+
+
+def refusal(loaded: LoadedRecipe, **flags: bool) -> str:
+    with pytest.raises(UserError) as caught:
+        train_recipe(loaded, **flags)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_overwrite_never_removes_what_is_no_run(recipe_for: RecipeFor, small_gemma: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(small_gemma, out / "model")
+    loaded = recipe_for("strategy=lora", f"model.weights={out / 'model'}")
+    expected = f"{out}: holds model but no recipe.yaml, so it is not known to be a run; "
+    assert refusal(loaded, overwrite=True) == expected + "move it away, or choose another output_dir"
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_overwrite_never_removes_what_the_run_reads(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    train(recipe_for("strategy=full"))
+    model = tmp_path / "run" / "model"
+    loaded = recipe_for("strategy=lora", f"model.weights={model}")
+    assert refusal(loaded, overwrite=True) == (
+        f"{model}: lies in the run that --overwrite would remove; choose another output_dir"
+    )
+    assert (model / "model.safetensors").exists()
+
+
+def test_a_run_that_cannot_be_built_leaves_the_old_one(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    before = train(recipe_for("strategy=lora"))
+    broken = recipe_for("strategy=lora", "model.preset=gemma-2b")
+    assert "is not a gemma-2b" in refusal(broken, overwrite=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == before
+
+
+def test_resume_with_other_rows_is_refused(recipe_for: RecipeFor, train: Train, rows: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    shutil.copy(rows, mine)
+    loaded = recipe_for("strategy=lora", f"data.train={mine}", "checkpoint.every_steps=2")
+    train(loaded)
+    (tmp_path / "run" / "summary.json").unlink()
+    mine.write_text(mine.read_text().replace("It is 4.", "It is 5."))
+    assert refusal(loaded, resume=True) == (
+        f"{tmp_path / 'run'}: cannot resume: {mine} gives other training rows than before; "
+        "restore it, or start a new output_dir"
+    )
+
+
+def test_resume_needs_a_recipe_that_can_be_read(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    loaded = recipe_for("strategy=lora")
+    train(loaded)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text("{")
+    assert refusal(loaded, resume=True) == f"{recipe}: cannot be read; restore it, or use --overwrite to start again"
+    recipe.unlink()
+    assert "but no recipe.yaml" in refusal(loaded, resume=True)
+
+
+def test_intervals_of_a_resume_are_those_of_its_recipe(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    train(recipe_for("strategy=lora", "train.max_steps=2"))
+    changed = ["checkpoint.every_steps=1", "checkpoint.keep=9", "eval.every_steps=2", "train.max_steps=6"]
+    train(recipe_for("strategy=lora", *changed), resume=True)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (2, 3, 4, 5, 6)]
+    evals = [json.loads(line)["step"] for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
+    assert evals == [4, 6]
+
+
+def test_a_name_that_no_file_system_takes(recipe_for: RecipeFor) -> None:
+    assert refusal(recipe_for("strategy=lora", out="x" * 300)).endswith("File name too long; choose another")
+
+
+def test_fresh_weights_need_full_training(recipe_for: RecipeFor) -> None:
+    loaded = recipe_for("model.weights=random", "model.tokenizer=data/gemma-tiny")
+    assert refusal(loaded) == "model.weights: fresh weights can only be trained in full; set strategy: full"
+
+
+def test_overlap_with_the_training_rows_is_told(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    train(recipe_for("strategy=lora"))
+    assert "10 held-out rows are training rows too" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_held_out_set_that_cannot_be_scored_is_named(recipe_for: RecipeFor, tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"question": "word " * 99, "answer": "Yes."}) + "\n")
+    text = refusal(recipe_for("strategy=lora", f"data.eval={path}"))
+    assert text.startswith(f"held-out rows, {path}: none of the 1 rows can be trained on")
