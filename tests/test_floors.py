@@ -141,8 +141,11 @@ def test_nothing_is_pickled(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
             assert node.attr not in ("save", "load"), f"{name(path)}:{node.lineno}: torch.{node.attr}"
-        if isinstance(node, ast.keyword | ast.arg):
+        if isinstance(node, ast.arg):
             assert node.arg != "trust_remote_code", f"{name(path)}:{node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":  # it may only be refused
+            assert isinstance(node.value, ast.Constant), f"{name(path)}:{node.lineno}"
+            assert node.value.value is False, f"{name(path)}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "cli"], ids=name)
