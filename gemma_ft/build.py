@@ -134,7 +134,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
     names = [recipe.data.train, recipe.data.eval, recipe.model.weights, recipe.model.tokenizer]
-    return [located(name) for name in names if name is not None and locate(name) is not None]
+    return [str(found) for name in names if name is not None and (found := locate(name)) is not None]
 
 
 def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
@@ -168,7 +168,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
         model = GemmaForCausalLM(config).to(runtime.default_device())
     else:
         source = weights_source(recipe)
-        kind = recipe.quantize.kind if recipe.strategy == "qlora" and recipe.quantize else None
+        kind = recipe.quantize.kind if recipe.quantize else None
         double_quant = recipe.quantize.double_quant if recipe.quantize else True
         model = load_base(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         _check_preset(model.config, recipe.model.preset, source.name)

@@ -43,9 +43,8 @@ def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool
         if _is_disk_full(error):
             raise DiskError(f"{target}: no space left to write it; free some and use --resume") from error
         raise
-    for name in _names(staging):  # safetensors writes files that only their owner can read
-        (staging / name).chmod(staging.stat().st_mode & 0o666)
     for name in _names(staging):
+        (staging / name).chmod(staging.stat().st_mode & 0o666)  # safetensors lets nobody but their owner read its files
         _sync(staging / name)
     _sync(staging)
     replaced = target.with_name(f".{target.name}.replaced")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,13 @@ class Source:
     name: str
     revision: str | None
 
-    @property
-    def is_folder(self) -> bool:
-        return Path(self.name).is_dir()
-
 
 def model_source(name: str, revision: str | None = None, *, key: str = "") -> Source:
     """An absolute folder or a hub id out of what a user wrote; `key` begins the message of the error."""
     found = locate(name)
     if found is not None and found.is_dir():
         return Source(str(found.resolve()), None)
-    if found is not None or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if found is not None or not tokenizers.HUB_ID.fullmatch(name):
         raise UserError(f"{key}{name}: no such folder; name a folder with a model, or a hub id (owner/name)")
     return Source(name, revision)
 

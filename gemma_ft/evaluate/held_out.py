@@ -70,7 +70,6 @@ def exact_match(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> tuple[float | None, list[str]]:
     """Share of questions whose greedy answer, generated until a stop token, equals the right one letter for letter
     (outer white space aside), and the answers. An answer that never stopped is wrong. (None, []) without questions.
@@ -84,7 +83,6 @@ def exact_match(
         pad_id=int(tokenizer.pad_token_id),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        on_batch=on_batch,
     )
     texts = [str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip() for answer in answers]
     right = sum(

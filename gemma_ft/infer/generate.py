@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,10 @@ def generate_answers(
     pad_id: int,
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids that end where the model speaks), in the order of the prompts.
 
     Prompts of similar length share a left-padded batch. The model is in eval mode meanwhile and as it was afterwards.
-    `on_batch` hears how many prompts are done.
     """
     was_training = model.training
     model.eval()
@@ -58,7 +56,5 @@ def generate_answers(
         for row, i in enumerate(indices):
             end = next((k for k, token in enumerate(out[row]) if token in stop_ids), None)
             answers[i] = Answer(out[row][:end], end is not None)
-        if on_batch is not None:
-            on_batch(len(answers))
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]

@@ -104,9 +104,10 @@ class GemmaModel(GemmaPreTrainedModel):
         masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
         angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
 
-        states: list[Tensor] = []
+        states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
         for layer, window in zip(self.layers, self.numerics.window_tokens, strict=True):
-            states.append(x)
+            if output_hidden_states:
+                states.append(x)
             x = layer(x, angles, masks[window], past_key_values)
         x = self.norm(x)
         return BaseModelOutputWithPast(

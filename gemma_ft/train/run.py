@@ -83,6 +83,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.progress = Progress(extra={"data": fingerprint(self.data.train.examples), "total": self.total})
         self.trackers: list[Tracker] = []
+        self.questions = self._questions()
         self.trainer = self._trainer()
 
     def find_checkpoint(self) -> Path | None:
@@ -200,7 +201,7 @@ class _Run:
             share, answers = exact_match(
                 self.model,
                 self.tokenizer,
-                self._questions(),
+                self.questions,
                 stop_ids=self.data.encoder.stop_ids,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
@@ -224,7 +225,7 @@ class _Run:
         answers = before.pop("answers")
         samples = [
             {"prompt": question.prompt, "expected": question.answer, "before": first, "after": last}
-            for question, first, last in zip(self._questions(), answers, after.answers, strict=False)
+            for question, first, last in zip(self.questions, answers, after.answers, strict=False)
         ]
         return {
             "steps": progress.step,

@@ -215,9 +215,8 @@ class GemmaTrainer(SFTTrainer):
         raise AssertionError("models are written by run.py, checkpoints by _save_checkpoint")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        state.load_weights(folder, self.model)
-        vars(self.progress).update(state.load_state(folder))
+        """The weights; `progress` was already taken from this checkpoint by whoever made the trainer."""
+        state.load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

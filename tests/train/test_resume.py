@@ -15,6 +15,7 @@ from gemma_ft.checkpoint import checkpoint_folder
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.run import train_recipe
+from gemma_ft.train.state import load_state
 from gemma_ft.train.trainer import GemmaTrainer
 
 RecipeFor = Callable[..., LoadedRecipe]
@@ -121,11 +122,13 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(recipe_for: RecipeF
         assert json.loads((out / "summary.json").read_text())[key] == summary[key]
 
 
-def test_a_finished_run_can_go_on_for_longer(recipe_for: RecipeFor, train: Train) -> None:
+def test_a_finished_run_can_go_on_for_longer(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
     train(recipe_for("strategy=lora", "train.schedule=constant"))
     longer = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6"), resume=True)
     whole = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6", out="whole"))
     assert exact(longer) == exact(whole)
+    newest = checkpoint_folder(tmp_path / "run" / "checkpoints", 6)
+    assert load_state(newest)["extra"]["total"] == 6
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
