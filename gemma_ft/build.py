@@ -23,12 +23,13 @@ from gemma_ft.data.preview import preview
 from gemma_ft.data.sources import Row, read_rows
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError, UserError
-from gemma_ft.load import Source, load_base, located, model_source
+from gemma_ft.load import load_base, located, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Data, Recipe
+from gemma_ft.weights import Source
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
 

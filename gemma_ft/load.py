@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import keep_trainable, quantization_config
+from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
+from gemma_ft.weights import Source, WeightFiles, folder_of
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -28,14 +30,6 @@ def located(name: str) -> str:
     """
     found = locate(name)
     return str(found) if found is not None else name
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: an absolute folder, or a hub id with the revision asked for."""
-
-    name: str
-    revision: str | None
 
 
 def model_source(name: str, revision: str | None = None, *, key: str = "") -> Source:
@@ -56,9 +50,12 @@ def load_base(
     double_quant: bool = True,
     attention: str | None = None,
     device: torch.device | str | None = None,
+    trainable: bool = True,
 ) -> Any:
     """A model from a folder or hub id, frozen weights quantized on the way in when asked.
 
+    `trainable`: False for a model that is only asked: 4-bit weights may then be packed for speed, after which no
+    gradient passes them.
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
@@ -75,8 +72,69 @@ def load_base(
         raise
     except LOAD_ERRORS as error:
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
-    keep_trainable(model)
+    if trainable:
+        keep_trainable(model)
     return model
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a name that a user gives stands for: the base, the adapter on it, and what was agreed when it was trained.
+
+    `folder` holds tokenizer and contract; None: they are the hub id's.
+    """
+
+    base: Source
+    adapter: Path | None
+    folder: Path | None
+    contract: Contract | None
+
+
+def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
+    """The place of a run directory, an adapter folder, a model folder or a hub id; `adapter`: one to put on it.
+
+    A run directory stands for its adapter on its base, or for its fully tuned model.
+    Raises: UserError when there is no such model, when the adapter's base cannot be found, or is not the one that the
+    adapter was trained on.
+    """
+    folder = Path(located(str(path)))
+    given = adapter is not None
+    if adapter is None:
+        inside = (folder / "adapter", folder)
+        adapter = next((place for place in inside if (place / "adapter_config.json").is_file()), None)
+    elif not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder")
+    adapter = Path(adapter) if adapter is not None else None
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    if folder.is_dir() and (folder / "config.json").is_file():
+        source = model_source(str(folder))
+    elif adapter is not None and not (given and not folder.exists()):
+        source = _base_of(adapter)
+    elif folder.is_dir():
+        raise UserError(
+            f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
+        )
+    else:
+        source = model_source(str(path))
+    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: no adapter_model.safetensors in it; other forms of weights are not opened")
+    beside = adapter or (Path(source.name) if Path(source.name).is_absolute() else None)
+    contract = Contract.read(beside) if beside is not None else None
+    return Place(source, adapter, beside, contract)
+
+
+def check_base(place: Place) -> None:
+    """Raises UserError when the adapter of a place was trained on other weights than those of its base."""
+    contract = place.contract
+    if place.adapter is None or contract is None or contract.base_sha256 is None:
+        return
+    found = WeightFiles.open(folder_of(place.base)).fingerprint()
+    if found != contract.base_sha256:
+        raise UserError(
+            f"{place.adapter}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
+            f"{place.base.name} has {found[:12]} ({CONTRACT}); give the base that it was trained on"
+        )
 
 
 def load_model(
@@ -89,39 +147,29 @@ def load_model(
 ) -> Any:
     """A model ready for use, in eval mode, from a run directory, an adapter folder, a model folder or a hub id.
 
-    `quantize`: None, "nf4" or "int8" for the frozen weights. `adapter`: an adapter folder to put on the model that
-    `path` names. A run directory gives its adapter on its base, or its fully tuned model.
-    Raises: UserError when there is no such model, or the adapter's base cannot be found.
+    `quantize`: None, "nf4" or "int8" for the frozen weights, "auto" for what the adapter was trained over. `adapter`:
+    an adapter folder to put on the model that `path` names. A run directory gives its adapter on its base, or its fully
+    tuned model. The model is to be asked, not trained on.
+    Raises: UserError when there is no such model, or the adapter's base cannot be found or is another.
     """
-    if quantize not in (None, "nf4", "int8"):
-        raise UserError(f"quantize: expected nf4 or int8, got {quantize!r}")
+    if quantize not in (None, "nf4", "int8", "auto"):
+        raise UserError(f"quantize: expected nf4, int8 or auto, got {quantize!r}")
     if dtype == torch.float16:
         raise UserError("dtype: float16 overflows in Gemma, whose activations pass 65504; use bfloat16 or float32")
-    folder = Path(located(str(path)))
-    if adapter is None:
-        inside = [folder / "adapter", folder]
-        adapter = next((place for place in inside if (place / "adapter_config.json").is_file()), None)
-    elif not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder")
-    if (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
-    if folder.is_dir() and (folder / "config.json").is_file():
-        source = model_source(str(folder))
-    elif adapter is not None:
-        source = _base_of(Path(adapter))
-    elif folder.is_dir():
-        raise UserError(
-            f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
-        )
-    else:
-        source = model_source(str(path))
-    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: no adapter_model.safetensors in it; other forms of weights are not opened")
-    model = load_base(source, dtype=dtype, quantize=quantize, device=device)
-    if adapter is not None:
+    place = place_of(path, adapter)
+    check_base(place)
+    contract, double_quant = place.contract, True
+    if contract is not None and place.adapter is not None:
+        double_quant = contract.double_quant
+    if quantize == "auto":
+        quantize = contract.quantize if contract is not None and place.adapter is not None else None
+    model = load_base(
+        place.base, dtype=dtype, quantize=quantize, double_quant=double_quant, device=device, trainable=False
+    )
+    if place.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        model = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=False)
     return model.eval()
 
 

@@ -17,12 +17,13 @@ from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.adapters.quantize import keep_trainable, quantization_config
 from gemma_ft.build import build_model, build_tokenizer, weights_source
 from gemma_ft.errors import UserError
-from gemma_ft.load import Source, load_model, model_source
+from gemma_ft.load import load_model, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_recipes, shipped_root
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.weights import Source
 
 DATA = shipped_root() / "data"
 LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
@@ -94,7 +95,9 @@ def test_errors_name_the_key_and_the_cure(tmp_path: Path) -> None:
     assert message(load_model, tmp_path) == (
         f"{tmp_path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
     )
-    assert message(load_model, "data/gemma-tiny", quantize="int4") == "quantize: expected nf4 or int8, got 'int4'"
+    assert message(load_model, "data/gemma-tiny", quantize="int4") == (
+        "quantize: expected nf4, int8 or auto, got 'int4'"
+    )
     assert message(load_model, "data/gemma-tiny", adapter=tmp_path) == (
         f"{tmp_path}: no adapter_config.json in it; name a PEFT adapter folder"
     )

@@ -23,7 +23,8 @@ def pins() -> dict[str, Version]:
 
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    return [one for one in map(Requirement, texts) if one.name != project["name"]]
 
 
 @pytest.mark.parametrize("requirement", requirements() if (ROOT / "pyproject.toml").exists() else [], ids=str)

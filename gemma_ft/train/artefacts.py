@@ -8,14 +8,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.adapters.lora import save_adapter
-from gemma_ft.checkpoint import commit_folder, write_json
+from gemma_ft.checkpoint import commit_folder
+from gemma_ft.contract import contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
-from gemma_ft.load import Source
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.run_dir import RunDir
-
-CONTRACT = "gemma_ft.json"
+from gemma_ft.weights import Source, WeightFiles, folder_of
 
 
 def save_result(
@@ -32,6 +31,16 @@ def save_result(
     serves the model must keep to: template hash, stop ids, system policy, one BOS.
     """
     full = recipe.strategy == "full"
+    base = source and Source(source.name, getattr(model.config, "_commit_hash", None) or source.revision)
+    contract = contract_of(
+        encoder,
+        base=base.name if base else None,
+        revision=base.revision if base else None,
+        base_sha256=WeightFiles.open(folder_of(base, downloaded=True)).fingerprint() if base else None,
+        preset=recipe.model.preset,
+        quantize=recipe.quantize.kind if recipe.quantize else None,
+        double_quant=recipe.quantize.double_quant if recipe.quantize else True,
+    )
 
     def write(folder: Path) -> None:
         if full:
@@ -40,15 +49,7 @@ def save_result(
         else:
             save_adapter(model, folder)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
-        contract = {
-            "template_sha256": encoder.template_hash,
-            "stop_ids": encoder.stop_ids,
-            "system": encoder.system_policy,
-            "bos": "once, at the start of every sequence",
-            "base": source.name if source else None,
-            "preset": recipe.model.preset,
-        }
-        write_json(folder / CONTRACT, contract)
+        contract.write(folder)
 
     target = run.model if full else run.adapter
     commit_folder(target, write, manifest=False)

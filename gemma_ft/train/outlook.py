@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_ft.build import BuiltData
-from gemma_ft.load import Source
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.weights import Source
 
 
 def outlook(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, total: int) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from gemma_ft.checkpoint import as_json, newest_valid, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.evaluate.held_out import Question, Score, exact_match, held_out_loss
-from gemma_ft.load import Source
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import save_result
@@ -29,6 +28,7 @@ from gemma_ft.train.settings import total_steps, training_arguments
 from gemma_ft.train.state import load_state, load_weights
 from gemma_ft.train.trackers import Tracker, build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
+from gemma_ft.weights import Source
 
 SAMPLES_KEPT = 10
 

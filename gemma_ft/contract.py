@@ -1,0 +1,91 @@
+"""The contract between training and serving, gemma_ft.json: it lies beside every adapter and model that is written,
+and whoever serves one keeps to it or refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.template import SystemPolicy
+from gemma_ft.errors import UserError
+
+CONTRACT = "gemma_ft.json"
+ONE_BOS = "once, at the start of every sequence"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What was trained, as far as a server must know it."""
+
+    template_sha256: str  # of the chat template under the system policy
+    tokenizer_sha256: str  # of the vocabulary
+    stop_ids: list[int]
+    system: SystemPolicy
+    bos: str = ONE_BOS
+    base: str | None = None  # folder or hub id of the weights that were tuned; None: fresh weights
+    revision: str | None = None  # commit of a hub id
+    base_sha256: str | None = None  # weights.WeightFiles.fingerprint of the base
+    preset: str | None = None
+    quantize: Literal["nf4", "int8"] | None = None  # how the frozen weights were stored while the adapter was trained
+    double_quant: bool = True
+
+    @classmethod
+    def read(cls, folder: Path) -> Contract | None:
+        """The contract of a folder, or None where there is none. Raises: UserError when it cannot be read."""
+        path = folder / CONTRACT
+        if not path.is_file():
+            return None
+        known = {field.name for field in fields(cls)}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{key: value for key, value in found.items() if key in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged; restore it from where the model was trained") from error
+
+    def write(self, folder: Path) -> None:
+        """Write gemma_ft.json into `folder`."""
+        (folder / CONTRACT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def encoder(self, tokenizer: Any, where: str | Path) -> ChatEncoder:
+        """The encoder that makes prompts as they were trained.
+
+        Raises: UserError when the tokenizer, its chat template or its stop tokens are not those of the training.
+        """
+        encoder = ChatEncoder(tokenizer, self.system)
+        trained_template = encoder.template_hash == self.template_sha256
+        if not trained_template or sha256_of(tokenizer.chat_template or "") != self.template_sha256:
+            raise UserError(f"{where}: its chat template is not the one that was trained ({CONTRACT}); {_RESTORE}")
+        if sorted(encoder.stop_ids) != sorted(self.stop_ids):
+            raise UserError(f"{where}: stop ids {encoder.stop_ids}, but trained with {self.stop_ids}; {_RESTORE}")
+        if vocabulary_hash(tokenizer) != self.tokenizer_sha256:
+            raise UserError(f"{where}: its vocabulary is not the one that was trained ({CONTRACT}); {_RESTORE}")
+        return encoder
+
+
+_RESTORE = "restore the tokenizer files that were saved with it"
+
+
+def contract_of(encoder: ChatEncoder, **facts: Any) -> Contract:
+    """The contract of what an encoder's chats trained; `facts` are the fields that tell of base and quantization."""
+    return Contract(
+        template_sha256=encoder.template_hash,
+        tokenizer_sha256=vocabulary_hash(encoder.tokenizer),
+        stop_ids=encoder.stop_ids,
+        system=encoder.system_policy,
+        **facts,
+    )
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """SHA-256 (hex) of all tokens with their ids: Gemma's merges follow from them."""
+    return sha256_of(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
+def sha256_of(text: str) -> str:
+    """SHA-256 (hex) of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
