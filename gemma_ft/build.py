@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,18 +79,18 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
     data = recipe.data
     encoder = ChatEncoder(tokenizer, data.system)
     rows = read_source(data, data.train)
-    form, why = detect_format(rows, data.columns) if data.format == "auto" else (data.format, "named in the recipe")
-    items: Sequence[Item] = parse_rows(rows, format=form, columns=data.columns)
+    form, why = detect_format(rows, _columns(data)) if data.format == "auto" else (data.format, "named in the recipe")
+    items: Sequence[Item] = parse_rows(rows, format=form, columns=_columns(data))
     eval_source = data.eval
     if data.eval is not None:
         held_out: Sequence[Item] = _held_out_items(data, read_source(data, data.eval), rows)
     else:
         items, held_out = split_by_hash(items, data.eval_fraction, recipe.seed)
         eval_source = f"{data.eval_fraction:.1%} of {data.train}" if held_out else None
-    shape = {"max_seq_len": data.max_seq_len, "packing": data.packing}
-    train = prepare(items, encoder, **shape)
+    fitted = partial(prepare, encoder=encoder, max_seq_len=data.max_seq_len, packing=data.packing)
+    train = fitted(items)
     try:
-        scored = prepare(held_out[: recipe.eval.max_rows], encoder, **shape) if held_out else None
+        scored = fitted(held_out[: recipe.eval.max_rows]) if held_out else None
     except DataError as error:
         raise DataError(f"held-out rows, {eval_source}: {error}") from error
     seen = {content_hash(item) for item in items}
@@ -110,13 +111,18 @@ def read_source(data: Data, source: str) -> list[Row]:
     return read_rows(located(source), split=data.split, revision=data.revision)
 
 
+def _columns(data: Data) -> dict[str, str]:
+    """The recipe's column names as the data room takes them."""
+    return {str(key): template for key, template in data.columns.items()}
+
+
 def _held_out_items(data: Data, rows: list[Row], train_rows: list[Row]) -> Sequence[Item]:
     """Held-out rows as items. `data.format` and `data.columns` describe data.train: they hold for data.eval where its
     rows have the same fields, and otherwise (training rows were replaced on the command line, say) its format is
     detected.
     """
     alike = bool(rows and train_rows) and rows[0].fields.keys() == train_rows[0].fields.keys()
-    return parse_rows(rows, format=data.format, columns=data.columns) if alike else parse_rows(rows)
+    return parse_rows(rows, format=data.format, columns=_columns(data)) if alike else parse_rows(rows)
 
 
 def conversations(items: Sequence[Item]) -> list[Conversation]:
@@ -134,7 +140,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
-    names = [recipe.data.train, recipe.data.eval, recipe.model.weights, recipe.model.tokenizer]
+    names = [recipe.data.train, recipe.data.eval, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
     return [str(found) for name in names if name is not None and (found := locate(name)) is not None]
 
 
@@ -179,6 +185,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
         )
     if recipe.strategy == "full" or recipe.adapter is None:
         return model, source
+    assert source is not None, "fresh weights are trained in full"
     return add_adapter(
         model,
         **recipe.adapter.model_dump(),

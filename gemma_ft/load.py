@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft import runtime
-from gemma_ft.adapters.quantize import keep_trainable, quantization_config
+from gemma_ft.adapters.quantize import allow_packing, keep_trainable, quantization_config
 from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
@@ -74,6 +74,8 @@ def load_base(
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
     if trainable:
         keep_trainable(model)
+    elif quantize == "nf4":
+        allow_packing(model)
     return model
 
 
@@ -81,7 +83,7 @@ def load_base(
 class Place:
     """What a name that a user gives stands for: the base, the adapter on it, and what was agreed when it was trained.
 
-    `folder` holds tokenizer and contract; None: they are the hub id's.
+    `folder` holds the tokenizer; None: it is the hub id's.
     """
 
     base: Source
@@ -99,29 +101,28 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     """
     folder = Path(located(str(path)))
     given = adapter is not None
-    if adapter is None:
-        inside = (folder / "adapter", folder)
-        adapter = next((place for place in inside if (place / "adapter_config.json").is_file()), None)
-    elif not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder")
-    adapter = Path(adapter) if adapter is not None else None
+    found = _adapter_in(folder if adapter is None else Path(adapter))
+    if given and found is None:
+        raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     if folder.is_dir() and (folder / "config.json").is_file():
         source = model_source(str(folder))
-    elif adapter is not None and not (given and not folder.exists()):
-        source = _base_of(adapter)
+    elif found is not None and not (given and not folder.exists()):
+        source = _base_of(found)
     elif folder.is_dir():
         raise UserError(
             f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
         )
     else:
         source = model_source(str(path))
-    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: no adapter_model.safetensors in it; other forms of weights are not opened")
-    beside = adapter or (Path(source.name) if Path(source.name).is_absolute() else None)
-    contract = Contract.read(beside) if beside is not None else None
-    return Place(source, adapter, beside, contract)
+    if found is not None and not (found / "adapter_model.safetensors").is_file():
+        raise UserError(f"{found}: no adapter_model.safetensors in it; other forms of weights are not opened")
+    base = Path(source.name) if Path(source.name).is_absolute() else None
+    # An adapter of another toolkit may come without a tokenizer: then the base's serves.
+    beside = found if found is not None and (found / "tokenizer_config.json").is_file() else base
+    agreed = found or base
+    return Place(source, found, beside, Contract.read(agreed) if agreed is not None else None)
 
 
 def check_base(place: Place) -> None:
@@ -181,6 +182,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     folder = Path(located(str(path)))
     inside = (folder / "adapter", folder / "model")
     return tokenizers.load_tokenizer(str(next(filter(Path.is_dir, inside), folder)), revision=revision)
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    """The adapter folder that a run or an adapter folder stands for, or None."""
+    return next((one for one in (folder / "adapter", folder) if (one / "adapter_config.json").is_file()), None)
 
 
 def _base_of(adapter: Path) -> Source:

@@ -99,7 +99,7 @@ def test_errors_name_the_key_and_the_cure(tmp_path: Path) -> None:
         "quantize: expected nf4, int8 or auto, got 'int4'"
     )
     assert message(load_model, "data/gemma-tiny", adapter=tmp_path) == (
-        f"{tmp_path}: no adapter_config.json in it; name a PEFT adapter folder"
+        f"{tmp_path}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one"
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 Kind = Literal["nf4", "int8"]
+PACKED_ROWS = 32  # output features that bitsandbytes' packed CPU kernel takes at a time
 
 
 def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -44,3 +45,23 @@ def keep_trainable(model: nn.Module) -> int:
             module.support_avx512bf16_for_cpu = False
             touched += 1
     return touched
+
+
+def allow_packing(model: nn.Module) -> int:
+    """Let quantized layers of a model that is only asked use bitsandbytes' packed kernel; returns how many may.
+
+    In the first no-grad forward on a CPU with AVX512-BF16 it repacks their weights, rounds the block scales to bf16 and
+    computes in bf16. So a layer may do it only when it computes in bf16 anyway, and when its shape is one that the
+    kernel takes; others are kept as they are. Packed weights must not be read as NF4 afterwards.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    allowed = 0
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            block = module.weight.quant_state.blocksize if module.weight.quant_state is not None else 0
+            fits = module.out_features % PACKED_ROWS == 0 and block > 0 and module.in_features % block == 0
+            if not (fits and module.compute_dtype == torch.bfloat16):
+                module.support_avx512bf16_for_cpu = False
+            allowed += module.support_avx512bf16_for_cpu
+    return allowed

@@ -11,6 +11,7 @@ from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.items import Conversation, Document
 from gemma_ft.data.packing import best_fit_decreasing
 from gemma_ft.data.template import END_OF_TURN
+from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError
 
 Item = Conversation | Document
@@ -145,11 +146,8 @@ def _truncated(one: Encoded, limit: int, stats: DataStats) -> list[Encoded]:
 def _chunks(one: Encoded, limit: int) -> list[Encoded]:
     """A document in pieces of at most `limit` tokens, each beginning with BOS; together they hold every token once."""
     bos, body = one.input_ids[0], one.input_ids[1:]
-    starts = list(range(0, len(body), limit - 1))
-    if len(starts) > 1 and len(body) - starts[-1] == 1 and limit > 2:
-        starts[-1] -= 1  # BOS and EOS alone would teach the model to end at once
-    ends = [*starts[1:], len(body)]
-    parts = [body[start:end] for start, end in zip(starts, ends, strict=True)]
+    cuts = windows(len(body), size=limit - 1, stride=limit - 1)
+    parts = [body[cut.start : cut.end] for cut in cuts]
     return [Encoded([bos, *part], [IGNORE, *part], one.where) for part in parts]
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gemma_ft.build import conversations
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.dataset import Item
 from gemma_ft.infer.generate import generate_answers
 
 
@@ -20,6 +23,14 @@ class Question:
     prompt_ids: list[int]
     prompt: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered, without outer white space; `stopped` is False where max_new_tokens cut it off."""
+
+    text: str
+    stopped: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,53 @@ def held_out_loss(
     return total / count if count else None
 
 
+def questions_of(
+    items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, limit: int | None = None
+) -> tuple[list[Question], int]:
+    """The first `limit` held-out conversations to be answered (None: all), and how many before them were passed over
+    because their question does not fit max_seq_len, as in the held-out loss.
+    """
+    questions: list[Question] = []
+    too_long = 0
+    for chat in conversations(items):
+        if limit is not None and len(questions) == limit:
+            break
+        ids = encoder.encode_prompt(chat.turns)
+        if len(ids) < max_seq_len:
+            questions.append(Question(ids, chat.turns[-2].content, chat.turns[-1].content))
+        else:
+            too_long += 1
+    return questions, too_long
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Reply]:
+    """The model's greedy answers, generated until a stop token, in the order of the questions."""
+    answers = generate_answers(
+        model,
+        [question.prompt_ids for question in questions],
+        stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    return [
+        Reply(str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip(), answer.stopped)
+        for answer in answers
+    ]
+
+
+def is_exact(reply: Reply, answer: str) -> bool:
+    """Whether a reply is the answer letter for letter (outer white space aside). One that never stopped is not."""
+    return reply.stopped and reply.text == answer.strip()
+
+
 def exact_match(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,22 +129,11 @@ def exact_match(
     max_new_tokens: int,
     batch_size: int,
 ) -> tuple[float | None, list[str]]:
-    """Share of questions whose greedy answer, generated until a stop token, equals the right one letter for letter
-    (outer white space aside), and the answers. An answer that never stopped is wrong. (None, []) without questions.
-    """
+    """Share of questions whose greedy answer `is_exact`, and the answers. (None, []) without questions."""
     if not questions:
         return None, []
-    answers = generate_answers(
-        model,
-        [question.prompt_ids for question in questions],
-        stop_ids=stop_ids,
-        pad_id=int(tokenizer.pad_token_id),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+    replies = answer_questions(
+        model, tokenizer, questions, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    texts = [str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip() for answer in answers]
-    right = sum(
-        answer.stopped and text == question.answer.strip()
-        for answer, text, question in zip(answers, texts, questions, strict=True)
-    )
-    return right / len(questions), texts
+    right = sum(is_exact(reply, question.answer) for reply, question in zip(replies, questions, strict=True))
+    return right / len(questions), [reply.text for reply in replies]

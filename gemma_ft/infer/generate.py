@@ -1,4 +1,4 @@
-"""Prompts in, greedy answers out, through transformers' `generate` and its cache."""
+"""Prompts in, greedy answers out, through the engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from gemma_ft.infer.engine import Engine, Request
 
 
 @dataclass(frozen=True)
@@ -17,44 +17,36 @@ class Answer:
     stopped: bool
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],
-    pad_id: int,
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids that end where the model speaks), in the order of the prompts.
 
-    Prompts of similar length share a left-padded batch. The model is in eval mode meanwhile and as it was afterwards.
+    Prompts of similar length are read together. The model is in eval mode meanwhile and as it was afterwards.
     """
+    if not prompts:
+        return []
+    # A longer sequence than the model was made for is the caller's business here: it is answered, as it is trained on.
+    longest = max(map(len, prompts)) + max_new_tokens
+    answers = [Answer([], stopped=False) for _ in prompts]
     was_training = model.training
     model.eval()
-    answers: dict[int, Answer] = {}
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    device = next(model.parameters()).device
-    for start in range(0, len(prompts), batch_size):
-        indices = by_length[start : start + batch_size]
-        longest = max(len(prompts[i]) for i in indices)
-        ids = torch.full((len(indices), longest), pad_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(stop_ids),
-            pad_token_id=pad_id,
-            use_cache=True,
-        )[:, longest:].tolist()
-        for row, i in enumerate(indices):
-            end = next((k for k, token in enumerate(out[row]) if token in stop_ids), None)
-            answers[i] = Answer(out[row][:end], end is not None)
-    model.train(was_training)
-    return [answers[i] for i in range(len(prompts))]
+    try:
+        engine = Engine(model, stop_ids=stop_ids, max_batch=min(batch_size, len(prompts)), max_seq_len=longest)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        asked = {engine.submit(Request(prompts[i], max_new_tokens)): i for i in by_length}
+        while engine.waiting or engine.active:
+            for emitted in engine.step():
+                answer = answers[asked[emitted.ticket]]
+                if emitted.token_id is not None:
+                    answer.ids.append(emitted.token_id)
+                if emitted.finish == "stop":
+                    answers[asked[emitted.ticket]] = Answer(answer.ids, stopped=True)
+    finally:
+        model.train(was_training)
+    return answers

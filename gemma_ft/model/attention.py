@@ -32,15 +32,17 @@ def visible_keys(
     A key is visible when it is not in the future, lies within the window (query - window < key <= query: exactly
     `window_tokens` keys with the query's own), is no padding, and belongs to the query's document.
 
-    query_index [T], key_index [S]: places in the sequence counted from its first token, cached tokens included.
-    key_is_real [B, S] bool. query_document [B, T] and key_document [B, S] integers.
+    query_index [T], key_index [S]: places in the sequence counted from its first token, cached tokens included; where
+    rows stand at different places, [B, T] and [B, S], with -1 for what is no token. key_is_real [B, S] bool.
+    query_document [B, T] and key_document [B, S] integers.
     Source: google/gemma_pytorch gemma/model.py (local mask); arXiv:2408.00118 section 2.
     """
-    query, key = query_index[:, None], key_index[None, :]  # [T, 1], [1, S]
+    query, key = query_index[..., :, None], key_index[..., None, :]  # [.., T, 1], [.., 1, S]
     visible = key <= query
     if window_tokens is not None:
         visible = visible & (key > query - window_tokens)
-    visible = visible[None, None]  # [1, 1, T, S]
+    by_row = key_index.dim() == 2
+    visible = (visible & (key >= 0))[:, None] if by_row else visible[None, None]  # [B or 1, 1, T, S]
     if key_is_real is not None:
         visible = visible & key_is_real[:, None, None, :]
     if query_document is not None and key_document is not None:
@@ -65,15 +67,15 @@ def eager_attention(
     gets the mean of all values: finite, and masked out wherever it could matter.
     Source: google/gemma_pytorch gemma/model.py GemmaAttention.forward.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # [B, N, S, H]
+    batch, heads, tokens, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, K, N/K * T, H]: keys are read once, never repeated
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ key.transpose(2, 3)).to(wide) * scale  # [B, N, T, S]
+    scores = (grouped @ key.transpose(2, 3)).to(wide).view(batch, heads, tokens, -1) * scale  # [B, N, T, S]
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, torch.finfo(wide).min)
     weights = F.dropout(scores.softmax(dim=-1), dropout_p)
-    return weights.to(query.dtype) @ value
+    return (weights.to(query.dtype).view(*grouped.shape[:3], -1) @ value).view(query.shape)
 
 
 def sdpa_attention(

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics
+from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.lm_head import fused_head_loss, softcapped
 
@@ -81,7 +82,7 @@ class GemmaModel(GemmaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | KVPass | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
@@ -96,12 +97,16 @@ class GemmaModel(GemmaPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if document_ids is None and attention_mask is None and position_ids is not None and seen == 0:
-            document_ids = documents_of(position_ids)
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-        masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
+        if isinstance(past_key_values, KVPass):
+            position_ids = past_key_values.position_ids
+            masks = self._masks_of_pass(past_key_values)
+        else:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if document_ids is None and attention_mask is None and position_ids is not None and seen == 0:
+                document_ids = documents_of(position_ids)
+            if position_ids is None:
+                position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+            masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
         angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
 
         states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
@@ -146,6 +151,14 @@ class GemmaModel(GemmaPreTrainedModel):
                 key_document=document_ids,
             )
         return masks
+
+    def _masks_of_pass(self, one: KVPass) -> dict[int | None, Tensor]:
+        """As `_masks`, for rows that each stand at their own position."""
+        windows = self.numerics.window_tokens
+        return {
+            window: visible_keys(one.position_ids, one.key_positions(windows.index(window)), window_tokens=window)
+            for window in set(windows)
+        }
 
 
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
@@ -241,8 +254,12 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             self._add_loss(result, hidden, labels, num_items_in_batch)
         if labels is None or not (self.training if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = softcapped(self.lm_head(hidden[:, kept]), self.model.numerics.final_softcap)
+            result.logits = self.head_logits(hidden[:, kept])
         return result
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., D] -> logits [..., V], capped, in float32 or wider."""
+        return softcapped(self.lm_head(hidden), self.model.numerics.final_softcap)
 
     def _add_loss(
         self, result: GemmaCausalLMOutput, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gemma_ft.model.attention import BACKENDS
 from gemma_ft.model.config import GemmaNumerics
+from gemma_ft.model.kv_cache import KVPass
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -108,7 +109,9 @@ class GemmaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | KVPass | None = None
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
             proj(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, N or K, T, H]
@@ -147,7 +150,9 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
             self.pre_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | KVPass | None = None
+    ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, visible, cache)
         if not self.sandwich_norms:
             x = x + attended

@@ -87,3 +87,15 @@ def test_a_base_that_is_not_there_is_one_line(run: Path, tmp_path: Path) -> None
     assert str(caught.value) == (
         f"{tmp_path / 'nowhere'}: no such folder; name a folder with a model, or a hub id (owner/name)"
     )
+
+
+def test_an_adapter_without_tokenizer_files_takes_the_base_tokenizer(
+    run: Path, small_gemma: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # what stock PEFT saves
+        shutil.copyfile(run / "adapter" / name, plain / name)
+    place = place_of(plain)
+    assert (place.adapter, place.folder, place.contract) == (plain, small_gemma, None)
+    assert place_of(small_gemma, run).adapter == run / "adapter"  # a run stands for its adapter here as well

@@ -1,0 +1,203 @@
+"""Continuous batching: requests join and leave between decode steps, each row at its own position."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gemma_ft.errors import UserError
+from gemma_ft.infer.sampling import Sampler, Sampling, next_tokens
+from gemma_ft.model.kv_cache import KVCache
+
+PREFILL_TOKENS = 512  # of prompts in one pass, padding included: bounds its scores, and how long others wait for it
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids that end where the model speaks), and how it is to be continued."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What a step gave one request: a token, its end, or both. A stop token ends a request and is never given."""
+
+    ticket: int
+    token_id: int | None
+    finish: Literal["stop", "length"] | None
+
+
+@dataclass
+class _Live:
+    """A request with a row: what it has said so far."""
+
+    ticket: int
+    request: Request
+    sampler: Sampler
+    made: int = 0
+    last: int = -1
+    finish: Literal["stop", "length"] | None = None
+
+
+class Engine:
+    """Answers many requests at once over one KV cache. Not thread-safe: one thread drives it.
+
+    Rows of the cache, in order: the requests that speak, then those whose prompts are being read: one long prompt,
+    piece by piece, or several short ones in a single pass.
+    `max_batch`: how many requests hold a row at once; others wait in line. `max_seq_len`: prompt and answer together
+    (None: the model's own limit). The model is in eval mode; any wrapper of PEFT's around the native Gemma will do.
+    """
+
+    def __init__(
+        self, model: Any, *, stop_ids: Sequence[int], max_batch: int = 8, max_seq_len: int | None = None
+    ) -> None:
+        native = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._native = native
+        self.stop_ids = frozenset(stop_ids)
+        self.max_batch = max_batch
+        self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
+        self.device = native.get_input_embeddings().weight.device
+        self._cache = KVCache(native.model.numerics.window_tokens, rows=max_batch, max_seq_len=self.max_seq_len)
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._speaking: list[_Live] = []  # row i of the cache is the i-th
+        self._reading: list[_Live] = []  # the rows after them
+        self._tickets = 0
+
+    @property
+    def active(self) -> int:
+        """Requests that hold a row."""
+        return len(self._speaking) + len(self._reading)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line for a row."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> int:
+        """Put a request in line; returns its ticket.
+
+        Raises: UserError when the prompt is empty, or too long for its answer to fit.
+        """
+        prompt = len(request.prompt_ids)
+        if prompt == 0:
+            raise UserError("prompt: empty; it needs at least one token")
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected 1 or more, got {request.max_new_tokens}")
+        if prompt + request.max_new_tokens > self.max_seq_len:
+            raise UserError(
+                f"prompt of {prompt} tokens + {request.max_new_tokens} new tokens > {self.max_seq_len}, the longest "
+                "sequence of this model; shorten the prompt or ask for fewer tokens"
+            )
+        self._tickets += 1
+        self._waiting.append((self._tickets, request))
+        return self._tickets
+
+    def cancel(self, ticket: int) -> None:
+        """Drop a request; its row is free before the next step. One that has ended is nothing to cancel."""
+        self._waiting = deque(item for item in self._waiting if item[0] != ticket)
+        for live in [live for live in self._reading if live.ticket == ticket]:
+            self._cache.lengths[len(self._speaking)] = 0  # none but a lone long prompt holds anything yet
+            self._reading.remove(live)
+        for row in [row for row, live in enumerate(self._speaking) if live.ticket == ticket]:
+            self._leave(row)
+
+    @torch.no_grad()
+    def step(self) -> list[Emitted]:
+        """One token for every request that speaks, then one pass over prompts in line, whose first tokens come with
+        it. Empty while a long prompt is read, and when there is nothing to do.
+
+        Raises: UserError when the model's logits are not finite. After any error, requests that were active are to be
+        cancelled before the next step.
+        """
+        assert not self._native.training, "the model must be in eval mode"
+        emitted = self._decode() if self._speaking else []
+        return emitted + self._prefill()
+
+    def _decode(self) -> list[Emitted]:
+        ids = torch.tensor([[live.last] for live in self._speaking], device=self.device)
+        emitted = self._said(self._speaking, self._forward(ids, 0, [1] * len(self._speaking)))
+        self._dismiss()
+        return emitted
+
+    def _prefill(self) -> list[Emitted]:
+        """One pass over prompts: at most PREFILL_TOKENS, padding included."""
+        self._reading = self._reading or self._joining()
+        if not self._reading:
+            return []
+        row = len(self._speaking)
+        done = self._cache.lengths[row]
+        pieces = [list(live.request.prompt_ids[done : done + PREFILL_TOKENS]) for live in self._reading]
+        counts = [len(piece) for piece in pieces]
+        padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
+        hidden = self._forward(torch.tensor(padded, device=self.device), row, counts)
+        if done + counts[0] < len(self._reading[0].request.prompt_ids):
+            return []
+        emitted = self._said(self._reading, hidden)
+        self._speaking, self._reading = self._speaking + self._reading, []
+        self._dismiss()
+        return emitted
+
+    def _joining(self) -> list[_Live]:
+        """Those in line for whom there is a row: one with a long prompt, or as many as PREFILL_TOKENS hold."""
+        group: list[_Live] = []
+        longest = 0
+        while self._waiting and len(self._speaking) + len(group) < self.max_batch:
+            ticket, request = self._waiting[0]
+            longest = max(longest, len(request.prompt_ids))
+            if group and longest * (len(group) + 1) > PREFILL_TOKENS:
+                break
+            self._waiting.popleft()
+            sampler = Sampler(request.sampling, request.prompt_ids, request.max_new_tokens, self.device)
+            group.append(_Live(ticket, request, sampler))
+        return group
+
+    def _forward(self, ids: Tensor, first: int, counts: list[int]) -> Tensor:
+        """Run rows `first`.. with new tokens ids [B, T]; the hidden states [B, D] of their last ones."""
+        one = self._cache.open(first, counts, self.device)
+        states = self._native.model(ids, past_key_values=one, use_cache=True).last_hidden_state
+        one.finish()
+        if one.single:
+            return states[:, -1]
+        last = torch.tensor(counts, device=self.device) - 1
+        return states[torch.arange(len(counts), device=self.device), last]
+
+    def _said(self, speakers: list[_Live], hidden: Tensor) -> list[Emitted]:
+        """Choose every speaker's next token; only here does anything come back from the device."""
+        logits = self._native.head_logits(hidden)
+        tokens = next_tokens(logits, [live.sampler for live in speakers]).tolist()
+        if -1 in tokens:
+            raise UserError("the model's logits are not finite; its weights are damaged")
+        return [self._took(live, token) for live, token in zip(speakers, tokens, strict=True)]
+
+    def _took(self, live: _Live, token: int) -> Emitted:
+        live.made, live.last = live.made + 1, token
+        if token in self.stop_ids:
+            live.finish = "stop"
+            return Emitted(live.ticket, None, live.finish)
+        live.sampler.took(token)
+        if live.made == live.request.max_new_tokens:
+            live.finish = "length"
+        return Emitted(live.ticket, token, live.finish)
+
+    def _dismiss(self) -> None:
+        """Free the rows of all who have ended."""
+        for row in reversed(range(len(self._speaking))):
+            if self._speaking[row].finish is not None:
+                self._leave(row)
+
+    def _leave(self, row: int) -> None:
+        """Free the row of a speaker: the last speaker takes its place, and a long prompt in reading the last one's."""
+        end = len(self._speaking) - 1
+        self._cache.move(end, row)
+        self._speaking[row] = self._speaking[end]
+        self._speaking.pop()
+        if self._reading:
+            self._cache.move(end + 1, end)

@@ -1,0 +1,104 @@
+"""A model with everything that answering needs, opened from where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gemma_ft.contract import CONTRACT
+from gemma_ft.data.chat import ChatEncoder, chat_template
+from gemma_ft.data.items import Turn
+from gemma_ft.infer.engine import Engine, Request
+from gemma_ft.infer.sampling import Sampling
+from gemma_ft.infer.text import TextStream
+from gemma_ft.load import Place, load_model, load_tokenizer, place_of
+
+
+@dataclass
+class Session:
+    """A model that can be asked, and how to ask it. `notes`: lines for the user that nothing has printed yet."""
+
+    name: str  # as the user wrote it
+    place: Place
+    model: Any
+    tokenizer: Any
+    encoder: ChatEncoder
+    engine: Engine
+    notes: list[str]
+
+    def chat_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """A conversation as it was trained, up to where the model speaks. Raises: DataError, as ChatEncoder."""
+        return self.encoder.encode_prompt(turns)
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Plain text to be continued: BOS, then its ids; no control token can be typed. Raises: DataError."""
+        return [self.encoder.control.bos, *self.encoder.content.encode(text)]
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generator[str, None, Literal["stop", "length"]]:
+        """The answer to one prompt, in pieces as they come; closing the iterator ends the request. What the generator
+        returns says why the answer ended: at a stop token or text, or at max_new_tokens.
+
+        For one caller that has the engine to itself. Raises: UserError, as Engine.submit.
+        """
+        ticket = self.engine.submit(Request(prompt_ids, max_new_tokens, sampling or Sampling()))
+        text = TextStream(self.tokenizer, stop)
+        try:
+            finish: Literal["stop", "length"] | None = None
+            while finish is None and not text.stopped:
+                for emitted in self.engine.step():
+                    assert emitted.ticket == ticket, "the engine serves another request"
+                    finish = emitted.finish
+                    if emitted.token_id is not None and (piece := text.push(emitted.token_id)):
+                        yield piece
+            if rest := text.end():
+                yield rest
+            return "stop" if text.stopped or finish is None else finish
+        finally:
+            self.engine.cancel(ticket)
+
+
+def open_session(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = "auto",
+    adapter: str | Path | None = None,
+    device: torch.device | str | None = None,
+    max_batch: int = 1,
+) -> Session:
+    """A session from a run directory, an adapter, a model folder or a hub id; the options are `load_model`'s (dtype
+    None: bfloat16), and the Engine's.
+
+    Raises: UserError when there is no such model, or it would not be asked as it was trained.
+    """
+    place = place_of(path, adapter)
+    tokenizer = load_tokenizer(
+        place.folder or place.base.name, revision=place.base.revision if not place.folder else None
+    )
+    notes: list[str] = []
+    if place.contract is not None:
+        encoder = place.contract.encoder(tokenizer, path)
+    else:
+        encoder = ChatEncoder(tokenizer)
+        notes = _notes_without_contract(path, place, tokenizer)
+    model = load_model(path, dtype=dtype or torch.bfloat16, quantize=quantize, adapter=adapter, device=device)
+    engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
+    return Session(str(path), place, model, tokenizer, encoder, engine, notes)
+
+
+def _notes_without_contract(path: str | Path, place: Place, tokenizer: Any) -> list[str]:
+    """What a user should know of a model that does not say how it was trained."""
+    if place.adapter is None and tokenizer.chat_template == chat_template("fold"):  # the loader's: it has none itself
+        return [f"{path}: a base model without a chat template; it was never tuned to answer"]
+    return [f"{path}: no {CONTRACT} with it; a system text goes before the first question (fold)"]

@@ -1,0 +1,167 @@
+"""Keys and values of several sequences at once, each with its own length, so that sequences may join and leave between
+two forward passes.
+
+Every layer keeps a ring: the key at position p lies at place p % limit. A local layer's limit is its window, a full
+layer's the longest sequence, which therefore never wraps. Which position a place holds follows from the length of its
+row alone; nothing has to be cleared when a row is given to another sequence.
+Letters: B rows of a pass, T new tokens, S keys, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIRST_PLACES = 256  # a ring begins with so many places and doubles up to its limit
+
+
+class KVCache:
+    """Preallocated keys and values for `rows` sequences of up to `max_seq_len` tokens.
+
+    `window_tokens`: each layer's window, None for full attention. Memory is taken at the first pass, in the dtype and
+    on the device of the keys that it brings, and grows with the longest sequence.
+    """
+
+    def __init__(self, window_tokens: Sequence[int | None], *, rows: int, max_seq_len: int) -> None:
+        self.limits = [min(window or max_seq_len, max_seq_len) for window in window_tokens]
+        self.max_seq_len = max_seq_len
+        self.lengths = [0] * rows  # tokens that each row holds
+        self.rings = [_Ring(limit, rows) for limit in self.limits]
+
+    def open(self, first: int, counts: Sequence[int], device: torch.device) -> KVPass:
+        """One forward pass over `len(counts)` rows from row `first` on, which brings counts[i] new tokens for row i.
+
+        Either every count is 1, or all rows have the same length before.
+        """
+        return KVPass(self, first, counts, device)
+
+    def move(self, source: int, target: int) -> None:
+        """Give row `target` what row `source` holds; `source` is empty then."""
+        if source != target:
+            self.lengths[target] = self.lengths[source]
+            for ring in self.rings:
+                ring.move(source, target, self.lengths[source])
+        self.lengths[source] = 0
+
+    def nbytes(self) -> int:
+        """Memory that keys and values take."""
+        return sum(part.nbytes for ring in self.rings for part in ring.parts)
+
+
+class _Ring:
+    """One layer's keys and values, each [rows, K, places, H], with at most `limit` places."""
+
+    def __init__(self, limit: int, rows: int) -> None:
+        self.limit = limit
+        self.rows = rows
+        self.parts: tuple[Tensor, ...] = ()
+
+    def reserve(self, needed: int, key: Tensor, value: Tensor, lengths: Sequence[int]) -> None:
+        """Have at least `needed` places; rows keep what they hold, `lengths` tokens."""
+        places = self.parts[0].shape[2] if self.parts else 0
+        if places >= needed:
+            return
+        grown = min(self.limit, max(needed, 2 * places, FIRST_PLACES))
+        # Zeros, for what is hidden still meets a weight of 0, and 0 * NaN is NaN.
+        parts = tuple(part.new_zeros(self.rows, part.shape[1], grown, part.shape[3]) for part in (key, value))
+        for old, new in zip(self.parts, parts, strict=False):
+            for row, length in enumerate(lengths):
+                new[row, :, : min(length, places)] = old[row, :, :length]
+        self.parts = parts
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for part in self.parts:
+            part[target, :, :length] = part[source, :, :length]
+
+
+class KVPass:
+    """One forward pass over neighbouring rows of a KVCache; the model takes it as `past_key_values`.
+
+    `position_ids` [B, T]: positions of the new tokens, -1 for padding at the end of a row, whose keys nobody sees.
+    """
+
+    def __init__(self, cache: KVCache, first: int, counts: Sequence[int], device: torch.device) -> None:
+        self.cache = cache
+        self.counts = list(counts)
+        self.tokens = max(counts)
+        self.rows = slice(first, first + len(counts))
+        self.starts = cache.lengths[self.rows]
+        self.single = self.tokens == 1
+        assert min(counts) >= 1, "every row of a pass brings a token"
+        assert self.single or len(set(self.starts)) == 1, "rows of different lengths take one token at a time"
+        assert self.newest < cache.max_seq_len, "the sequence is longer than the cache"
+        starts, counted = torch.tensor([self.starts, self.counts], device=device)[..., None]  # [B, 1] each
+        steps = torch.arange(self.tokens, device=device)
+        self.position_ids = (starts + steps).where(steps < counted, -1)
+        self._plans = {limit: _Plan(self, limit, starts, starts + counted) for limit in set(cache.limits)}
+
+    @property
+    def newest(self) -> int:
+        """The last position that any row holds after this pass."""
+        return max(start + count for start, count in zip(self.starts, self.counts, strict=True)) - 1
+
+    def key_positions(self, layer: int) -> Tensor:
+        """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
+        return self._plans[self.cache.limits[layer]].key_positions
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values [B, K, T, H]; returns those to attend over, [B, K, S, H]."""
+        ring, plan = self.cache.rings[layer], self._plans[self.cache.limits[layer]]
+        ring.reserve(plan.needed, key, value, self.cache.lengths)
+        new = key, value
+        kept = [part[self.rows, :, : plan.needed] for part in ring.parts]
+        seen = kept
+        if plan.wraps:  # what the first of the new tokens still see will be written over by the last
+            seen = [
+                torch.cat((old[:, :, : plan.old].to(fresh.dtype), fresh), dim=2)
+                for old, fresh in zip(kept, new, strict=True)
+            ]
+        for part, fresh in zip(kept, new, strict=True):
+            plan.store(part, fresh)
+        return seen[0].to(key.dtype), seen[1].to(value.dtype)
+
+    def finish(self) -> None:
+        """Count the new tokens to their rows, when all layers have kept theirs."""
+        self.cache.lengths[self.rows] = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+
+
+class _Plan:
+    """Where a pass writes in the rings of one limit, and which positions its queries then find there."""
+
+    def __init__(self, one: KVPass, limit: int, starts: Tensor, ends: Tensor) -> None:
+        begin = one.starts[0]
+        self.begin, self.end, self.single = begin, begin + one.tokens, one.single
+        self.wraps = not one.single and self.end > limit
+        self.needed = min(limit, one.newest + 1 if one.single else self.end)
+        self.old = min(limit, begin)
+        places = torch.arange(self.needed, device=starts.device)
+        after = _held(places, ends, limit)  # [B, needed]
+        if self.wraps:
+            before = _held(places[: self.old], starts, limit)
+            self.key_positions = torch.cat((before, one.position_ids), dim=1)
+            source = (after - starts)[:, None, :, None]  # the new token that a place takes; negative: none
+            self.takes, self.source = source >= 0, source.clamp(min=0)
+        else:
+            self.key_positions = after
+        if one.single:
+            self.row = torch.arange(len(one.counts), device=starts.device)
+            self.place = starts[:, 0] % limit
+
+    def store(self, kept: Tensor, fresh: Tensor) -> None:
+        """Write the new tokens' [B, K, T, H] into the places [B, K, needed, H] of their rows."""
+        if self.single:
+            kept[self.row, :, self.place] = fresh[:, :, 0].to(kept.dtype)
+        elif self.wraps:
+            _, heads, _, width = fresh.shape
+            chosen = fresh.gather(2, self.source.expand(-1, heads, -1, width)).to(kept.dtype)
+            kept.copy_(chosen.where(self.takes, kept))
+        else:  # padding lies past its row's end, where no position is held
+            kept[:, :, self.begin : self.end] = fresh
+
+
+def _held(places: Tensor, lengths: Tensor, limit: int) -> Tensor:
+    """The position that each place [S] of a ring holds in rows of these lengths [B, 1]: [B, S], -1 for none."""
+    newest = lengths - 1
+    return (newest - (newest - places) % limit).clamp(min=-1)
