@@ -41,3 +41,9 @@ class LockedError(UserError):
     """Another run is writing to the same output directory."""
 
     exit_code = 6
+
+
+class InterruptedWork(UserError):
+    """Ctrl-C ended work that can go on later; the message says how."""
+
+    exit_code = 130

@@ -1,0 +1,192 @@
+"""`gemma-ft generate`: one answer to one prompt on stdout, or a file of answers to a file of rows."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_ft.cli import model_options as options
+from gemma_ft.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from gemma_ft.infer.batch_file import BatchFile, How
+    from gemma_ft.infer.session import Session
+
+LESS_MEMORY = "lower --batch-size or --max-tokens, or give --quantize nf4"
+STDIN = "-"
+
+Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask; - reads it from stdin.")]
+Rows = Annotated[
+    str | None, typer.Option("--input", metavar="ROWS", help="Rows to answer, in any format that training reads.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Their answers, as jsonl; goes on where it stopped.")
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue plain text instead of answering in a chat.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; rows have 0.", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Rows answered at once.")]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="NAME", help="Format of the rows, where it cannot be told.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=TEMPLATE", help="Where rows hold what, as in prompt='{question}'."),
+]
+
+
+def generate(
+    model: options.Model,
+    prompt: Prompt = None,
+    input: Rows = None,
+    output: Output = None,
+    system: options.System = None,
+    raw: Raw = False,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: options.Stop = None,
+    batch_size: BatchSize = 8,
+    format: Format = None,
+    column: Column = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --output again.")] = False,
+    adapter: options.Adapter = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = "auto",
+) -> int:
+    """Answer a prompt, or every row of a file.
+
+    The text alone goes to stdout. A file gets one line for each row: its fields, output, finish (stop or length) and
+    index; FILE.settings.json beside it keeps how it was made, so that the same command goes on where one stopped.
+    """
+    for_rows = {"--output": output, "--format": format, "--column": column, "--overwrite": overwrite}
+    _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
+    if raw and system:
+        raise UserError("--system and --raw: plain text has no system turn; give one of them")
+    from gemma_ft.runtime import quiet_libraries
+
+    quiet_libraries()
+    from gemma_ft.infer.batch_file import How
+    from gemma_ft.infer.sampling import Sampling
+
+    if prompt is None and seed is None:
+        seed = 0  # a file of answers can be made again
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    how = How(max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ()))
+    opened = partial(options.open_model, model, adapter, dtype, quantize)
+    with options.memory_advice(LESS_MEMORY):
+        if prompt is not None:
+            text = _prompt_text(prompt, raw)
+            return _answer_one(opened(), text, how)
+        work = _work(str(input), Path(str(output)), how, model, adapter, {"dtype": dtype, "quantize": quantize})
+        work.file.look(overwrite=overwrite)
+        if work.file.done == work.file.total:
+            return _tell(f"{output}: all {work.file.total} rows are answered; nothing to do")
+        return _answer_file(opened(max_batch=batch_size), work, overwrite)
+
+
+def _check_mode(prompt: str | None, rows: str | None, for_rows: Sequence[str]) -> None:
+    """Raises UserError unless the options ask for one prompt, or for a file with its output."""
+    if prompt is None and rows is None:
+        raise UserError("nothing to answer: give --prompt TEXT, or --input ROWS with --output FILE")
+    if prompt is not None and rows is not None:
+        raise UserError("--prompt and --input: one is answered on stdout, the other in --output; give one")
+    if prompt is not None and for_rows:
+        raise UserError(f"{for_rows[0]}: goes with --input; the answer to --prompt goes to stdout")
+    if rows is not None and "--output" not in for_rows:
+        raise UserError("--input: needs --output FILE for the answers")
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for text in given:
+        key, equals, template = text.partition("=")
+        if not equals:
+            raise UserError(f"--column {text}: expected KEY=TEMPLATE, such as prompt='{{question}}'")
+        columns[key.strip()] = template
+    return columns
+
+
+def _prompt_text(prompt: str, raw: bool) -> str:
+    """The text of --prompt, or of stdin without its last line end. Raises: UserError when it cannot be asked."""
+    from gemma_ft.data.items import text_fault
+
+    if prompt == STDIN:
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt -: stdin is not {error.encoding}: {error.reason}") from error
+    fault = text_fault(prompt)
+    if fault:
+        raise UserError(f"--prompt: {fault}")
+    if not raw and not prompt.strip():
+        raise UserError("--prompt: is empty; ask something")
+    return prompt
+
+
+def _answer_one(session: Session, text: str, how: How) -> int:
+    """Write the answer to stdout as it comes, a line end after it; control sequences never reach a terminal."""
+    from gemma_ft.data.items import Turn
+    from gemma_ft.infer.escape import EscapeStripper
+    from gemma_ft.infer.prompts import system_turns
+
+    turns = [*system_turns(session.encoder, how.system), Turn("user", text)]
+    ids = session.completion_ids(text) if how.raw else session.chat_ids(turns)
+    shown = EscapeStripper().feed if sys.stdout.isatty() else str
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that this terminal's encoding lacks is no failure
+    pieces = session.stream(ids, max_new_tokens=how.max_new_tokens, sampling=how.sampling, stop=how.stop)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            finish = end.value
+            break
+        print(shown(piece), end="", flush=True)
+    print(flush=True)
+    return _tell(f"note: cut at --max-tokens {how.max_new_tokens}") if finish == "length" else 0
+
+
+def _work(
+    rows: str, output: Path, how: How, model: str, adapter: Path | None, loading: dict[str, str | None]
+) -> BatchFile:
+    """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
+    from gemma_ft.infer.batch_file import BatchFile, identity_of
+    from gemma_ft.load import place_of
+
+    try:
+        return BatchFile(rows, output, how, {**identity_of(place_of(model, adapter)), **loading})
+    except DataError as error:
+        raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
+
+
+def _answer_file(session: Session, work: BatchFile, overwrite: bool) -> int:
+    from rich.console import Console
+
+    from gemma_ft.infer.progress import AnswerProgress
+    from gemma_ft.infer.prompts import system_turns
+
+    system_turns(session.encoder, work.how.system)  # refused here where the rows' own are not
+    for note in work.notes:
+        _tell(f"note: {note}")
+    if work.file.done:
+        _tell(f"{work.file.path}: going on after {work.file.done} of {work.file.total} answers")
+    with AnswerProgress(Console(stderr=True), total=work.file.total, done=work.file.done) as progress:
+        work.run(session, overwrite=overwrite, on_answer=progress.answered)
+    return _tell(f"{work.file.path}: {work.file.total} answers")
+
+
+def _tell(text: str) -> int:
+    typer.echo(text, err=True)
+    return 0

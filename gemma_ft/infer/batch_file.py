@@ -1,0 +1,164 @@
+"""A file of rows in, a file of answers out: in order, continued where it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.errors import DataError, InterruptedWork, UserError
+from gemma_ft.infer.answer_file import AnswerFile
+from gemma_ft.infer.engine import Request
+from gemma_ft.infer.ordered import texts_in_order
+from gemma_ft.infer.prompts import Prompt, prompts_of
+from gemma_ft.infer.sampling import Sampling
+from gemma_ft.infer.session import Session
+from gemma_ft.load import Place
+from gemma_ft.weights import WeightFiles, folder_of
+
+ADDED = ("output", "finish", "index")
+
+
+@dataclass(frozen=True)
+class How:
+    """How every row is answered. With a seed, row n is drawn with a seed of its own that follows from both."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stop: Sequence[str] = ()
+    system: str | None = None
+    raw: bool = False
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+
+
+class BatchFile:
+    """The work of answering the rows of one file, and how much of it is done.
+
+    Each line of the output is the row's fields, and `output`, `finish` ("stop", or "length" where max_new_tokens cut
+    the answer) and `index` (the row's number from 0); where the rows have such a field, ours ends in an underscore.
+    """
+
+    def __init__(self, source: str, output: Path, how: How, model: Mapping[str, Any]) -> None:
+        """Reads and checks rows; `model` is what tells this model from others (`identity_of`).
+
+        Raises: DataError naming bad rows; UserError when source and output are one file.
+        """
+        if output.exists() and Path(source).exists() and output.samefile(source):
+            raise UserError(f"{output}: is the file that is read; name another --output")
+        rows = read_rows(source)
+        self.how = how
+        self.prompts = prompts_of(rows, format=how.format, columns=how.columns, system=how.system, raw=how.raw)
+        self.names = _names_beside(rows)
+        settings = {"rows": _digest([row.fields for row in rows]), **model, **_settings(how)}
+        self.file = AnswerFile(output, settings, total=len(rows), index=self.names["index"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the output before it is written."""
+        taken = [name for name in ADDED if self.names[name] != name]
+        return [f"the rows have a field {name!r}; ours is {self.names[name]!r}" for name in taken]
+
+    def run(self, session: Session, *, overwrite: bool = False, on_answer: Callable[[int], None] | None = None) -> int:
+        """Answer what is left, line by line; returns how many answers are now in the file. `on_answer` gets how many
+        tokens each new one has.
+
+        Raises: DataError naming rows that are too long; InterruptedWork after Ctrl-C; DiskError, LockedError, UserError
+        as AnswerFile.
+        """
+        requests = self._requests(session)
+        try:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(self.file.begin(overwrite=overwrite))
+                texts = texts_in_order(session, requests[file.done :], stop=self.how.stop)
+                stack.enter_context(contextlib.closing(texts))
+                for prompt, text in zip(self.prompts[file.done :], texts, strict=True):
+                    added = (text.text, text.finish, file.done)
+                    file.append(prompt.row.fields | dict(zip(self.names.values(), added, strict=True)))
+                    if on_answer is not None:
+                        on_answer(text.tokens)
+        except KeyboardInterrupt:
+            raise InterruptedWork(
+                f"{self.file.path}: stopped with {self.file.done} of {self.file.total} answers; the same command "
+                f"goes on from there{', without --overwrite' if overwrite else ''}"
+            ) from None
+        return self.file.done
+
+    def _requests(self, session: Session) -> list[Request]:
+        """What the engine is asked for each row, in order."""
+        bad = BadRows()
+        requests = []
+        room = session.engine.max_seq_len - self.how.max_new_tokens
+        for number, prompt in enumerate(self.prompts):
+            ids = _ids(session, prompt, bad)
+            if len(ids) > room:
+                bad.add(
+                    prompt.row.where,
+                    f"{len(ids):,} tokens and {self.how.max_new_tokens:,} new ones (--max-tokens) are more than the "
+                    f"{session.engine.max_seq_len:,} of this model",
+                )
+            sampling = replace(self.how.sampling, seed=_row_seed(self.how.sampling.seed, number))
+            requests.append(Request(ids, self.how.max_new_tokens, sampling))
+        bad.raise_if_any()
+        return requests
+
+
+def identity_of(place: Place) -> dict[str, str]:
+    """What tells a model from others, wherever it lies: a digest of its weights, its config and its adapter."""
+    base = folder_of(place.base)
+    parts = [WeightFiles.open(base).fingerprint(), (base / "config.json").read_text(encoding="utf-8")]
+    if place.adapter is not None:
+        parts.append(WeightFiles.open(place.adapter, "adapter_model").fingerprint())
+        parts.append((place.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"model": _digest(parts)}
+
+
+def _ids(session: Session, prompt: Prompt, bad: BadRows) -> list[int]:
+    """A prompt's token ids; what cannot be asked of this model is noted under the row's place."""
+    try:
+        return session.completion_ids(prompt.text) if prompt.text is not None else session.chat_ids(prompt.turns)
+    except DataError as fault:
+        bad.add(prompt.row.where, str(fault).removeprefix("prompt: "))
+        return []
+
+
+def _names_beside(rows: Sequence[Row]) -> dict[str, str]:
+    """The names of our fields, none of which any row has."""
+    taken = {name for row in rows for name in row.fields}
+    names = {}
+    for name in ADDED:
+        names[name] = name
+        while names[name] in taken:
+            names[name] += "_"
+    return names
+
+
+def _settings(how: How) -> dict[str, Any]:
+    """How the answers are made, by the names of the options; how many at once is left out, for it changes nothing."""
+    return {
+        "max_tokens": how.max_new_tokens,
+        **asdict(how.sampling),
+        "stop": list(how.stop),
+        "system": how.system,
+        "raw": how.raw,
+        "format": how.format,
+        "column": dict(how.columns or {}),
+    }
+
+
+def _row_seed(seed: int | None, number: int) -> int | None:
+    """A seed for row `number`, so that its draws do not depend on what was answered before it."""
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # below 2**63
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
