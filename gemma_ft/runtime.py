@@ -40,6 +40,20 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str:
+    """What a run is computed on, for a reader: the GPU's name, or the CPU with the cores that are used."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(default_device()))
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def from_environment(name: str) -> str | None:
+    """The value of one environment variable that the user named (a key that belongs on no command line), or None."""
+    return os.environ.get(name)
+
+
 def world_size() -> int:
     """How many processes the launcher started for this run."""
     text = os.environ.get("WORLD_SIZE", "")
