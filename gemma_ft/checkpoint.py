@@ -26,10 +26,14 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
-def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool = True) -> None:
+def commit_folder(
+    target: Path, write: Callable[[Path], None], *, manifest: bool = True, go_on: str = "use --resume"
+) -> None:
     """Make folder `target` appear at once and complete: `write` fills a staging folder beside it, which is then synced
     and renamed. An older `target` is replaced only after the new one is on disk. With `manifest`, hashes are written
-    last.
+    last. Whatever `write` raises, the staging folder is gone.
+
+    Raises: DiskError when the disk is full; `go_on` says what to do once there is space.
     """
     staging = target.with_name(f".{target.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -38,10 +42,10 @@ def commit_folder(target: Path, write: Callable[[Path], None], *, manifest: bool
         write(staging)
         if manifest:
             write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if _is_disk_full(error):
-            raise DiskError(f"{target}: no space left to write it; free some and use --resume") from error
+        if isinstance(error, OSError | SafetensorError) and _is_disk_full(error):
+            raise DiskError(f"{target}: no space left to write it; free some and {go_on}") from error
         raise
     for name in _names(staging):
         (staging / name).chmod(staging.stat().st_mode & 0o666)  # safetensors lets nobody but their owner read its files

@@ -33,6 +33,7 @@ class Contract:
     preset: str | None = None
     quantize: Literal["nf4", "int8"] | None = None  # how the frozen weights were stored while the adapter was trained
     double_quant: bool = True
+    precision: Literal["bf16", "float32"] | None = None  # dtype of frozen weights and activations in training
 
     @classmethod
     def read(cls, folder: Path) -> Contract | None:

@@ -40,6 +40,7 @@ def save_result(
         preset=recipe.model.preset,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,
+        precision=recipe.train.precision,
     )
 
     def write(folder: Path) -> None:

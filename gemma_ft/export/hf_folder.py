@@ -1,0 +1,117 @@
+"""A plain transformers folder: what lies beside the weights, and how the whole appears at once or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_ft.checkpoint import commit_folder, write_json
+from gemma_ft.contract import Contract
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.errors import DiskError, UserError
+
+ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
+SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
+
+
+def check_out(out: Path, weight_bytes: int) -> None:
+    """See whether a new folder of so many bytes of weights can be written at `out`, and leave everything as it is.
+
+    Raises: UserError when something is there already (a link included) or the place cannot be written to; DiskError
+    when the disk has too little space.
+    """
+    if out.is_symlink() or out.exists():
+        raise UserError(f"{out}: exists already; choose another --out, or move it away")
+    try:
+        parent = next(path for path in out.absolute().parents if path.exists())
+        if not parent.is_dir():
+            raise UserError(f"{out}: {parent} is a file; choose another --out")
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose another --out") from error
+    if free < weight_bytes + SPARE_BYTES:
+        raise DiskError(
+            f"{out}: needs {_gigabytes(weight_bytes + SPARE_BYTES)}, its disk has {_gigabytes(free)} left; "
+            "free some, or choose another --out"
+        )
+
+
+def commit_model_folder(out: Path, fill: Callable[[Path], None]) -> None:
+    """Make the new folder `out` appear at once and complete; `fill` writes into a staging folder beside it.
+
+    Whatever `fill` raises, nothing stays behind. Raises: DiskError when the disk fills up; UserError when `out` cannot
+    be written.
+    """
+    try:
+        commit_folder(out, fill, manifest=False, go_on="run again")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+
+
+def write_beside_weights(
+    folder: Path, *, base: Path, tokenizer_from: str, contract: Contract | None, dtype: torch.dtype
+) -> ChatEncoder:
+    """Write config.json, generation_config.json, the tokenizer and gemma_ft.json into `folder`.
+
+    base: the folder of the model whose config.json is taken over. tokenizer_from: a folder or hub id. contract: what
+    was trained; its chat template is written, and gemma_ft.json says that nothing is quantized any more. Without one
+    the tokenizer keeps its own template and there is no gemma_ft.json. dtype: of the weights. Returns the encoder.
+    Raises: UserError when the tokenizer is not the one of the contract.
+    """
+    tokenizer = load_tokenizer(tokenizer_from)
+    encoder = contract.encoder(tokenizer, tokenizer_from) if contract is not None else ChatEncoder(tokenizer)
+    write_json(folder / "config.json", config_fields(base, dtype))
+    write_json(folder / "generation_config.json", generation_fields(base, encoder))
+    save_tokenizer(tokenizer, folder, system_policy=contract.system if contract is not None else None)
+    if contract is not None:
+        replace(contract, quantize=None).write(folder)
+    return encoder
+
+
+def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json with the dtype of the new weights, the family's architecture, and a tied head.
+
+    Raises: UserError when it is not there, or not a plain Gemma's.
+    """
+    path = base / "config.json"
+    fields = _json_object(path)
+    architecture = ARCHITECTURES.get(str(fields.get("model_type")))
+    if architecture is None:
+        raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not Gemma 1 or 2")
+    if "quantization_config" in fields:
+        raise UserError(f"{path}: these weights are quantized already; name the base that they were made from")
+    name = str(dtype).removeprefix("torch.")
+    former = {"torch_dtype": name} if "torch_dtype" in fields else {}  # what libraries read before "dtype"
+    return {**fields, **former, "architectures": [architecture], "dtype": name, "tie_word_embeddings": True}
+
+
+def generation_fields(base: Path, encoder: ChatEncoder) -> dict[str, Any]:
+    """The base's generation_config.json (where it has one) with the ids that a chat starts and stops with: an answer
+    ends at eos and at `<end_of_turn>`.
+    """
+    path = base / "generation_config.json"
+    control = encoder.control
+    ids = {"bos_token_id": control.bos, "eos_token_id": encoder.stop_ids, "pad_token_id": control.pad}
+    return {**(_json_object(path) if path.is_file() else {}), **ids}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read; fetch the folder again") from error
+    raise UserError(f"{path}: cannot be read; fetch the folder again")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,168 @@
+"""The arithmetic of adapters against PEFT, layer by layer, and the one line for each adapter that cannot be merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gemma_ft.errors import UserError
+from gemma_ft.export.deltas import Adapter, add_low_rank
+from tests.export.tuned import wrap
+from tests.parity.amplified import ours, relative
+
+
+class One(nn.Module):
+    """A single linear layer with loud weights."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 40, bias=False, dtype=dtype)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.randn(40, 24, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_one_layer_is_merged_as_peft_merges_it(more: dict[str, Any], dtype: torch.dtype, within: float) -> None:
+    wrapped = wrap(One(dtype), target_modules=["layer"], **more).to(dtype)
+    lora = wrapped.base_model.model.layer
+    a, b = lora.lora_A["default"].weight.data, lora.lora_B["default"].weight.data
+    magnitude = lora.lora_magnitude_vector["default"].weight.data if "use_dora" in more else None
+    found = add_low_rank(One(dtype).layer.weight.data.clone(), a, b, scale=lora.scaling["default"], magnitude=magnitude)
+    assert lora.scaling["default"] == (4.0 if "use_rslora" in more else 2.0)  # alpha 8, rank 4
+    x = torch.randn(5, 24, dtype=dtype, generator=torch.Generator().manual_seed(4))
+    assert relative(x @ found.T, wrapped(x)) <= within * 3  # the adapter as it is applied, not merged
+    assert relative(found, wrapped.merge_and_unload().layer.weight) <= within
+
+
+def test_a_merge_in_less_than_float32_is_no_merge() -> None:
+    with pytest.raises(AssertionError, match="less than float32"):
+        add_low_rank(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(1, 2), torch.ones(2, 1), scale=1.0)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    wrap(ours("gemma-2b"), target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        Adapter.open(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(folder), "A")
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+ONLY = "only LoRA, rsLoRA and DoRA can"
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"lora_bias": True}, f"A/adapter_config.json: lora_bias is set, which cannot be merged; {ONLY}"),
+        ({"fan_in_fan_out": True}, f"A/adapter_config.json: fan_in_fan_out is set, which cannot be merged; {ONLY}"),
+        ({"trainable_token_indices": [1]},
+         f"A/adapter_config.json: trainable_token_indices is set, which cannot be merged; {ONLY}"),
+        ({"init_lora_weights": "pissa"},
+         "A/adapter_config.json: init_lora_weights 'pissa' rewrote the base; save it as a plain LoRA with PEFT's "
+         "path_initial_model_for_weight_conversion"),
+        ({"use_dora": True},
+         "A: has no lora_magnitude_vector for model.layers.0.self_attn.q_proj.weight; the adapter is not whole, "
+         "save it again"),
+    ],
+)  # fmt: skip
+def test_a_config_that_means_something_else_is_refused(fields: dict[str, Any], line: str, adapter: Path) -> None:
+    set_config(adapter, **fields)
+    assert refused(adapter) == line
+
+
+def nan_in(weights: dict[str, torch.Tensor]) -> None:
+    weights[f"{Q0}.lora_A.weight"][0, 0] = torch.nan
+
+
+def zero_b(weights: dict[str, torch.Tensor]) -> None:
+    for name in weights:
+        if "lora_B" in name:
+            weights[name].zero_()
+
+
+def renamed(new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[new] = weights.pop(f"{Q0}.lora_B.weight")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (nan_in, f"A: {Q0}.lora_A.weight holds NaN or infinite values; take an earlier checkpoint"),
+        (zero_b, "A: every lora_B is zero, so it was never trained; there is nothing to merge"),
+        (lambda weights: weights.pop(f"{Q0}.lora_B.weight"),
+         "A: has no lora_B for model.layers.0.self_attn.q_proj.weight; the adapter is not whole, save it again"),
+        (renamed(f"{Q0}.lora_B.bias"), f"A: {Q0}.lora_B.bias cannot be merged; {ONLY}"),
+        (renamed(f"{Q0}.ia3_l"), f"A: {Q0}.ia3_l cannot be merged; {ONLY}"),
+        (renamed("prompt_embeddings"), f"A: prompt_embeddings cannot be merged; {ONLY}"),
+        (renamed("base_model.model.model.embed_tokens.lora_embedding_A"),
+         "A: base_model.model.model.embed_tokens.lora_embedding_A: an adapter on the embedding or the head cannot be "
+         "merged: they are one tensor in every Gemma"),
+        (renamed("base_model.model.lm_head.lora_B.weight"),
+         "A: base_model.model.lm_head.lora_B.weight: an adapter on the embedding or the head cannot be merged: they "
+         "are one tensor in every Gemma"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_no_merge_can_use_is_refused(change: Any, line: str, adapter: Path) -> None:
+    edit(adapter, change)
+    assert refused(adapter) == line
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_embedding_and_head_that_were_trained_apart_are_refused(modules: list[str], tmp_path: Path) -> None:
+    wrap(ours("gemma-2b"), target_modules=["q_proj"], modules_to_save=modules).save_pretrained(tmp_path)
+    assert refused(tmp_path) == (
+        "A: embedding and head were trained apart, but are one tensor in every Gemma; train with "
+        "ensure_weight_tying=True in PEFT's LoraConfig"
+    )
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_embedding_and_head_that_were_trained_as_one_are_the_embedding(module: str, tmp_path: Path) -> None:
+    settings = {"modules_to_save": [module], "ensure_weight_tying": True}
+    wrap(ours("gemma-2b"), target_modules=["q_proj"], **settings).save_pretrained(tmp_path)
+    opened = Adapter.open(tmp_path)
+    assert opened.replaces("model.embed_tokens.weight")
+    assert not opened.combines
+    assert "lm_head.weight" not in opened.targets
+
+
+def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
+    get_peft_model(ours("gemma-2b"), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert refused(tmp_path) == f"A/adapter_config.json: a LOHA adapter cannot be merged; {ONLY}"
+
+
+def test_a_config_that_is_no_json_is_refused(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("{")
+    assert refused(adapter).startswith("A/adapter_config.json: cannot be read as a PEFT adapter: ")
