@@ -1,0 +1,45 @@
+"""`gemma-ft export`: a tuned model in the form that others load, and to the hub."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder or model folder.")],
+    to: Annotated[
+        Literal["hf", "adapter", "gguf"],
+        typer.Option("--to", help="A transformers folder, a PEFT folder, or a file for llama.cpp.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PATH", help="A new folder; for gguf also a file.gguf.", show_default=False)
+    ],
+    gguf_type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option("--gguf-type", help="Weights in the GGUF file; without it: as they are.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "f32"] | None,
+        typer.Option("--dtype", help="How --to hf writes weights; without it: as in the base.", show_default=False),
+    ] = None,
+    base_id: Annotated[
+        str | None,
+        typer.Option("--base-id", metavar="OWNER/NAME", help="The adapter's base on the hub.", show_default=False),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Upload to the hub, privately.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Upload for everyone to see.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> int:
+    """Write a tuned model for transformers, PEFT, llama.cpp or the hub."""
+    from gemma_ft.runtime import quiet_libraries
+
+    quiet_libraries()
+    from gemma_ft.export.export import Wish, export_model
+
+    wish = Wish(to=to, out=out, gguf_type=gguf_type, dtype=dtype, base_id=base_id, push=push, public=public)
+    export_model(run, wish, dry_run=dry_run)
+    return 0

@@ -1,0 +1,243 @@
+"""The three forms of an export, each with what it would write and the writing itself: all of it appears at once, or
+none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gemma_ft.contract import Contract
+from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.errors import UserError
+from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
+from gemma_ft.export.certificate import BeyondLimit, certify
+from gemma_ft.export.deltas import EMBEDDING
+from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
+from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
+from gemma_ft.export.merge import FACTS, merge_to_folder, verify
+from gemma_ft.export.merged import MergedWeights, merged_weights
+from gemma_ft.export.modelfile import modelfile
+from gemma_ft.export.papers import Papers
+from gemma_ft.load import Place
+from gemma_ft.weights import MAX_SHARD_BYTES, WeightFiles, write_shards
+
+PROMPTS = 32  # held-out rows that the certificate of a merge compares
+Bar = Callable[[str], Callable[[int, int], None]]  # what is being done -> a callback of how far it is
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something an export does, and the files that come of it with their bytes (None: not known before)."""
+
+    what: str
+    files: Mapping[str, int | None]
+
+
+class Form(Protocol):
+    """One way of writing a model. Making one checks everything that can be known before anything is written."""
+
+    out: Path
+
+    def steps(self) -> list[Step]:
+        """What `write` would do."""
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        """Do it; returns the facts of a merge, where there was one."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of the result."""
+
+
+class HfForm:
+    """A plain transformers folder: the adapter merged in and certified, or the weights as they are."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, dtype: torch.dtype | None) -> None:
+        self.place, self.papers, self.out, self.dtype = place, papers, out, dtype
+        self.weights = weights_of(place, dtype)
+        check_out(out, self.weights.bytes)
+
+    def steps(self) -> list[Step]:
+        one_file = self.weights.bytes <= MAX_SHARD_BYTES
+        file = "model.safetensors" if one_file else "model-*-of-*.safetensors"
+        base, adapter = Path(self.place.base.name).name, self.place.adapter
+        steps = [
+            Step(f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}",
+                 {file: self.weights.bytes}),
+            Step("write what lies beside them", {**_sizes_of(self._beside), **({FACTS: None} if adapter else {})}),
+        ]  # fmt: skip
+        return [*steps, *([Step(f"compare with the live model on {PROMPTS} held-out rows", {})] if adapter else [])]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        if self.place.adapter is None:
+            commit_model_folder(self.out, partial(self._copy, counted=bar("copy")))
+            return None
+        try:
+            facts = merge_to_folder(
+                self.place,
+                self.out,
+                dtype=self.dtype,
+                certify=partial(certify, prompts=PROMPTS, on_progress=bar("compare")),
+                beside=lambda folder, facts: self.papers.write(folder, "hf", merge=vars(facts)),
+                on_progress=bar("merge"),
+            )
+        except BeyondLimit as error:
+            raise BeyondLimit(f"{error} (options of gemma-ft merge)", error.certificate) from error
+        return vars(facts)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def _copy(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
+        names = list(self.weights.infos)
+
+        def tensor(name: str) -> torch.Tensor:
+            counted(names.index(name) + 1, len(names))
+            return self.weights.tensor(name)
+
+        write_shards(folder, self.weights.infos, tensor)
+        verify(self.weights, folder)
+        self._beside(folder)
+
+    def _beside(self, folder: Path) -> None:
+        write_beside_weights(
+            folder,
+            base=self.weights.base_folder,
+            tokenizer_from=str(self.weights.tokenizer_folder),
+            contract=self.place.contract,
+            dtype=self.weights.dtype,
+        )
+        self.papers.write(folder, "hf")
+
+
+class AdapterForm:
+    """A PEFT folder, its base named so that others can find it."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, base_id: str | None) -> None:
+        if place.adapter is None:
+            raise UserError(f"{place.base.name}: is a whole model without an adapter; use --to hf")
+        self.place, self.adapter, self.papers, self.out, self.base_id = place, place.adapter, papers, out, base_id
+        self.bytes = (self.adapter / WEIGHTS).stat().st_size
+        check_out(out, self.bytes)
+
+    def steps(self) -> list[Step]:
+        small = _sizes_of(self._write)
+        size = small.pop(WEIGHTS)
+        return [Step(f"copy {self.adapter}", {WEIGHTS: size}), Step("write what lies beside it", small)]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        commit_model_folder(self.out, self._write)
+        return None
+
+    def notes(self) -> list[str]:
+        notes = vllm_notes(read_config(self.adapter), WeightFiles.open(self.adapter, "adapter_model").names)
+        if self.base_id is None and Path(self.place.base.name).is_absolute():
+            notes.append(
+                f"the base is the local folder {self.place.base.name}, which nobody else can resolve; "
+                "--base-id OWNER/NAME names the same weights on the hub"
+            )
+        return notes
+
+    def _write(self, folder: Path) -> None:
+        local, contract = Path(self.place.base.name).is_absolute(), Contract.read(self.adapter)
+        write_adapter(self.place, folder, base_id=self.base_id)
+        self.papers.write(folder, "adapter")
+        if local and self.base_id is None and contract is not None:
+            contract.write(folder)  # like adapter_config.json, for this machine
+
+
+class GgufForm:
+    """One GGUF file with a Modelfile: `out` is that file, or a new folder for both and the papers."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
+        gguf_library()
+        self.place, self.papers, self.out = place, papers, out
+        self.weights = weights_of(place, torch.float32 if place.adapter else None)  # rounded once, when stored
+        as_stored: GgufType = "bf16" if self.weights.base.info(EMBEDDING).dtype == torch.bfloat16 else "f32"
+        self.kind: GgufType = kind or as_stored
+        self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
+        self.bytes = sum(tensor.bytes for tensor in self.tensors)
+        check_out(out, self.bytes)
+        self.alone = out.suffix == ".gguf"
+        self.file = out.name if self.alone else f"{out.name}-{self.kind}.gguf"
+        taken = self.alone and (out.parent / "Modelfile").exists()
+        self.modelfile = f"{out.stem}.Modelfile" if taken else "Modelfile"
+        if taken:
+            check_out(out.parent / self.modelfile, 0)
+
+    def steps(self) -> list[Step]:
+        what = f"merge {self.place.adapter} into" if self.place.adapter else "convert"
+        return [
+            Step(f"{what} {Path(self.place.base.name).name} as {self.kind}", {self.file: self.bytes}),
+            Step("write what lies beside it", _sizes_of(self._beside)),
+        ]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        fill = partial(self._fill, counted=bar("write"))
+        if not self.alone:
+            commit_model_folder(self.out, fill)
+            return None
+        staged = self.out.with_name(f".{self.out.name}.export")
+        try:
+            commit_model_folder(staged, fill)
+            for name in (self.modelfile, self.file):  # the model last: where it is, all of it is
+                os.replace(staged / name, self.out.parent / name)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(staged), str(self.out))) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return None
+
+    def notes(self) -> list[str]:
+        if self.place.adapter is None:
+            return []
+        return [f"no certificate: gemma-ft merge {self.place.adapter} --out DIR, then export DIR, gives one"]
+
+    def _fill(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
+        contract, tokens = self.place.contract, self.weights.tokenizer_folder
+        tokenizer = load_tokenizer(str(tokens))
+        if contract is not None:
+            contract.encoder(tokenizer, tokens)  # refuses another template than the trained one
+        write_gguf(
+            self.weights,
+            tokenizer,
+            tokens,
+            folder / self.file,
+            kind=self.kind,
+            name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),
+            license=self.papers.terms.license,
+            contract=replace(contract, base=self.papers.base, quantize=None) if contract is not None else None,
+            on_progress=counted,
+        )
+        self._beside(folder)
+
+    def _beside(self, folder: Path) -> None:
+        contract = self.place.contract
+        policy = contract.system if contract is not None else "fold"
+        text = modelfile(self.file, policy, notice=self.papers.terms.notice)
+        (folder / self.modelfile).write_text(text, encoding="utf-8")
+        if self.alone:
+            return
+        if contract is not None:
+            replace(contract, quantize=None).write(folder)
+        self.papers.write(folder, "gguf", file=self.file)
+
+
+def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:
+    """The weights of a place, its adapter merged in where it has one, each tensor in `dtype` (None: its own)."""
+    return merged_weights(place, dtype=dtype) if place.adapter is not None else MergedWeights(place, [], dtype=dtype)
+
+
+def _sizes_of(fill: Callable[[Path], None]) -> dict[str, int | None]:
+    """The files that `fill` writes and their bytes; they are written to a folder of the system's and removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder))
+        return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}

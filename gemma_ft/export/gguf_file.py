@@ -1,0 +1,245 @@
+"""A transformers folder of a Gemma as one GGUF file for llama.cpp: metadata, vocabulary and tensors, written a few rows
+at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from gemma_ft.contract import Contract
+from gemma_ft.errors import UserError
+from gemma_ft.export.gguf_tokenizer import add_vocabulary, read_vocabulary
+from gemma_ft.export.merged import MergedWeights
+from gemma_ft.model.config import GemmaNumerics
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
+CONTRACT_KEY = "gemma_ft.contract"
+ELSE = "use --to hf instead"
+LARGEST_F16 = 65504.0
+ELEMENTS_AT_ONCE = 1 << 22  # what is converted in one go: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file: its name there and in the folder, its shape, and how it is stored."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    stored: GgufType
+    bytes: int
+    plus_one: bool  # a norm: Gemma stores weight - 1, llama.cpp multiplies by what it finds
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+
+def gguf_library() -> ModuleType:
+    """The gguf package. Raises: UserError when it is not installed."""
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise UserError("--to gguf needs the package gguf; install it with: pip install 'gemma-ft[gguf]'") from error
+
+
+def check_for_llama_cpp(config: PreTrainedConfig) -> None:
+    """Raises UserError when llama.cpp would compute another model than `config` describes: it takes some of Gemma's
+    numbers from its own code, not from the file.
+
+    Source: llama.cpp src/models/gemma.cpp and gemma2.cpp (load_arch_hparams).
+    """
+    numerics = GemmaNumerics.from_config(config)
+    second = config.model_type == "gemma2"
+    by_width = second and config.num_hidden_layers == 46  # how llama.cpp knows a 27B
+    square = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
+    if not math.isclose(numerics.query_scale, square**-0.5, rel_tol=1e-6):
+        raise UserError(
+            f"config.json: query_pre_attn_scalar is {config.query_pre_attn_scalar}, but llama.cpp takes {square} "
+            f"({'hidden_size / num_attention_heads' if by_width else 'head_dim'}) whatever the file says; {ELSE}"
+        )
+    if not second:
+        return
+    if numerics.attn_softcap is None or numerics.final_softcap is None:
+        raise UserError(f"config.json: a soft-cap is null, but llama.cpp always caps a Gemma 2; {ELSE}")
+    window = numerics.window_tokens[0]
+    if numerics.window_tokens != tuple(window if i % 2 == 0 else None for i in range(config.num_hidden_layers)):
+        raise UserError(f"config.json: layer_types: llama.cpp has a window in layers 0, 2, 4, ... and no other; {ELSE}")
+
+
+def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufType) -> list[GgufTensor]:
+    """Every tensor that the file will hold, in the order in which the folder's files hold them.
+
+    Matrices are stored as `kind`, norms always in float32. There is no head: llama.cpp's is the embedding.
+    Raises: UserError for a matrix whose rows q8_0 cannot cut into blocks.
+    """
+    gguf = gguf_library()
+    arch = {"gemma": gguf.MODEL_ARCH.GEMMA, "gemma2": gguf.MODEL_ARCH.GEMMA2}[config.model_type]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    planned = []
+    for source, (_, shape) in weights.infos.items():
+        stored: GgufType = kind if len(shape) > 1 else "f32"
+        block, size = gguf.GGML_QUANT_SIZES[_type(gguf, stored)]
+        if shape[-1] % block:
+            raise UserError(
+                f"{source}: q8_0 stores blocks of {block}, and its rows have {shape[-1]} elements; use --gguf-type bf16"
+            )
+        planned.append(
+            GgufTensor(
+                name=names.get_name(source, try_suffixes=(".weight",)),
+                source=source,
+                shape=tuple(shape),
+                stored=stored,
+                bytes=math.prod(shape) // block * size,
+                plus_one=source.endswith("norm.weight"),
+            )
+        )
+    return planned
+
+
+def write_gguf(
+    weights: MergedWeights,
+    tokenizer: Any,
+    pieces: Path,
+    out: Path,
+    *,
+    kind: GgufType,
+    name: str,
+    license: tuple[str, str] | None = None,
+    contract: Contract | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[GgufTensor]:
+    """Write a model's weights with `tokenizer` (its chat template included) as the GGUF file `out`, and reopen it;
+    returns its tensors.
+
+    pieces: the folder of tokenizer.model. license: name and link. on_progress: is told tensors done, tensors in all.
+    Memory holds one tensor of `weights`.
+    Raises: UserError when llama.cpp could not run it as it is, or a weight does not fit `kind`.
+    """
+    gguf = gguf_library()
+    config = gguf_config(weights)
+    tensors = plan_tensors(weights, config, kind)
+    rows = next(tensor.rows for tensor in tensors if tensor.name == "token_embd.weight")
+    vocabulary = read_vocabulary(pieces, tokenizer, rows=rows)
+    writer = gguf.GGUFWriter(str(out), config.model_type)
+    try:
+        _add_general(gguf, writer, kind, name, license, contract)
+        _add_hyperparameters(writer, config)
+        add_vocabulary(writer, vocabulary, tokenizer.chat_template)
+        for tensor in tensors:
+            stored = _type(gguf, tensor.stored)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.bytes, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, tensor in enumerate(tensors, start=1):
+            writer.write_tensor_data(_Rows(tensor, weights.tensor(tensor.source)))
+            if on_progress is not None:
+                on_progress(done, len(tensors))
+    finally:
+        writer.close()
+    verify_gguf(out, tensors)
+    return tensors
+
+
+def gguf_config(weights: MergedWeights) -> PreTrainedConfig:
+    """The config of a model that llama.cpp computes as we do. Raises: UserError as `check_for_llama_cpp`."""
+    config = AutoConfig.from_pretrained(str(weights.base_folder), trust_remote_code=False)
+    check_for_llama_cpp(config)
+    return config
+
+
+def verify_gguf(path: Path, tensors: list[GgufTensor]) -> None:
+    """Open a file that was just written and find every tensor in it, whole. A difference is a fault of ours."""
+    reader = gguf_library().GGUFReader(str(path))
+    found = {tensor.name: (tuple(int(n) for n in reversed(tensor.shape)), tensor.n_bytes) for tensor in reader.tensors}
+    assert found == {tensor.name: (tensor.shape, tensor.bytes) for tensor in tensors}, f"{path}: not as planned"
+
+
+def _add_general(
+    gguf: ModuleType,
+    writer: Any,
+    kind: GgufType,
+    name: str,
+    license: tuple[str, str] | None,
+    contract: Contract | None,
+) -> None:
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    if kind == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if license is not None:
+        writer.add_license(license[0])
+        writer.add_license_link(license[1])
+    if contract is not None:
+        writer.add_string(CONTRACT_KEY, json.dumps(asdict(contract)))
+
+
+def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
+    numerics = GemmaNumerics.from_config(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(numerics.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(numerics.attn_softcap)
+        writer.add_final_logit_softcapping(numerics.final_softcap)
+        # llama.cpp takes 4096 where none is given: no window at all is one as long as the context.
+        writer.add_sliding_window(numerics.window_tokens[0] or config.max_position_embeddings)
+
+
+class _Rows:
+    """A tensor as GGUFWriter asks for one (`nbytes`, `tofile`), converted a few rows at a time on its way to the
+    file.
+    """
+
+    def __init__(self, tensor: GgufTensor, values: Tensor) -> None:
+        self.tensor = tensor
+        self.values = values.reshape(tensor.rows, -1)
+        self.nbytes = tensor.bytes
+
+    def tofile(self, file: Any) -> None:
+        """Append the tensor to an open file."""
+        for block in self._blocks():
+            file.write(np.ascontiguousarray(block).data)  # ndarray.tofile would not say that the disk is full
+
+    def _blocks(self) -> Iterator[Any]:
+        gguf, tensor = gguf_library(), self.tensor
+        for values in self.values.split(max(1, ELEMENTS_AT_ONCE // self.values.shape[1])):
+            wide = values.float() + 1.0 if tensor.plus_one else values.float()
+            if not bool(torch.isfinite(wide).all()):
+                raise UserError(f"{tensor.source}: holds NaN or infinity; the training diverged, use a checkpoint")
+            if tensor.stored == "f16" and float(wide.abs().max()) > LARGEST_F16:
+                raise UserError(
+                    f"{tensor.source}: holds {float(wide.abs().max()):g}, and float16 ends at {LARGEST_F16:g}; "
+                    "use --gguf-type bf16 or q8_0"
+                )
+            yield gguf.quants.quantize(wide.numpy(), _type(gguf, tensor.stored))
+
+
+def _type(gguf: ModuleType, kind: GgufType) -> Any:
+    return gguf.GGMLQuantizationType[kind.upper()]

@@ -1,0 +1,84 @@
+"""What travels with exported weights, whatever their form: model card, notice, contract and certificate, without a path
+of the machine that wrote them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from gemma_ft.checkpoint import write_json
+from gemma_ft.contract import Contract
+from gemma_ft.data.hub import hub_reason
+from gemma_ft.errors import UserError
+from gemma_ft.export.merge import FACTS
+from gemma_ft.export.model_card import Card, Form
+from gemma_ft.export.run_record import RunRecord, public, read_record
+from gemma_ft.export.terms import Terms, terms_of
+from gemma_ft.load import LOAD_ERRORS, Place
+from gemma_ft.model.config import PRESETS
+
+CARD, NOTICE = "README.md", "NOTICE"
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What the papers of one export say. name: a hub id, or the name of the new folder; base: how others may name the
+    base, None for fresh weights.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    contract: Contract | None
+    terms: Terms
+    record: RunRecord
+    base: str | None
+
+    @classmethod
+    def of(cls, place: Place, name: str, base_id: str | None = None) -> Papers:
+        """The papers of a place. Raises: UserError when its config.json cannot be read."""
+        config, contract = config_of(place), place.contract
+        known = contract.base if contract is not None else place.base.name
+        return cls(
+            name=name,
+            config=config,
+            contract=contract,
+            terms=terms_of(config, contract),
+            record=read_record(place),
+            base=base_id or public(known),
+        )
+
+    def write(self, folder: Path, form: Form, *, file: str | None = None, merge: dict[str, Any] | None = None) -> None:
+        """Write README.md, and NOTICE where the terms ask for one, into a folder; rewrite its gemma_ft.json and
+        merge.json for readers elsewhere.
+
+        file: the GGUF file in the folder. merge: the facts of the merge that made the weights (default: the record's).
+        """
+        record = replace(self.record, merge=public(merge or self.record.merge))
+        written = Contract.read(folder)
+        if written is not None:
+            replace(written, base=self.base).write(folder)
+        if record.merge is not None and form == "hf":
+            write_json(folder / FACTS, record.merge)
+        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file)
+        (folder / CARD).write_text(card.text(), encoding="utf-8")
+        if self.terms.notice is not None:
+            (folder / NOTICE).write_text(self.terms.notice, encoding="utf-8")
+
+
+def config_of(place: Place) -> PreTrainedConfig:
+    """The config of a place's model: of its folder, else of its preset, else of the hub.
+
+    Raises: UserError when none of them has one.
+    """
+    preset = place.contract.preset if place.contract is not None else None
+    if not Path(place.base.name).is_absolute() and preset in PRESETS:
+        return PRESETS[preset].config()
+    try:
+        return AutoConfig.from_pretrained(place.base.name, revision=place.base.revision, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise UserError(hub_reason(error, place.base.name, kind="model", revision=place.base.revision)) from error

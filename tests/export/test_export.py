@@ -1,0 +1,287 @@
+"""An export in each form: what stock libraries make of it, what travels with it; a failed one leaves nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gemma_ft.contract import Contract, contract_of
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.items import Turn
+from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.errors import DiskError, UserError
+from gemma_ft.export import forms
+from gemma_ft.export.export import Wish, export_model
+from gemma_ft.load import Source, load_base, load_model, place_of
+from tests.export.tuned import TINY, names_in, same_bytes, save_base, save_tuned, tensors
+
+BESIDE = ["README.md", "chat_template.jinja", "config.json", "gemma_ft.json", "generation_config.json",
+          "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]  # fmt: skip
+# What vLLM reads of a Gemma's config.json. Source: vllm/model_executor/models/gemma.py, gemma2.py.
+VLLM_KEYS = {"architectures", "attention_bias", "head_dim", "hidden_size", "intermediate_size",
+             "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+             "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size"}  # fmt: skip
+VLLM_KEYS_2 = {"attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "layer_types",
+               "query_pre_attn_scalar", "sliding_window"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fully tuned model in a run (its system policy is drop), and an adapter on a base."""
+    root = tmp_path_factory.mktemp("made")
+    base = save_base(root / "base", "gemma-2-9b")
+    shutil.copytree(base, root / "run" / "model")
+    contract = contract_of(ChatEncoder(load_tokenizer(TINY), "fold"), base="/home/me/base", preset="gemma-2-9b")
+    contract.write(root / "run" / "model")
+    model = load_base(Source(str(base), None), dtype=torch.float32)
+    save_tuned(root / "adapter", base, model)
+    return root
+
+
+def export(source: Path | str, out: Path, to: Any, *, dry_run: bool = False, api: Any = None, **wish: Any) -> list[str]:
+    """Export and return the lines that were said."""
+    console = Console(file=io.StringIO(), width=120)
+    export_model(str(source), Wish(to=to, out=out, **wish), dry_run=dry_run, console=console, api=api)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def refusal(*arguments: Any, **wish: Any) -> str:
+    with pytest.raises(UserError) as error:
+        export(*arguments, **wish)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("to", ["full", "merged"])
+def test_stock_transformers_loads_a_folder_strictly_and_agrees(to: str, made: Path, tmp_path: Path) -> None:
+    source, system = (made / "run", True) if to == "full" else (made / "adapter", False)
+    export(source, tmp_path / "out", "hf")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
+    assert not any(info.values()), info
+    ids = torch.randint(4, 2000, (1, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model(ids).logits, load_model(source, dtype=torch.float32)(ids).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    contract = Contract.read(tmp_path / "out")
+    assert contract is not None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    encoder = contract.encoder(load_tokenizer(str(tmp_path / "out")), "out")
+    assert (encoder.system_policy, tokenizer("Hi").input_ids[:1]) == ("fold" if system else "drop", [2])
+    turns = [Turn("system", "Be kind."), Turn("user", " Hi \n there"), Turn("assistant", "Yo."), Turn("user", "So?")]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    assert rendered == encoder.encode_prompt(turns)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 6]
+    assert model.generation_config.eos_token_id == [1, 6]
+
+
+def test_a_full_run_is_copied_byte_for_byte_and_cast_when_asked(made: Path, tmp_path: Path) -> None:
+    said = export(made / "run", tmp_path / "out", "hf")
+    assert names_in(tmp_path / "out") == sorted([*BESIDE, "NOTICE", "model.safetensors"])
+    before, found = tensors(made / "run" / "model"), tensors(tmp_path / "out")
+    assert found.keys() == before.keys()
+    assert all(same_bytes(found[name], before[name]) for name in before)
+    assert said[0].startswith(f"{tmp_path}/out: 10 files, ")
+    assert sorted(line.split()[-1] for line in said[1:]) == names_in(tmp_path / "out")
+    export(made / "run", tmp_path / "narrow", "hf", dtype="bf16")
+    assert all(same_bytes(weight, before[name].bfloat16()) for name, weight in tensors(tmp_path / "narrow").items())
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_large_models_are_sharded(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small_shards(*arguments: Any) -> Any:
+        return write(*arguments, max_shard_bytes=1_000_000)
+
+    write = forms.write_shards
+    monkeypatch.setattr(forms, "write_shards", small_shards)
+    export(made / "run", tmp_path / "out", "hf")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+@pytest.mark.parametrize(("shape", "keys"), [("gemma-2b", VLLM_KEYS), ("gemma-2-9b", VLLM_KEYS | VLLM_KEYS_2)])
+def test_the_config_holds_what_vllm_reads(shape: str, keys: set[str], tmp_path: Path) -> None:
+    export(save_base(tmp_path / "base", shape), tmp_path / "out", "hf")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert keys - config.keys() == set()
+    assert config["architectures"] == ["GemmaForCausalLM" if shape == "gemma-2b" else "Gemma2ForCausalLM"]
+    assert config.get("hidden_activation", "gelu_pytorch_tanh") == "gelu_pytorch_tanh"
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_no_paper_holds_a_path_of_this_machine(made: Path, tmp_path: Path) -> None:
+    for source in ("run", "adapter"):
+        export(made / source, tmp_path / source, "hf")
+        export(made / source, tmp_path / f"{source}-gguf", "gguf")
+    texts = [path for path in tmp_path.rglob("*") if path.suffix in (".md", ".json", "") and path.is_file()]
+    assert len(texts) == 23
+    for path in texts:
+        text = path.read_text()
+        assert not any(place in text for place in ("/home/", str(made), str(tmp_path))), path
+    assert Contract.read(tmp_path / "run").base == "base"  # type: ignore[union-attr]
+
+
+def test_a_gguf_file_and_a_gguf_folder(made: Path, tmp_path: Path) -> None:
+    export(made / "adapter", tmp_path / "new" / "tuned.gguf", "gguf", gguf_type="q8_0")
+    assert names_in(tmp_path / "new") == ["Modelfile", "tuned.gguf"]
+    assert "FROM ./tuned.gguf\n" in (tmp_path / "new" / "Modelfile").read_text()
+    export(made / "adapter", tmp_path / "new" / "other.gguf", "gguf")
+    assert names_in(tmp_path / "new") == ["Modelfile", "other.Modelfile", "other.gguf", "tuned.gguf"]
+    assert "FROM ./other.gguf\n" in (tmp_path / "new" / "other.Modelfile").read_text()
+    export(made / "adapter", tmp_path / "folder", "gguf")
+    assert names_in(tmp_path / "folder") == ["Modelfile", "NOTICE", "README.md", "folder-f32.gguf", "gemma_ft.json"]
+    assert "FROM ./folder-f32.gguf\n" in (tmp_path / "folder" / "Modelfile").read_text()
+
+
+def test_a_gguf_of_an_adapter_is_that_of_the_merged_folder(made: Path, tmp_path: Path) -> None:
+    export(made / "adapter", tmp_path / "one.gguf", "gguf", gguf_type="bf16")
+    export(made / "adapter", tmp_path / "merged", "hf", dtype="f32")
+    export(tmp_path / "merged", tmp_path / "x" / "one.gguf", "gguf", gguf_type="bf16")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "x" / "one.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["hf", "adapter", "gguf"])
+def test_a_dry_run_names_the_files_and_writes_nothing(to: str, made: Path, tmp_path: Path) -> None:
+    wish = {"push": "me/it", "base_id": "google/gemma-2-9b"} if to == "adapter" else {"push": "me/it"}
+    said = export(made / "adapter", tmp_path / "out", to, dry_run=True, **wish)
+    assert names_in(tmp_path) == []
+    export(made / "adapter", tmp_path / "out", to, **{key: wish[key] for key in wish if key != "push"})
+    promised = {line.split()[-1] for line in said if line.startswith("     ")}
+    assert promised == set(names_in(tmp_path / "out"))
+    assert said[0] == f"export {made}/adapter to {tmp_path}/out, dry run: nothing is written or sent"
+    assert [line for line in said if f"{len(promised)} files, " in line and line.endswith(" to me/it (private)")]
+
+
+def test_options_that_do_not_go_together(made: Path, tmp_path: Path) -> None:
+    run, out = made / "run", tmp_path / "out"
+    assert refusal(run, out, "hf", gguf_type="f16") == "--gguf-type: goes with --to gguf, not with --to hf"
+    assert refusal(run, out, "adapter", dtype="f32") == "--dtype: goes with --to hf, not with --to adapter"
+    assert refusal(run, out, "gguf", dtype="f32") == (
+        "--dtype: goes with --to hf, not with --to gguf; --gguf-type says how a GGUF file stores its weights"
+    )
+    assert refusal(run, out, "hf", base_id="a/b") == "--base-id: goes with --to adapter, not with --to hf"
+    assert refusal(run, out, "adapter", base_id="a") == "--base-id a: expected OWNER/NAME, as on the hub"
+    assert refusal(run, out, "hf", public=True) == "--public: goes with --push OWNER/NAME"
+    assert refusal(run, tmp_path / "x.gguf", "gguf", push="a/b") == (
+        "--push: x.gguf would go without model card and notice; name a folder: --out x"
+    )
+    assert refusal(run, out, "adapter") == f"{run}/model: is a whole model without an adapter; use --to hf"
+    assert refusal(made / "adapter", out, "adapter", push="a/b") == (
+        f"--push: the adapter's base is the local folder {made}/base, which nobody else has; name the same weights on "
+        "the hub with --base-id OWNER/NAME, or use --to hf"
+    )
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("hf", "adapter"), ("hf", "run"), ("adapter", "adapter"), ("gguf", "adapter"), ("gguf", "run")]
+)
+def test_what_is_there_already_is_not_touched(to: str, name: str, made: Path, tmp_path: Path) -> None:
+    source = made / name
+    (tmp_path / "out").mkdir()
+    assert refusal(source, tmp_path / "out", to) == (
+        f"{tmp_path}/out: exists already; choose another --out, or move it away"
+    )
+    (tmp_path / "x.gguf").write_text("mine")
+    assert refusal(source, tmp_path / "x.gguf", to).startswith(f"{tmp_path}/x.gguf: exists already; ")
+    assert (tmp_path / "x.gguf").read_text() == "mine"
+    assert names_in(tmp_path) == ["out", "x.gguf"]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    for to, name in (("hf", "adapter"), ("hf", "run"), ("adapter", "adapter"), ("gguf", "run")):
+        with pytest.raises(DiskError, match=r"out: needs \S+ GB, its disk has \S+ GB left; free some, or choose"):
+            export(made / name, tmp_path / "out", to)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(("to", "out"), [("hf", "out"), ("gguf", "out"), ("gguf", "x.gguf"), ("adapter", "out")])
+def test_a_disk_that_fills_up_leaves_nothing(to: str, out: str, made: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DiskError) as error:
+            export(made / "adapter", tmp_path / out, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f"{tmp_path}/{out}: no space left to write it; free some and run again"
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "fault"),
+    [("hf", "out", "write_shards"), ("hf", "out", "verify"), ("gguf", "x.gguf", "write_gguf"),
+     ("gguf", "out", "modelfile"), ("adapter", "out", "write_adapter")],
+)  # fmt: skip
+def test_a_fault_on_the_way_leaves_nothing(
+    to: str, out: str, fault: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step does its work and then fails, so that something was written."""
+    step, source = getattr(forms, fault), made / ("adapter" if to == "adapter" else "run")
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        step(*arguments, **options)
+        raise UserError("a fault on the way")
+
+    monkeypatch.setattr(forms, fault, fails)
+    assert refusal(source, tmp_path / out, to) == "a fault on the way"
+    assert names_in(tmp_path) == []
+
+
+def damaged(folder: Path, out: Path, name: str, data: bytes | None) -> Path:
+    """A copy of a folder in which a file has other bytes, or is gone."""
+    shutil.copytree(folder, out)
+    (out / name).unlink() if data is None else (out / name).write_bytes(data)
+    return out
+
+
+def test_damaged_sources_are_one_line_each(made: Path, tmp_path: Path) -> None:
+    model, sources = made / "run" / "model", tmp_path / "sources"
+    cut = (model / "model.safetensors").read_bytes()[:-100]
+    found = refusal(damaged(model, sources / "cut", "model.safetensors", cut), tmp_path / "out", "gguf")
+    assert found.startswith(f"{sources}/cut/model.safetensors: damaged or cut short (")
+    found = refusal(damaged(model, sources / "no", "model.safetensors", None), tmp_path / "out", "hf")
+    assert found == f"{sources}/no: there is no model.safetensors in it, nor an index of shards"
+    found = refusal(damaged(model, sources / "bad", "config.json", b"{"), tmp_path / "out", "gguf")
+    assert found.startswith(f"{sources}/bad: the model cannot be loaded: ")
+    found = refusal(damaged(model, sources / "other", "chat_template.jinja", b"x"), tmp_path / "out", "hf")
+    assert found.endswith("its chat template is not the one that was trained (gemma_ft.json); restore the tokenizer "
+                          "files that were saved with it")  # fmt: skip
+    assert refusal(damaged(model, sources / "t", "chat_template.jinja", b"x"), tmp_path / "out", "gguf") == (
+        found.replace("other", "t")
+    )
+    assert names_in(tmp_path) == ["sources"]
+
+
+def test_an_adapter_of_another_base_is_refused(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "adapter", tmp_path / "adapter")
+    contract = json.loads((tmp_path / "adapter" / "gemma_ft.json").read_text())
+    (tmp_path / "adapter" / "gemma_ft.json").write_text(json.dumps({**contract, "base_sha256": "0" * 64}))
+    for to in ("hf", "adapter", "gguf"):
+        found = refusal(tmp_path / "adapter", tmp_path / "out", to)
+        assert found.startswith(f"{tmp_path}/adapter: was trained on {made}/base with fingerprint 000000000000, but ")
+    assert names_in(tmp_path) == ["adapter"]
+
+
+def test_a_folder_without_a_contract_keeps_its_own_template(tmp_path: Path) -> None:
+    export(TINY, tmp_path / "out", "hf")
+    assert "gemma_ft.json" not in names_in(tmp_path / "out")
+    assert place_of(tmp_path / "out").contract is None
+    export(TINY, tmp_path / "x.gguf", "gguf")
+    assert names_in(tmp_path) == ["Modelfile", "out", "x.gguf"]
