@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from gemma_ft import __version__
-from gemma_ft.cli import preview, recipes, schema, train
+from gemma_ft.cli import chat, export, generate, merge, preview, recipes, report, schema, serve, train
+from gemma_ft.cli import eval as evaluation
 from gemma_ft.errors import DiskError, UserError
 
 CRASHED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -60,6 +61,13 @@ def build_app() -> typer.Typer:
     app.command("preview")(preview.preview)
     app.add_typer(recipes.build_app(), name="recipes")
     app.command("schema")(schema.schema)
+    app.command("eval")(evaluation.evaluate)
+    app.command("merge")(merge.merge)
+    app.command("export")(export.export)
+    app.command("generate")(generate.generate)
+    app.command("chat")(chat.chat)
+    app.command("serve")(serve.serve)
+    app.command("report")(report.report)
     return app
 
 

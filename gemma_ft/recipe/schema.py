@@ -133,6 +133,11 @@ class Eval(Section):
     generate_rows: Rows = Field(32, description="Rows answered by generation for exact match; 0: none")
     max_new_tokens: int = Field(256, ge=1, le=131_072, description="Longest generated answer")
     batch_size: Batch = Field(8, description="Rows scored at a time")
+    samples: Rows = Field(3, description="Answers written to samples.jsonl at each evaluation; 0: none")
+    canary: Text | None = Field(
+        "data/canary.jsonl",
+        description="General rows scored with and without the adapter, to see forgetting; null: none",
+    )
 
 
 class Checkpoint(Section):

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemma_ft import runtime
+from gemma_ft.evaluate.figures import gib, number, percent
+from gemma_ft.evaluate.run_files import RunFiles
 
 SAMPLES_SHOWN = 3
 LINES_WITHOUT_TERMINAL = 20
@@ -75,22 +77,7 @@ class Display:
             self._bar = None
 
 
-def gib(count: int) -> str:
-    """Bytes as a short text."""
-    return f"{count / 2**30:.2f} GiB"
-
-
-def percent(share: float | None) -> str:
-    """A share as a short text; a dash where there was nothing to score."""
-    return "–" if share is None else f"{share:.1%}"
-
-
-def number(value: float | None) -> str:
-    """A loss as a short text; a dash where there was nothing to score."""
-    return "–" if value is None else f"{value:.4f}"
-
-
-def show_summary(console: Console, summary: dict[str, Any], root: Path) -> None:
+def show_summary(console: Console, summary: dict[str, Any], run: RunFiles, report: Path | None) -> None:
     """The table at the end of a run: before and after, speed, memory, where things lie, and a few answers."""
     before, after = summary["eval_before"], summary["eval_after"]
     table = Table(title="What was learned", title_justify="left")
@@ -99,15 +86,19 @@ def show_summary(console: Console, summary: dict[str, Any], root: Path) -> None:
     table.add_column("after", justify="right")
     table.add_row("exact match", percent(before["exact_match"]), percent(after["exact_match"]))
     table.add_row("loss per token", number(before["loss"]), number(after["loss"]))
+    if "canary_loss" in summary:
+        table.add_row("canary loss", number(summary["canary_base_loss"]), number(summary["canary_loss"]))
     console.print(table)
     facts = [
         ("steps", f"{summary['steps']:,}, {summary['tokens']:,} tokens in {summary['seconds']:.1f} s"),
         ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s"),
         ("peak", gib(summary["peak_bytes"])),
-        ("result", str(root / summary["result"])),
-        ("metrics", str(root / "metrics.jsonl")),
-        ("summary", str(root / "summary.json")),
+        ("result", str(run.root / summary["result"])),
+        ("metrics", str(run.metrics)),
+        ("summary", str(run.summary)),
     ]
+    facts += [("report", str(report))] if report is not None else []
+    facts += [("warning", summary["forgetting_note"])] if summary["forgetting_note"] else []
     for label, text in facts:
         console.print(f"  {label:<8} {text}", markup=False, highlight=False, soft_wrap=True)
     for sample in summary["samples"][:SAMPLES_SHOWN]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_ft.build import BuiltData
+from gemma_ft.evaluate.canary import Canary
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import Source
 
 
-def outlook(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, total: int) -> list[tuple[str, str]]:
+def outlook(
+    recipe: Recipe, data: BuiltData, canary: Canary | None, model: Any, source: Source | None, total: int
+) -> list[tuple[str, str]]:
     """What is about to happen, in lines a person can check."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -32,6 +35,8 @@ def outlook(recipe: Recipe, data: BuiltData, model: Any, source: Source | None, 
     if data.held_out is not None:
         totals, _, *notes = data.held_out.stats.describe().splitlines()
         rows += [("held out", f"{data.eval_source}: {totals}"), *(("", note) for note in notes)]
+    if canary is not None:
+        rows.append(("canary", f"{recipe.eval.canary}: {canary.rows} general rows, to see what is forgotten"))
     if data.overlap:
         rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
     accumulation = train.global_batch_size // train.micro_batch_size

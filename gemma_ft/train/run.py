@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, conversations, fingerprint, inputs_of
+from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, fingerprint, inputs_of
 from gemma_ft.checkpoint import as_json, newest_valid, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, UserError
-from gemma_ft.evaluate.held_out import Question, Score, exact_match, held_out_loss
+from gemma_ft.evaluate.canary import Canary, build_canary
+from gemma_ft.evaluate.held_out import Score
+from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import save_result
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir, append_line
+from gemma_ft.train.scoring import Figures, Scorer
 from gemma_ft.train.settings import total_steps, training_arguments
-from gemma_ft.train.state import load_state, load_weights
+from gemma_ft.train.state import load_state, load_weights, randomness_kept
+from gemma_ft.train.summary import summary_of
 from gemma_ft.train.trackers import Tracker, build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
 from gemma_ft.weights import Source
@@ -52,14 +57,17 @@ def train_recipe(
         run.check_recipe(recipe)
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
+    canary = None
+    if recipe.eval.canary is not None:
+        canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
     total = total_steps(recipe, len(data.train.examples))
     finished = run.steps_finished() if resume else None
     if finished is not None and finished >= total:
         display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
         return 0
     model, source = build_model(recipe, tokenizer)
-    display.plan(outlook(recipe, data, model, source, total))
-    course = _Run(recipe, run, display, tokenizer, data, model, source, total)
+    display.plan(outlook(recipe, data, canary, model, source, total))
+    course = _Run(recipe, run, display, tokenizer, data, canary, model, source, total)
     checkpoint = course.find_checkpoint() if resume else None
     if overwrite:
         run.clear()
@@ -76,6 +84,7 @@ class _Run:
     display: Display
     tokenizer: PreTrainedTokenizerBase
     data: BuiltData
+    canary: Canary | None
     model: Any
     source: Source | None
     total: int
@@ -83,8 +92,17 @@ class _Run:
     def __post_init__(self) -> None:
         self.progress = Progress(extra={"data": fingerprint(self.data.train.examples), "total": self.total})
         self.trackers: list[Tracker] = []
-        self.questions = self._questions()
         self.trainer = self._trainer()
+        self.scorer = Scorer(
+            self.recipe.eval,
+            self.data,
+            self.canary,
+            self.model,
+            self.tokenizer,
+            max_seq_len=self.recipe.data.max_seq_len,
+            progress=self.progress,
+            autocast=self.trainer.compute_loss_context_manager,
+        )
 
     def find_checkpoint(self) -> Path | None:
         """The newest valid checkpoint, its progress taken over; None when there is none yet.
@@ -111,26 +129,57 @@ class _Run:
     def go(self, checkpoint: Path | None) -> int:
         """Score, train, score again, save; the order of a run."""
         self.run.cut_logs(self.progress.step)
-        self.run.summary.unlink(missing_ok=True)
+        for said_at_the_end in (self.run.summary, self.run.report):
+            said_at_the_end.unlink(missing_ok=True)
         self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
         try:
             if checkpoint is None:
-                score = self._score()
-                self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:SAMPLES_KEPT]}
-                self._track(0, score)
+                self._score_before()
             self._train(checkpoint)
             if self.recipe.strategy == "full":  # what is scored is what is saved
                 self.model.to(runtime.dtype_by_name(self.recipe.train.precision))
             after = self._score()
-            self._track(self.progress.step, after)
+            compared = self.scorer.compared(after.loss)
+            self._track(self.progress.step, {**after.figures(), **compared})
+            self._sample(self.progress.step, after.answers)
             result = save_result(self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source)
-            summary = self._summary(after, result)
+            summary = summary_of(
+                self.progress,
+                after=after,
+                compared=compared,
+                questions=self.scorer.questions,
+                result=result.name,
+                train=self.data.train,
+            )
             replace_text(self.run.summary, as_json(summary))
         finally:
             for tracker in self.trackers:
                 tracker.close()
-        show_summary(self.display.console, summary, self.run.root)
+        report = self._report()
+        show_summary(self.display.console, summary, self.run, report)
         return 0
+
+    def _score(self) -> Score:
+        return self.scorer.score(self.trainer.get_eval_dataloader() if self.data.held_out else ())
+
+    def _score_before(self) -> None:
+        with randomness_kept():
+            score = self._score()
+            self.scorer.remember_base()
+        kept = max(SAMPLES_KEPT, self.recipe.eval.samples)
+        self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
+        self._track(0, score.figures())
+        self._sample(0, score.answers)
+
+    def _report(self) -> Path | None:
+        """The run's page; one line instead of it when it cannot be made, for the run itself is whole."""
+        try:
+            from gemma_ft.evaluate.report.page import write_report
+
+            return write_report(self.run.root, self.run.report)
+        except Exception as error:
+            self.display.say(f"report.html could not be made ({type(error).__name__}: {error}); the run is complete")
+            return None
 
     def _train(self, checkpoint: Path | None) -> None:
         self.display.start(self.total, self.progress.step)
@@ -147,10 +196,17 @@ class _Run:
         finally:
             self.display.stop()
 
-    def _track(self, step: int, score: Score) -> None:
-        figures = {f"eval_{name}": value for name, value in score.figures().items() if value is not None}
+    def _track(self, step: int, figures: Figures) -> None:
+        known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}
         for tracker in self.trackers:
-            tracker.log(step, figures)
+            tracker.log(step, known)
+
+    def _sample(self, step: int, answers: Sequence[str]) -> None:
+        """Log what the model answers at `step` to the questions that are sampled."""
+        lines = sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples])
+        self.run.write_samples(step, lines)
+        for tracker in self.trackers:
+            tracker.samples(step, lines)
 
     def _trainer(self) -> GemmaTrainer:
         recipe, every = self.recipe, self.recipe.logging.every_steps
@@ -170,9 +226,11 @@ class _Run:
 
         def on_eval(step: int, loss: float | None) -> None:
             self.display.eval_loss = loss
-            append_line(self.run.evals, {"step": step, "eval_loss": loss})
-            for tracker in self.trackers:
-                tracker.log(step, {"eval_loss": loss})
+            figures: Figures = {"eval_loss": loss, **self.scorer.compared(loss)}
+            append_line(self.run.evals, {"step": step, **figures})
+            self._track(step, figures)
+            if step < self.total:  # the last answers are those of the model that is saved
+                self._sample(step, self.scorer.sampled_answers())
 
         return GemmaTrainer(
             self.model,
@@ -189,55 +247,3 @@ class _Run:
             on_step=on_step,
             on_eval=on_eval,
         )
-
-    def _score(self) -> Score:
-        """The held-out loss and exact match of the model as it is now."""
-        if self.data.held_out is None:
-            return Score(None, None, [])
-        trainer = self.trainer
-        loss = held_out_loss(self.model, trainer.get_eval_dataloader(), autocast=trainer.compute_loss_context_manager)
-        settings = self.recipe.eval
-        with trainer.compute_loss_context_manager():
-            share, answers = exact_match(
-                self.model,
-                self.tokenizer,
-                self.questions,
-                stop_ids=self.data.encoder.stop_ids,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-            )
-        return Score(loss, share, answers)
-
-    def _questions(self) -> list[Question]:
-        """Held-out conversations to be answered: those whose question fits max_seq_len, as in the held-out loss."""
-        questions: list[Question] = []
-        for chat in conversations(self.data.held_out_items):
-            if len(questions) == self.recipe.eval.generate_rows:
-                break
-            ids = self.data.encoder.encode_prompt(chat.turns)
-            if len(ids) < self.recipe.data.max_seq_len:
-                questions.append(Question(ids, chat.turns[-2].content, chat.turns[-1].content))
-        return questions
-
-    def _summary(self, after: Score, result: Path) -> dict[str, Any]:
-        progress = self.progress
-        before = dict(progress.extra["before"])
-        answers = before.pop("answers")
-        samples = [
-            {"prompt": question.prompt, "expected": question.answer, "before": first, "after": last}
-            for question, first, last in zip(self.questions, answers, after.answers, strict=False)
-        ]
-        return {
-            "steps": progress.step,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-            "peak_bytes": runtime.peak_memory_bytes(),
-            "train_loss": progress.last_loss,  # of the last optimizer step
-            "eval_before": before,
-            "eval_after": after.figures(),
-            "result": result.name,
-            "samples": samples,
-            "data": self.data.train.stats.as_dict(),
-            "versions": runtime.versions(),
-        }

@@ -13,6 +13,7 @@ import yaml
 
 from gemma_ft.checkpoint import replace_text
 from gemma_ft.errors import UserError
+from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.recipe.load import dump_recipe
 from gemma_ft.recipe.schema import Recipe
 
@@ -23,6 +24,8 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "eval.every_steps",
     "eval.batch_size",
+    "eval.samples",
+    "eval.canary",
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -30,24 +33,20 @@ FREE_TO_CHANGE = (
 )
 
 
-class RunDir:
-    """Paths of one run under `root`, and the rules of starting, resuming and overwriting it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.recipe = root / "recipe.yaml"
-        self.metrics = root / "metrics.jsonl"
-        self.evals = root / "evals.jsonl"
-        self.checkpoints = root / "checkpoints"
-        self.adapter = root / "adapter"
-        self.model = root / "model"
-        self.summary = root / "summary.json"
+class RunDir(RunFiles):
+    """The files of one run, and the rules of starting, resuming and overwriting it."""
 
     @property
     def _all(self) -> tuple[Path, ...]:
         """Everything a run writes; recipe.yaml last, for it is what says that the rest is a run's."""
         folders = (self.checkpoints, self.adapter, self.model, self.root / "tensorboard", self.root / "wandb")
-        return (self.summary, self.metrics, self.evals, *folders, self.recipe)
+        results = (self.summary, self.report, self.eval_results, self.certificate)
+        return (*results, *self._logs, *folders, self.recipe)
+
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        """Files of JSON lines, each with its `step`."""
+        return (self.metrics, self.evals, self.samples)
 
     def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
         """See whether this run may write here, and leave everything as it is. `inputs`: files and folders it reads.
@@ -128,9 +127,16 @@ class RunDir:
 
     def cut_logs(self, step: int) -> None:
         """Drop from the logs a torn last line and every line past `step`: those steps will be computed again."""
-        for path in (self.metrics, self.evals):
+        for path in self._logs:
             if path.exists():
                 replace_text(path, "".join(_lines_until(path.read_text(encoding="utf-8").splitlines(), step)))
+
+    def write_samples(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        """Write the samples of `step`, in place of any that a run that was killed has left there."""
+        if lines:
+            before = self.samples.read_text(encoding="utf-8").splitlines() if self.samples.exists() else []
+            kept = [*_lines_until(before, step - 1), *(json.dumps(line) + "\n" for line in lines)]
+            replace_text(self.samples, "".join(kept))
 
 
 def append_line(path: Path, figures: dict[str, Any]) -> None:

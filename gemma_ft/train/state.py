@@ -4,8 +4,10 @@ randomness.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,22 @@ def load_randomness(folder: Path) -> None:
     numpy.random.set_state((kind, tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, gauss))
     version, words, gauss_next = scalars["python"]
     random.setstate((version, tuple(words), gauss_next))
+
+
+@contextlib.contextmanager
+def randomness_kept() -> Iterator[None]:
+    """Whatever is drawn while this is open, training draws afterwards what it would have drawn without it.
+
+    An evaluation draws too: each pass of a data loader takes a seed from torch's generator.
+    """
+    numpy_state, python_state = numpy.random.get_state(), random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from gemma_ft import runtime
 from gemma_ft.recipe.schema import Recipe
@@ -13,9 +13,11 @@ CONNECT_SECONDS = 10  # a dead endpoint may delay the start by so much, and no s
 
 
 class Tracker(Protocol):
-    """Takes figures by step, and an end."""
+    """Takes figures and sampled answers by step, and an end."""
 
     def log(self, step: int, figures: dict[str, Any]) -> None: ...
+
+    def samples(self, step: int, lines: Sequence[dict[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -24,7 +26,8 @@ def build_trackers(recipe: Recipe, root: Path, say: Callable[[str], None]) -> li
     """The trackers of a recipe's logging block. One that cannot start is told with `say` and left out: no run dies of
     it.
     """
-    logging, trackers = recipe.logging, []
+    logging = recipe.logging
+    trackers: list[Tracker] = []
     if logging.wandb != "disabled":
         tracker = _start_wandb(recipe, root, say)
         trackers += [tracker] if tracker else []
@@ -46,6 +49,12 @@ class _TensorBoard:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
+    def samples(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        for number, line in enumerate(lines, start=1):
+            text = "\n".join(f"{key}: {line[key]}" for key in ("prompt", "expected", "answer"))
+            quoted = "\n".join(f"    {part}" for part in text.splitlines())  # as code: no markdown in it is obeyed
+            self.writer.add_text(f"sample {number}", quoted, step)
+
     def close(self) -> None:
         self.writer.close()
 
@@ -55,10 +64,23 @@ class _WandB:
         self.run, self.say = run, say
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
+        self._send(step, lambda: figures)
+
+    def samples(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        def table() -> dict[str, Any]:
+            import wandb
+
+            keys = list(lines[0])
+            return {"samples": wandb.Table(columns=[*keys], data=[[line[key] for key in keys] for line in lines])}
+
+        if lines:
+            self._send(step, table)
+
+    def _send(self, step: int, figures: Callable[[], dict[str, Any]]) -> None:
         if self.run is None:
             return
         try:
-            self.run.log(figures, step=step)
+            self.run.log(figures(), step=step)
         except Exception as error:  # whatever happens to W&B, the run goes on and metrics.jsonl has the figures
             self.say(f"W&B stopped taking figures ({type(error).__name__}); metrics.jsonl has them all")
             self.run = None
@@ -80,7 +102,9 @@ def _start_wandb(recipe: Recipe, root: Path, say: Callable[[str], None]) -> _Wan
         say(f"W&B: {error}; going on without it")
         return None
     runtime.no_crash_reports()
-    modes = ["online", "offline"] if recipe.logging.wandb == "online" else ["offline"]
+    modes: tuple[Literal["online", "offline"], ...] = ("online", "offline")
+    if recipe.logging.wandb == "offline":
+        modes = ("offline",)
     for mode in modes:
         try:
             run = wandb.init(

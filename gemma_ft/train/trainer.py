@@ -189,11 +189,14 @@ class GemmaTrainer(SFTTrainer):
         )
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss per labelled token, every token weighing the same (Trainer averages over batches)."""
-        loss = held_out_loss(self.model, self.get_eval_dataloader(), autocast=self.compute_loss_context_manager)
-        self.on_eval(self.state.global_step, loss)
+        """Loss per labelled token, every token weighing the same (Trainer averages over batches). What is trained
+        afterwards does not depend on whether this was called.
+        """
+        with state.randomness_kept():
+            loss = held_out_loss(self.model, self.get_eval_dataloader(), autocast=self.compute_loss_context_manager)
+            self.on_eval(self.state.global_step, loss)
         metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # Checkpoints: Trainer's are four pickles written in place; ours are safetensors and JSON that appear complete

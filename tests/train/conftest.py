@@ -80,6 +80,8 @@ def recipe_for(small_gemma: Path, rows: Path, tmp_path: Path) -> Callable[..., L
                 "train.micro_batch_size=2",
                 "eval.generate_rows=0",
                 "eval.every_steps=null",
+                "eval.samples=0",
+                "eval.canary=null",
                 "checkpoint.every_steps=null",
                 "adapter.rank=4",
                 *overrides,

@@ -15,9 +15,12 @@ RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
 
 
-def test_wandb_offline_writes_its_own_files(recipe_for: RecipeFor, train: Train) -> None:
-    loaded = recipe_for("strategy=lora", "logging.wandb=offline")
+def test_wandb_offline_writes_its_own_files(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    sampled = ["eval.every_steps=2", "eval.samples=1", "eval.max_new_tokens=2"]
+    loaded = recipe_for("strategy=lora", "logging.wandb=offline", *sampled)
     assert len(train(loaded)) == 4
+    assert "W&B" not in (tmp_path / "console.txt").read_text()  # nothing it was given was refused
+    assert list((Path(loaded.recipe.output_dir) / "wandb").glob("offline-run-*/files/media/table/samples*.json"))
     assert list((Path(loaded.recipe.output_dir) / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -35,8 +38,9 @@ def test_a_dead_wandb_never_stops_a_run(
 
 
 def test_tensorboard_writes_event_files(recipe_for: RecipeFor, train: Train) -> None:
-    loaded = recipe_for("strategy=lora", "logging.tensorboard=true", "eval.every_steps=2")
+    sampled = ["eval.every_steps=2", "eval.samples=1", "eval.max_new_tokens=2"]
+    loaded = recipe_for("strategy=lora", "logging.tensorboard=true", *sampled)
     assert len(train(loaded)) == 4
     events = list((Path(loaded.recipe.output_dir) / "tensorboard").iterdir())
     assert len(events) == 1
-    assert events[0].stat().st_size > 0
+    assert events[0].read_bytes().count(b"sample 1/text_summary") == 3

@@ -77,7 +77,7 @@ def test_no_pickle_is_ever_written(
     train(recipe_for("checkpoint.every_steps=2"))
     train(recipe_for("strategy=full", out="full"))
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file() and "console" not in path.name}
-    assert written == {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".model"}
+    assert written == {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".model", ".html"}
 
 
 def test_telemetry_is_never_sent(recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch) -> None:

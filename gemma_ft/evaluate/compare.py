@@ -1,0 +1,240 @@
+"""`gemma-ft eval`: several models on the same held-out rows and tasks, side by side, with how sure each figure is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft import runtime
+from gemma_ft.build import BuiltData, build_data, build_tokenizer
+from gemma_ft.checkpoint import as_json, replace_text
+from gemma_ft.errors import UserError
+from gemma_ft.evaluate import statistics
+from gemma_ft.evaluate.eval_display import EvalDisplay
+from gemma_ft.evaluate.harness import Tasks
+from gemma_ft.evaluate.held_out import Question, Reply, answer_questions, questions_of
+from gemma_ft.evaluate.measured import Measured, Scored, differences_of, estimates_of
+from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
+from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
+from gemma_ft.evaluate.subject import Subject, chosen_models, with_each
+from gemma_ft.load import load_tokenizer
+from gemma_ft.model.config import PRESETS
+from gemma_ft.recipe.schema import Recipe
+
+SAMPLES_KEPT = 10
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What a user asks of `gemma-ft eval` beyond the recipe; None leaves it to the recipe."""
+
+    models: Sequence[str] | None = None
+    rows: int | None = None
+    batch_size: int | None = None
+    metrics: Sequence[str] | None = None
+    window: int | None = None
+    stride: int | None = None
+    tasks: Sequence[str] = ()
+    task_path: Path | None = None
+    task_limit: int | None = None
+    task_chat: bool = False
+    out: Path | None = None
+
+
+def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console, stderr: Console) -> dict[str, Any]:
+    """Score the models of a subject, show the table, write eval.json; returns what it holds.
+
+    Raises: UserError in one line; then nothing is written.
+    """
+    names = chosen_models(subject, options.models)
+    out = options.out or (subject.run.eval_results if subject.run is not None else None)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make {out.parent} first")
+    with EvalDisplay(stdout, stderr) as display:
+        work = _prepare(subject, options, display)
+        measured: dict[str, Measured] = {}
+
+        def measure(name: str, model: Any) -> None:
+            measured[name] = work.measure(name, model)
+
+        display.start(len(names) * work.steps)
+        with_each(subject, names, measure)
+    results = work.results(measured)
+    if out is not None:
+        replace_text(out, as_json(results))
+    display.show(results, out)
+    return results
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that is asked of each model, built once."""
+
+    subject: Subject
+    settings: dict[str, Any]
+    data: BuiltData
+    tokenizer: PreTrainedTokenizerBase
+    pieces: Pieces | None
+    questions: list[Question]
+    metrics: list[str]
+    tasks: Tasks | None
+    requests: int
+    display: EvalDisplay
+
+    @property
+    def steps(self) -> int:
+        """What the progress bar counts for one model."""
+        return (len(self.pieces.pieces) if self.pieces else 0) + len(self.questions) + self.requests
+
+    def measure(self, name: str, model: Any) -> Measured:
+        """All figures and answers of one model."""
+        found = Measured()
+        encoder, batch_size = self.data.encoder, self.settings["batch_size"]
+        if self.pieces is not None:
+            self.display.phase(f"{name}: loss")
+            losses = piece_losses(
+                model,
+                self.pieces.pieces,
+                pad_id=encoder.control.pad,
+                batch_size=batch_size,
+                on_progress=self.display.advance,
+            )
+            rows = loss_rows(losses, self.pieces)
+            found.scores["loss"] = Scored(rows, statistics.mean)
+            found.scores["perplexity"] = Scored(rows, statistics.perplexity)
+        if self.questions:
+            self.display.phase(f"{name}: answers")
+            found.replies = self._answers(model)
+            references = [question.answer for question in self.questions]
+            for metric in self.metrics:
+                table = METRICS[metric]
+                found.scores[metric] = Scored(table.rows(found.replies, references), table.figure)
+        if self.tasks is not None:
+            self.display.phase(f"{name}: tasks")
+            tasks, cut = self.tasks.run(model, encoder, batch_size=batch_size, on_progress=self.display.advance)
+            found.tasks = {
+                task: {metric: Scored(one.rows, one.figure, one.value) for metric, one in figures.items()}
+                for task, figures in tasks.items()
+            }
+            if cut:
+                self.display.note(f"{name}: {cut:,} task requests did not fit the context and were cut at the left")
+        return found
+
+    def _answers(self, model: Any) -> list[Reply]:
+        """Answers to all questions, some batches at a time, so that the bar moves."""
+        replies: list[Reply] = []
+        step = 4 * self.settings["batch_size"]
+        for start in range(0, len(self.questions), step):
+            asked = self.questions[start : start + step]
+            replies += answer_questions(
+                model,
+                self.tokenizer,
+                asked,
+                stop_ids=self.data.encoder.stop_ids,
+                max_new_tokens=self.settings["max_new_tokens"],
+                batch_size=self.settings["batch_size"],
+            )
+            self.display.advance(len(asked))
+        return replies
+
+    def results(self, measured: dict[str, Measured]) -> dict[str, Any]:
+        """What eval.json holds."""
+        samples = [
+            {
+                "prompt": question.prompt,
+                "expected": question.answer,
+                "answers": {name: one.replies[number].text for name, one in measured.items()},
+            }
+            for number, question in enumerate(self.questions[:SAMPLES_KEPT])
+        ]
+        return {
+            "source": self.subject.source,
+            "rows": self.pieces.stats.rows if self.pieces is not None else 0,
+            "models": {name: estimates_of(one.scores) for name, one in measured.items()},
+            "differences": differences_of(measured),
+            "samples": samples,
+            "tasks": {
+                name: {task: estimates_of(figures) for task, figures in one.tasks.items()}
+                for name, one in measured.items()
+                if one.tasks
+            },
+            "settings": self.settings,
+            "versions": runtime.versions(),
+        }
+
+
+def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _Work:
+    """Read rows and tasks, and say what is worth knowing about them. Raises: UserError."""
+    recipe = _recipe(subject, options)
+    tokenizer = _tokenizer(subject, recipe)
+    settings = _settings(subject, options, recipe)
+    data = build_data(recipe, tokenizer)
+    if data.held_out is None and not options.tasks:
+        raise UserError(
+            f"{subject.source}: no held-out rows; set data.eval to a file of them, or data.eval_fraction to a share of "
+            "data.train such as 0.1"
+        )
+    items = data.held_out_items[: recipe.eval.max_rows]
+    shape = {name: settings[name] for name in ("max_seq_len", "window", "stride")}
+    pieces = pieces_of(items, data.encoder, **shape) if items else None
+    questions, too_long = questions_of(
+        data.held_out_items, data.encoder, max_seq_len=recipe.data.max_seq_len, limit=recipe.eval.generate_rows
+    )
+    references = [question.answer for question in questions]
+    metrics = fitting(references) if options.metrics is None else chosen(options.metrics, references)
+    tasks, requests = None, 0
+    if options.tasks:
+        tasks = Tasks(options.tasks, path=options.task_path, limit=options.task_limit, chat=options.task_chat)
+        requests = tasks.requests(data.encoder)
+    display.about(data, pieces, questions, too_long, recipe)
+    return _Work(subject, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, display)
+
+
+def _recipe(subject: Subject, options: EvalOptions) -> Recipe:
+    """The recipe with what the user asked for; questions are asked as in training, whatever it says today."""
+    recipe = subject.recipe
+    if options.rows is not None:
+        limits = {"max_rows": options.rows, "generate_rows": options.rows}
+        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=limits)})
+    if subject.contract is not None:
+        told = recipe.data.model_copy(update={"system": subject.contract.system})
+        recipe = recipe.model_copy(update={"data": told})
+    return recipe
+
+
+def _tokenizer(subject: Subject, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with what was trained, else the recipe's. Raises: UserError when it was changed."""
+    trained = subject.tuned or (subject.place.adapter if subject.place is not None else None)
+    if trained is None or not (trained / "tokenizer_config.json").is_file():
+        return build_tokenizer(recipe)
+    tokenizer = load_tokenizer(trained)
+    if subject.contract is not None:
+        subject.contract.encoder(tokenizer, trained)
+    return tokenizer
+
+
+def _settings(subject: Subject, options: EvalOptions, recipe: Recipe) -> dict[str, Any]:
+    """What decides the numbers, beside models and rows. Raises: UserError for windows that cannot be."""
+    window = recipe.data.max_seq_len if options.window is None else options.window
+    stride = max(1, window // 2) if options.stride is None else options.stride
+    context = PRESETS[recipe.model.preset].config().max_position_embeddings
+    check_window(window, stride, max(context, recipe.data.max_seq_len))
+    return {
+        "batch_size": options.batch_size or recipe.eval.batch_size,
+        "max_new_tokens": recipe.eval.max_new_tokens,
+        "max_seq_len": recipe.data.max_seq_len,
+        "window": window,
+        "stride": stride,
+        "precision": recipe.train.precision,
+        "quantize": subject.quantize[0],
+        "system": recipe.data.system,
+        "confidence": statistics.CONFIDENCE,
+        "resamples": statistics.RESAMPLES,
+        "task_limit": options.task_limit,
+        "task_chat": options.task_chat,
+    }

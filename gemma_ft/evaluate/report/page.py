@@ -1,0 +1,202 @@
+"""The page of one run: what was gained, how it went, what it answers, what it was made of, how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gemma_ft.checkpoint import replace_text
+from gemma_ft.data.dataset import DataStats
+from gemma_ft.errors import UserError
+from gemma_ft.evaluate.figures import NOTHING, count, duration, gib, is_figure, number, percent
+from gemma_ft.evaluate.report.blocks import GENERATOR, Block, Cards, Code, Note, Picture, Sample, Section, Table, render
+from gemma_ft.evaluate.report.curves import Curve, Panel, curve_picture, histogram_picture
+from gemma_ft.evaluate.report.facts import RunFacts, read_run
+from gemma_ft.evaluate.report.results import certificate_blocks, evaluation_blocks
+
+SAMPLES_SHOWN = 10
+
+
+def write_report(root: Path, out: Path) -> Path:
+    """Write the page of the run in `root` to `out`, whole or not at all; returns `out`.
+
+    Raises: UserError when there is no run in `root`, or `out` is a file that is no report.
+    """
+    run = read_run(root)
+    subtitle = " · ".join([run.recipe.get("model.preset", ""), run.recipe.get("strategy", ""), str(root)])
+    return write_page(out, render(f"Run {run.name}", subtitle, sections_of(run)))
+
+
+def write_page(out: Path, html: str) -> Path:
+    """Write a page where none, or an older one, is. Raises: UserError when something else is there."""
+    try:
+        if out.exists():
+            head = out.read_bytes()[:1000].decode("utf-8", errors="replace") if out.is_file() else ""
+            if f'content="{GENERATOR.split()[0]} ' not in head:
+                raise UserError(f"{out}: is there and is no report; name another file with --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(out, html)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
+    return out
+
+
+def sections_of(run: RunFacts) -> list[Section]:
+    """The sections of a run's page, in reading order."""
+    return [
+        Section("", [*headline(run), *(Note(text) for text in run.notes)]),
+        Section("Training", _curve_blocks(run)),
+        Section("Gained and forgotten", _forgetting_blocks(run)),
+        Section("Answers before and after", _sample_blocks(run)),
+        Section("Answers on the way", _progress_blocks(run)),
+        Section("Evaluation", evaluation_blocks(run.eval_results)),
+        Section("Merge certificate", certificate_blocks(run.certificate)),
+        Section("Data", _data_blocks(run)),
+        Section("Recipe", [Code(run.recipe_text.rstrip())]),
+        Section("Environment", _environment_blocks(run)),
+        Section("How to go on", [Code(commands(run))]),
+    ]
+
+
+def headline(run: RunFacts) -> list[Block]:
+    """The figures a reader looks for first, and the warning that must not be missed."""
+    figure = run.figure
+    if not run.finished:
+        last = run.curves["loss"][-1] if run.curves["loss"] else (None, None)
+        return [Cards([("steps so far", count(last[0]), ""), ("training loss", number(last[1]), "")])]
+    cards = [
+        ("held-out loss", number(figure("eval_after", "loss")), f"before: {number(figure('eval_before', 'loss'))}"),
+        (
+            "exact match",
+            percent(figure("eval_after", "exact_match")),
+            f"before: {percent(figure('eval_before', 'exact_match'))}",
+        ),
+    ]
+    if "canary_loss" in run.summary:
+        remark = f"canary loss: {number(figure('canary_base_loss'))} → {number(figure('canary_loss'))}"
+        cards.append(("forgetting", signed(figure("forgetting")), remark))
+    cards += [
+        ("steps", count(figure("steps")), f"{count(figure('tokens'))} tokens in {duration(figure('seconds'))}"),
+        ("speed", f"{count(figure('tokens_per_second'))} tokens/s", str(figure("device") or "")),
+        ("peak memory", gib(figure("peak_bytes")), ""),
+    ]
+    note = figure("forgetting_note")
+    return [Cards(cards), *([Note(str(note), warning=True)] if note else [])]
+
+
+def signed(value: Any) -> str:
+    """A difference with its sign."""
+    return f"{value:+.4f}" if is_figure(value) else NOTHING
+
+
+def _curve_blocks(run: RunFacts) -> list[Block]:
+    loss = [Curve("training", run.curves["loss"]), Curve("held-out", run.evals["eval_loss"], "points", 1)]
+    pictures = [
+        (curve_picture([Panel("Loss per token", loss, logarithmic=True)]), "Loss per token by step"),
+        (
+            curve_picture(
+                [
+                    Panel("Learning rate", [Curve("", run.curves["learning_rate"], "line")]),
+                    Panel("Gradient norm", [Curve("", run.curves["grad_norm"])], logarithmic=True),
+                    Panel("Tokens per second", [Curve("", run.curves["tokens_per_second"])]),
+                ],
+                height=2.3,
+            ),
+            "Learning rate, gradient norm and tokens per second by step",
+        ),
+    ]
+    return [Picture(uri, alt) for uri, alt in pictures if uri is not None]
+
+
+def _forgetting_blocks(run: RunFacts) -> list[Block]:
+    if "canary_loss" not in run.summary:
+        return []
+    figure = run.figure
+    found = [
+        ("held-out rows", figure("eval_before", "loss"), figure("eval_after", "loss"), figure("gain"), "gain"),
+        ("canary rows", figure("canary_base_loss"), figure("canary_loss"), figure("forgetting"), "forgetting"),
+    ]
+    rows = [
+        [name, number(first), number(last), f"{word} {signed(change)}"] for name, first, last, change, word in found
+    ]
+    blocks: list[Block] = [
+        Table(["loss per token", "base", "trained", ""], rows),
+        Note("Canary rows are general: what they lose shows what was forgotten. The base is the model, adapter off."),
+    ]
+    if len(run.evals["canary_loss"]) > 2:
+        curves = [
+            Curve("trained", run.evals["canary_loss"], "points", 1),
+            Curve("base", run.evals["canary_base_loss"], "dashed", 0),
+        ]
+        uri = curve_picture([Panel("Canary loss per token", curves)], height=2.3)
+        blocks += [Picture(uri, "Canary loss by step")] if uri is not None else []
+    return blocks
+
+
+def _sample_blocks(run: RunFacts) -> list[Block]:
+    samples = run.figure("samples")
+    return [
+        Sample(
+            str(one.get("prompt", "")),
+            str(one.get("expected", "")),
+            [("before", str(one.get("before", ""))), ("after", str(one.get("after", "")))],
+        )
+        for one in (samples if isinstance(samples, list) else [])[:SAMPLES_SHOWN]
+        if isinstance(one, dict)
+    ]
+
+
+def _progress_blocks(run: RunFacts) -> list[Block]:
+    """What each question was answered at each step; nothing when only the ends are known, which stand above."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for line in run.samples:
+        by_prompt.setdefault(line["prompt"], []).append(line)
+    if run.finished and all(len(lines) <= 2 for lines in by_prompt.values()):
+        return []
+    blocks: list[Block] = []
+    for prompt, lines in by_prompt.items():
+        answers = [(f"step {one.get('step')}", str(one.get("answer", ""))) for one in lines]
+        blocks.append(Sample(prompt, str(lines[0].get("expected", "")), answers))
+    return blocks
+
+
+def _data_blocks(run: RunFacts) -> list[Block]:
+    data, lengths = run.figure("data"), run.figure("lengths")
+    if not isinstance(data, dict):
+        return []
+    counts = {one.name: data[one.name] for one in fields(DataStats) if isinstance(data.get(one.name), int)}
+    blocks: list[Block] = [Note(DataStats(**counts).describe())]
+    if isinstance(lengths, dict) and isinstance(documents := lengths.get("documents"), list):
+        width, read, examples = (lengths.get(key) for key in ("bin_tokens", "examples_read", "examples"))
+        if documents and isinstance(width, int) and all(is_figure(one) for one in documents):
+            title = "Sequences by length" + (
+                "" if read == examples else f", {count(read)} of {count(examples)} examples"
+            )
+            uri = histogram_picture(documents, width, title=title, x_label="tokens")
+            blocks.append(Picture(uri, "How many training sequences have how many tokens"))
+    return blocks
+
+
+def _environment_blocks(run: RunFacts) -> list[Block]:
+    versions = run.figure("versions")
+    rows = [["device", str(run.figure("device") or NOTHING)]]
+    rows += [[str(name), str(version)] for name, version in versions.items()] if isinstance(versions, dict) else []
+    return [Table(["", ""], rows, prose=True)] if run.finished else []
+
+
+def commands(run: RunFacts) -> str:
+    """What a user may do next, as lines for a shell."""
+    root = shlex.quote(str(run.files.root))
+    if not run.finished:
+        return f"gemma-ft train {shlex.quote(str(run.files.recipe))} --resume"
+    merge = "" if run.recipe.get("strategy") == "full" else f"gemma-ft merge {root} --out {root}/merged\n"
+    return (
+        f"gemma-ft chat {root}\n"
+        f"gemma-ft eval {root}\n"
+        f"{merge}"
+        f"gemma-ft export {root} --to gguf --out {shlex.quote(run.name)}.gguf\n"
+        f"gemma-ft serve {root} --host 127.0.0.1 --port 8000\n"
+        f"gemma-ft report {root}"
+    )

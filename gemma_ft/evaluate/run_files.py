@@ -1,0 +1,23 @@
+"""What lies where in the directory of a run; the one home of these names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class RunFiles:
+    """Paths of one run under `root`. Nothing is read or written here."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.metrics = root / "metrics.jsonl"  # a line for each optimizer step
+        self.evals = root / "evals.jsonl"  # a line for each in-training evaluation
+        self.samples = root / "samples.jsonl"  # a line for each answer that was sampled on the way
+        self.checkpoints = root / "checkpoints"
+        self.adapter = root / "adapter"
+        self.model = root / "model"
+        self.summary = root / "summary.json"
+        self.report = root / "report.html"
+        self.eval_results = root / "eval.json"  # of `gemma-ft eval`
+        self.certificate = root / "merge.json"  # of `gemma-ft merge`

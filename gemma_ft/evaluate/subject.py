@@ -1,0 +1,178 @@
+"""What `gemma-ft eval` compares: the models that a run, a recipe or a folder stands for, each loaded when its turn
+comes, one at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_ft import runtime
+from gemma_ft.adapters.quantize import keep_trainable
+from gemma_ft.build import FRESH, weights_source
+from gemma_ft.contract import Contract
+from gemma_ft.errors import UserError
+from gemma_ft.evaluate.canary import adapter_off
+from gemma_ft.evaluate.run_files import RunFiles
+from gemma_ft.export.merge import merge_into
+from gemma_ft.export.merged import merged_weights
+from gemma_ft.load import Place, load_base, load_model, place_of
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.weights import Source
+
+BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models to compare, by name, and the recipe that says on which rows.
+
+    `place`: base and adapter, None where there is no base (trained from fresh weights) and no adapter. `tuned`: the
+    folder of a fully tuned model. `merged`: a merged folder; None: the adapter is merged in memory. `run`: where
+    eval.json goes.
+    """
+
+    recipe: Recipe
+    source: str
+    run: RunFiles | None
+    place: Place | None
+    tuned: Path | None
+    merged: Path | None
+
+    @property
+    def names(self) -> list[str]:
+        """The models that there are, in the order of the table."""
+        there = {
+            BASE: self.place is not None,
+            ADAPTER: self.place is not None and self.place.adapter is not None,
+            TUNED: self.tuned is not None,
+            MERGED: self.merged is not None or (self.place is not None and self.place.adapter is not None),
+        }
+        return [name for name, found in there.items() if found]
+
+    @property
+    def contract(self) -> Contract | None:
+        """What was agreed on when the adapter or the tuned model was trained."""
+        if self.place is not None and self.place.contract is not None:
+            return self.place.contract
+        return Contract.read(self.tuned) if self.tuned is not None else None
+
+    @property
+    def quantize(self) -> tuple[str | None, bool]:
+        """How base and adapter are stored: as the adapter was trained, else as the recipe says."""
+        if self.place is not None and self.place.adapter is not None and self.contract is not None:
+            return self.contract.quantize, self.contract.double_quant
+        block = self.recipe.quantize
+        return (block.kind, block.double_quant) if block is not None else (None, True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The recipe's precision, in which every model is asked."""
+        return runtime.dtype_by_name(self.recipe.train.precision)
+
+
+def find_subject(
+    name: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, merged: Path | None = None
+) -> Subject:
+    """The subject of a run directory, or of a recipe: then the run in its output_dir, where there is a finished one,
+    else the base alone. `adapter` and `merged` name folders to be taken instead of the run's own, or beside the base.
+
+    Raises: UserError in one line.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        run = RunFiles(folder)
+        if not run.recipe.is_file():
+            raise UserError(f"{name}: not a run, there is no recipe.yaml in it; give a run directory or a recipe")
+        recipe = load_recipe(run.recipe, overrides).recipe
+        if not _finished(run) and adapter is None and merged is None:
+            raise UserError(f"{name}: the run is not finished, there is no adapter/ or model/ in it; finish it first")
+    else:
+        recipe = load_recipe(name, overrides).recipe
+        run = RunFiles(Path(recipe.output_dir))
+    has_run = run.recipe.is_file() and _finished(run)
+    tuned = run.model if has_run and run.model.is_dir() and adapter is None else None
+    if adapter is None and has_run and tuned is None:
+        adapter = run.adapter
+    base = None if recipe.model.weights == FRESH else weights_source(recipe)
+    if merged is not None and not (merged / "config.json").is_file():
+        raise UserError(f"--merged {merged}: no config.json in it; give a folder that gemma-ft merge wrote")
+    return Subject(recipe, name, run if has_run else None, _place(base, adapter), tuned, merged)
+
+
+def _finished(run: RunFiles) -> bool:
+    return (run.adapter / "adapter_config.json").is_file() or (run.model / "config.json").is_file()
+
+
+def _place(base: Source | None, adapter: Path | None) -> Place | None:
+    """Base and adapter together; an adapter names its own base."""
+    if adapter is not None:
+        return place_of(adapter)
+    return Place(base, None, None, None) if base is not None else None
+
+
+def chosen_models(subject: Subject, names: Sequence[str] | None) -> list[str]:
+    """The models a user named, in the order of the table; None: all that there are. Raises: UserError."""
+    there = subject.names
+    if not there:
+        raise UserError(f"{subject.source}: nothing to evaluate: fresh weights, and no finished run in its output_dir")
+    for name in names or ():
+        if name not in there:
+            raise UserError(f"--models: there is no {name!r} here; there are {', '.join(there)}")
+    return [name for name in there if names is None or name in names]
+
+
+def with_each(subject: Subject, names: Sequence[str], measure: Callable[[str, Any], None]) -> None:
+    """Call `measure` with each named model, in eval mode, on its device; a model is gone before the next is loaded.
+
+    Base and adapter are one model, loaded once, as it was trained: quantized, with the adapter off and on. The merged
+    model is the adapter in the base as it was before it was quantized.
+    """
+    loaders = (
+        ([name for name in (BASE, ADAPTER) if name in names], _load_live),
+        ([TUNED] if TUNED in names else [], lambda one: load_model(one.tuned, dtype=one.dtype)),
+        ([MERGED] if MERGED in names else [], _load_merged),
+    )
+    for wanted, load in loaders:
+        if not wanted:
+            continue
+        model = load(subject).eval()
+        for name in wanted:
+            if name == BASE and hasattr(model, "disable_adapter"):
+                with adapter_off(model):
+                    measure(name, model)
+            else:
+                measure(name, model)
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load_live(subject: Subject) -> Any:
+    assert subject.place is not None
+    kind, double_quant = subject.quantize
+    place = subject.place
+    if place.adapter is not None:
+        model = load_model(place.adapter, dtype=subject.dtype, quantize=kind)
+    else:
+        model = load_base(place.base, dtype=subject.dtype, quantize=kind, double_quant=double_quant)
+    # weights packed for speed are computed with in bf16: the loss would not be the one that training reported
+    keep_trainable(model)
+    return model
+
+
+def _load_merged(subject: Subject) -> Any:
+    if subject.merged is not None:
+        return load_model(subject.merged, dtype=subject.dtype)
+    assert subject.place is not None
+    weights = merged_weights(subject.place)
+    model = load_base(subject.place.base, dtype=subject.dtype, trainable=False)
+    merge_into(model, weights)
+    return model

@@ -1,0 +1,52 @@
+"""What summary.json says of a run that came to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gemma_ft import runtime
+from gemma_ft.data.dataset import Prepared
+from gemma_ft.evaluate.canary import forgetting_note
+from gemma_ft.evaluate.held_out import Question, Score
+from gemma_ft.evaluate.report.lengths import length_histogram
+from gemma_ft.train.scoring import Figures
+from gemma_ft.train.trainer import Progress
+
+
+def summary_of(
+    progress: Progress,
+    *,
+    after: Score,
+    compared: Figures,
+    questions: Sequence[Question],
+    result: str,
+    train: Prepared,
+) -> dict[str, Any]:
+    """The figures before and after, what was gained and forgotten, speed, memory, samples, data and environment.
+
+    `result`: the folder in the run that holds what was trained.
+    """
+    before = dict(progress.extra["before"])
+    answers = before.pop("answers")
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "peak_bytes": runtime.peak_memory_bytes(),
+        "train_loss": progress.last_loss,  # of the last optimizer step
+        "eval_before": before,
+        "eval_after": after.figures(),
+        **compared,
+        "forgetting_note": forgetting_note(compared.get("forgetting"), compared["gain"]),
+        "result": result,
+        "samples": [
+            {"prompt": question.prompt, "expected": question.answer, "before": first, "after": last}
+            for question, first, last in zip(questions, answers, after.answers, strict=False)
+        ],
+        "data": train.stats.as_dict(),
+        "lengths": length_histogram(train.examples),
+        "device": runtime.device_name(),
+        "versions": runtime.versions(),
+    }

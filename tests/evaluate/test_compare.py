@@ -1,0 +1,267 @@
+"""Base, adapter and merged side by side: agreement with the run's own summary, what is written, shown and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from gemma_ft import runtime
+from gemma_ft.errors import UserError
+from gemma_ft.evaluate import subject as subjects
+from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
+from gemma_ft.evaluate.subject import Subject, chosen_models, find_subject, with_each
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.paths import shipped_root
+from gemma_ft.train.run import train_recipe
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> None:
+    runtime.quiet_libraries()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve requests of the shipped task."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = (shipped_root() / "data" / "scheduling_eval.jsonl").read_text().splitlines()[:12]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def overrides(rows: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"output_dir={out}", f"data.train={rows}", f"data.eval={rows}", "data.max_seq_len=160", "train.max_steps=3",
+        "train.learning_rate=0.003", "eval.max_rows=8", "eval.generate_rows=3", "eval.max_new_tokens=40",
+        "eval.batch_size=4", "adapter.rank=4", "checkpoint.every_steps=null", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of a strategy, made once."""
+    made: dict[str, Path] = {}
+
+    def make(strategy: str) -> Path:
+        if strategy not in made:
+            made[strategy] = tmp_path_factory.mktemp("runs") / strategy
+            loaded = load_recipe("sft_tiny", overrides(rows, made[strategy], f"strategy={strategy}"))
+            assert train_recipe(loaded, console=Console(file=io.StringIO())) == 0
+        return made[strategy]
+
+    return make
+
+
+def evaluated(subject: Subject, **options: Any) -> tuple[dict[str, Any], str, str]:
+    """The results, and what stdout and stderr saw."""
+    out, err = io.StringIO(), io.StringIO()
+    consoles = {"stdout": Console(file=out, width=120), "stderr": Console(file=err, width=120)}
+    results = evaluate_subject(subject, EvalOptions(**options), **consoles)
+    return results, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("strategy", ["qlora", "full"])
+def test_a_finished_run_scores_as_its_summary_says(strategy: str, trained: Run) -> None:
+    run = trained(strategy)
+    results, out, err = evaluated(find_subject(str(run)))
+    summary = json.loads((run / "summary.json").read_text())
+    tuned = "tuned" if strategy == "full" else "adapter"
+    for name, before_or_after in (("base", "eval_before"), (tuned, "eval_after")):
+        found, expected = results["models"][name], summary[before_or_after]
+        assert found["loss"]["value"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["exact_match"]["value"] == expected["exact_match"]
+        assert found["perplexity"]["value"] == pytest.approx(math.exp(expected["loss"]), rel=1e-5)
+        assert (found["loss"]["rows"], found["exact_match"]["rows"]) == (8, 3)
+    for kept, sample in zip(summary["samples"], results["samples"], strict=True):
+        assert (kept["prompt"], kept["expected"]) == (sample["prompt"], sample["expected"])
+        assert (kept["before"], kept["after"]) == (sample["answers"]["base"], sample["answers"][tuned])
+    assert json.loads((run / "eval.json").read_text()) == results
+    assert results["source"] == str(run)
+    assert "12 held-out rows are training rows too: their scores mean little" in err
+    assert f"results: {run / 'eval.json'}" in out
+
+
+def test_what_eval_json_holds(trained: Run) -> None:
+    run = trained("qlora")
+    results, out, err = evaluated(find_subject(str(run)))
+    assert list(results) == ["source", "rows", "models", "differences", "samples", "tasks", "settings", "versions"]
+    assert list(results["models"]) == ["base", "adapter", "merged"]
+    metrics = ["loss", "perplexity", "exact_match", "json_valid", "json_equal"]
+    for figures in results["models"].values():
+        assert list(figures) == metrics
+        assert all(set(figure) == {"value", "low", "high", "rows"} for figure in figures.values())
+    pairs = [(one["of"], one["minus"], one["metric"]) for one in results["differences"]]
+    order = (("adapter", "base"), ("merged", "base"), ("merged", "adapter"))
+    assert pairs == [(*pair, metric) for pair in order for metric in metrics]
+    gain = results["differences"][0]
+    models = results["models"]
+    assert gain["value"] == pytest.approx(models["adapter"]["loss"]["value"] - models["base"]["loss"]["value"])
+    assert gain["high"] < 0  # three steps at a high rate are enough to be sure of
+    assert abs(models["merged"]["loss"]["value"] - models["adapter"]["loss"]["value"]) < 0.2
+    assert (results["settings"]["quantize"], results["settings"]["precision"]) == ("nf4", "float32")
+    for text in ("adapter − base", "merged − adapter", "loss ↓", "json equal", "*", "excludes 0", "expected"):
+        assert text in out
+    assert [line.strip() for line in err.splitlines()[2:]] == [
+        f"{name}: {what}" for name in ("base", "adapter", "merged") for what in ("loss", "answers")
+    ]
+
+
+def test_a_recipe_finds_its_run_and_a_bare_one_scores_the_base(trained: Run, rows: Path, tmp_path: Path) -> None:
+    run = trained("qlora")
+    assert find_subject("sft_tiny", overrides(rows, run)).names == ["base", "adapter", "merged"]
+    bare = find_subject("sft_tiny", overrides(rows, tmp_path / "none", "strategy=lora"))
+    results, out, _ = evaluated(bare, rows=2, metrics=["token_f1"])
+    assert list(results["models"]) == ["base"]
+    assert list(results["models"]["base"]) == ["loss", "perplexity", "token_f1"]
+    assert (results["rows"], results["models"]["base"]["token_f1"]["rows"]) == (2, 2)
+    assert results["differences"] == []
+    assert "results: nowhere: --out FILE keeps them" in out
+    assert not (tmp_path / "none").exists()
+
+
+def test_folders_beside_a_recipe(trained: Run, rows: Path, tmp_path: Path) -> None:
+    """An adapter folder on its own, and a merged folder that is none: the base itself, whose figures it then has."""
+    adapter = trained("qlora") / "adapter"
+    bare = overrides(rows, tmp_path / "none", "strategy=lora")
+    subject = find_subject("sft_tiny", bare, adapter=adapter, merged=shipped_root() / "data" / "gemma-tiny")
+    assert subject.names == ["base", "adapter", "merged"]
+    assert subject.quantize == ("nf4", True)  # the adapter's contract, not the recipe
+    results, _, _ = evaluated(subject, rows=2, models=["merged"], out=tmp_path / "e.json")
+    plain, _, _ = evaluated(find_subject("sft_tiny", bare), rows=2)
+    assert results["models"]["merged"] == plain["models"]["base"]
+    assert json.loads((tmp_path / "e.json").read_text()) == results
+
+
+def test_one_model_is_gone_before_the_next_is_loaded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    alive: list[Any] = []
+    seen: list[tuple[str, int]] = []
+    for name in ("load_model", "load_base"):
+        real = getattr(subjects, name)
+
+        def load(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            seen.append(("load", sum(one() is not None for one in alive)))
+            model = real(*args, **kwargs)
+            alive.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(subjects, name, load)
+    with_each(
+        find_subject(str(trained("qlora"))), ["base", "adapter", "merged"], lambda name, _: seen.append((name, 0))
+    )
+    assert seen == [("load", 0), ("base", 0), ("adapter", 0), ("load", 0), ("merged", 0)]
+
+
+def test_a_live_model_is_not_packed_for_speed(trained: Run) -> None:
+    """bitsandbytes' packed kernel rounds scales to bf16: the loss would not be the one that training reported."""
+    from bitsandbytes.nn import Linear4bit
+
+    flags: list[bool] = []
+
+    def measure(_: str, model: Any) -> None:
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        flags.extend(layer.support_avx512bf16_for_cpu for layer in layers)
+
+    with_each(find_subject(str(trained("qlora")), ["train.precision=bf16"]), ["adapter"], measure)
+    assert len(flags) == 42
+    assert not any(flags)
+
+
+def test_the_base_is_the_model_with_its_adapter_off(trained: Run) -> None:
+    logits: dict[str, torch.Tensor] = {}
+    ids = torch.tensor([[2, 40, 50, 60]])
+
+    def measure(name: str, model: Any) -> None:
+        with torch.no_grad():
+            logits[name] = model(ids).logits
+
+    with_each(find_subject(str(trained("qlora"))), ["base", "adapter"], measure)
+    bare = find_subject(str(trained("qlora")))
+    bare = Subject(bare.recipe, "", None, subjects.Place(bare.place.base, None, None, None), None, None)
+    with_each(bare, ["base"], lambda _, model: measure("alone", model))
+    assert torch.equal(logits["base"], logits["alone"])
+    assert not torch.allclose(logits["base"], logits["adapter"], atol=1e-3)
+
+
+def test_documents_are_scored_in_windows(tmp_path: Path) -> None:
+    text = tmp_path / "play.txt"
+    text.write_text("First Citizen: Before we proceed any further, hear me speak.\nAll: Speak, speak.\n" * 12)
+    subject = find_subject(
+        "sft_tiny",
+        [f"data.train={text}", "data.eval=null", "data.eval_fraction=0.5", "data.max_seq_len=64", "strategy=lora",
+         f"output_dir={tmp_path / 'none'}"],
+    )  # fmt: skip
+    results, _, err = evaluated(subject, window=64, stride=16)
+    base = results["models"]["base"]
+    assert list(base) == ["loss", "perplexity"]
+    assert base["loss"]["rows"] > 5  # windows: there is one row
+    assert base["loss"]["low"] < base["loss"]["value"] < base["loss"]["high"]
+    assert (results["rows"], results["samples"]) == (1, [])
+    assert f"1 rows scored, 0 answered\n  a single document, in {base['loss']['rows']} windows" in err
+    chunked, _, _ = evaluated(subject, window=64, stride=64)
+    assert chunked["models"]["base"]["loss"]["value"] > base["loss"]["value"]  # a repeated text is easier with context
+
+
+def refused(*arguments: Any, options: dict[str, Any] | None = None, **places: Any) -> str:
+    with pytest.raises(UserError) as error:
+        evaluated(find_subject(*arguments, **places), **(options or {}))
+    return str(error.value)
+
+
+def test_what_cannot_be_evaluated(trained: Run, rows: Path, tmp_path: Path) -> None:
+    run = trained("qlora")
+    assert refused(str(tmp_path)) == (
+        f"{tmp_path}: not a run, there is no recipe.yaml in it; give a run directory or a recipe"
+    )
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    assert refused(str(half)) == (
+        f"{half}: the run is not finished, there is no adapter/ or model/ in it; finish it first"
+    )
+    assert refused(str(run), ["data.eval=null"]) == (
+        f"{run}: no held-out rows; set data.eval to a file of them, or data.eval_fraction to a share of data.train "
+        "such as 0.1"
+    )
+    assert refused(str(run), merged=rows.parent) == (
+        f"--merged {rows.parent}: no config.json in it; give a folder that gemma-ft merge wrote"
+    )
+    assert refused(str(run), options={"models": ["base", "tuned"]}) == (
+        "--models: there is no 'tuned' here; there are base, adapter, merged"
+    )
+    lost = tmp_path / "no" / "e.json"
+    assert refused(str(run), options={"out": lost}) == f"--out {lost}: no such folder; make {lost.parent} first"
+    assert refused(str(run), options={"metrics": ["numeric_match"]}) == (
+        "--metrics: numeric_match needs a number after '####' in every held-out answer; leave it out"
+    )
+    fresh = find_subject("tiny_base", [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}"])
+    with pytest.raises(UserError) as error:
+        chosen_models(fresh, None)
+    assert str(error.value) == ("tiny_base: nothing to evaluate: fresh weights, and no finished run in its output_dir")
+
+
+def test_a_run_whose_tokenizer_was_changed_is_refused(trained: Run, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained("qlora"), run)
+    (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    assert refused(str(run)) == (
+        f"{run / 'adapter'}: its chat template is not the one that was trained (gemma_ft.json); "
+        "restore the tokenizer files that were saved with it"
+    )
+    assert (
+        not (run / "eval.json").exists()
+        or (run / "eval.json").read_bytes() == (trained("qlora") / "eval.json").read_bytes()
+    )
