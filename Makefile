@@ -37,8 +37,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup  ## run the main job on the tiny Gemma that ships with the project
+RUN := runs/sft_tiny
+ASK := 'Plan lunch with Ana on Friday at 12:30 for one hour.'
+ASK_MORE := 'Book a dentist appointment on Tuesday at half past two in the afternoon with Ana for forty-five minutes.'
+ASK_LAST := 'photo shoot, 17:05, 35 minutes, Wednesday, with Yusuf'
+
+demo: setup  ## tune the tiny Gemma that ships with the project, score, merge and export it, and talk with it
 	$(OFFLINE) $(BIN)/gemma-ft train recipes/sft_tiny.yaml --overwrite
+	$(OFFLINE) $(BIN)/gemma-ft eval $(RUN)
+	rm -rf $(RUN)_merged $(RUN)_gguf
+	$(OFFLINE) $(BIN)/gemma-ft merge $(RUN) --out $(RUN)_merged
+	$(OFFLINE) $(BIN)/gemma-ft export $(RUN)_merged --to gguf --out $(RUN)_gguf/sft_tiny.gguf
+	printf '%s\n' $(ASK) /reset $(ASK_MORE) /reset $(ASK_LAST) | $(OFFLINE) $(BIN)/gemma-ft chat $(RUN)_merged
 
 test: setup  ## run the whole suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,0 +1,98 @@
+"""Quantized models answer too: nf4 packed or not, int8; packing only where it computes what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+
+from gemma_ft import runtime
+from gemma_ft.adapters.quantize import allow_packing, keep_trainable
+from gemma_ft.infer.generate import generate_answers
+from gemma_ft.load import load_base, load_model
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.weights import Source
+from tests.parity.amplified import amplify, relative, token_rows
+
+LINEARS = 2 * 7
+packs = pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16: bitsandbytes packs nothing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of the tiny preset, amplified."""
+    runtime.quiet_libraries()
+    target = tmp_path_factory.mktemp("quantized") / "model"
+    model = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=101, num_hidden_layers=2, sliding_window=8))
+    amplify(model)
+    model.save_pretrained(str(target))
+    return target
+
+
+def opened(folder: Path, dtype: torch.dtype, *, trainable: bool) -> Any:
+    return load_base(Source(str(folder), None), dtype=dtype, quantize="nf4", trainable=trainable).eval()
+
+
+def packed(model: Any) -> int:
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == LINEARS
+    return sum(bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for layer in layers)
+
+
+@packs
+def test_packed_nf4_is_as_near_to_its_float32_truth_as_unpacked_nf4(folder: Path) -> None:
+    ids = token_rows()
+    with torch.no_grad():
+        fast, plain, truth = (
+            opened(folder, dtype, trainable=trainable)
+            for dtype, trainable in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True))
+        )
+        exact = truth(ids).logits
+        error = [relative(model(ids).logits, exact) for model in (fast, plain)]
+    assert (packed(fast), packed(plain), packed(truth)) == (LINEARS, 0, 0)
+    assert error[0] <= 2 * error[1]
+
+
+@packs
+def test_only_models_that_are_asked_in_bf16_are_packed(folder: Path) -> None:
+    for dtype, expected in ((torch.float32, 0), (torch.bfloat16, LINEARS)):
+        model = load_model(folder, dtype=dtype, quantize="nf4")
+        with torch.no_grad():
+            model(token_rows())
+        assert packed(model) == expected
+
+
+def test_shapes_that_the_packed_kernel_does_not_take_are_left_alone() -> None:
+    layers = torch.nn.ModuleList(
+        Linear4bit(width, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        for width, rows in ((64, 32), (64, 40), (96, 32))
+    ).to("cpu")
+    expected = has_avx512bf16()
+    assert allow_packing(layers) == int(expected)
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [expected, False, False]
+    with torch.no_grad():
+        for layer in layers.eval():
+            assert layer(torch.ones(1, layer.in_features, dtype=torch.bfloat16)).isfinite().all()
+    assert keep_trainable(layers) == 3
+    assert allow_packing(layers) == 0, "what was kept trainable is not packed"
+
+
+def answers(model: Any, batch_size: int) -> Any:
+    prompts = [row[:length].tolist() for row, length in zip(token_rows(4, 12), (12, 3, 9, 7), strict=True)]
+    return generate_answers(model, prompts, stop_ids=[1], max_new_tokens=12, batch_size=batch_size)
+
+
+def test_nf4_in_float32_answers_alike_batched_and_alone(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.float32, quantize="nf4")
+    assert answers(model, 4) == answers(model, 1)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_quantized_models_answer_in_bf16(folder: Path, quantize: str) -> None:
+    found = answers(load_model(folder, quantize=quantize), 3)
+    assert all(len(answer.ids) == 12 or answer.stopped for answer in found)
