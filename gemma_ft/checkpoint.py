@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,22 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 def commit_folder(
-    target: Path, write: Callable[[Path], None], *, manifest: bool = True, go_on: str = "use --resume"
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    manifest: bool = True,
+    replace: bool = True,
+    go_on: str = "use --resume",
 ) -> None:
     """Make folder `target` appear at once and complete: `write` fills a staging folder beside it, which is then synced
     and renamed. An older `target` is replaced only after the new one is on disk. With `manifest`, hashes are written
-    last. Whatever `write` raises, the staging folder is gone.
+    last. Without `replace`, what appeared at `target` meanwhile stays, and the staging folder has a name of its own, so
+    that two who write at once leave each other's alone. Whatever `write` raises, the staging folder is gone.
 
-    Raises: DiskError when the disk is full; `go_on` says what to do once there is space.
+    Raises: DiskError when the disk is full; `go_on` says what to do once there is space. FileExistsError without
+    `replace`, when `target` is there.
     """
-    staging = target.with_name(f".{target.name}.staging")
+    staging = target.with_name(f".{target.name}{'' if replace else f'.{uuid.uuid4().hex[:8]}'}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -51,6 +59,9 @@ def commit_folder(
         (staging / name).chmod(staging.stat().st_mode & 0o666)  # safetensors lets nobody but their owner read its files
         _sync(staging / name)
     _sync(staging)
+    if not replace and (target.is_symlink() or target.exists()):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise FileExistsError(errno.EEXIST, "exists already", str(target))
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -128,9 +139,13 @@ def write_json(path: Path, value: Any) -> Path:
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that readers see the old text or the new one, never a part."""
     staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    os.replace(staging, path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        _sync(staging)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.template import SystemPolicy
@@ -34,6 +36,8 @@ class Contract:
     quantize: Literal["nf4", "int8"] | None = None  # how the frozen weights were stored while the adapter was trained
     double_quant: bool = True
     precision: Literal["bf16", "float32"] | None = None  # dtype of frozen weights and activations in training
+    numerics_sha256: str | None = None  # model.config.numerics_hash of the base's config.json
+    adapter_sha256: str | None = None  # of the bytes of adapter_model.safetensors
 
     @classmethod
     def read(cls, folder: Path) -> Contract | None:
@@ -41,12 +45,14 @@ class Contract:
         path = folder / CONTRACT
         if not path.is_file():
             return None
-        known = {field.name for field in fields(cls)}
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{key: value for key, value in found.items() if key in known})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged; restore it from where the model was trained") from error
+            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except ValidationError as error:
+            key = ".".join(str(part) for part in error.errors()[0]["loc"][:1])
+            where = f"{path}: {key}" if key else str(path)
+            raise UserError(f"{where}: damaged; restore it from where the model was trained") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
     def write(self, folder: Path) -> None:
         """Write gemma_ft.json into `folder`."""
@@ -61,6 +67,8 @@ class Contract:
         trained_template = encoder.template_hash == self.template_sha256
         if not trained_template or sha256_of(tokenizer.chat_template or "") != self.template_sha256:
             raise UserError(f"{where}: its chat template is not the one that was trained ({CONTRACT}); {_RESTORE}")
+        if self.bos != ONE_BOS:
+            raise UserError(f"{where}: trained with BOS {self.bos!r} ({CONTRACT}), which this version cannot serve")
         if sorted(encoder.stop_ids) != sorted(self.stop_ids):
             raise UserError(f"{where}: stop ids {encoder.stop_ids}, but trained with {self.stop_ids}; {_RESTORE}")
         if vocabulary_hash(tokenizer) != self.tokenizer_sha256:

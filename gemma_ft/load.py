@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import allow_packing, keep_trainable, quantization_config
@@ -16,9 +17,10 @@ from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
+from gemma_ft.model.config import numerics_hash
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -59,6 +61,7 @@ def load_base(
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
+    _check_folder(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -70,7 +73,7 @@ def load_base(
         model = GemmaForCausalLM.from_pretrained(source.name, **options)
     except UserError:
         raise
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, ImportError) as error:
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
     if trainable:
         keep_trainable(model)
@@ -100,41 +103,51 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     adapter was trained on.
     """
     folder = Path(located(str(path)))
-    given = adapter is not None
-    found = _adapter_in(folder if adapter is None else Path(adapter))
-    if given and found is None:
+    own = _adapter_in(folder)
+    found = own if adapter is None else _adapter_in(Path(adapter))
+    if adapter is not None and found is None:
         raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
-    if (folder / "model" / "config.json").is_file():
+    if own is None and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     if folder.is_dir() and (folder / "config.json").is_file():
         source = model_source(str(folder))
-    elif found is not None and not (given and not folder.exists()):
-        source = _base_of(found)
+    elif own is not None:
+        source = _base_of(own)
     elif folder.is_dir():
         raise UserError(
             f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
         )
     else:
         source = model_source(str(path))
-    if found is not None and not (found / "adapter_model.safetensors").is_file():
-        raise UserError(f"{found}: no adapter_model.safetensors in it; other forms of weights are not opened")
+    if found is not None and not (found / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{found}: no {ADAPTER_WEIGHTS} in it; other forms of weights are not opened")
     base = Path(source.name) if Path(source.name).is_absolute() else None
     # An adapter of another toolkit may come without a tokenizer: then the base's serves.
     beside = found if found is not None and (found / "tokenizer_config.json").is_file() else base
     agreed = found or base
-    return Place(source, found, beside, Contract.read(agreed) if agreed is not None else None)
+    return Place(source, found, beside, Contract.read(agreed) if agreed is not None else _contract_on_hub(source))
 
 
 def check_base(place: Place) -> None:
-    """Raises UserError when the adapter of a place was trained on other weights than those of its base."""
-    contract = place.contract
-    if place.adapter is None or contract is None or contract.base_sha256 is None:
+    """Raises UserError when the adapter of a place is not the file that was saved, or was trained on another base."""
+    contract, adapter = place.contract, place.adapter
+    if adapter is None or contract is None:
         return
-    found = WeightFiles.open(folder_of(place.base)).fingerprint()
+    if contract.adapter_sha256 not in (None, file_hash(adapter / ADAPTER_WEIGHTS)):
+        raise UserError(f"{adapter}/{ADAPTER_WEIGHTS}: is not the file that was saved ({CONTRACT}); fetch it again")
+    if contract.base_sha256 is None:
+        return
+    folder = folder_of(place.base)
+    found = WeightFiles.open(folder).fingerprint()
     if found != contract.base_sha256:
         raise UserError(
-            f"{place.adapter}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
+            f"{adapter}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
             f"{place.base.name} has {found[:12]} ({CONTRACT}); give the base that it was trained on"
+        )
+    if contract.numerics_sha256 not in (None, _numerics_hash(folder)):
+        raise UserError(
+            f"{folder}/config.json: has another window, scale, cap or shape than when {adapter} was trained "
+            f"({CONTRACT}); restore it"
         )
 
 
@@ -168,9 +181,7 @@ def load_model(
         place.base, dtype=dtype, quantize=quantize, double_quant=double_quant, device=device, trainable=False
     )
     if place.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(place.adapter), is_trainable=False)
+        model = _with_adapter(model, place.adapter)
     return model.eval()
 
 
@@ -191,15 +202,90 @@ def _adapter_in(folder: Path) -> Path | None:
 
 def _base_of(adapter: Path) -> Source:
     """The base model that an adapter folder names."""
-    from peft import PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{adapter}/adapter_config.json: cannot be read as a PEFT adapter: {error}") from error
+    config = adapter_config(adapter)
     name = config.base_model_name_or_path
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(
             f"{adapter}/adapter_config.json: names no base model; pass the base as path and this as adapter"
         )
-    return model_source(name, config.revision, key=f"{adapter}/adapter_config.json: base model ")
+    try:
+        return model_source(name, config.revision, key=f"{adapter}/adapter_config.json: base model ")
+    except UserError as error:
+        raise UserError(f"{error}; or give the base as MODEL, and this with --adapter") from error
+
+
+def adapter_config(adapter: Path) -> Any:
+    """PEFT's config of a LoRA, rsLoRA or DoRA adapter, which live wholly in the layers that they wrap.
+
+    Raises: UserError for other kinds, whose work is done by PEFT's wrapper around the model, and would be lost.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    path = adapter / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as a PEFT adapter: {error}") from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if not isinstance(config, LoraConfig) or kind != "LORA":
+        raise UserError(f"{path}: a {kind} adapter is not supported; only LoRA, rsLoRA and DoRA are")
+    odd = next((name for name in ("alora_invocation_tokens", "layer_replication") if getattr(config, name, None)), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd} is set, which is not supported; only plain LoRA, rsLoRA and DoRA are")
+    return config
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the adapter of a folder on it. Raises: UserError when any tensor of it is damaged, missing, or has
+    no place: PEFT would go on without it.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapter_config(folder)
+    files = WeightFiles.open(folder, "adapter_model")
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{folder}: does not fit its base: {first}") from error
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    lost = sorted(expected - set(files.names))
+    foreign = sorted(set(files.names) - expected - wrapped.state_dict().keys())
+    if lost or foreign:
+        what = f"has no tensor {lost[0]}" if lost else f"{foreign[0]} belongs to no layer of its base"
+        raise UserError(f"{folder}/{ADAPTER_WEIGHTS}: {what}; the adapter is not whole, or another base's")
+    return wrapped
+
+
+def _check_folder(source: Source) -> None:
+    """Raises UserError for a local model folder whose weights are no whole safetensors, or with an adapter in it."""
+    folder = Path(source.name)
+    if not folder.is_absolute():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: an adapter lies in this model folder and would be put on unasked; move it to its own folder"
+        )
+    WeightFiles.open(folder)
+
+
+def _contract_on_hub(source: Source) -> Contract | None:
+    """The contract of a hub id; None where it has none, or nothing of it can be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Contract.read(Path(hf_hub_download(source.name, CONTRACT, revision=source.revision)).parent)
+    except EntryNotFoundError:
+        return None
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises many kinds; each becomes one line for the user
+        raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
+
+
+def _numerics_hash(folder: Path) -> str:
+    try:
+        return numerics_hash(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    except LOAD_ERRORS as error:
+        raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {error}") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 MAX_SHARD_BYTES = 5 * 10**9
@@ -76,9 +77,11 @@ class WeightFiles:
         outside the folder, and for tensors that the index names and no file holds.
         """
         index = folder / f"{stem}.safetensors.index.json"
+        single = folder / f"{stem}.safetensors"
+        if index.is_file() and single.is_file():  # libraries do not agree on which of them they open
+            raise UserError(f"{folder}: holds {single.name} and {index.name}; move away the one that is not the model")
         if index.is_file():
             return cls(folder, _indexed(folder, index))
-        single = folder / f"{stem}.safetensors"
         if single.is_file():
             return cls(folder, _header(single))
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
@@ -141,6 +144,12 @@ def folder_of(source: Source, *, downloaded: bool = False) -> Path:
         return Path(snapshot_download(source.name, revision=source.revision, **wanted))
     except Exception as error:  # the hub raises many kinds; each becomes one line for the user
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shards(

@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from gemma_ft.checkpoint import MANIFEST, checkpoint_folder, commit_folder, fault_of, newest_valid, prune, save_tensors
+from gemma_ft import checkpoint as room
+from gemma_ft.checkpoint import (
+    MANIFEST,
+    checkpoint_folder,
+    commit_folder,
+    fault_of,
+    newest_valid,
+    prune,
+    replace_text,
+    save_tensors,
+)
 from gemma_ft.errors import CheckpointError, DiskError
 
 
@@ -105,3 +115,31 @@ def test_pruning_waits_for_a_valid_successor(tmp_path: Path) -> None:
     commit_folder(checkpoint_folder(tmp_path, 4), write)
     prune(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(room, "_sync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_text(path, "new")
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"x.json": "old"}
+
+
+def test_without_replace_what_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    """Two that write at once: the second to finish is refused, and neither touches what the other stages."""
+    target = tmp_path / "out"
+
+    def late(folder: Path) -> None:
+        write(folder)
+        commit_folder(target, lambda other: save_tensors(other / "first", {}), manifest=False, replace=False)
+
+    with pytest.raises(FileExistsError):
+        commit_folder(target, late, manifest=False, replace=False)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/first"]

@@ -61,7 +61,25 @@ def test_no_contract_is_none_and_later_fields_do_no_harm(tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stop_ids": [1]}'])
 def test_a_damaged_contract_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / CONTRACT).write_text(text)
-    assert refusal(tmp_path) == "FOLDER/gemma_ft.json: damaged; restore it from where the model was trained"
+    found = refusal(tmp_path)
+    assert found.startswith("FOLDER/gemma_ft.json: ")
+    assert found.endswith("damaged; restore it from where the model was trained")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("base_sha256", 5), ("stop_ids", [1, "a"]), ("quantize", "bogus"), ("double_quant", "no"), ("system", "bogus")],
+)
+def test_a_field_of_another_kind_is_named(tmp_path: Path, key: str, value: object) -> None:
+    saved(tmp_path)
+    change(tmp_path, **{key: value})
+    assert refusal(tmp_path) == f"FOLDER/gemma_ft.json: {key}: damaged; restore it from where the model was trained"
+
+
+def test_another_bos_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    change(tmp_path, bos="never")
+    assert refusal(tmp_path) == ("FOLDER: trained with BOS 'never' (gemma_ft.json), which this version cannot serve")
 
 
 def test_another_template_is_refused(tmp_path: Path) -> None:

@@ -196,6 +196,13 @@ def test_a_damaged_index(tmp_path: Path, text: str) -> None:
     )
 
 
+def test_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write(write(tmp_path, 1))
+    assert refusal(tmp_path) == (
+        "FOLDER: holds model.safetensors and model.safetensors.index.json; move away the one that is not the model"
+    )
+
+
 def test_stock_safetensors_folders_open(tmp_path: Path) -> None:
     save_file(tensors(), str(tmp_path / "adapter_model.safetensors"))
     assert WeightFiles.open(tmp_path, "adapter_model").names == sorted(NAMES)

@@ -6,7 +6,9 @@ the layers need, so that no layer asks which family it belongs to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from transformers import Gemma2Config, GemmaConfig
@@ -110,6 +112,8 @@ class GemmaNumerics:
             raise UserError("config.json: use_bidirectional_attention is set; this is an encoder, not a causal Gemma")
         second = config.model_type == "gemma2"
         window = config.sliding_window if second else None
+        if second and (not isinstance(window, int) or window < 1):
+            raise UserError(f"config.json: sliding_window {window!r} is no number of tokens; Gemma 2 has 4096")
         return cls(
             query_scale=(config.query_pre_attn_scalar if second else config.head_dim) ** -0.5,
             attn_softcap=config.attn_logit_softcapping if second else None,
@@ -121,3 +125,12 @@ class GemmaNumerics:
             sandwich_norms=second,
             rope_theta=float(rope.get("rope_theta", 10000.0)),
         )
+
+
+def numerics_hash(config: PreTrainedConfig) -> str:
+    """SHA-256 (hex) of what a config.json decides beside the weights: equal weights under another window, scale or cap
+    are another model.
+    """
+    shape = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size")
+    decided = asdict(GemmaNumerics.from_config(config)) | {name: getattr(config, name) for name in shape}
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

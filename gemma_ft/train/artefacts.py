@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from gemma_ft.checkpoint import commit_folder
 from gemma_ft.contract import contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.model.config import numerics_hash
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.run_dir import RunDir
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of
 
 
 def save_result(
@@ -41,6 +43,7 @@ def save_result(
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,
         precision=recipe.train.precision,
+        numerics_sha256=numerics_hash(model.config),
     )
 
     def write(folder: Path) -> None:
@@ -50,7 +53,8 @@ def save_result(
         else:
             save_adapter(model, folder)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
-        contract.write(folder)
+        sealed = contract if full else replace(contract, adapter_sha256=file_hash(folder / ADAPTER_WEIGHTS))
+        sealed.write(folder)
 
     target = run.model if full else run.adapter
     commit_folder(target, write, manifest=False)

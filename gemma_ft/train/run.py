@@ -129,7 +129,8 @@ class _Run:
     def go(self, checkpoint: Path | None) -> int:
         """Score, train, score again, save; the order of a run."""
         self.run.cut_logs(self.progress.step)
-        for said_at_the_end in (self.run.summary, self.run.report):
+        # what was measured of the weights before is not of these
+        for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
             said_at_the_end.unlink(missing_ok=True)
         self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,3 +102,129 @@ def test_an_adapter_without_tokenizer_files_takes_the_base_tokenizer(
     place = place_of(plain)
     assert (place.adapter, place.folder, place.contract) == (plain, small_gemma, None)
     assert place_of(small_gemma, run).adapter == run / "adapter"  # a run stands for its adapter here as well
+
+
+def changed(run: Path, to: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """A copy of a run's adapter with other tensors, and a contract that knows no hash of them."""
+    shutil.copytree(run / "adapter", to)
+    path = to / "adapter_model.safetensors"
+    save_file(edit(load_file(str(path))), str(path))
+    contract = json.loads((to / "gemma_ft.json").read_text())
+    (to / "gemma_ft.json").write_text(json.dumps({**contract, "adapter_sha256": None}))
+    return to
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(*arguments, **options)
+    return str(caught.value)
+
+
+def test_an_adapter_is_whole_or_refused(run: Path, tmp_path: Path) -> None:
+    """PEFT would load what there is, and go on with a warning."""
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    part = changed(run, tmp_path / "part", lambda tensors: {key: tensors[key] for key in tensors if key != name})
+    assert refused(part) == (
+        f"{part}/adapter_model.safetensors: has no tensor {name}; the adapter is not whole, or another base's"
+    )
+    more = changed(run, tmp_path / "more", lambda tensors: {**tensors, "x": torch.ones(1)})
+    assert refused(more) == (
+        f"{more}/adapter_model.safetensors: x belongs to no layer of its base; the adapter is not whole, or another "
+        "base's"
+    )
+    other = changed(
+        run, tmp_path / "other", lambda tensors: {key: one[:, :1].contiguous() for key, one in tensors.items()}
+    )
+    assert refused(other).startswith(f"{other}: does not fit its base: ")
+    assert "\n" not in refused(other)
+    path = run / "adapter" / "adapter_model.safetensors"
+    flipped = bytearray(path.read_bytes())
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    assert refused(run) == f"{path}: is not the file that was saved (gemma_ft.json); fetch it again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "a PROMPT_TUNING adapter is not supported; only LoRA, rsLoRA and DoRA are"),
+        (
+            {"alora_invocation_tokens": [5]},
+            "alora_invocation_tokens is set, which is not supported; only plain LoRA, rsLoRA and DoRA are",
+        ),
+        (
+            {"base_model_name_or_path": 5},
+            "names no base model; pass the base as path and this as adapter",
+        ),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused(run: Path, changes: dict[str, Any], why: str) -> None:
+    """Their work is done by PEFT's wrapper around the model, which the engine does not go through."""
+    path = run / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if "peft_type" in changes:
+        config = {key: config[key] for key in ("base_model_name_or_path", "task_type")} | {"num_virtual_tokens": 4}
+    path.write_text(json.dumps({**config, **changes}))
+    assert refused(run) == f"{path}: {why}"
+
+
+def test_another_window_is_another_base(run: Path, small_gemma: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(small_gemma, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "sliding_window": 8}))
+    assert refused(other, adapter=run / "adapter") == (
+        f"{other}/config.json: has another window, scale, cap or shape than when {run / 'adapter'} was trained "
+        "(gemma_ft.json); restore it"
+    )
+    (other / "config.json").write_text(json.dumps({**config, "sliding_window": 0}))
+    assert refused(other) == "config.json: sliding_window 0 is no number of tokens; Gemma 2 has 4096"
+
+
+def test_a_model_folder_holds_no_adapter_of_its_own(run: Path, small_gemma: Path, tmp_path: Path) -> None:
+    """transformers would put it on unasked, below the adapter that was asked for."""
+    both = tmp_path / "both"
+    shutil.copytree(small_gemma, both)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(run / "adapter" / name, both / name)
+    assert refused(both, adapter=run) == (
+        f"{both}: an adapter lies in this model folder and would be put on unasked; move it to its own folder"
+    )
+
+
+def test_a_folder_whose_index_leaves_it_is_not_loaded(small_gemma: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "escape"
+    shutil.copytree(small_gemma, folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = WeightFiles.open(small_gemma).names
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(folder) == (
+        f"{folder}/model.safetensors.index.json: names '../outside.safetensors', which is not a file of this folder; "
+        "do not trust this folder"
+    )
+
+
+def test_a_model_is_never_ignored_beside_an_adapter(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        place_of(tmp_path, run)
+    assert str(caught.value) == (
+        f"{tmp_path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
+    )
+
+
+def test_the_contract_of_a_hub_id_is_read(run: Path, tmp_path: Path) -> None:
+    """From the hub's cache; a process of its own, for the cache's place is read at import."""
+    snapshot = tmp_path / "hub" / "models--me--merged" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    contract = json.loads((run / "adapter" / "gemma_ft.json").read_text())
+    (snapshot / "gemma_ft.json").write_text(json.dumps({**contract, "system": "drop"}))
+    script = "from gemma_ft.load import place_of; print(place_of('me/merged').contract.system)"
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "drop\n"

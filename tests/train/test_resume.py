@@ -124,9 +124,13 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(recipe_for: RecipeF
 
 def test_a_finished_run_can_go_on_for_longer(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
     train(recipe_for("strategy=lora", "train.schedule=constant"))
+    for measured in ("eval.json", "merge.json"):  # of the weights that there were
+        (tmp_path / "run" / measured).write_text("{}")
     longer = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6"), resume=True)
     whole = train(recipe_for("strategy=lora", "train.schedule=constant", "train.max_steps=6", out="whole"))
     assert exact(longer) == exact(whole)
+    assert not (tmp_path / "run" / "eval.json").exists()
+    assert not (tmp_path / "run" / "merge.json").exists()
     newest = checkpoint_folder(tmp_path / "run" / "checkpoints", 6)
     assert load_state(newest)["extra"]["total"] == 6
 
