@@ -24,6 +24,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a failure is a plain line on stderr, never a traceback."""
+    _open_closed_streams()
     command = typer.main.get_command(build_app())
     try:
         code = command.main(args=arguments, prog_name="gemma-ft", standalone_mode=False) or 0
@@ -81,6 +82,13 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+def _open_closed_streams() -> None:
+    """Nothing is read from, and nowhere written to, a standard stream that was closed before we began."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
 
 
 def _say(text: str, code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +38,7 @@ def chat(
     Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves. Lines from a pipe are questions, and the
     first fault ends them.
     """
+    options.check_texts(system, stop)
     from gemma_ft.runtime import quiet_libraries
 
     quiet_libraries()
@@ -56,6 +58,7 @@ def chat(
             system=system,
             compare=compare,
             quantize=quantize if quantize in ("nf4", "int8") else None,
+            around_turn=partial(options.memory_advice, LESS_MEMORY),
         )
         if screen.lasting:
             screen.say(f"{model}: ask something; /help lists the commands, Ctrl-D leaves")
@@ -95,15 +98,17 @@ def _edit_lines() -> None:
 
 def _asked(prompt: str) -> str:
     """A line typed after `prompt`; the prompt never goes into a file that stdout is sent to."""
-    if sys.stdout.isatty():
-        return input(prompt)
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
-    return input()
+    with options.readable_stdin():
+        if sys.stdout.isatty():
+            return input(prompt)
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return input()
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline()
+    with options.readable_stdin():
+        line = sys.stdin.readline()
     if not line:
         raise EOFError
     return line

@@ -36,7 +36,8 @@ TaskPath = Annotated[
 TaskLimit = Annotated[int | None, typer.Option("--task-limit", metavar="N", min=1, help="Rows of each task.")]
 TaskChat = Annotated[bool, typer.Option("--task-chat", help="Put each task's question into the chat template.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Where results go; default: eval.json in the run.")
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Where results go; default, for a run as it is: its eval.json."),
 ]
 
 
@@ -67,13 +68,13 @@ def evaluate(
     from gemma_ft.evaluate.subject import find_subject
 
     options = EvalOptions(
-        models=_names(models),
+        models=_names("--models", models),
         rows=rows,
         batch_size=batch_size,
-        metrics=_names(metrics),
+        metrics=_names("--metrics", metrics),
         window=window,
         stride=stride,
-        tasks=_names(tasks) or (),
+        tasks=_names("--tasks", tasks) or (),
         task_path=task_path,
         task_limit=task_limit,
         task_chat=task_chat,
@@ -84,6 +85,13 @@ def evaluate(
     return 0
 
 
-def _names(text: str | None) -> list[str] | None:
-    """ "a,b" as a list; None stays None."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, text: str | None) -> list[str] | None:
+    """ "a,b" as a list; None stays None. Raises: UserError for a list of nothing."""
+    from gemma_ft.errors import UserError
+
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{option}: names nothing; give names with commas between them, or leave it out")
+    return names

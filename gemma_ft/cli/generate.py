@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +17,12 @@ from gemma_ft.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from gemma_ft.infer.batch_file import BatchFile, How
+    from gemma_ft.infer.sampling import Sampling
     from gemma_ft.infer.session import Session
 
 LESS_MEMORY = "lower --batch-size or --max-tokens, or give --quantize nf4"
 STDIN = "-"
+ROWS_AT_ONCE = 8
 
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask; - reads it from stdin.")]
 Rows = Annotated[
@@ -32,7 +35,9 @@ Raw = Annotated[bool, typer.Option("--raw", help="Continue plain text instead of
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; rows have 0.", show_default=False)
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Rows answered at once.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", min=1, help="Rows answered at once; without it: 8.")
+]
 Format = Annotated[
     str | None, typer.Option("--format", metavar="NAME", help="Format of the rows, where it cannot be told.")
 ]
@@ -57,7 +62,7 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: options.Stop = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     format: Format = None,
     column: Column = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --output again.")] = False,
@@ -70,8 +75,10 @@ def generate(
     The text alone goes to stdout. A file gets one line for each row: its fields, output, finish (stop or length) and
     index; FILE.settings.json beside it keeps how it was made, so that the same command goes on where one stopped.
     """
-    for_rows = {"--output": output, "--format": format, "--column": column, "--overwrite": overwrite}
+    for_rows: dict[str, object] = {"--output": output, "--format": format, "--column": column}
+    for_rows |= {"--overwrite": overwrite, "--batch-size": batch_size}
     _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
+    options.check_texts(system, stop)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
     from gemma_ft.runtime import quiet_libraries
@@ -80,20 +87,20 @@ def generate(
     from gemma_ft.infer.batch_file import How
     from gemma_ft.infer.sampling import Sampling
 
-    if prompt is None and seed is None:
-        seed = 0  # a file of answers can be made again
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    _tell_idle(sampling)
+    if prompt is None and seed is None:
+        sampling = replace(sampling, seed=0)  # a file of answers can be made again
     how = How(max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ()))
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
             text = _prompt_text(prompt, raw)
-            return _answer_one(opened(), text, how)
-        work = _work(str(input), Path(str(output)), how, model, adapter, {"dtype": dtype, "quantize": quantize})
-        work.file.look(overwrite=overwrite)
-        if work.file.done == work.file.total:
-            return _tell(f"{output}: all {work.file.total} rows are answered; nothing to do")
-        return _answer_file(opened(max_batch=batch_size), work, overwrite)
+            _answer_one(opened(), text, how)
+            return 0
+        work = _work(str(input), Path(str(output)), how, model, adapter, dtype, quantize)
+        _answer_file(partial(opened, max_batch=batch_size or ROWS_AT_ONCE), work, overwrite)
+    return 0
 
 
 def _check_mode(prompt: str | None, rows: str | None, for_rows: Sequence[str]) -> None:
@@ -106,6 +113,16 @@ def _check_mode(prompt: str | None, rows: str | None, for_rows: Sequence[str]) -
         raise UserError(f"{for_rows[0]}: goes with --input; the answer to --prompt goes to stdout")
     if rows is not None and "--output" not in for_rows:
         raise UserError("--input: needs --output FILE for the answers")
+
+
+def _tell_idle(sampling: Sampling) -> None:
+    """A note where options are given that change nothing about greedy answers."""
+    idle = [
+        name for name in ("top_k", "top_p", "min_p", "seed") if getattr(sampling, name) != getattr(type(sampling), name)
+    ]
+    if sampling.greedy and idle:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        _tell(f"note: {names} change{'s' if len(idle) == 1 else ''} nothing at temperature 0")
 
 
 def _columns(given: Sequence[str]) -> dict[str, str]:
@@ -123,10 +140,8 @@ def _prompt_text(prompt: str, raw: bool) -> str:
     from gemma_ft.data.items import text_fault
 
     if prompt == STDIN:
-        try:
+        with options.readable_stdin("--prompt -: "):
             prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt -: stdin is not {error.encoding}: {error.reason}") from error
     fault = text_fault(prompt)
     if fault:
         raise UserError(f"--prompt: {fault}")
@@ -135,7 +150,7 @@ def _prompt_text(prompt: str, raw: bool) -> str:
     return prompt
 
 
-def _answer_one(session: Session, text: str, how: How) -> int:
+def _answer_one(session: Session, text: str, how: How) -> None:
     """Write the answer to stdout as it comes, a line end after it; control sequences never reach a terminal."""
     from gemma_ft.data.items import Turn
     from gemma_ft.infer.escape import EscapeStripper
@@ -155,28 +170,37 @@ def _answer_one(session: Session, text: str, how: How) -> int:
             break
         print(shown(piece), end="", flush=True)
     print(flush=True)
-    return _tell(f"note: cut at --max-tokens {how.max_new_tokens}") if finish == "length" else 0
+    if finish == "length":
+        _tell(f"note: cut at --max-tokens {how.max_new_tokens}")
 
 
 def _work(
-    rows: str, output: Path, how: How, model: str, adapter: Path | None, loading: dict[str, str | None]
+    rows: str, output: Path, how: How, model: str, adapter: Path | None, dtype: str | None, quantize: str
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
-    from gemma_ft.infer.batch_file import BatchFile, identity_of
+    from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
     from gemma_ft.load import place_of
 
+    place = place_of(model, adapter)
     try:
-        return BatchFile(rows, output, how, {**identity_of(place_of(model, adapter)), **loading})
+        identity = {**identity_of(place), **loading_of(place, dtype=dtype, quantize=quantize)}
+        return BatchFile(rows, output, how, identity)
     except DataError as error:
         raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
 
 
-def _answer_file(session: Session, work: BatchFile, overwrite: bool) -> int:
+def _answer_file(opened: Callable[[], Session], work: BatchFile, overwrite: bool) -> None:
+    """Answer what is left of the rows; the model is loaded only where something is."""
+    work.file.look(overwrite=overwrite)
+    if work.file.done == work.file.total:
+        _tell(f"{work.file.path}: all {work.file.total} rows are answered; nothing to do")
+        return
     from rich.console import Console
 
     from gemma_ft.infer.progress import AnswerProgress
     from gemma_ft.infer.prompts import system_turns
 
+    session = opened()
     system_turns(session.encoder, work.how.system)  # refused here where the rows' own are not
     for note in work.notes:
         _tell(f"note: {note}")
@@ -184,9 +208,8 @@ def _answer_file(session: Session, work: BatchFile, overwrite: bool) -> int:
         _tell(f"{work.file.path}: going on after {work.file.done} of {work.file.total} answers")
     with AnswerProgress(Console(stderr=True), total=work.file.total, done=work.file.done) as progress:
         work.run(session, overwrite=overwrite, on_answer=progress.answered)
-    return _tell(f"{work.file.path}: {work.file.total} answers")
+    _tell(f"{work.file.path}: {work.file.total} answers")
 
 
-def _tell(text: str) -> int:
+def _tell(text: str) -> None:
     typer.echo(text, err=True)
-    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -75,6 +75,23 @@ def dtype_of(name: DtypeName | None) -> torch.dtype | None:
     from gemma_ft.runtime import dtype_by_name
 
     return None if name is None else dtype_by_name(name)
+
+
+def check_texts(system: str | None, stop: Sequence[str] | None) -> None:
+    """Raises UserError where --system or --stop is given without a text."""
+    if system is not None and not system.strip():
+        raise UserError("--system: is empty; give a text, or leave it out")
+    if "" in (stop or ()):
+        raise UserError("--stop: is empty; give a text, or leave it out")
+
+
+@contextlib.contextmanager
+def readable_stdin(where: str = "") -> Iterator[None]:
+    """Turns bytes on stdin that are no text into one line that begins with `where`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}stdin is not {error.encoding}: {error.reason}") from error
 
 
 @contextlib.contextmanager

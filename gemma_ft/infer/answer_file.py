@@ -27,7 +27,7 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, total: int, index: str) -> None:
         self.path, self.settings, self.total, self.index = path, dict(settings), total, index
-        self.settings_path = path.with_name(f"{path.name}.settings.json")
+        self.settings_path = settings_path(path)
         self.done = 0  # whole lines in the file
         self._bytes = 0  # where the last of them ends
         self._descriptor = -1
@@ -35,18 +35,30 @@ class AnswerFile:
     def look(self, *, overwrite: bool) -> None:
         """See how many answers are there (`done`) and whether more may be added; nothing is changed.
 
-        Raises: UserError when the file cannot be written, or holds what was not made of these rows in this way.
+        Raises: UserError when the file or its settings cannot be written, or hold what was not made of these rows in
+        this way.
         """
+        self._check_places()
+        self.done, self._bytes = (0, 0) if overwrite or not self.path.exists() else self._whole_lines()
+        if self.done:
+            self._check_settings()
+        elif not overwrite and self.settings_path.exists() and not self._settings_are_ours():
+            raise UserError(f"{self.settings_path}: exists, and is not ours; another --output leaves it alone")
+
+    def _check_places(self) -> None:
+        """Raises UserError where one of the two files cannot be written, or would be through a symbolic link."""
+        for path in (self.path, self.settings_path):
+            if path.is_symlink():
+                raise UserError(f"{path}: is a symbolic link, and none is followed; name another --output")
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"{self.path}: is not a file; name one that can be continued")
         if not self.path.absolute().parent.is_dir():
             raise UserError(f"{self.path}: there is no folder {str(self.path.parent)!r}; make it first")
+        if self.settings_path.exists() and not self.settings_path.is_file():
+            raise UserError(f"{self.settings_path}: is not a file, and the settings go there; name another --output")
         place = self.path if self.path.exists() else self.path.absolute().parent
         if not os.access(place, os.W_OK):
             raise UserError(f"{self.path}: cannot be written; choose another --output")
-        self.done, self._bytes = (0, 0) if overwrite or not self.path.exists() else self._whole_lines()
-        if self.done:
-            self._check_settings()
 
     def _whole_lines(self) -> tuple[int, int]:
         """How many answers there are, and where the last one ends; a torn last line does not count."""
@@ -67,6 +79,14 @@ class AnswerFile:
             return False
         return isinstance(found, dict) and found.get(self.index) == number
 
+    def _settings_are_ours(self) -> bool:
+        """Whether the settings file has what ours have, with whatever values."""
+        try:
+            found = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(found, dict) and self.settings.keys() <= found.keys()
+
     def _check_settings(self) -> None:
         try:
             before = json.loads(self.settings_path.read_text(encoding="utf-8"))
@@ -84,8 +104,10 @@ class AnswerFile:
 
         Raises: UserError as `look`; LockedError when another process writes to it; DiskError.
         """
+        self._check_places()  # before an empty file is made
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self.path, flags, 0o666)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.look(overwrite=overwrite)  # again: nobody else writes from here on
             self._cut()
@@ -143,6 +165,11 @@ class AnswerFile:
             f"{self.path}: cannot be written: {error.strerror}; {self.done} of {self.total} answers are in it, "
             "the same command goes on from there"
         )
+
+
+def settings_path(output: Path) -> Path:
+    """Where the settings of the answers in `output` lie."""
+    return output.with_name(f"{output.name}.settings.json")
 
 
 def _change(key: str, before: Any, now: Any) -> str:

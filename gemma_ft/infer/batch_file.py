@@ -13,7 +13,7 @@ from typing import Any
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.sources import Row, read_rows
 from gemma_ft.errors import DataError, InterruptedWork, UserError
-from gemma_ft.infer.answer_file import AnswerFile
+from gemma_ft.infer.answer_file import AnswerFile, settings_path
 from gemma_ft.infer.engine import Request
 from gemma_ft.infer.ordered import texts_in_order
 from gemma_ft.infer.prompts import Prompt, prompts_of
@@ -48,10 +48,11 @@ class BatchFile:
     def __init__(self, source: str, output: Path, how: How, model: Mapping[str, Any]) -> None:
         """Reads and checks rows; `model` is what tells this model from others (`identity_of`).
 
-        Raises: DataError naming bad rows; UserError when source and output are one file.
+        Raises: DataError naming bad rows; UserError when source is the output or its settings.
         """
-        if output.exists() and Path(source).exists() and output.samefile(source):
-            raise UserError(f"{output}: is the file that is read; name another --output")
+        for path in (output, settings_path(output)):
+            if path.exists() and Path(source).exists() and path.samefile(source):
+                raise UserError(f"{path}: is the file that is read; name another --output")
         rows = read_rows(source)
         self.how = how
         self.prompts = prompts_of(rows, format=how.format, columns=how.columns, system=how.system, raw=how.raw)
@@ -117,6 +118,16 @@ def identity_of(place: Place) -> dict[str, str]:
         parts.append(WeightFiles.open(place.adapter, "adapter_model").fingerprint())
         parts.append((place.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return {"model": _digest(parts)}
+
+
+def loading_of(place: Place, *, dtype: str | None, quantize: str) -> dict[str, str]:
+    """What --dtype and --quantize come to for this model, as `open_session` takes them: left out or spelled out, the
+    same work is the same.
+    """
+    if quantize == "auto":
+        trained = place.contract.quantize if place.contract is not None and place.adapter is not None else None
+        quantize = trained or "none"
+    return {"dtype": dtype or "bf16", "quantize": quantize}
 
 
 def _ids(session: Session, prompt: Prompt, bad: BadRows) -> list[int]:

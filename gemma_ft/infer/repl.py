@@ -57,8 +57,10 @@ class Repl:
         system: str | None = None,
         compare: bool = False,
         quantize: str | None = None,
+        around_turn: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """`quantize`: as `load_model`, for a base that has to be loaded to be compared with.
+        """`quantize`: as `load_model`, for a base that has to be loaded to be compared with. `around_turn`: entered for
+        each turn, to make of a fault that a user can help (no GPU memory left) the UserError that says so.
 
         Raises: UserError when the model takes no system text, or has no base.
         """
@@ -66,7 +68,7 @@ class Repl:
         self.max_new_tokens, self.sampling, self.stop = max_new_tokens, sampling, stop
         self.system = system_turns(session.encoder, system)
         self.turns: list[Turn] = []
-        self._quantize = quantize
+        self._quantize, self._around_turn = quantize, around_turn
         self._base: Untuned | None = None
         self.comparing = False
         if compare:
@@ -95,7 +97,9 @@ class Repl:
                 continue
             warned = False
             try:
-                if not self._took(line):
+                with self._around_turn():
+                    stays = self._took(line)
+                if not stays:
                     return 0
             except KeyboardInterrupt:
                 if not self.screen.lasting:

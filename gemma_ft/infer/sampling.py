@@ -31,12 +31,13 @@ RANGES = {
     "seed": (0, 2**63 - 1),
 }
 WHOLE = ("top_k", "seed")
+GREEDY_BELOW = 1e-6  # a temperature under it is 0: float32 logits divided by less overflow, and nothing else is drawn
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request chooses its tokens. Temperature 0 is greedy: the most likely token, whatever else is set but the
-    repetition penalty.
+    """How one request chooses its tokens. Temperature 0 (anything below GREEDY_BELOW) is greedy: the most likely token,
+    whatever else is set but the repetition penalty.
 
     The order is transformers': repetition_penalty over prompt and answer (logits > 0 are divided by it, others
     multiplied; arXiv:1909.05858 section 4.1), temperature, top_k, top_p (arXiv:1904.09751), min_p (arXiv:2407.01082).
@@ -64,7 +65,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
 
 class Sampler:
@@ -106,8 +107,8 @@ class Sampler:
 
 
 def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """The next token of each row: logits [B, V] in float32 or wider -> ids [B] on their device; -1 where the logits
-    are not finite.
+    """The next token of each row: logits [B, V] in float32 or wider -> ids [B] on their device; -1 where the logits,
+    or the weights that would be drawn from, are not finite.
     """
     best, tokens = logits.max(dim=-1)
     own = [row for row, sampler in enumerate(samplers) if sampler.processors]
@@ -120,9 +121,12 @@ def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def _drawn(scores: Tensor, draw: Tensor) -> Tensor:
-    """The token [] at which the distribution function of softmax(scores [V]) passes `draw` in [0, 1)."""
+    """The token [] at which the distribution function of softmax(scores [V]) passes `draw` in [0, 1); -1 where the
+    weights are not finite.
+    """
     heights = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    return torch.searchsorted(heights, draw * heights[-1], right=True).clamp(max=len(scores) - 1)
+    token = torch.searchsorted(heights, draw * heights[-1], right=True).clamp(max=len(scores) - 1)
+    return token.where(heights[-1].isfinite(), -1)
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:

@@ -101,4 +101,5 @@ def _notes_without_contract(path: str | Path, place: Place, tokenizer: Any) -> l
     """What a user should know of a model that does not say how it was trained."""
     if place.adapter is None and tokenizer.chat_template == chat_template("fold"):  # the loader's: it has none itself
         return [f"{path}: a base model without a chat template; it was never tuned to answer"]
-    return [f"{path}: no {CONTRACT} with it; a system text goes before the first question (fold)"]
+    unchecked = "; whether its adapter belongs to this base cannot be checked" if place.adapter is not None else ""
+    return [f"{path}: no {CONTRACT} with it; a system text goes before the first question (fold){unchecked}"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from gemma_ft.cli import model_options
 from gemma_ft.cli.app import main
@@ -26,7 +28,9 @@ class Typed(io.StringIO):
 def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
     """`gemma-ft chat MODEL ...` with these lines on stdin: exit code, stdout, stderr."""
 
-    def chat(stdin: io.StringIO, *arguments: str, session: ScriptedSession | None = None) -> tuple[int, str, str]:
+    def chat(
+        stdin: io.TextIOBase | None, *arguments: str, session: ScriptedSession | None = None
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", stdin)
         if session is not None:
             monkeypatch.setattr(model_options, "open_model", lambda *args: session)
@@ -91,3 +95,31 @@ def test_nothing_to_compare_with_is_told_at_once(talk: Talk) -> None:
 def test_bad_options_are_told_before_a_model_is_loaded(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_options, "open_model", lambda *args: pytest.fail("a model was loaded"))
     assert talk(io.StringIO(""), "--top-p", "2") == (2, "", "top_p: expected 0 to 1, got 2.0\n")
+
+
+def test_closed_and_unreadable_stdin(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert talk(None, session=ScriptedSession()) == (0, "", "")
+    damaged = io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8")
+    assert talk(damaged, session=ScriptedSession()) == (
+        2, "", "stdin is not utf-8: invalid start byte\n",
+    )  # fmt: skip
+
+
+def test_a_user_without_memory_goes_on_after_the_advice(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question that was too much is forgotten, what was said before it is kept, and /reset can be given."""
+    session = ScriptedSession(["one"], ["two"], ["three"])
+    stream = session.stream
+
+    def scarce(prompt_ids: Sequence[int], **options: Any) -> Iterator[str]:
+        if len(session.asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return stream(prompt_ids, **options)
+
+    monkeypatch.setattr(session, "stream", scarce)
+    advice = "out of GPU memory; give --quantize nf4, a lower --max-tokens, or begin anew with /reset\n"
+    code, out, err = talk(Typed("a\nb\nc\n/exit\n"), session=session)
+    assert (code, out) == (0, "one\ntwo\n")
+    assert err.count(advice) == 1
+    assert [turn.content for turn in session.asked[2]] == ["a", "one", "c"]
+    session.asked.clear()
+    assert talk(io.StringIO("a\nb\nc\n"), session=session)[::2] == (2, advice)

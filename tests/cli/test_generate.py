@@ -129,6 +129,10 @@ def test_escape_codes_never_reach_a_terminal(
         (["--input", "rows.jsonl"], "--input: needs --output FILE for the answers"),
         (["--prompt", "x", "--output", "o"], "--output: goes with --input; the answer to --prompt goes to stdout"),
         (["--prompt", "x", "--overwrite"], "--overwrite: goes with --input; the answer to --prompt goes to stdout"),
+        (["--prompt", "x", "--batch-size", "2"],
+         "--batch-size: goes with --input; the answer to --prompt goes to stdout"),
+        (["--prompt", "x", "--stop", "a", "--stop", ""], "--stop: is empty; give a text, or leave it out"),
+        (["--prompt", "x", "--system", " "], "--system: is empty; give a text, or leave it out"),
         (["--prompt", "x", "--raw", "--system", "y"],
          "--system and --raw: plain text has no system turn; give one of them"),
         (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 to 100, got -1.0"),
@@ -223,3 +227,27 @@ def test_ctrl_c_then_the_same_command(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert code == 0
     assert err.splitlines()[1] == "out.jsonl: going on after 2 of 5 answers"
     assert Path("out.jsonl").read_bytes() == whole
+
+
+def test_options_that_change_nothing_are_told(run: Run, scripted: Callable[..., ScriptedSession]) -> None:
+    scripted(["fine"], ["fine"], ["fine"])
+    note = "note: --top-p and --seed change nothing at temperature 0\n"
+    assert run("--prompt", "x", "--top-p", "0.9", "--seed", "0") == (0, "fine\n", note)
+    assert run("--prompt", "x", "--min-p", "0.1") == (0, "fine\n", "note: --min-p changes nothing at temperature 0\n")
+    assert run("--prompt", "x", "--min-p", "0.1", "--temperature", "1") == (0, "fine\n", "")
+
+
+@pytest.mark.usefixtures("rows")
+def test_spelled_out_options_are_the_same_work(run: Run) -> None:
+    assert run(*FILES)[0] == 0
+    assert run(*FILES, "--quantize", "none") == (0, "", "out.jsonl: all 5 rows are answered; nothing to do\n")
+
+
+def test_closed_standard_streams(
+    run: Run, scripted: Callable[..., ScriptedSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(["fine"])
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("--prompt", "-") == (2, "", "--prompt: is empty; ask something\n")
+    monkeypatch.setattr("sys.stdout", None)
+    assert run("--prompt", "x") == (0, "", "")

@@ -8,12 +8,13 @@ import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gemma_ft.errors import DataError, DiskError, InterruptedWork, LockedError, UserError
-from gemma_ft.infer.batch_file import BatchFile, How, identity_of
+from gemma_ft.infer.batch_file import BatchFile, How, identity_of, loading_of
 from gemma_ft.infer.engine import Request
 from gemma_ft.infer.ordered import texts_in_order
 from gemma_ft.infer.sampling import Sampling
@@ -279,3 +280,50 @@ def test_a_model_is_known_wherever_it_lies(tmp_path: Path) -> None:
     config = moved / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 64', '"lora_alpha": 32'))
     assert identity_of(place_of(moved)) != tuned
+
+
+def test_a_settings_file_of_other_hands_is_kept(work: Work) -> None:
+    """Unless --overwrite; the file that is read is kept in any case."""
+    other = Path("out.jsonl.settings.json")
+    other.write_text('{"mine": 1}')
+    assert refused(lambda: work().run(tiny_session())) == (
+        "out.jsonl.settings.json: exists, and is not ours; another --output leaves it alone"
+    )
+    assert other.read_text() == '{"mine": 1}'
+    work().file.look(overwrite=True)
+    other.write_text(json.dumps([{"prompt": "x"}]))
+    assert refused(lambda: BatchFile(str(other), Path("out.jsonl"), GREEDY, MODEL)) == (
+        "out.jsonl.settings.json: is the file that is read; name another --output"
+    )
+
+
+def test_a_settings_place_that_is_taken_leaves_nothing_behind(work: Work) -> None:
+    Path("out.jsonl.settings.json").mkdir()
+    line = "out.jsonl.settings.json: is not a file, and the settings go there; name another --output"
+    assert refused(lambda: work().file.look(overwrite=True)) == line
+    assert refused(lambda: work().run(tiny_session(), overwrite=True)) == line
+    assert sorted(path.name for path in Path().iterdir()) == ["out.jsonl.settings.json", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.settings.json"])
+@pytest.mark.parametrize("there", [True, False])
+def test_no_symbolic_link_is_followed(work: Work, name: str, there: bool) -> None:
+    target = Path("target")
+    if there:
+        target.write_text("")
+    Path(name).symlink_to(target)
+    line = f"{name}: is a symbolic link, and none is followed; name another --output"
+    assert refused(lambda: work().file.look(overwrite=True)) == line
+    assert refused(lambda: work().run(tiny_session(), overwrite=True)) == line
+    assert target.exists() == there
+
+
+def test_options_left_out_are_those_spelled_out(tmp_path: Path) -> None:
+    """bf16, and the weights as the adapter was trained over; an adapter's base is not quantized where it says none."""
+    place = place_of(TINY)
+    assert loading_of(place, dtype=None, quantize="auto") == loading_of(place, dtype="bf16", quantize="none")
+    contract: Any = SimpleNamespace(quantize="nf4")
+    trained = replace(place, adapter=tmp_path, contract=contract)
+    assert loading_of(trained, dtype=None, quantize="auto") == {"dtype": "bf16", "quantize": "nf4"}
+    merged = replace(trained, adapter=None)
+    assert loading_of(merged, dtype="float32", quantize="auto") == {"dtype": "float32", "quantize": "none"}

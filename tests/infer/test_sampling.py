@@ -123,3 +123,15 @@ def test_settings_out_of_range_are_refused_in_one_line(settings: dict[str, Any],
     with pytest.raises(UserError) as raised:
         Sampling(**settings)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 1e-40])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    one = sampler(temperature=temperature, top_p=0.9, seed=3)
+    assert one.greedy
+    assert next_tokens(logits(), [one]).tolist() == [int(logits().argmax())]
+
+
+def test_nothing_is_drawn_from_weights_that_are_not_finite() -> None:
+    """Finite logits that the temperature makes infinite are told like damaged ones."""
+    assert next_tokens(logits() * 1e36, [sampler(temperature=1e-4, seed=3)]).tolist() == [-1]

@@ -87,7 +87,7 @@ class Service:
             for choice in range(body.n)
         ]
         answer = Answer(kind, self.model, sum(map(len, prompts)), body.include_usage)
-        call = self.scheduler.submit(jobs)
+        call = self.scheduler.submit(jobs, answer.prompt_tokens)
         if body.stream:
             return EventStream(answer.events(call), lambda: self.scheduler.cancel(call))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import shlex
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import uvicorn
 
 from gemma_ft import runtime
+from gemma_ft.infer.escape import printable
 from gemma_ft.infer.server.app import build_app, served_id
 from gemma_ft.infer.server.binding import Binding, listen, url_of
 from gemma_ft.infer.server.limits import Limits
@@ -74,10 +76,10 @@ def uvicorn_config(app: object, limits: Limits) -> uvicorn.Config:
 def _say_hello(session: Session, url: str, limits: Limits, key_variable: str | None) -> None:
     """On stderr: what is served where, within which limits, and a call to try it with."""
     model = served_id(session)
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     key = f' -H "Authorization: Bearer ${key_variable}"' if key_variable is not None else ""
     lines = [
-        f"gemma-ft serves {model} at {url}/v1",
+        f"gemma-ft serves {''.join(printable(model).splitlines())} at {url}/v1",
         f"  limits   {limits.max_batch} answers at once, {limits.max_queue} waiting, {limits.max_tokens} tokens an "
         f"answer, context {session.engine.max_seq_len}",
         f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",

@@ -129,14 +129,17 @@ class Scheduler:
                 headers={"Retry-After": RETRY_SECONDS},
             )
 
-    def submit(self, jobs: list[Job]) -> Call:
-        """Put the answers of one request in line. Raises: ApiFault when it is full, or the engine has failed."""
+    def submit(self, jobs: list[Job], prompt_tokens: int) -> Call:
+        """Put the answers of one request in line; its prompts have `prompt_tokens` together.
+
+        Raises: ApiFault when the line is full, or the engine has failed.
+        """
         self.check_room(len(jobs))
         now = time.monotonic()
         call = Call(jobs, now + self.limits.request_seconds, open=set(jobs), begun=now)
         self.open += len(jobs)
         self._calls.update(dict.fromkeys(jobs, call))
-        self.metrics.prompt_tokens.add(sum(len(job.prompt_ids) for job in jobs))
+        self.metrics.prompt_tokens.add(prompt_tokens)
         self._order("submit", jobs)
         return call
 

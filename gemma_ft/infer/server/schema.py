@@ -171,6 +171,8 @@ class ChatRequest(_Request):
         """The turns of the chat; `developer` is the system's. Raises: ApiFault when there is nothing to answer."""
         if self.messages[-1].role != "user":
             raise _wrong("messages", "the last one must be the user's; an answer that was begun is not continued")
+        if not self.messages[-1].content.strip():
+            raise _wrong("messages", "the last one is empty; ask something")
         return [Turn(ROLES[message.role], message.content) for message in self.messages]
 
 

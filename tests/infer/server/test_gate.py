@@ -258,3 +258,15 @@ def test_metrics_can_be_read(served: Served) -> None:
     assert buckets[-1] == after[f"gemma_ft_request_seconds_count{{{route}}}"]
     assert (after["gemma_ft_active"], after["gemma_ft_queue_length"]) == (0, 0)
     assert len(after) - len(before) <= 40
+
+
+def test_a_prompt_counts_once_however_many_answers_it_gets(served: Served) -> None:
+    def counted() -> int:
+        text = served.ask("GET", "/metrics").content.decode()
+        found = re.search(r"^gemma_ft_prompt_tokens_total (\S+)$", text, re.MULTILINE)
+        assert found
+        return int(float(found[1]))
+
+    before = counted()
+    usage = json.loads(served.chat(max_tokens=1, n=3).content)["usage"]
+    assert counted() - before == usage["prompt_tokens"] == 12

@@ -76,6 +76,7 @@ def fault_of(content: bytes, kind: Any = ChatRequest) -> ApiFault | None:
         ({"messages": [{**USER, "name": "Ben"}]}, "messages.0: name: not supported by this server; leave it out"),
         ({"messages": [USER, {"role": "assistant", "content": "He"}]},
          "messages: the last one must be the user's; an answer that was begun is not continued"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages: the last one is empty; ask something"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )  # fmt: skip

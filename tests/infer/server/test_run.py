@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shlex
 import signal
 import socket
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.infer.server.binding import Binding, checked_binding, is_loopback, listen, open_socket, url_of
 from gemma_ft.infer.server.limits import Limits
 from gemma_ft.infer.server.protocol import SignalledServer
-from gemma_ft.infer.server.run import run_server, uvicorn_config
+from gemma_ft.infer.server.run import _say_hello, run_server, uvicorn_config
 from gemma_ft.infer.session import Session
 from tests.infer.server.conftest import PATIENCE, SteppedEngine, chat_body
 
@@ -146,3 +148,16 @@ def test_a_failed_engine_is_raised_when_the_server_has_ended(
         '-d \'{"model": "gemma-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'\n'
         "  stop     Ctrl-C\n"
     )
+
+
+def test_a_name_that_breaks_lines_and_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is shown can be pasted, whatever the model's folder is called."""
+    session: Any = SimpleNamespace(name='a"b\n\x1b[31mc', engine=SimpleNamespace(max_seq_len=64))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gemma_ft.infer.server.run.served_id", lambda session: session.name)
+        _say_hello(session, "http://h", Limits(), None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == 'gemma-ft serves a"bc at http://h/v1'
+    assert len(lines) == 4
+    body = shlex.split(lines[2])[-1]
+    assert json.loads(body)["model"] == session.name
