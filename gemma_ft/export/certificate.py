@@ -210,6 +210,8 @@ def _inner(model: Any) -> Any:
 
 
 def _cure(merged: MergedWeights, limit: Limit) -> str:
+    if limit is ROUNDED and all(torch.finfo(kept).bits >= 32 for kept, _ in merged.infos.values()):
+        return f"it was trained in {_name(merged.precision)}: train with train.precision=float32"
     if limit is ROUNDED:
         return "try --dtype f32"
     if limit is FLOAT32:

@@ -5,7 +5,6 @@ none.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +21,15 @@ from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, wri
 from gemma_ft.export.certificate import BeyondLimit, certify
 from gemma_ft.export.deltas import EMBEDDING
 from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
-from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
+from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge import FACTS, merge_to_folder, verify
 from gemma_ft.export.merged import MergedWeights, merged_weights
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.export.papers import Papers
 from gemma_ft.load import Place
-from gemma_ft.weights import MAX_SHARD_BYTES, WeightFiles, write_shards
+from gemma_ft.weights import MAX_SHARD_BYTES, WeightFiles, folder_of, write_shards
 
+AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 PROMPTS = 32  # held-out rows that the certificate of a merge compares
 Bar = Callable[[str], Callable[[int, int], None]]  # what is being done -> a callback of how far it is
 
@@ -160,9 +160,10 @@ class GgufForm:
     def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
         gguf_library()
         self.place, self.papers, self.out = place, papers, out
-        self.weights = weights_of(place, torch.float32 if place.adapter else None)  # rounded once, when stored
-        as_stored: GgufType = "bf16" if self.weights.base.info(EMBEDDING).dtype == torch.bfloat16 else "f32"
-        self.kind: GgufType = kind or as_stored
+        files = WeightFiles.open(folder_of(place.base))
+        half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
+        self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
+        self.kind: GgufType = kind or AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
         self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
         self.bytes = sum(tensor.bytes for tensor in self.tensors)
         check_out(out, self.bytes)
@@ -185,16 +186,28 @@ class GgufForm:
         if not self.alone:
             commit_model_folder(self.out, fill)
             return None
-        staged = self.out.with_name(f".{self.out.name}.export")
+        parent = self.out.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{self.out.name}.", dir=parent) as room:
+                self._commit_files(Path(room) / "export", fill)
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: cannot be written: {error.strerror or error}; choose another --out"
+            ) from error
+        return None
+
+    def _commit_files(self, staged: Path, fill: Callable[[Path], None]) -> None:
+        """Fill folder `staged`, then move its two files to where they belong."""
         try:
             commit_model_folder(staged, fill)
-            for name in (self.modelfile, self.file):  # the model last: where it is, all of it is
-                os.replace(staged / name, self.out.parent / name)
         except UserError as error:
             raise type(error)(str(error).replace(str(staged), str(self.out))) from error
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        return None
+        names = (self.modelfile, self.file)  # the model last: where it is, all of it is
+        for name in names:
+            check_free(self.out.parent / name)
+        for name in names:
+            os.replace(staged / name, self.out.parent / name)
 
     def notes(self) -> list[str]:
         if self.place.adapter is None:

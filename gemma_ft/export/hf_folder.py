@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,17 +20,24 @@ from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
+# A run's own folders (evaluate.run_files.RunFiles, and its loggers'), under what tells a run from other folders.
+RUN_RECIPE, RUN_FOLDERS = "recipe.yaml", ("adapter", "model", "checkpoints", "tensorboard", "wandb")
 SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
 
 
 def check_out(out: Path, weight_bytes: int) -> None:
     """See whether a new folder of so many bytes of weights can be written at `out`, and leave everything as it is.
 
-    Raises: UserError when something is there already (a link included) or the place cannot be written to; DiskError
-    when the disk has too little space.
+    Raises: UserError when something is there already (a link included), when the place cannot be written to or is where
+    a run keeps its own files; DiskError when the disk has too little space.
     """
-    if out.is_symlink() or out.exists():
-        raise UserError(f"{out}: exists already; choose another --out, or move it away")
+    check_free(out)
+    real = Path(os.path.realpath(out))
+    for folder in (real, *real.parents):
+        if folder.name in RUN_FOLDERS and (folder.parent / RUN_RECIPE).is_file():
+            raise UserError(
+                f"{out}: a run keeps its own files in {folder}; choose another --out, such as {folder.parent}/merged"
+            )
     try:
         parent = next(path for path in out.absolute().parents if path.exists())
         if not parent.is_dir():
@@ -44,14 +52,26 @@ def check_out(out: Path, weight_bytes: int) -> None:
         )
 
 
+def check_free(out: Path) -> None:
+    """Raises UserError when something is at `out`, a link included."""
+    if out.is_symlink() or out.exists():
+        raise _taken(out)
+
+
+def _taken(out: Path) -> UserError:
+    return UserError(f"{out}: exists already; choose another --out, or move it away")
+
+
 def commit_model_folder(out: Path, fill: Callable[[Path], None]) -> None:
     """Make the new folder `out` appear at once and complete; `fill` writes into a staging folder beside it.
 
     Whatever `fill` raises, nothing stays behind. Raises: DiskError when the disk fills up; UserError when `out` cannot
-    be written.
+    be written, or appeared meanwhile: it is left alone.
     """
     try:
-        commit_folder(out, fill, manifest=False, go_on="run again")
+        commit_folder(out, fill, manifest=False, replace=False, go_on="run again")
+    except FileExistsError as error:
+        raise _taken(out) from error
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
 
@@ -72,7 +92,7 @@ def write_beside_weights(
     write_json(folder / "generation_config.json", generation_fields(base, encoder))
     save_tokenizer(tokenizer, folder, system_policy=contract.system if contract is not None else None)
     if contract is not None:
-        replace(contract, quantize=None).write(folder)
+        replace(contract, quantize=None, adapter_sha256=None).write(folder)
     return encoder
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gemma_ft.checkpoint import as_json, replace_text
 from gemma_ft.export.certificate import BeyondLimit, certify
+from gemma_ft.export.hf_folder import RUN_RECIPE
 from gemma_ft.export.merge import FACTS, MergeFacts, merge_to_folder
 from gemma_ft.export.merged import Policy
 from gemma_ft.load import place_of
@@ -62,9 +63,10 @@ def merge_and_show(
     except BeyondLimit as error:
         show_certificate(console, error.certificate, policy)
         raise
-    if not adapters and (Path(model) / "recipe.yaml").is_file():
+    run = place.adapter.resolve().parent if place.adapter is not None else None
+    if not adapters and run is not None and (run / RUN_RECIPE).is_file():
         with contextlib.suppress(OSError):  # a run that cannot be written to any more: the folder has it
-            replace_text(Path(model) / FACTS, as_json(vars(facts)))
+            replace_text(run / FACTS, as_json(vars(facts)))
     kinds = ", ".join(f"{one['kind']} {one['folder']} x {one['weight']:g}" for one in facts.adapters)
     _say(console, f"{out}: {facts.tensors} tensors, {facts.bytes / 1e9:.3g} GB, {facts.dtype}")
     _say(console, f"  base      {facts.base['name']} ({policy})")

@@ -102,10 +102,12 @@ class Card:
         models = (self.record.evaluation or {}).get("models")
         if models:
             metrics = list(dict.fromkeys(metric for scores in models.values() for metric in scores))
-            rows = [(metric, *(_figure(scores.get(metric)) for scores in models.values())) for metric in metrics]
-            asked = self.record.evaluation.get("rows") if self.record.evaluation else None
-            note = f"Held-out rows: {asked}; in brackets the 95% confidence interval.\n\n" if asked else ""
-            return note + _table(("", *models), rows)
+            rows = [
+                (metric, *(_figure(scores.get(metric)) for scores in models.values()), _rows_of(metric, models))
+                for metric in metrics
+            ]
+            note = "On held-out rows; in brackets the 95% confidence interval.\n\n"
+            return note + _table(("", *models, "rows"), rows)
         before, after = ((self.record.summary or {}).get(key) or {} for key in ("eval_before", "eval_after"))
         rows = [(key, _figure(before.get(key)), _figure(value)) for key, value in after.items() if value is not None]
         return _table(("held-out", "before", "after"), rows) if rows else ""
@@ -196,6 +198,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 def _is_hub_data(name: str) -> bool:
     """Whether a recipe's data source is a data set of the hub: no file of the project or of its user ends so."""
     return bool(HUB_ID.fullmatch(name)) and not name.startswith("data/") and "." not in name.rpartition("/")[2]
+
+
+def _rows_of(metric: str, models: dict[str, dict[str, Any]]) -> str:
+    """Over how many rows the models were measured."""
+    return next((str(one[metric]["rows"]) for one in models.values() if (one.get(metric) or {}).get("rows")), "")
 
 
 def _figure(value: Any) -> str:

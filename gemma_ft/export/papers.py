@@ -49,7 +49,7 @@ class Papers:
             contract=contract,
             terms=terms_of(config, contract),
             record=read_record(place),
-            base=base_id or public(known),
+            base=base_id or public(known, "base"),
         )
 
     def write(self, folder: Path, form: Form, *, file: str | None = None, merge: dict[str, Any] | None = None) -> None:
@@ -62,7 +62,7 @@ class Papers:
         written = Contract.read(folder)
         if written is not None:
             replace(written, base=self.base).write(folder)
-        if record.merge is not None and form == "hf":
+        if record.merge is not None and form != "adapter":
             write_json(folder / FACTS, record.merge)
         card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file)
         (folder / CARD).write_text(card.text(), encoding="utf-8")

@@ -48,7 +48,8 @@ def probes_for(merged: MergedWeights, count: int) -> Probes:
                 kept = prepare(
                     data.held_out_items[:count], data.encoder, max_seq_len=recipe.data.max_seq_len, packing=False
                 )
-                return Probes([_probe(one["input_ids"], one["labels"]) for one in kept.examples], str(data.eval_source))
+                rows = kept.examples[:count]  # a long document is several
+                return Probes([_probe(one["input_ids"], one["labels"]) for one in rows], str(data.eval_source))
             why = "the recipe holds no rows out"
         except UserError as error:
             why = str(error).splitlines()[0]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
 from gemma_ft.load import Place
 
-SECRET = re.compile(r"\b(?:hf_|sk-|ghp_|wandb_)[A-Za-z0-9_-]{12,}")
+SECRET = re.compile(r"\b(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|wandb_)[A-Za-z0-9_-]{12,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
 # From the root, from home, from above, or from a drive; not the slashes inside an address or a relative path.
-LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:~|\.\.|[A-Za-z]:)?[/\\][^\s;,'\"]+")
+LOCAL_PATH = re.compile(r"(?:\bfile://|(?<![\w:/.~])(?:~|\.\.|[A-Za-z]:)?)[/\\][^\s;,'\"]+")
+# Keys of a recipe and of merge.json whose whole value may be a path, with spaces and quotes in it.
+PATH_KEYS = {"train", "eval", "canary", "weights", "tokenizer", "output_dir", "rows", "folder", "name", "base"}
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,31 @@ def read_record(place: Place) -> RunRecord:
     )
 
 
-def public(value: Any) -> Any:
+def public(value: Any, key: str | None = None) -> Any:
     """A value of a recipe or contract without what only this machine knows: paths from the root, from home or from
-    above shrink to their last name, and what looks like a secret is struck out.
+    above shrink to their last name, and what looks like a secret is struck out. `key`: the one the value stands under;
+    under those that name a path all of a text is one.
     """
     if isinstance(value, dict):
-        return {key: public(entry) for key, entry in value.items()}
+        return {name: public(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
-        return [public(entry) for entry in value]
+        return [public(entry, key) for entry in value]
     if not isinstance(value, str):
         return value
-    return LOCAL_PATH.sub(lambda path: re.split(r"[/\\]", path[0].rstrip("/\\"))[-1], SECRET.sub("[secret]", value))
+    text = CREDENTIALS.sub("", SECRET.sub("[secret]", value))
+    if key in PATH_KEYS and _is_local(text):
+        return _last_name(text)
+    return LOCAL_PATH.sub(lambda path: _last_name(path[0]), text)
+
+
+def _is_local(text: str) -> bool:
+    """Whether a path says where it lies on this machine, rather than below where one stands."""
+    rooted = Path(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return rooted or text.startswith(("~", "file://")) or ".." in re.split(r"[/\\]", text)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -59,6 +59,12 @@ def test_no_certificate_when_none_is_asked_for(made: Path, tmp_path: Path, capsy
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["certificate"] is None
 
 
+def test_a_runs_adapter_leaves_its_facts_in_the_run(made: Path, tmp_path: Path) -> None:
+    (made / "run" / "merge.json").write_text("old")
+    assert main(["merge", str(made / "run" / "adapter"), "--out", str(tmp_path / "out"), "--prompts", "0"]) == 0
+    assert (made / "run" / "merge.json").read_text() == (tmp_path / "out" / "merge.json").read_text()
+
+
 def test_beyond_the_limit_the_figures_are_shown_and_the_exit_code_is_1(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

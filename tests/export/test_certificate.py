@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,27 @@ def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> 
         answer = tokenizer.decode([probe.ids[place + 1] for place in probe.positions])
         assert answer.removesuffix("<end_of_turn>") in row.replace('\\"', '"')
         assert answer.endswith("}<end_of_turn>")
+
+
+def test_a_long_document_is_no_more_probes_than_asked_for(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "one two three " * 400 + '"}\n')
+    run = run_of(
+        tmp_path, base, "strategy=lora", f"data.eval={tmp_path / 'long.jsonl'}", f"data.train={tmp_path / 'long.jsonl'}"
+    )
+    found = probes_for(merged_weights(place_of(run)), 1)
+    assert (len(found.probes), found.random) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("written", "cure"),
+    [
+        (torch.bfloat16, "try --dtype f32"),
+        (torch.float32, "it was trained in bfloat16: train with train.precision=float32"),
+    ],
+)
+def test_the_cure_of_rounding_is_one_that_was_not_taken(written: torch.dtype, cure: str) -> None:
+    merged: Any = SimpleNamespace(infos={"a": (written, (2,))}, precision=torch.bfloat16)
+    assert room._cure(merged, room.ROUNDED) == cure
 
 
 def test_without_rows_random_tokens_stand_in_and_say_so(base: Path, tmp_path: Path) -> None:

@@ -285,3 +285,24 @@ def test_a_folder_without_a_contract_keeps_its_own_template(tmp_path: Path) -> N
     assert place_of(tmp_path / "out").contract is None
     export(TINY, tmp_path / "x.gguf", "gguf")
     assert names_in(tmp_path) == ["Modelfile", "out", "x.gguf"]
+
+
+def test_a_folder_beside_a_gguf_file_is_nobody_elses(made: Path, tmp_path: Path) -> None:
+    (tmp_path / ".z.gguf.export").mkdir()
+    (tmp_path / ".z.gguf.export" / "mine").write_text("mine")
+    export(made / "run", tmp_path / "z.gguf", "gguf")
+    assert names_in(tmp_path) == [".z.gguf.export", "Modelfile", "z.gguf"]
+    assert names_in(tmp_path / ".z.gguf.export") == ["mine"]
+
+
+def test_float16_weights_are_stored_in_a_gguf_file_as_they_are(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "half", "gemma-2-9b", dtype=torch.float16)
+    export(base, tmp_path / "out", "gguf")
+    assert "out-f16.gguf" in names_in(tmp_path / "out")
+
+
+def test_a_certificate_travels_into_a_gguf_folder(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "run" / "model", tmp_path / "merged")
+    (tmp_path / "merged" / "merge.json").write_text('{"base": {"name": "/home/my me/base"}, "certificate": null}')
+    export(tmp_path / "merged", tmp_path / "out", "gguf")
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["base"] == {"name": "base"}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_ft.cli.app import main
 from gemma_ft.errors import DiskError, UserError
+from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export import hf_folder
 from gemma_ft.export.merge import merge_to_folder
 from gemma_ft.load import Source, load_base, place_of
@@ -198,7 +199,10 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
         assert refused(folders).startswith("ROOT/base/config.json: cannot be read as a Gemma's: ")
         return
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llama"}))
-    assert refused(folders) == "model_type 'llama' is not Gemma 1 or 2; supported: gemma, gemma2"
+    assert refused(folders) == (
+        "ROOT/base/config.json: cannot be read as a Gemma's: model_type 'llama' is not Gemma 1 or 2; "
+        "supported: gemma, gemma2"
+    )
 
 
 def test_weights_that_are_quantized_already(folders: Folders) -> None:
@@ -319,3 +323,42 @@ def test_a_file_that_does_not_come_back_as_written(folders: Folders, monkeypatch
     assert refused(folders) == (
         "model.norm.weight did not come back from the disk as it was written; check the disk and run again"
     )
+
+
+def test_what_appears_at_out_meanwhile_stays(folders: Folders) -> None:
+    out = folders.root / "out"
+
+    def certify(*_: Any) -> dict[str, Any]:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        return {}
+
+    with pytest.raises(UserError) as caught:
+        merge_to_folder(place_of(folders.adapter), out, certify=certify)
+    assert str(caught.value) == f"{out}: exists already; choose another --out, or move it away"
+    assert names_in(folders.root) == ["adapter", "base", "out"]
+    assert names_in(out) == ["mine"]
+
+
+@pytest.mark.parametrize("inside", [*hf_folder.RUN_FOLDERS, "adapter/x", "checkpoints/step-00000001/x"])
+def test_where_a_run_keeps_its_own_files_nothing_is_written(inside: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hf_folder.check_out(run / inside, 0)
+    run.mkdir()
+    RunFiles(run).recipe.touch()
+    (tmp_path / "link").symlink_to(run)
+    for out in (run / inside, tmp_path / "link" / inside):
+        with pytest.raises(UserError) as caught:
+            hf_folder.check_out(out, 0)
+        own = run / inside.partition("/")[0]
+        assert str(caught.value) == (
+            f"{out}: a run keeps its own files in {own}; choose another --out, such as {run}/merged"
+        )
+    hf_folder.check_out(run / "merged", 0)
+
+
+def test_a_runs_own_folders_are_all_known() -> None:
+    """Stated twice because the floors forbid the import; what has no ending is a folder."""
+    of_run = {path.name for name, path in vars(RunFiles(Path("run"))).items() if name != "root" and not path.suffix}
+    assert of_run | {"tensorboard", "wandb"} == set(hf_folder.RUN_FOLDERS)
+    assert RunFiles(Path("run")).recipe.name == hf_folder.RUN_RECIPE

@@ -119,9 +119,9 @@ def test_what_becomes_of_a_path(text: str, expected: str) -> None:
 
 def test_an_evaluation_replaces_the_runs_own_figures() -> None:
     text = card(summary=SUMMARY, evaluation=EVALUATION).text()
-    assert "Held-out rows: 100; in brackets the 95% confidence interval." in text
+    assert "On held-out rows; in brackets the 95% confidence interval." in text
     assert "|  | base | adapter |" in text
-    assert "| loss | 2.5 [2.25, 2.75] | 0.125 [0.1, 0.15] |" in text
+    assert "| loss | 2.5 [2.25, 2.75] | 0.125 [0.1, 0.15] | 100 |" in text
     assert "| exact_match |  | 1 |" in text
     assert "2.087" not in text
 
@@ -166,3 +166,22 @@ def test_the_recipe_of_the_card_can_be_trained_again() -> None:
     recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml").recipe
     text = card(recipe=recipe.model_dump(mode="json")).text()
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == recipe.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"data": {"train": "/home/O'Neil, me/my rows.jsonl"}}, {"data": {"train": "my rows.jsonl"}}),
+        ({"model": {"weights": "C:\\my files\\w"}}, {"model": {"weights": "w"}}),
+        ({"certificate": {"rows": "a b/../c d/x y.jsonl"}}, {"certificate": {"rows": "x y.jsonl"}}),
+        ({"certificate": {"rows": "random tokens: /a/b: gone"}}, {"certificate": {"rows": "random tokens: b: gone"}}),
+        ({"data": {"train": "data/my rows.jsonl"}}, {"data": {"train": "data/my rows.jsonl"}}),
+        ("see file:///home/me/x.jsonl", "see x.jsonl"),
+        ("https://me:pass@host.org/a", "https://host.org/a"),
+        ("AKIA" + "A1" * 8, "[secret]"),
+        ("glpat-" + "a" * 20, "[secret]"),
+        ("github_pat_" + "a" * 22, "[secret]"),
+    ],
+)
+def test_nothing_of_this_machine_is_left_of_a_value(value: Any, expected: Any) -> None:
+    assert public(value) == expected
