@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, build_data, build_tokenizer
 from gemma_ft.checkpoint import as_json, replace_text
-from gemma_ft.errors import UserError
+from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate import statistics
 from gemma_ft.evaluate.eval_display import EvalDisplay
 from gemma_ft.evaluate.harness import Tasks
@@ -21,7 +22,7 @@ from gemma_ft.evaluate.held_out import Question, Reply, answer_questions, questi
 from gemma_ft.evaluate.measured import Measured, Scored, differences_of, estimates_of
 from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
-from gemma_ft.evaluate.subject import Subject, chosen_models, with_each
+from gemma_ft.evaluate.subject import BASE, Subject, check_base, chosen_models, with_each
 from gemma_ft.load import load_tokenizer
 from gemma_ft.model.config import PRESETS
 from gemma_ft.recipe.schema import Recipe
@@ -49,12 +50,18 @@ class EvalOptions:
 def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console, stderr: Console) -> dict[str, Any]:
     """Score the models of a subject, show the table, write eval.json; returns what it holds.
 
+    A run's own eval.json is written only for the whole run as it is: every model, every row, no other setting.
+
     Raises: UserError in one line; then nothing is written.
     """
+    _check_task_options(options)
     names = chosen_models(subject, options.models)
-    out = options.out or (subject.run.eval_results if subject.run is not None else None)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: no such folder; make {out.parent} first")
+    whole_run = subject.run is not None and options.rows is None and options.models is None
+    out = options.out or (subject.run.eval_results if subject.run is not None and whole_run else None)
+    if out is not None:
+        _check_out(out)
+    if BASE in names:
+        check_base(subject)
     with EvalDisplay(stdout, stderr) as display:
         work = _prepare(subject, options, display)
         measured: dict[str, Measured] = {}
@@ -65,10 +72,32 @@ def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console,
         display.start(len(names) * work.steps)
         with_each(subject, names, measure)
     results = work.results(measured)
+    display.show(results)
     if out is not None:
-        replace_text(out, as_json(results))
-    display.show(results, out)
+        try:
+            replace_text(out, as_json(results))
+        except OSError as error:
+            raise DiskError(f"--out {out}: cannot be written: {error.strerror}; name another file") from error
+    display.kept(out)
     return results
+
+
+def _check_out(out: Path) -> None:
+    """Raises: UserError for a place that no file can be put in, before anything is measured for it."""
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make {out.parent} first")
+    if out.is_dir() or out.is_symlink():
+        raise UserError(f"--out {out}: is a {'link' if out.is_symlink() else 'folder'}; name a file")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"--out {out}: {out.parent} cannot be written to; name another file")
+
+
+def _check_task_options(options: EvalOptions) -> None:
+    """Raises: UserError for an option of tasks where there are none."""
+    given = {"--task-path": options.task_path, "--task-limit": options.task_limit, "--task-chat": options.task_chat}
+    for option, value in given.items():
+        if value and not options.tasks:
+            raise UserError(f"{option}: there are no tasks; name them with --tasks")
 
 
 @dataclass(frozen=True)
@@ -179,6 +208,7 @@ def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _W
             f"{subject.source}: no held-out rows; set data.eval to a file of them, or data.eval_fraction to a share of "
             "data.train such as 0.1"
         )
+    settings["data"] = data.eval_source
     items = data.held_out_items[: recipe.eval.max_rows]
     shape = {name: settings[name] for name in ("max_seq_len", "window", "stride")}
     pieces = pieces_of(items, data.encoder, **shape) if items else None
@@ -226,6 +256,8 @@ def _settings(subject: Subject, options: EvalOptions, recipe: Recipe) -> dict[st
     check_window(window, stride, max(context, recipe.data.max_seq_len))
     return {
         "batch_size": options.batch_size or recipe.eval.batch_size,
+        "max_rows": recipe.eval.max_rows,
+        "generate_rows": recipe.eval.generate_rows,
         "max_new_tokens": recipe.eval.max_new_tokens,
         "max_seq_len": recipe.data.max_seq_len,
         "window": window,

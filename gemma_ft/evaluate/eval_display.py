@@ -94,8 +94,8 @@ class EvalDisplay:
         if self._bar is not None:
             self._bar.advance(self._task, count)
 
-    def show(self, results: dict[str, Any], out: Path | None) -> None:
-        """The tables, a few answers, and where it is all kept."""
+    def show(self, results: dict[str, Any]) -> None:
+        """The tables, and a few answers."""
         figures = {
             name: {**scores, **_of_tasks(results["tasks"].get(name, {}))} for name, scores in results["models"].items()
         }
@@ -107,7 +107,10 @@ class EvalDisplay:
             self._legend("95% intervals by resampling rows")
         for sample in results["samples"][:SAMPLES_SHOWN]:
             self._sample(sample)
-        where = out if out is not None else "nowhere: --out FILE keeps them"
+
+    def kept(self, out: Path | None) -> None:
+        """Where it all lies now."""
+        where = out if out is not None else "not written; --out FILE keeps them"
         self.stdout.print(f"\nresults: {where}", markup=False, highlight=False, soft_wrap=True)
 
     def _legend(self, text: str) -> None:

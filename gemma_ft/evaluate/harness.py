@@ -63,6 +63,7 @@ class Tasks:
                     task.build_all_requests(
                         limit=self.limit,
                         apply_chat_template=self.chat,
+                        fewshot_as_multiturn=self.chat,
                         chat_template=lm.apply_chat_template if self.chat else None,
                         tokenizer_name=lm.tokenizer_name if self.chat else "",
                     )
@@ -93,6 +94,7 @@ class Tasks:
                 bootstrap_iters=0,  # the harness starts a pool of processes for it; ours come with every figure
                 log_samples=True,
                 apply_chat_template=self.chat,
+                fewshot_as_multiturn=self.chat,
             )
         samples = found.get("samples", {})
         figures = {

@@ -73,7 +73,10 @@ def parsed(text: str) -> Any:
 def json_equal(text: str, reference: str) -> bool:
     """Whether two texts are the same JSON value; the order of an object's names does not matter, 1.0 is 1, true not."""
     found = parsed(text)
-    return found is not NOT_JSON and _typed(found) == _typed(parsed(reference))
+    try:
+        return found is not NOT_JSON and _typed(found) == _typed(parsed(reference))
+    except RecursionError:  # the parser goes deeper than a comparison can
+        return False
 
 
 def token_f1(text: str, reference: str) -> float:

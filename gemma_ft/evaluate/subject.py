@@ -15,7 +15,7 @@ import torch
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import keep_trainable
 from gemma_ft.build import FRESH, weights_source
-from gemma_ft.contract import Contract
+from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.canary import adapter_off
 from gemma_ft.evaluate.run_files import RunFiles
@@ -24,9 +24,11 @@ from gemma_ft.export.merged import merged_weights
 from gemma_ft.load import Place, load_base, load_model, place_of
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.weights import Source
+from gemma_ft.weights import Source, WeightFiles, folder_of
 
 BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
+# What was fixed when something was trained: it is read from there, and a setting for it would change nothing.
+FIXED = ("model", "quantize", "adapter", "data.system")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Subject:
     """The models to compare, by name, and the recipe that says on which rows.
 
     `place`: base and adapter, None where there is no base (trained from fresh weights) and no adapter. `tuned`: the
-    folder of a fully tuned model. `merged`: a merged folder; None: the adapter is merged in memory. `run`: where
-    eval.json goes.
+    folder of a fully tuned model. `merged`: a merged folder; None: the adapter is merged in memory. `run`: whose
+    eval.json this is; None where it is no run, or one with other folders or settings than its own.
     """
 
     recipe: Recipe
@@ -86,6 +88,15 @@ def find_subject(
     Raises: UserError in one line.
     """
     folder = Path(name)
+    as_it_is = adapter is None and merged is None and not overrides
+    if adapter is not None and not any(
+        (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)
+    ):
+        raise UserError(
+            f"--adapter {adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one"
+        )
+    if folder.is_dir() or adapter is not None:
+        _check_overrides(overrides, str(adapter or name))
     if folder.is_dir():
         run = RunFiles(folder)
         if not run.recipe.is_file():
@@ -103,7 +114,33 @@ def find_subject(
     base = None if recipe.model.weights == FRESH else weights_source(recipe)
     if merged is not None and not (merged / "config.json").is_file():
         raise UserError(f"--merged {merged}: no config.json in it; give a folder that gemma-ft merge wrote")
-    return Subject(recipe, name, run if has_run else None, _place(base, adapter), tuned, merged)
+    return Subject(recipe, name, run if has_run and as_it_is else None, _place(base, adapter), tuned, merged)
+
+
+def _check_overrides(overrides: Sequence[str], where: str) -> None:
+    """Raises: UserError for a setting that what was trained has already decided."""
+    for text in overrides:
+        key = text.lstrip("~").partition("=")[0].strip()
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise UserError(f"{key}: {where} was trained with its own, which an evaluation keeps; leave it out")
+
+
+def check_base(subject: Subject) -> None:
+    """That the base beside a fully tuned model is the one it was tuned from; an adapter's is checked as it is loaded.
+
+    Raises: UserError.
+    """
+    if subject.tuned is None or subject.place is None:
+        return
+    contract = Contract.read(subject.tuned)
+    if contract is None or contract.base_sha256 is None:
+        return
+    found = WeightFiles.open(folder_of(subject.place.base)).fingerprint()
+    if found != contract.base_sha256:
+        raise UserError(
+            f"{subject.tuned}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
+            f"{subject.place.base.name} has {found[:12]} ({CONTRACT}); restore that base, or leave it out of --models"
+        )
 
 
 def _finished(run: RunFiles) -> bool:

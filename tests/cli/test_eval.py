@@ -30,6 +30,10 @@ def test_a_bare_recipe_from_any_directory(tmp_path: Path) -> None:
     [
         (["eval"], "gemma-ft eval: Missing argument 'RECIPE_OR_RUN'; gemma-ft eval --help shows what it takes"),
         (["eval", "sft_tiny", "--models", "adapter"], "--models: there is no 'adapter' here; there are base"),
+        (["eval", "sft_tiny", "--models", ""],
+         "--models: names nothing; give names with commas between them, or leave it out"),
+        (["eval", "sft_tiny", "--metrics", " ,"],
+         "--metrics: names nothing; give names with commas between them, or leave it out"),
         (["eval", "sft_tiny", "--window", "9999"],
          "--window: expected 3 to 2048 tokens, the context of the model, got 9999"),
         (["eval", "sft_tiny", "--tasks", "x", "--task-path", "nowhere"],

@@ -74,6 +74,8 @@ def evaluated(subject: Subject, **options: Any) -> tuple[dict[str, Any], str, st
 def test_a_finished_run_scores_as_its_summary_says(strategy: str, trained: Run) -> None:
     run = trained(strategy)
     results, out, err = evaluated(find_subject(str(run)))
+    assert results["settings"]["data"].endswith("rows.jsonl")
+    assert (results["settings"]["max_rows"], results["settings"]["generate_rows"]) == (8, 3)
     summary = json.loads((run / "summary.json").read_text())
     tuned = "tuned" if strategy == "full" else "adapter"
     for name, before_or_after in (("base", "eval_before"), (tuned, "eval_after")):
@@ -125,7 +127,7 @@ def test_a_recipe_finds_its_run_and_a_bare_one_scores_the_base(trained: Run, row
     assert list(results["models"]["base"]) == ["loss", "perplexity", "token_f1"]
     assert (results["rows"], results["models"]["base"]["token_f1"]["rows"]) == (2, 2)
     assert results["differences"] == []
-    assert "results: nowhere: --out FILE keeps them" in out
+    assert "results: not written; --out FILE keeps them" in out
     assert not (tmp_path / "none").exists()
 
 
@@ -133,6 +135,7 @@ def test_folders_beside_a_recipe(trained: Run, rows: Path, tmp_path: Path) -> No
     """An adapter folder on its own, and a merged folder that is none: the base itself, whose figures it then has."""
     adapter = trained("qlora") / "adapter"
     bare = overrides(rows, tmp_path / "none", "strategy=lora")
+    bare = [one for one in bare if not one.startswith("adapter.")]
     subject = find_subject("sft_tiny", bare, adapter=adapter, merged=shipped_root() / "data" / "gemma-tiny")
     assert subject.names == ["base", "adapter", "merged"]
     assert subject.quantize == ("nf4", True)  # the adapter's contract, not the recipe
@@ -140,6 +143,62 @@ def test_folders_beside_a_recipe(trained: Run, rows: Path, tmp_path: Path) -> No
     plain, _, _ = evaluated(find_subject("sft_tiny", bare), rows=2)
     assert results["models"]["merged"] == plain["models"]["base"]
     assert json.loads((tmp_path / "e.json").read_text()) == results
+
+
+@pytest.mark.parametrize("how", ["rows", "models", "overrides", "adapter", "merged"])
+def test_another_measurement_is_not_the_runs(
+    how: str, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("qlora")
+    monkeypatch.setattr("gemma_ft.evaluate.compare.with_each", _nothing_measured)
+    monkeypatch.setattr("gemma_ft.evaluate.compare.EvalDisplay.show", lambda *_: None)
+    (run / "eval.json").write_text("{}")
+    options: dict[str, Any] = {"rows": {"rows": 2}, "models": {"models": ["base"]}}.get(how, {})
+    places: dict[str, Any] = {
+        "adapter": {"adapter": run / "adapter"}, "merged": {"merged": shipped_root() / "data" / "gemma-tiny"}
+    }.get(how, {})  # fmt: skip
+    subject = find_subject(str(run), ["eval.max_rows=2"] if how == "overrides" else [], **places)
+    _, out, _ = evaluated(subject, **options)
+    assert out == "\nresults: not written; --out FILE keeps them\n"
+    assert (run / "eval.json").read_text() == "{}"
+    _, out, _ = evaluated(find_subject(str(run)))
+    assert out == f"\nresults: {run / 'eval.json'}\n"
+    assert json.loads((run / "eval.json").read_text())["source"] == str(run)
+
+
+def _nothing_measured(*_: object) -> None:
+    pass
+
+
+def test_a_file_that_cannot_be_written_loses_no_figure(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shown: list[object] = []
+    monkeypatch.setattr("gemma_ft.evaluate.compare.with_each", _nothing_measured)
+    monkeypatch.setattr("gemma_ft.evaluate.compare.EvalDisplay.show", lambda _, results: shown.append(results))
+    monkeypatch.setattr("gemma_ft.evaluate.compare.replace_text", full)
+    out = tmp_path / "e.json"
+    assert refused(str(trained("qlora")), options={"out": out}) == (
+        f"--out {out}: cannot be written: No space left on device; name another file"
+    )
+    assert len(shown) == 1
+
+
+def test_a_tuned_model_is_shown_beside_its_own_base(trained: Run, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained("full"), run)
+    contract = json.loads((run / "model" / "gemma_ft.json").read_text())
+    found = contract["base_sha256"][:12]
+    contract["base_sha256"] = "0" * 64
+    (run / "model" / "gemma_ft.json").write_text(json.dumps(contract))
+    line = refused(str(run))
+    assert line.startswith(f"{run / 'model'}: was trained on ")
+    assert line.endswith(f" has {found} (gemma_ft.json); restore that base, or leave it out of --models")
 
 
 def test_one_model_is_gone_before_the_next_is_loaded(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +299,18 @@ def test_what_cannot_be_evaluated(trained: Run, rows: Path, tmp_path: Path) -> N
     assert refused(str(run), options={"models": ["base", "tuned"]}) == (
         "--models: there is no 'tuned' here; there are base, adapter, merged"
     )
+    assert refused(str(run), adapter=rows.parent) == (
+        f"--adapter {rows.parent}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one"
+    )
+    for text in ("model.preset=gemma-2b", "~quantize", "adapter.rank=4", "data.system=fold"):
+        key = text.lstrip("~").partition("=")[0]
+        assert refused(str(run), [text]) == (
+            f"{key}: {run} was trained with its own, which an evaluation keeps; leave it out"
+        )
+    assert refused(str(run), options={"task_limit": 3}) == ("--task-limit: there are no tasks; name them with --tasks")
+    assert refused(str(run), options={"out": tmp_path}) == f"--out {tmp_path}: is a folder; name a file"
+    (tmp_path / "link").symlink_to(tmp_path / "e.json")
+    assert refused(str(run), options={"out": tmp_path / "link"}) == f"--out {tmp_path / 'link'}: is a link; name a file"
     lost = tmp_path / "no" / "e.json"
     assert refused(str(run), options={"out": lost}) == f"--out {lost}: no such folder; make {lost.parent} first"
     assert refused(str(run), options={"metrics": ["numeric_match"]}) == (

@@ -258,6 +258,18 @@ def test_a_chat_is_written_as_it_was_trained(folder: Path, task_folder: Path, mo
     )
 
 
+def test_examples_of_a_chat_are_turns_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """As lm_eval.simple_evaluate has it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS["open"][:3]))
+    write_task(tmp_path, "shown", rows, {**SPECIFIC["open"], "num_fewshot": 1})
+    lm = NativeLM(None, ChatEncoder(load_tokenizer(folder), "fold"), batch_size=1)
+    tasks = Tasks(["shown"], path=tmp_path, limit=1, chat=True)
+    tasks.requests(lm.encoder)
+    (task,) = tasks._loaded["tasks"].values()
+    assert task.instances[0].args[0].count("<start_of_turn>user") == 2
+
+
 def text_of_template(policy: str) -> str:
     from gemma_ft.data.template import chat_template
 

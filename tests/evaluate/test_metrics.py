@@ -1,5 +1,6 @@
 """Metrics of answers: each rule on its own pairs, and against lm-evaluation-harness, sacrebleu and rouge-score."""
 
+import sys
 from decimal import Decimal
 
 import numpy as np
@@ -92,6 +93,9 @@ def test_json_is_compared_as_values() -> None:
     assert not json_equal("[true]", "[1]")
     assert not json_equal("[1, 2]", "[2, 1]")
     assert not json_equal("[1", "[1")
+    limit = sys.getrecursionlimit()
+    deeper_than_can_be_compared = ["[" * depth + "]" * depth for depth in range(limit // 4, limit, limit // 20)]
+    assert not all(json_equal(text, text) for text in deeper_than_can_be_compared)
 
 
 def test_token_f1_counts_words() -> None:

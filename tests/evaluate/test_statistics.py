@@ -78,6 +78,20 @@ def test_a_paired_difference_cancels_what_both_models_find_hard() -> None:
     assert difference(first, second, mean).excludes_zero
 
 
+def test_shares_that_differ_alike_in_every_row_have_newcombes_interval() -> None:
+    """Against 0 of 10 less 10 of 10 by hand: Wilson's are 0 to 0.2775 and 0.7225 to 1."""
+    right, wrong = as_rows(np.ones(10)), as_rows(np.zeros(10))
+    found = difference(right, wrong, mean)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(1 - 0.27753 * 2**0.5, abs=1e-4)
+    mixed = as_rows(np.array([1.0, 0, 0, 0]))
+    same = difference(mixed, mixed, mean)
+    assert same.value == 0
+    assert same.low is not None
+    assert same.low < -0.2
+    assert same.high == pytest.approx(-same.low)
+
+
 def test_equal_seeds_give_equal_numbers_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = as_rows(np.random.default_rng(4).normal(size=30))
     whole = estimate(rows, mean, seed=9)

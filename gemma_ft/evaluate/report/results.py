@@ -16,7 +16,7 @@ def evaluation_blocks(results: dict[str, Any] | None) -> list[Block]:
     figures = figures_by_model(results)
     if results is None or not figures:
         return []
-    blocks: list[Block] = [Table(["", *figures], _rows(figures))]
+    blocks: list[Block] = [Table(["", *figures, "rows"], _rows(figures, counted=True))]
     found = results.get("differences")
     differences: dict[str, dict[str, Any]] = {}
     for one in found if isinstance(found, list) else ():
@@ -24,9 +24,7 @@ def evaluation_blocks(results: dict[str, Any] | None) -> list[Block]:
             differences.setdefault(f"{one.get('of')} − {one.get('minus')}", {})[str(one.get("metric"))] = one
     if differences:
         blocks.append(Table(["differences", *differences], _rows(differences, signed=True)))
-    blocks.append(
-        Note(f"{count(results.get('rows'))} rows; in brackets 95% intervals by resampling rows; * excludes 0.")
-    )
+    blocks.append(Note("In brackets 95% intervals by resampling rows; * excludes 0."))
     samples = results.get("samples")
     for one in (samples if isinstance(samples, list) else [])[:SAMPLES_SHOWN]:
         answers = objects(one, "answers", only=str)
@@ -57,12 +55,17 @@ def interval(metric: str, figure: Any, *, signed: bool = False) -> str:
     return f"{value}{star} [{notation(metric, low, signed)}, {notation(metric, high, signed)}]"
 
 
-def _rows(columns: dict[str, dict[str, Any]], *, signed: bool = False) -> list[list[str]]:
+def _rows(columns: dict[str, dict[str, Any]], *, signed: bool = False, counted: bool = False) -> list[list[str]]:
     metrics = list(dict.fromkeys(metric for figures in columns.values() for metric in figures))
-    return [
+    rows = [
         [label_of(metric), *(interval(metric, figures.get(metric), signed=signed) for figures in columns.values())]
         for metric in metrics
     ]
+    if counted:
+        for row, metric in zip(rows, metrics, strict=True):
+            asked = [objects(figures, metric, only=object).get("rows") for figures in columns.values()]
+            row.append(count(next((number for number in asked if number), None)))
+    return rows
 
 
 def certificate_blocks(merge: dict[str, Any] | None) -> list[Block]:
