@@ -4,29 +4,25 @@ weights). Each with 64 tokens for every prompt; with answers that end where the 
 and with 64 tokens after four prompts of 1500. Writes benchmarks/results/decode.json with machine, versions, commit and
 ratios.
 
-    .venv/bin/python benchmarks/decode.py
+    .venv/bin/python -m benchmarks.decode
 """
 
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from demo import processor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.record import ROOT, write_result
 from gemma_ft import runtime
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.load import load_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "gemma-tiny"
 PROMPTS, TOKENS, BATCH, ROUNDS = 50, 64, 16, 5
 
@@ -118,26 +114,16 @@ def main() -> None:
         for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
         for kind, work in kinds.items()
     }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    result = {
-        "command": ".venv/bin/python benchmarks/decode.py",
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": None,
-        },
-        "versions": runtime.versions(),
-        "commit": commit.strip(),
-        "prompts": {kind: len(work[0]) for kind, work in kinds.items()},
-        "new_tokens": TOKENS,
-        "batch_size": BATCH,
-        "workloads": workloads,
-    }
-    target = ROOT / "benchmarks" / "results" / "decode.json"
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(workloads, indent=2))
-    print(target.relative_to(ROOT))
+    write_result(
+        "decode",
+        command=".venv/bin/python -m benchmarks.decode",
+        threads=torch.get_num_threads(),
+        prompts={kind: len(work[0]) for kind, work in kinds.items()},
+        new_tokens=TOKENS,
+        batch_size=BATCH,
+        workloads=workloads,
+    )
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
 """Compares llama.cpp on exported GGUF files with our own model and writes benchmarks/results/llama_cpp.json.
 
     pip install 'gemma-ft[gguf]' llama-cpp-python
-    python benchmarks/llama_parity.py [--run RUN]     # RUN: a finished run of the tiny Gemma; else one is trained
+    python -m benchmarks.llama_parity [--run RUN]     # RUN: a finished run of the tiny Gemma; else one is trained
 
 Two models, each in every GGUF type: the tuned tiny Gemma 2, and a tiny Gemma 1 with loud random weights. Compared are
 the ids of texts, the logits of every position of prompts shorter and longer than the sliding window, greedy answers.
 """
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.record import ROOT, write_result
+
 TYPES = ("f32", "f16", "bf16", "q8_0")
 TEXTS = (
     "Hello world", "1234 5.6", "  two  spaces\n\n\nnew  lines" + "\n" * 10, "emoji 🙂 ünï 漢字",
@@ -175,8 +172,6 @@ def gemma_ft(*arguments: str) -> str:
 
 def main() -> None:
     """Measure and write the result file."""
-    from demo import processor  # beside this file
-
     parser = argparse.ArgumentParser(description="Compare llama.cpp with our model on exported GGUF files.")
     parser.add_argument("--run", type=Path, help="A finished run of recipes/sft_tiny.yaml.")
     options = parser.parse_args()
@@ -195,19 +190,8 @@ def main() -> None:
                 path = scratch / f"{folder.name}-{kind}.gguf"
                 gemma_ft("export", str(folder), "--to", "gguf", "--gguf-type", kind, "--out", str(path))
                 results.setdefault(name, {})[kind] = compare(folder, path, QUESTIONS)
-    commands += ["gemma-ft export HF --to gguf --gguf-type TYPE --out FILE.gguf", "python benchmarks/llama_parity.py"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    packages = ("llama-cpp-python", "gguf", "torch", "transformers", "gemma-ft")
-    result = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "accelerator": None},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "commit": commit.strip(),
-        "commands": commands,
-        "models": results,
-    }
-    target = ROOT / "benchmarks" / "results" / "llama_cpp.json"
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(target.relative_to(ROOT))
+    commands += ["gemma-ft export HF --to gguf --gguf-type TYPE --out FILE.gguf", "python -m benchmarks.llama_parity"]
+    write_result("llama_cpp", also=("llama-cpp-python", "gguf"), commands=commands, models=results)
 
 
 if __name__ == "__main__":

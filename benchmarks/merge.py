@@ -1,12 +1,9 @@
 """Trains the tiny recipe in several forms, merges each under every policy and dtype, and writes the certificates that
 docs/merging.md quotes to benchmarks/results/merge.json, with machine, versions, commit and commands.
 
-    .venv/bin/python benchmarks/merge.py
+    .venv/bin/python -m benchmarks.merge
 """
 
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.record import ROOT, write_result
+
 SHORT = ["train.max_steps=30", "eval.generate_rows=0"]
 ARMS = {
     "nf4": [],  # make demo
@@ -70,16 +68,7 @@ def main() -> None:
             subprocess.run(python, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             arms[name] = {"command": " ".join(command), "merges": merges(run)}
             print(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": runtime.versions(),
-        "commit": commit.strip(),
-        "arms": arms,
-    }
-    target = ROOT / "benchmarks" / "results" / "merge.json"
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(target.relative_to(ROOT))
+    write_result("merge", arms=arms)
 
 
 if __name__ == "__main__":

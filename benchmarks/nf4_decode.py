@@ -2,21 +2,19 @@
 bitsandbytes for AVX512-BF16, in turns; and how far the logits of each are from nf4's float32 truth. Writes
 benchmarks/results/nf4_decode.json with machine, versions and commit.
 
-    .venv/bin/python benchmarks/nf4_decode.py
+    .venv/bin/python -m benchmarks.nf4_decode
 """
 
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo import processor
 
+from benchmarks.record import write_result
 from gemma_ft import runtime
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.load import load_base
@@ -24,7 +22,6 @@ from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.weights import Source
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, ROUNDS, BATCHES = 8, 5, (1, 8)
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 2048}
 
@@ -86,24 +83,14 @@ def main() -> None:
     runtime.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         arms = measure(random_model(Path(folder)))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    result = {
-        "command": ".venv/bin/python benchmarks/nf4_decode.py",
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": None,
-        },
-        "versions": runtime.versions(),
-        "commit": commit.strip(),
-        "shape": SHAPE,
-        "arms": arms,
-    }
-    target = ROOT / "benchmarks" / "results" / "nf4_decode.json"
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(arms, indent=2))
-    print(target.relative_to(ROOT))
+    write_result(
+        "nf4_decode",
+        command=".venv/bin/python -m benchmarks.nf4_decode",
+        threads=torch.get_num_threads(),
+        shape=SHAPE,
+        arms=arms,
+    )
 
 
 if __name__ == "__main__":

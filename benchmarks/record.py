@@ -1,0 +1,37 @@
+"""Result files: what was measured, on which machine, with which versions, at which commit."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_ft import runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> None:
+    """Write benchmarks/results/`name`.json and say so. `also`: further packages whose versions matter."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    result = {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "accelerator": accelerator},
+        "versions": runtime.versions() | {package: metadata.version(package) for package in also},
+        "commit": commit.strip(),
+        **measured,
+    }
+    target = ROOT / "benchmarks" / "results" / f"{name}.json"
+    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(target.relative_to(ROOT))
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
