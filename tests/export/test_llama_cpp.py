@@ -15,6 +15,7 @@ from benchmarks.llama_parity import (
     QUESTIONS,
     TEXTS,
     TYPES,
+    amx_fault,
     llama_greedy,
     llama_logits,
     loud_gemma_1,
@@ -58,6 +59,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def opened(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterator[tuple[Path, Path, Any]]:
     """Folder, file and llama.cpp of one family in one type."""
     family, kind = request.param
+    if fault := amx_fault(kind):
+        pytest.skip(fault)
     llama = open_gguf(files[f"{family}-{kind}"], max(LENGTHS) + 40)
     yield files[family], files[f"{family}-{kind}"], llama
     llama.close()
