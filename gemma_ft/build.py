@@ -30,7 +30,7 @@ from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Data, Recipe
-from gemma_ft.weights import Source
+from gemma_ft.weights import Source, pinned
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
 
@@ -174,7 +174,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
         config._attn_implementation = attention
         model = GemmaForCausalLM(config).to(runtime.default_device())
     else:
-        source = weights_source(recipe)
+        source = pinned(weights_source(recipe))
         kind = recipe.quantize.kind if recipe.quantize else None
         double_quant = recipe.quantize.double_quant if recipe.quantize else True
         model = load_base(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
@@ -190,7 +190,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
         model,
         **recipe.adapter.model_dump(),
         base=source.name,
-        revision=getattr(model.config, "_commit_hash", None) or source.revision,
+        revision=source.revision,
     ), source
 
 

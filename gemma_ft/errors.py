@@ -32,7 +32,7 @@ class DiskError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Loss or gradients became NaN or infinite, again and again."""
+    """Loss, gradients or logits became NaN or infinite."""
 
     exit_code = 5
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from gemma_ft import runtime
-from gemma_ft.adapters.quantize import allow_packing, keep_trainable, quantization_config
+from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
 from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
@@ -20,7 +20,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
-from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of
+from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of, pinned
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -61,16 +61,14 @@ def load_base(
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
-    _check_folder(source)
+    folder = _checked_folder(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
-    if source.revision is not None:
-        options["revision"] = source.revision
     if quantize is not None:
         options["quantization_config"] = quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype)
     try:
-        model = GemmaForCausalLM.from_pretrained(source.name, **options)
+        model = GemmaForCausalLM.from_pretrained(str(folder), **options)
     except UserError:
         raise
     except (*LOAD_ERRORS, ImportError) as error:
@@ -86,46 +84,57 @@ def load_base(
 class Place:
     """What a name that a user gives stands for: the base, the adapter on it, and what was agreed when it was trained.
 
-    `folder` holds the tokenizer; None: it is the hub id's.
+    `folder` holds the tokenizer. A hub id has been downloaded, and is pinned to its commit.
     """
 
     base: Source
     adapter: Path | None
-    folder: Path | None
+    folder: Path
     contract: Contract | None
+
+    @property
+    def trained_in(self) -> str:
+        """The name of the dtype to compute in unless another is asked for: that of training, where it is known."""
+        return (self.contract.precision if self.contract is not None else None) or "bf16"
+
+    @property
+    def trained_over(self) -> Kind | None:
+        """How the frozen weights were stored while the adapter was trained."""
+        return self.contract.quantize if self.contract is not None and self.adapter is not None else None
 
 
 def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     """The place of a run directory, an adapter folder, a model folder or a hub id; `adapter`: one to put on it.
 
     A run directory stands for its adapter on its base, or for its fully tuned model.
-    Raises: UserError when there is no such model, when the adapter's base cannot be found, or is not the one that the
-    adapter was trained on.
+    Raises: UserError when there is no such model, or the adapter's base cannot be found.
     """
-    folder = Path(located(str(path)))
+    folder, hub = Path(located(str(path))), None
+    if not folder.exists():
+        hub = pinned(model_source(str(path)))
+        folder = folder_of(hub, downloaded=True)
     own = _adapter_in(folder)
     found = own if adapter is None else _adapter_in(Path(adapter))
     if adapter is not None and found is None:
         raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
     if own is None and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
-    if folder.is_dir() and (folder / "config.json").is_file():
-        source = model_source(str(folder))
+    if (folder / "config.json").is_file():
+        source = hub or model_source(str(folder))
     elif own is not None:
-        source = _base_of(own)
+        source = pinned(_base_of(own))
     elif folder.is_dir():
         raise UserError(
             f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
         )
     else:
-        source = model_source(str(path))
+        source = model_source(str(path))  # a file: refused
     if found is not None and not (found / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{found}: no {ADAPTER_WEIGHTS} in it; other forms of weights are not opened")
-    base = Path(source.name) if Path(source.name).is_absolute() else None
+    base = folder_of(source, downloaded=True)
     # An adapter of another toolkit may come without a tokenizer: then the base's serves.
     beside = found if found is not None and (found / "tokenizer_config.json").is_file() else base
-    agreed = found or base
-    return Place(source, found, beside, Contract.read(agreed) if agreed is not None else _contract_on_hub(source))
+    return Place(source, found, beside, Contract.read(found or base))
 
 
 def check_base(place: Place) -> None:
@@ -170,15 +179,22 @@ def load_model(
         raise UserError(f"quantize: expected nf4, int8 or auto, got {quantize!r}")
     if dtype == torch.float16:
         raise UserError("dtype: float16 overflows in Gemma, whose activations pass 65504; use bfloat16 or float32")
-    place = place_of(path, adapter)
+    return model_at(place_of(path, adapter), dtype=dtype, quantize=quantize, device=device)
+
+
+def model_at(
+    place: Place, *, dtype: torch.dtype, quantize: str | None, device: torch.device | str | None = None
+) -> Any:
+    """The model of a place; the rest as `load_model`."""
     check_base(place)
-    contract, double_quant = place.contract, True
-    if contract is not None and place.adapter is not None:
-        double_quant = contract.double_quant
-    if quantize == "auto":
-        quantize = contract.quantize if contract is not None and place.adapter is not None else None
+    double_quant = place.contract is None or place.adapter is None or place.contract.double_quant
     model = load_base(
-        place.base, dtype=dtype, quantize=quantize, double_quant=double_quant, device=device, trainable=False
+        place.base,
+        dtype=dtype,
+        quantize=place.trained_over if quantize == "auto" else quantize,
+        double_quant=double_quant,
+        device=device,
+        trainable=False,
     )
     if place.adapter is not None:
         model = _with_adapter(model, place.adapter)
@@ -257,31 +273,16 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return wrapped
 
 
-def _check_folder(source: Source) -> None:
-    """Raises UserError for a local model folder whose weights are no whole safetensors, or with an adapter in it."""
-    folder = Path(source.name)
-    if not folder.is_absolute():
-        return
+def _checked_folder(source: Source) -> Path:
+    """The folder of a model. Raises: UserError where its weights are no whole safetensors, or an adapter lies in it."""
+    folder = folder_of(source)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder}: an adapter lies in this model folder and would be put on unasked; move it to its own folder"
+            f"{source.name}: an adapter lies in this model folder and would be put on unasked; "
+            "move it to its own folder"
         )
     WeightFiles.open(folder)
-
-
-def _contract_on_hub(source: Source) -> Contract | None:
-    """The contract of a hub id; None where it has none, or nothing of it can be reached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Contract.read(Path(hf_hub_download(source.name, CONTRACT, revision=source.revision)).parent)
-    except EntryNotFoundError:
-        return None
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises many kinds; each becomes one line for the user
-        raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
+    return folder
 
 
 def _numerics_hash(folder: Path) -> str:

@@ -129,6 +129,14 @@ class WeightFiles:
         return digest.hexdigest()
 
 
+def pinned(source: Source) -> Source:
+    """A folder as it is; a hub id with the commit that its revision stands for now, downloaded.
+
+    Raises: UserError in one line.
+    """
+    return source if Path(source.name).is_absolute() else Source(source.name, folder_of(source).name)
+
+
 def folder_of(source: Source, *, downloaded: bool = False) -> Path:
     """The local folder of a source; of a hub id the one in its cache, downloaded first unless it already is.
 

@@ -25,7 +25,7 @@ Adapter = Annotated[
 ]
 Dtype = Annotated[
     DtypeName | None,
-    typer.Option("--dtype", help="Numbers to compute in; without it: bf16."),
+    typer.Option("--dtype", help="Numbers to compute in; without it: those of training."),
 ]
 Quantize = Annotated[
     QuantizeName,

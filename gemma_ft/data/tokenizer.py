@@ -125,6 +125,16 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder brings a chat template of its own."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 def _tokenizer_folder(path_or_hub_id: str, revision: str | None) -> Path:
     """A local folder that holds the tokenizer's files, downloaded when the name is a hub id.
 

@@ -151,7 +151,7 @@ def _place(base: Source | None, adapter: Path | None) -> Place | None:
     """Base and adapter together; an adapter names its own base."""
     if adapter is not None:
         return place_of(adapter)
-    return Place(base, None, None, None) if base is not None else None
+    return Place(base, None, folder_of(base), None) if base is not None else None
 
 
 def chosen_models(subject: Subject, names: Sequence[str] | None) -> list[str]:

@@ -21,6 +21,7 @@ from gemma_ft.export.run_record import RunRecord, public, read_record
 from gemma_ft.export.terms import Terms, terms_of
 from gemma_ft.load import LOAD_ERRORS, Place
 from gemma_ft.model.config import PRESETS
+from gemma_ft.weights import folder_of
 
 CARD, NOTICE = "README.md", "NOTICE"
 
@@ -79,6 +80,6 @@ def config_of(place: Place) -> PreTrainedConfig:
     if not Path(place.base.name).is_absolute() and preset in PRESETS:
         return PRESETS[preset].config()
     try:
-        return AutoConfig.from_pretrained(place.base.name, revision=place.base.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(folder_of(place.base)), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise UserError(hub_reason(error, place.base.name, kind="model", revision=place.base.revision)) from error

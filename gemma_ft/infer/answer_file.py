@@ -40,7 +40,8 @@ class AnswerFile:
         """
         self._check_places()
         self.done, self._bytes = (0, 0) if overwrite or not self.path.exists() else self._whole_lines()
-        if self.done:
+        torn = not overwrite and not self.done and self.path.exists() and self.path.stat().st_size > 0
+        if self.done or torn:  # a first answer that was cut off has its settings beside it too
             self._check_settings()
         elif not overwrite and self.settings_path.exists() and not self._settings_are_ours():
             raise UserError(f"{self.settings_path}: exists, and is not ours; another --output leaves it alone")

@@ -125,9 +125,8 @@ def loading_of(place: Place, *, dtype: str | None, quantize: str) -> dict[str, s
     same work is the same.
     """
     if quantize == "auto":
-        trained = place.contract.quantize if place.contract is not None and place.adapter is not None else None
-        quantize = trained or "none"
-    return {"dtype": dtype or "bf16", "quantize": quantize}
+        quantize = place.trained_over or "none"
+    return {"dtype": dtype or place.trained_in, "quantize": quantize}
 
 
 def _ids(session: Session, prompt: Prompt, bad: BadRows) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gemma_ft.errors import UserError
+from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.infer.sampling import Sampler, Sampling, next_tokens
 from gemma_ft.model.kv_cache import KVCache
 
@@ -114,8 +114,8 @@ class Engine:
         """One token for every request that speaks, then one pass over prompts in line, whose first tokens come with
         it. Empty while a long prompt is read, and when there is nothing to do.
 
-        Raises: UserError when the model's logits are not finite. After any error, requests that were active are to be
-        cancelled before the next step.
+        Raises: NonFiniteError when the model's logits are not finite. After any error, requests that were active are
+        to be cancelled before the next step.
         """
         assert not self._native.training, "the model must be in eval mode"
         emitted = self._decode() if self._speaking else []
@@ -174,7 +174,7 @@ class Engine:
         logits = self._native.head_logits(hidden)
         tokens = next_tokens(logits, [live.sampler for live in speakers]).tolist()
         if -1 in tokens:
-            raise UserError("the model's logits are not finite; its weights are damaged")
+            raise NonFiniteError("the model's logits are not finite; its weights are damaged")
         return [self._took(live, token) for live, token in zip(speakers, tokens, strict=True)]
 
     def _took(self, live: _Live, token: int) -> Emitted:

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 
+from gemma_ft import runtime
 from gemma_ft.contract import CONTRACT
-from gemma_ft.data.chat import ChatEncoder, chat_template
+from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
+from gemma_ft.data.tokenizer import has_chat_template
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.text import TextStream
-from gemma_ft.load import Place, load_model, load_tokenizer, place_of
+from gemma_ft.load import Place, load_tokenizer, model_at, place_of
 
 
 @dataclass
@@ -78,28 +80,27 @@ def open_session(
     max_batch: int = 1,
 ) -> Session:
     """A session from a run directory, an adapter, a model folder or a hub id; the options are `load_model`'s (dtype
-    None: bfloat16), and the Engine's.
+    None: that of training, else bfloat16), and the Engine's.
 
     Raises: UserError when there is no such model, or it would not be asked as it was trained.
     """
     place = place_of(path, adapter)
-    tokenizer = load_tokenizer(
-        place.folder or place.base.name, revision=place.base.revision if not place.folder else None
-    )
+    tokenizer = load_tokenizer(place.folder)
     notes: list[str] = []
     if place.contract is not None:
         encoder = place.contract.encoder(tokenizer, path)
     else:
         encoder = ChatEncoder(tokenizer)
-        notes = _notes_without_contract(path, place, tokenizer)
-    model = load_model(path, dtype=dtype or torch.bfloat16, quantize=quantize, adapter=adapter, device=device)
+        notes = _notes_without_contract(path, place)
+    dtype = dtype or runtime.dtype_by_name(place.trained_in)
+    model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)
 
 
-def _notes_without_contract(path: str | Path, place: Place, tokenizer: Any) -> list[str]:
+def _notes_without_contract(path: str | Path, place: Place) -> list[str]:
     """What a user should know of a model that does not say how it was trained."""
-    if place.adapter is None and tokenizer.chat_template == chat_template("fold"):  # the loader's: it has none itself
+    if place.adapter is None and not has_chat_template(place.folder):
         return [f"{path}: a base model without a chat template; it was never tuned to answer"]
     unchecked = "; whether its adapter belongs to this base cannot be checked" if place.adapter is not None else ""
     return [f"{path}: no {CONTRACT} with it; a system text goes before the first question (fold){unchecked}"]

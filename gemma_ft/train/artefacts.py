@@ -33,12 +33,11 @@ def save_result(
     serves the model must keep to: template hash, stop ids, system policy, one BOS.
     """
     full = recipe.strategy == "full"
-    base = source and Source(source.name, getattr(model.config, "_commit_hash", None) or source.revision)
     contract = contract_of(
         encoder,
-        base=base.name if base else None,
-        revision=base.revision if base else None,
-        base_sha256=WeightFiles.open(folder_of(base, downloaded=True)).fingerprint() if base else None,
+        base=source.name if source else None,
+        revision=source.revision if source else None,
+        base_sha256=WeightFiles.open(folder_of(source, downloaded=True)).fingerprint() if source else None,
         preset=recipe.model.preset,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,

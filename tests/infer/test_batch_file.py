@@ -174,7 +174,12 @@ def test_files_of_other_hands_are_refused(work: Work) -> None:
     path = Path("out.jsonl")
     path.write_text('{"mine": 1}\n')
     assert refused(lambda: work().run(tiny_session())) == f"out.jsonl:1: is not the answer to row 1; {AGAIN}"
-    path.write_text('{"index": 0}\n')
+    for text in ('{"index": 0}\n', '{"mine": "and no line end"}'):
+        path.write_text(text)
+        assert refused(lambda: work().run(tiny_session())) == (
+            f"out.jsonl: exists, and no out.jsonl.settings.json says how it was made; {AGAIN}"
+        )
+        assert path.read_text() == text
     assert refused(lambda: work().run(tiny_session())) == (
         f"out.jsonl: exists, and no out.jsonl.settings.json says how it was made; {AGAIN}"
     )
@@ -319,11 +324,11 @@ def test_no_symbolic_link_is_followed(work: Work, name: str, there: bool) -> Non
 
 
 def test_options_left_out_are_those_spelled_out(tmp_path: Path) -> None:
-    """bf16, and the weights as the adapter was trained over; an adapter's base is not quantized where it says none."""
+    """As it was trained; bf16 where nothing says; an adapter's base is not quantized where it says none."""
     place = place_of(TINY)
     assert loading_of(place, dtype=None, quantize="auto") == loading_of(place, dtype="bf16", quantize="none")
-    contract: Any = SimpleNamespace(quantize="nf4")
+    contract: Any = SimpleNamespace(quantize="nf4", precision="float32")
     trained = replace(place, adapter=tmp_path, contract=contract)
-    assert loading_of(trained, dtype=None, quantize="auto") == {"dtype": "bf16", "quantize": "nf4"}
+    assert loading_of(trained, dtype=None, quantize="auto") == {"dtype": "float32", "quantize": "nf4"}
     merged = replace(trained, adapter=None)
-    assert loading_of(merged, dtype="float32", quantize="auto") == {"dtype": "float32", "quantize": "none"}
+    assert loading_of(merged, dtype="bf16", quantize="auto") == {"dtype": "bf16", "quantize": "none"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from peft.utils.integrations import dequantize_module_weight
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import allow_packing, keep_trainable
@@ -92,7 +93,20 @@ def test_nf4_in_float32_answers_alike_batched_and_alone(folder: Path) -> None:
     assert answers(model, 4) == answers(model, 1)
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_quantized_models_answer_in_bf16(folder: Path, quantize: str) -> None:
-    found = answers(load_model(folder, quantize=quantize), 3)
-    assert all(len(answer.ids) == 12 or answer.stopped for answer in found)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("quantize", "within"), [("nf4", 1e-2), ("int8", 5e-2)])
+def test_a_quantized_model_says_what_its_dequantized_weights_say(
+    folder: Path, quantize: str, within: float, dtype: torch.dtype
+) -> None:
+    """int8 also rounds activations, to 8 bits of each row's largest: 1/254, through 14 products."""
+    ids = token_rows()
+    model, exact = load_model(folder, dtype=dtype, quantize=quantize), load_model(folder, dtype=torch.float32)
+    with torch.no_grad():
+        unrounded = exact(ids).logits
+        for name, module in exact.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.copy_(dequantize_module_weight(model.get_submodule(name)))
+        expected, found = exact(ids).logits, model(ids).logits
+    assert relative(found, expected) <= within * (1 if dtype == torch.float32 else 4)
+    assert relative(unrounded, expected) > 1e-2, "quantization is hardly seen: a weak test"
+    assert all(len(answer.ids) == 12 or answer.stopped for answer in answers(model, 3))

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
+from gemma_ft.infer.session import open_session
 from gemma_ft.load import load_model, place_of
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.weights import Source, WeightFiles
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
+HubCache = Callable[..., Path]
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """Puts copies of folders into a hub cache as one repository; returns its snapshot."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str, *folders: Path) -> Path:
+        commit = hashlib.sha1(name.encode()).hexdigest()
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        for folder in folders:
+            shutil.copytree(folder, repository / "snapshots" / commit, dirs_exist_ok=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        return repository / "snapshots" / commit
+
+    return put
 
 
 @pytest.fixture
@@ -45,8 +63,57 @@ def test_a_run_an_adapter_a_folder_and_a_hub_id(run: Path, small_gemma: Path) ->
     assert place_of(small_gemma, run / "adapter").adapter == run / "adapter"
     plain = place_of(small_gemma)
     assert (plain.base, plain.adapter, plain.folder, plain.contract) == (base, None, small_gemma, None)
-    hub = place_of("google/gemma-2b")
-    assert (hub.base, hub.adapter, hub.folder, hub.contract) == (Source("google/gemma-2b", None), None, None, None)
+
+
+def test_the_contract_of_a_hub_id_is_read(run: Path, small_gemma: Path, tmp_path: Path, hub_cache: HubCache) -> None:
+    contract = json.loads((run / "adapter" / "gemma_ft.json").read_text())
+    (tmp_path / "contract").mkdir()
+    (tmp_path / "contract" / "gemma_ft.json").write_text(json.dumps({**contract, "system": "drop"}))
+    hub_cache("me/merged", small_gemma, tmp_path / "contract")
+    found = place_of("me/merged").contract
+    assert found is not None
+    assert found.system == "drop"
+
+
+def test_a_hub_id_is_what_its_files_are(run: Path, small_gemma: Path, hub_cache: HubCache) -> None:
+    """A model, an adapter, or a model with an adapter in it, which would be put on unasked."""
+    model, adapter = hub_cache("me/model", small_gemma), hub_cache("me/adapter", run / "adapter")
+    plain = place_of("me/model")
+    assert (plain.base, plain.adapter, plain.folder) == (Source("me/model", model.name), None, model)
+    tuned = place_of("me/adapter")
+    assert (tuned.base, tuned.adapter, tuned.folder) == (Source(str(small_gemma), None), adapter, adapter)
+    assert tuned.contract == Contract.read(run / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert load_model("me/adapter")(ids).logits.equal(load_model(run)(ids).logits)
+    hub_cache("me/both", small_gemma, run / "adapter")
+    with pytest.raises(UserError) as raised:
+        load_model("me/both")
+    assert str(raised.value) == (
+        "me/both: an adapter lies in this model folder and would be put on unasked; move it to its own folder"
+    )
+
+
+def test_an_adapter_of_a_hub_base_is_pinned_to_its_commit(
+    recipe_for: RecipeFor, train: Train, small_gemma: Path, hub_cache: HubCache
+) -> None:
+    model = hub_cache("me/model", small_gemma)
+    loaded = recipe_for("train.max_steps=1", "model.weights=me/model")
+    train(loaded)
+    adapter = Path(loaded.recipe.output_dir) / "adapter"
+    contract, config = Contract.read(adapter), json.loads((adapter / "adapter_config.json").read_text())
+    assert contract is not None
+    assert (contract.base, contract.revision) == ("me/model", model.name)
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/model", model.name)
+    assert place_of(adapter).base == Source("me/model", model.name)
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("float32", torch.float32), (None, torch.bfloat16)])
+def test_a_session_computes_as_it_was_trained(run: Path, stored: str | None, asked: torch.dtype) -> None:
+    path = run / "adapter" / "gemma_ft.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": stored}))
+    assert open_session(run).model.get_input_embeddings().weight.dtype == asked
+    assert open_session(run, dtype=torch.bfloat16).model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_auto_is_the_quantization_of_the_training(run: Path, small_gemma: Path) -> None:
@@ -211,20 +278,3 @@ def test_a_model_is_never_ignored_beside_an_adapter(run: Path, tmp_path: Path) -
     assert str(caught.value) == (
         f"{tmp_path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
     )
-
-
-def test_the_contract_of_a_hub_id_is_read(run: Path, tmp_path: Path) -> None:
-    """From the hub's cache; a process of its own, for the cache's place is read at import."""
-    snapshot = tmp_path / "hub" / "models--me--merged" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    contract = json.loads((run / "adapter" / "gemma_ft.json").read_text())
-    (snapshot / "gemma_ft.json").write_text(json.dumps({**contract, "system": "drop"}))
-    script = "from gemma_ft.load import place_of; print(place_of('me/merged').contract.system)"
-    found = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert found.stdout == "drop\n"

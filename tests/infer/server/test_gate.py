@@ -81,6 +81,12 @@ def test_with_the_key(locked: Served) -> None:
     assert read_all(raw(locked, two.encode())).startswith(b"HTTP/1.1 401 ")
 
 
+def test_behind_a_proxy_the_key_alone_decides(locked: Served) -> None:
+    """A proxy passes on the Host that it was asked for; a page whose name was moved here cannot know the key."""
+    for key, status in ((KEY, 200), ("wrong", 401)):
+        assert locked.ask("GET", "/v1/models", Host="gemma.example", Authorization=f"Bearer {key}").status == status
+
+
 def test_the_key_is_in_no_representation() -> None:
     assert KEY not in repr(Binding("127.0.0.1", 0, KEY))
 
@@ -211,7 +217,8 @@ def test_connections_are_counted(impatient: Served) -> None:
 )  # fmt: skip
 def test_what_is_not_http(served: Served, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     answer = read_all(raw(served, content))
-    if answer:
+    too_long = len(content) > 65_536  # closed with bytes unread: the system may drop the answer on its way
+    if answer or not too_long:
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "this is not HTTP/1.1"
     assert served.ask("GET", "/health").status == 200
@@ -238,6 +245,9 @@ def test_metrics_can_be_read(served: Served) -> None:
         assert set(kinds.values()) == {"counter", "gauge", "histogram"}
         return found
 
+    served.chat(max_tokens=1)
+    served.ask("GET", "/nowhere")
+    read()
     before = read()
     usage = json.loads(served.chat(max_tokens=3).content)["usage"]
     for name in range(20):
@@ -257,7 +267,7 @@ def test_metrics_can_be_read(served: Served) -> None:
     assert buckets == sorted(buckets)
     assert buckets[-1] == after[f"gemma_ft_request_seconds_count{{{route}}}"]
     assert (after["gemma_ft_active"], after["gemma_ft_queue_length"]) == (0, 0)
-    assert len(after) - len(before) <= 40
+    assert after.keys() == before.keys()
 
 
 def test_a_prompt_counts_once_however_many_answers_it_gets(served: Served) -> None:
