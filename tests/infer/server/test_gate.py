@@ -249,7 +249,7 @@ def test_metrics_can_be_read(served: Served) -> None:
     served.ask("GET", "/nowhere")
     read()
     before = read()
-    usage = json.loads(served.chat(max_tokens=3).content)["usage"]
+    usage = json.loads(served.chat(max_tokens=3, temperature=0).content)["usage"]
     for name in range(20):
         served.ask("GET", f"/{name}")
     after = read()
@@ -278,5 +278,5 @@ def test_a_prompt_counts_once_however_many_answers_it_gets(served: Served) -> No
         return int(float(found[1]))
 
     before = counted()
-    usage = json.loads(served.chat(max_tokens=1, n=3).content)["usage"]
+    usage = json.loads(served.chat(max_tokens=1, n=3, temperature=0).content)["usage"]
     assert counted() - before == usage["prompt_tokens"] == 12
