@@ -14,7 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.template import SystemPolicy
+from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.weights import ADAPTER_WEIGHTS, file_hash
 
 CONTRACT = "gemma_ft.json"
 ONE_BOS = "once, at the start of every sequence"
@@ -25,7 +27,7 @@ class Contract:
     """What was trained, as far as a server must know it."""
 
     template_sha256: str  # of the chat template under the system policy
-    tokenizer_sha256: str  # of the vocabulary
+    tokenizer_sha256: str  # data.tokenizer.ContentEncoder.sha256: vocabulary, merges, added tokens
     stop_ids: list[int]
     system: SystemPolicy
     bos: str = ONE_BOS
@@ -37,7 +39,8 @@ class Contract:
     double_quant: bool = True
     precision: Literal["bf16", "float32"] | None = None  # dtype of frozen weights and activations in training
     numerics_sha256: str | None = None  # model.config.numerics_hash of the base's config.json
-    adapter_sha256: str | None = None  # of the bytes of adapter_model.safetensors
+    adapter_sha256: str | None = None  # adapter_hash
+    pieces_sha256: str | None = None  # of the bytes of tokenizer.model, where there is one
 
     @classmethod
     def read(cls, folder: Path) -> Contract | None:
@@ -71,11 +74,14 @@ class Contract:
             raise UserError(f"{where}: trained with BOS {self.bos!r} ({CONTRACT}), which this version cannot serve")
         if sorted(encoder.stop_ids) != sorted(self.stop_ids):
             raise UserError(f"{where}: stop ids {encoder.stop_ids}, but trained with {self.stop_ids}; {_RESTORE}")
-        if vocabulary_hash(tokenizer) != self.tokenizer_sha256:
+        if encoder.content.sha256 != self.tokenizer_sha256:
             raise UserError(f"{where}: its vocabulary is not the one that was trained ({CONTRACT}); {_RESTORE}")
+        if self.pieces_sha256 is not None and pieces_hash(tokenizer) not in (None, self.pieces_sha256):
+            raise UserError(f"{where}: its {PIECES} is not the one that was trained ({CONTRACT}); {_RESTORE}")
         return encoder
 
 
+_OF_THE_PLACE = {"base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode", "peft_version"}
 _RESTORE = "restore the tokenizer files that were saved with it"
 
 
@@ -83,16 +89,33 @@ def contract_of(encoder: ChatEncoder, **facts: Any) -> Contract:
     """The contract of what an encoder's chats trained; `facts` are the fields that tell of base and quantization."""
     return Contract(
         template_sha256=encoder.template_hash,
-        tokenizer_sha256=vocabulary_hash(encoder.tokenizer),
+        tokenizer_sha256=encoder.content.sha256,
+        pieces_sha256=pieces_hash(encoder.tokenizer),
         stop_ids=encoder.stop_ids,
         system=encoder.system_policy,
         **facts,
     )
 
 
-def vocabulary_hash(tokenizer: Any) -> str:
-    """SHA-256 (hex) of all tokens with their ids: Gemma's merges follow from them."""
-    return sha256_of(json.dumps(sorted(tokenizer.get_vocab().items())))
+def pieces_hash(tokenizer: Any) -> str | None:
+    """SHA-256 (hex) of the tokenizer.model that a tokenizer was opened beside, or None."""
+    pieces = Path(tokenizer.name_or_path) / PIECES
+    return file_hash(pieces) if pieces.is_file() else None
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 (hex) of an adapter's weights, byte for byte, and of what its config makes of them: not of where its base
+    lies or which class was wrapped.
+
+    Raises: UserError when one of the two cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        decides = {key: value for key, value in config.items() if key not in _OF_THE_PLACE}
+        return sha256_of(json.dumps([file_hash(folder / ADAPTER_WEIGHTS), decides], sort_keys=True))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged; restore it from where the adapter was trained") from error
 
 
 def sha256_of(text: str) -> str:

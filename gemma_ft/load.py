@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
-from gemma_ft.contract import CONTRACT, Contract
+from gemma_ft.adapters.saved import adapter_config, first_line
+from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError
-from gemma_ft.model.config import numerics_hash
+from gemma_ft.model.config import numerics_hash, read_config
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
-from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of, pinned
+from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -142,8 +142,11 @@ def check_base(place: Place) -> None:
     contract, adapter = place.contract, place.adapter
     if adapter is None or contract is None:
         return
-    if contract.adapter_sha256 not in (None, file_hash(adapter / ADAPTER_WEIGHTS)):
-        raise UserError(f"{adapter}/{ADAPTER_WEIGHTS}: is not the file that was saved ({CONTRACT}); fetch it again")
+    if contract.adapter_sha256 is not None and contract.adapter_sha256 != adapter_hash(adapter):
+        raise UserError(
+            f"{adapter}: {ADAPTER_WEIGHTS} or adapter_config.json is not the file that was saved ({CONTRACT}); "
+            "fetch both again"
+        )
     if contract.base_sha256 is None:
         return
     folder = folder_of(place.base)
@@ -230,27 +233,6 @@ def _base_of(adapter: Path) -> Source:
         raise UserError(f"{error}; or give the base as MODEL, and this with --adapter") from error
 
 
-def adapter_config(adapter: Path) -> Any:
-    """PEFT's config of a LoRA, rsLoRA or DoRA adapter, which live wholly in the layers that they wrap.
-
-    Raises: UserError for other kinds, whose work is done by PEFT's wrapper around the model, and would be lost.
-    """
-    from peft import LoraConfig, PeftConfig
-
-    path = adapter / "adapter_config.json"
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as a PEFT adapter: {error}") from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
-        raise UserError(f"{path}: a {kind} adapter is not supported; only LoRA, rsLoRA and DoRA are")
-    odd = next((name for name in ("alora_invocation_tokens", "layer_replication") if getattr(config, name, None)), None)
-    if odd is not None:
-        raise UserError(f"{path}: {odd} is set, which is not supported; only plain LoRA, rsLoRA and DoRA are")
-    return config
-
-
 def _with_adapter(model: Any, folder: Path) -> Any:
     """`model` with the adapter of a folder on it. Raises: UserError when any tensor of it is damaged, missing, or has
     no place: PEFT would go on without it.
@@ -262,8 +244,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{folder}: does not fit its base: {first}") from error
+        raise UserError(f"{folder}: does not fit its base: {first_line(error)}") from error
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     lost = sorted(expected - set(files.names))
     foreign = sorted(set(files.names) - expected - wrapped.state_dict().keys())
@@ -287,6 +268,6 @@ def _checked_folder(source: Source) -> Path:
 
 def _numerics_hash(folder: Path) -> str:
     try:
-        return numerics_hash(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+        return numerics_hash(read_config(folder))
     except LOAD_ERRORS as error:
-        raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {error}") from error
+        raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {first_line(error)}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,9 +107,37 @@ def test_other_stop_ids_and_another_vocabulary_are_refused(tmp_path: Path) -> No
     assert refusal(tmp_path) == (
         "FOLDER: stop ids [1, 6], but trained with [1]; restore the tokenizer files that were saved with it"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("tokenizer.json", lambda spec: spec["model"]["merges"].pop(), "vocabulary"),
+        ("tokenizer.json", lambda spec: spec["model"]["vocab"].update(x=len(spec["model"]["vocab"])), "vocabulary"),
+        ("tokenizer.model", None, "tokenizer.model"),
+    ],
+    ids=["merges", "vocabulary", "pieces"],
+)
+def test_another_tokenizer_is_refused(
+    tmp_path: Path, name: str, damage: Callable[[dict[str, Any]], object] | None, what: str
+) -> None:
     saved(tmp_path)
-    change(tmp_path, tokenizer_sha256="0" * 64)
+    assert serve(tmp_path).content.encode("Hello")
+    path = tmp_path / name
+    if damage is None:
+        path.write_bytes(b"")
+    else:
+        spec = json.loads(path.read_text())
+        damage(spec)
+        path.write_text(json.dumps(spec))
     assert refusal(tmp_path) == (
-        "FOLDER: its vocabulary is not the one that was trained (gemma_ft.json); "
+        f"FOLDER: its {what} is not the one that was trained (gemma_ft.json); "
         "restore the tokenizer files that were saved with it"
     )
+
+
+def test_without_the_pieces_it_is_served_all_the_same(tmp_path: Path) -> None:
+    """What transformers saves has no tokenizer.model; tokenizer.json decides."""
+    saved(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    assert serve(tmp_path).content.encode("Hello")

@@ -15,7 +15,8 @@ FLOORS = [
     ["recipe", "runtime"],
     ["kernels"],
     ["data", "model", "adapters"],
-    ["weights", "contract"],
+    ["weights"],
+    ["contract"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["build", "checkpoint", "plan"],
     ["infer", "export"],

@@ -4,10 +4,13 @@ Every verb is one file that parses, calls one function and prints. torch and tra
 function, so that `--help` and completion stay fast.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -17,7 +20,7 @@ from gemma_ft.cli import chat, export, generate, merge, preview, recipes, report
 from gemma_ft.cli import eval as evaluation
 from gemma_ft.errors import DiskError, UserError
 
-CRASHED, MISUSED, INTERRUPTED = 1, 2, 130
+CRASHED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 LESS_MEMORY = "lower train.micro_batch_size and eval.batch_size, or set train.gradient_checkpointing=true"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -25,6 +28,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a failure is a plain line on stderr, never a traceback."""
     _open_closed_streams()
+    with _terminable():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command = typer.main.get_command(build_app())
     try:
         code = command.main(args=arguments, prog_name="gemma-ft", standalone_mode=False) or 0
@@ -34,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
+    except _Terminated:
+        return _say("stopped by a signal", TERMINATED)
     except BrokenPipeError:  # the reader of our output left, as `| head` does: nothing to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CRASHED
@@ -45,6 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name: torch is not imported here
             return _say(f"out of GPU memory; {LESS_MEMORY}", MISUSED)
         return _say_fault_of_ours(error)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: what was begun is cleared away on the way out, as at Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a verb as an exception does, unless the verb takes it over; python would end on the spot and leave
+    half-written folders.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be waited for
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_app() -> typer.Typer:

@@ -4,6 +4,7 @@ Gemma's turn tokens are ordinary added tokens to transformers, so neither `add_s
 `split_special_tokens=True` keeps a typed "<start_of_turn>" from becoming the token. Here nothing typed can.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class ContentEncoder:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         added = [token for token in spec["added_tokens"] if not is_text_token(token["content"])]
         control = {token["content"] for token in added} | set(CONTROL_TOKENS)
+        decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
+        self.sha256 = hashlib.sha256(json.dumps(decides).encode()).hexdigest()  # of what makes ids of a text
         self.control_ids = frozenset(tokenizer.get_vocab()[name] for name in control)
         self._backend = _without(spec, control)
 

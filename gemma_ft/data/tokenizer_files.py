@@ -8,6 +8,8 @@ from typing import Any
 
 from gemma_ft.data.template import SystemPolicy, chat_template
 
+PIECES = "tokenizer.model"
+
 
 def save_tokenizer(tokenizer: Any, folder: Path, *, system_policy: SystemPolicy | None) -> None:
     """Write the tokenizer's files, with the chat template of this system policy (None: its own), into `folder`.
@@ -24,6 +26,6 @@ def save_tokenizer(tokenizer: Any, folder: Path, *, system_policy: SystemPolicy 
         if type(error) is not Exception or code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
-    pieces = Path(tokenizer.name_or_path) / "tokenizer.model"
+    pieces = Path(tokenizer.name_or_path) / PIECES
     if pieces.is_file():
         copyfile(pieces, folder / pieces.name)

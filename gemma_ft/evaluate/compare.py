@@ -56,8 +56,8 @@ def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console,
     """
     _check_task_options(options)
     names = chosen_models(subject, options.models)
-    whole_run = subject.run is not None and options.rows is None and options.models is None
-    out = options.out or (subject.run.eval_results if subject.run is not None and whole_run else None)
+    as_it_is = (options.rows, options.models, options.metrics, options.window, options.stride) == (None,) * 5
+    out = options.out or (subject.run.eval_results if subject.run is not None and as_it_is else None)
     if out is not None:
         _check_out(out)
     if BASE in names:
@@ -220,7 +220,7 @@ def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _W
     tasks, requests = None, 0
     if options.tasks:
         tasks = Tasks(options.tasks, path=options.task_path, limit=options.task_limit, chat=options.task_chat)
-        requests = tasks.requests(data.encoder)
+        requests = tasks.requests(data.encoder, context=_context(recipe))
     display.about(data, pieces, questions, too_long, recipe)
     return _Work(subject, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, display)
 
@@ -248,12 +248,15 @@ def _tokenizer(subject: Subject, recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _context(recipe: Recipe) -> int:
+    return int(PRESETS[recipe.model.preset].config().max_position_embeddings)
+
+
 def _settings(subject: Subject, options: EvalOptions, recipe: Recipe) -> dict[str, Any]:
     """What decides the numbers, beside models and rows. Raises: UserError for windows that cannot be."""
     window = recipe.data.max_seq_len if options.window is None else options.window
     stride = max(1, window // 2) if options.stride is None else options.stride
-    context = PRESETS[recipe.model.preset].config().max_position_embeddings
-    check_window(window, stride, max(context, recipe.data.max_seq_len))
+    check_window(window, stride, max(_context(recipe), recipe.data.max_seq_len))
     return {
         "batch_size": options.batch_size or recipe.eval.batch_size,
         "max_rows": recipe.eval.max_rows,

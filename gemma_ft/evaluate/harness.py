@@ -51,11 +51,12 @@ class Tasks:
             self._loaded = _load(names, path)
         self.names = list(self._loaded["tasks"])
 
-    def requests(self, encoder: ChatEncoder) -> int:
-        """How many requests the tasks make of one model. Raises: UserError when a task's template does not fit its
-        rows.
+    def requests(self, encoder: ChatEncoder, *, context: int) -> int:
+        """How many requests the tasks make of one model that reads `context` tokens.
+
+        Raises: UserError when a task's template does not fit its rows, or it wants answers that the engine cannot give.
         """
-        lm = _model()(None, encoder, batch_size=1)
+        lm = _model()(None, encoder, batch_size=1, max_length=context)
         total = 0
         for name, task in self._loaded["tasks"].items():
             try:
@@ -71,6 +72,7 @@ class Tasks:
                 raise
             except Exception as error:  # templates and functions of a task raise anything
                 raise UserError(f"--tasks: {name}: its requests cannot be made: {_first_line(error)}") from error
+            _check_options(lm, name, task.instances)
             total += sum(instance.repeats for instance in task.instances)
         return total
 
@@ -106,6 +108,21 @@ class Tasks:
             for name, results in found["results"].items()
         }
         return {name: one for name, one in figures.items() if one}, lm.truncated
+
+
+def _check_options(lm: Any, name: str, instances: Sequence[Any]) -> None:
+    """Raises: UserError naming the task whose answers are asked for with options that cannot be."""
+    for instance in instances:
+        if instance.request_type != "generate_until":
+            continue
+        try:
+            lm.options_of(instance.args[1])
+        except UserError as error:
+            raise UserError(f"--tasks: {name}: {str(error).removeprefix('--tasks: ')}") from error
+        except (TypeError, ValueError) as error:  # the harness makes numbers of what stands there
+            raise UserError(
+                f"--tasks: {name}: generation_kwargs: {_first_line(error)}; mend them in the task"
+            ) from error
 
 
 def _figure_of(value: float, key: str, samples: Sequence[dict[str, Any]]) -> TaskFigure:

@@ -37,18 +37,25 @@ class NativeLM(TemplateLM):
     """A native model, or one that PEFT wrapped, in eval mode, as the harness sees it.
 
     `truncated` counts requests that were cut at the left because they did not fit the model's context. `on_progress`
-    hears how many more requests are done.
+    hears how many more requests are done. `max_length`: the context, where there is no model yet.
     """
 
     backend = "causal"
 
     def __init__(
-        self, model: Any, encoder: ChatEncoder, *, batch_size: int, on_progress: Callable[[int], None] | None = None
+        self,
+        model: Any,
+        encoder: ChatEncoder,
+        *,
+        batch_size: int,
+        on_progress: Callable[[int], None] | None = None,
+        max_length: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
         self.batch_size = batch_size
         self.truncated = 0
+        self._max_length = max_length
         self._on_progress = on_progress or (lambda done: None)
         self._collate = Collator(encoder.control.pad)
 
@@ -67,7 +74,7 @@ class NativeLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that the model can read at once."""
-        return int(self.model.config.max_position_embeddings)
+        return self._max_length or int(self.model.config.max_position_embeddings)
 
     @property
     def tokenizer_name(self) -> str:
@@ -199,9 +206,23 @@ class NativeLM(TemplateLM):
         ]
 
     def _request(self, context: str, options: dict[str, Any], *, seed: int) -> tuple[Request, list[str]]:
-        """What the engine is asked, and the strings that end the answer. Raises: UserError for options it lacks."""
+        """What the engine is asked, and the strings that end the answer. Raises: UserError as `options_of`."""
+        max_new_tokens, sampling, stop = self.options_of(options, seed=seed)
+        ids = self.tok_encode(context)
+        room = self.max_length - max_new_tokens
+        self.truncated += len(ids) > room
+        return Request(ids[-room:], max_new_tokens, sampling), stop
+
+    def options_of(self, options: dict[str, Any], *, seed: int = SEED) -> tuple[int, Sampling, list[str]]:
+        """A task's generation_kwargs as how long an answer may get, how it is chosen, and the strings that end it.
+
+        Raises: UserError for options that the engine lacks.
+        """
         known = dict(normalize_gen_kwargs(options, MAX_GEN_TOKS))
         stop = handle_stop_sequences(known.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        for text in stop:
+            if not isinstance(text, str):
+                raise UserError(f"--tasks: generation_kwargs: until: expected texts, got {text!r}; mend it in the task")
         max_new_tokens = known.pop("max_gen_toks")
         sampled = known.pop("do_sample")
         values = {name: known.pop(name) for name in SAMPLING if name in known}
@@ -214,11 +235,7 @@ class NativeLM(TemplateLM):
                 f"--tasks: max_gen_toks {max_new_tokens} leaves no room for a prompt in {self.max_length} tokens of "
                 "context; lower it in the task"
             )
-        ids = self.tok_encode(context)
-        room = self.max_length - max_new_tokens
-        self.truncated += len(ids) > room
-        sampling = Sampling(**values, seed=seed) if sampled else Sampling()
-        return Request(ids[-room:], max_new_tokens, sampling), stop
+        return max_new_tokens, Sampling(**values, seed=seed) if sampled else Sampling(), stop
 
 
 def _template(encoder: ChatEncoder) -> str:

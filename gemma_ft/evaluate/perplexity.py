@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
@@ -149,8 +150,13 @@ def head_loss(model: Any, states: Tensor, labels: Tensor) -> HeadLoss:
 
 
 def _native(model: Any) -> Any:
+    """The Gemma inside PEFT's wrapper. Raises: UserError when its head is more than one weight.
+
+    A head that was trained as a whole is one: PEFT's wrapper around it gives the `weight` that is switched on.
+    """
     native = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if type(native.lm_head) is not nn.Linear:
+    head = native.lm_head
+    if type(head.original_module if isinstance(head, ModulesToSaveWrapper) else head) is not nn.Linear:
         raise UserError("lm_head carries an adapter, which cannot be scored; merge the adapter first")
     return native
 

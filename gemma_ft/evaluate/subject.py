@@ -19,8 +19,10 @@ from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.canary import adapter_off
 from gemma_ft.evaluate.run_files import RunFiles
-from gemma_ft.export.merge import merge_into
+from gemma_ft.export.deltas import EMBEDDING
+from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
+from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, place_of
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
@@ -108,13 +110,46 @@ def find_subject(
         recipe = load_recipe(name, overrides).recipe
         run = RunFiles(Path(recipe.output_dir))
     has_run = run.recipe.is_file() and _finished(run)
+    if has_run and as_it_is and not folder.is_dir():
+        as_it_is = _measures_alike(recipe, load_recipe(run.recipe).recipe)
     tuned = run.model if has_run and run.model.is_dir() and adapter is None else None
     if adapter is None and has_run and tuned is None:
         adapter = run.adapter
     base = None if recipe.model.weights == FRESH else weights_source(recipe)
     if merged is not None and not (merged / "config.json").is_file():
         raise UserError(f"--merged {merged}: no config.json in it; give a folder that gemma-ft merge wrote")
-    return Subject(recipe, name, run if has_run and as_it_is else None, _place(base, adapter), tuned, merged)
+    place = _place(base, adapter)
+    if merged is not None and place is not None:
+        _check_merged(merged, place)
+    return Subject(recipe, name, run if has_run and as_it_is else None, place, tuned, merged)
+
+
+def _check_merged(merged: Path, place: Place) -> None:
+    """That a merged folder was made of the base and the adapter that it stands beside.
+
+    Raises: UserError where it says otherwise; a folder that does not say is taken as it is.
+    """
+    rows = [WeightFiles.open(folder).info(EMBEDDING).shape[0] for folder in (merged, folder_of(place.base))]
+    if rows[0] != rows[1]:
+        raise UserError(f"--merged {merged}: has {rows[0]} tokens, {place.base.name} {rows[1]}; give a merge of it")
+    contract = Contract.read(merged)
+    for field in ("base_sha256", "tokenizer_sha256", "template_sha256"):
+        said = [getattr(one, field, None) for one in (contract, place.contract)]
+        if None not in said and said[0] != said[1]:
+            what = field.partition("_")[0]
+            raise UserError(f"--merged {merged}: has another {what} than {place.adapter}; give a merge of that adapter")
+    adapters = (read_object(merged / FACTS) or {}).get("adapters")
+    adapters = [one.get("sha256") for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
+    if place.adapter is not None and adapters:
+        found = WeightFiles.open(place.adapter, "adapter_model").fingerprint()
+        if found not in adapters:
+            raise UserError(f"--merged {merged}: was not made of {place.adapter}; give a merge of that adapter")
+
+
+def _measures_alike(recipe: Recipe, other: Recipe) -> bool:
+    """Whether two recipes score the same rows in the same way."""
+    first, second = ((one.data, one.eval, one.train.precision, one.seed) for one in (recipe, other))
+    return first == second
 
 
 def _check_overrides(overrides: Sequence[str], where: str) -> None:

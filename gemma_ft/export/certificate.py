@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from gemma_ft.errors import UserError
+from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge import Progress, merge_into
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.export.probes import Probe, probes_for
@@ -69,7 +69,7 @@ def distance(
 ) -> Distance:
     """KL(P || Q), logit differences and agreement of two models over the probes, in float64.
 
-    `adapter_off`: P without its adapter.
+    `adapter_off`: P without its adapter. Raises: NonFiniteError, for `max` would let a NaN through as no difference.
     """
     kl_sum = kl_max = dlogit = largest = 0.0
     agreed = count = 0
@@ -82,6 +82,7 @@ def distance(
             with live.disable_adapter() if adapter_off else contextlib.nullcontext():
                 p = _logits(live, hidden_p[rows])
             q = _logits(merged, hidden_q[rows]).to(p.device)
+            _check_finite(live=p, merged=q)
             log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
             kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [rows]
             kl_sum, kl_max = kl_sum + float(kl.sum()), max(kl_max, float(kl.max()))
@@ -114,7 +115,7 @@ def certify(
 
     precision = merged.precision
     live = live_model(merged)
-    model = _plain(Source(str(folder), None), torch.promote_types(precision, merged.dtype))
+    model = _plain(Source(str(folder.resolve()), None), torch.promote_types(precision, merged.dtype))
     found = distance(live, model, chosen.probes, on_row=on_row)
     beside: dict[str, Any] = {}
     alone = None
@@ -203,6 +204,16 @@ def _hidden(model: Any, probe: Probe) -> Tensor:
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
     return _inner(model).head_logits(hidden).double()
+
+
+def _check_finite(**logits: Tensor) -> None:
+    """Raises NonFiniteError naming the first side whose logits are not finite."""
+    for side, found in logits.items():
+        if not bool(found.isfinite().all()):
+            raise NonFiniteError(
+                f"the logits of the {side} model are not finite; give the adapter a smaller weight, or look for a "
+                "damaged adapter or base"
+            )
 
 
 def _inner(model: Any) -> Any:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.errors import UserError
 from gemma_ft.weights import WeightFiles
 
@@ -28,14 +29,13 @@ _PARTS = {
 }
 # Initial weights that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) start by rewriting it.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Settings of PEFT under which an adapter computes something else than W + scale * B A.
+# Settings of PEFT under which an adapter computes something else than W + scale * B A, beside those that no model of
+# ours takes (adapters.saved).
 _OTHER_FORMS = (
     "fan_in_fan_out",
     "lora_bias",
     "trainable_token_indices",
     "megatron_config",
-    "layer_replication",
-    "alora_invocation_tokens",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -101,14 +101,7 @@ class Adapter:
 
         Raises: UserError in one line for what is damaged, not finite, untrained, or cannot be merged into weights.
         """
-        path = folder / "adapter_config.json"
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: cannot be read as a PEFT adapter: {error}") from error
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if not isinstance(config, LoraConfig) or kind != "LORA":
-            raise UserError(f"{path}: a {kind} adapter cannot be merged; only LoRA, rsLoRA and DoRA can")
+        path, config = folder / "adapter_config.json", adapter_config(folder)
         odd = next((name for name in _OTHER_FORMS if getattr(config, name, None)), None)
         if odd is not None:
             raise UserError(f"{path}: {odd} is set, which cannot be merged; only LoRA, rsLoRA and DoRA can")
@@ -193,7 +186,13 @@ class Adapter:
         config = self.config
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-        return rank, alpha / (rank**0.5 if config.use_rslora else rank)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        if not abs(scale * self.share) <= torch.finfo(torch.float32).max:
+            raise UserError(
+                f"{self.folder}: alpha {alpha} over rank {rank}, times its weight {self.share}, overflows float32; "
+                "give it a smaller weight"
+            )
+        return rank, scale
 
     def _tie(self) -> None:
         """Embedding and head are one tensor in every Gemma: what was trained must have stayed one."""

@@ -115,7 +115,7 @@ class HfForm:
             contract=self.place.contract,
             dtype=self.weights.dtype,
         )
-        self.papers.write(folder, "hf")
+        self.papers.write(folder, "hf", rounded_to=_rounded_to(self.weights))
 
 
 class AdapterForm:
@@ -163,7 +163,8 @@ class GgufForm:
         files = WeightFiles.open(folder_of(place.base))
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
-        self.kind: GgufType = kind or AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
+        self.stored = AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
+        self.kind: GgufType = kind or self.stored
         self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
         self.bytes = sum(tensor.bytes for tensor in self.tensors)
         check_out(out, self.bytes)
@@ -241,12 +242,19 @@ class GgufForm:
             return
         if contract is not None:
             replace(contract, quantize=None).write(folder)
-        self.papers.write(folder, "gguf", file=self.file)
+        rounded_to = None if self.kind == self.stored else self.kind
+        self.papers.write(folder, "gguf", file=self.file, rounded_to=rounded_to)
 
 
 def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:
     """The weights of a place, its adapter merged in where it has one, each tensor in `dtype` (None: its own)."""
     return merged_weights(place, dtype=dtype) if place.adapter is not None else MergedWeights(place, [], dtype=dtype)
+
+
+def _rounded_to(weights: MergedWeights) -> str | None:
+    """The dtype that weights are cast to on the way out; None where they stay as they are."""
+    cast = any(dtype != weights.base.info(name).dtype for name, (dtype, _) in weights.infos.items())
+    return str(weights.dtype).removeprefix("torch.") if cast else None
 
 
 def _sizes_of(fill: Callable[[Path], None]) -> dict[str, int | None]:

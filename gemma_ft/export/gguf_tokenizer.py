@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.data.tokenizer import ContentEncoder, ControlIds
+from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
 
-PIECES = "tokenizer.model"
 # Kinds of tokens, with the numbers that both SentencePiece and GGUF give them.
 # Source: sentencepiece_model.proto, SentencePiece.Type; ggml docs/gguf.md, tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

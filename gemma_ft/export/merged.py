@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft import runtime
@@ -17,6 +16,7 @@ from gemma_ft.errors import RecipeError, UserError
 from gemma_ft.export.deltas import EMBEDDING, HEAD, Adapter, wide
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
 from gemma_ft.load import LOAD_ERRORS, Place, check_base
+from gemma_ft.model.config import read_config
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import WeightFiles, folder_of
@@ -211,7 +211,7 @@ def _check_agreement(places: Sequence[Place]) -> None:
 
 def _config_of(folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        return read_config(folder)
     except LOAD_ERRORS as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {first}") from error

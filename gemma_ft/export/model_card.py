@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.contract import Contract
 from gemma_ft.data.tokenizer import HUB_ID
-from gemma_ft.export.run_record import RunRecord, public
+from gemma_ft.export.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.export.terms import TINY, Terms, is_tiny
 
 Form = Literal["hf", "adapter", "gguf"]
@@ -37,6 +37,7 @@ class Card:
     record: RunRecord
     base: str | None  # as others may name it: a hub id, or the name of a folder
     file: str | None = None
+    rounded_to: str | None = None  # the type that the weights were cast to after they were merged
 
     def text(self) -> str:
         """The whole card, in Markdown with the hub's front matter."""
@@ -99,14 +100,16 @@ class Card:
         )  # fmt: skip
 
     def _results(self) -> str:
-        models = (self.record.evaluation or {}).get("models")
+        models = figures_by_model(self.record.evaluation)
         if models:
             metrics = list(dict.fromkeys(metric for scores in models.values() for metric in scores))
             rows = [
                 (metric, *(_figure(scores.get(metric)) for scores in models.values()), _rows_of(metric, models))
                 for metric in metrics
             ]
-            note = "On held-out rows; in brackets the 95% confidence interval.\n\n"
+            source = objects(self.record.evaluation, "settings", only=str).get("data")
+            where = f" of `{public(source, 'rows')}`" if source else ""
+            note = f"On held-out rows{where}; in brackets the 95% confidence interval.\n\n"
             return note + _table(("", *models, "rows"), rows)
         before, after = ((self.record.summary or {}).get(key) or {} for key in ("eval_before", "eval_after"))
         rows = [(key, _figure(before.get(key)), _figure(value)) for key, value in after.items() if value is not None]
@@ -116,16 +119,22 @@ class Card:
         merge = self.record.merge
         if not merge:
             return ""
+        certificate = objects(merge, "certificate", only=object)
         rows = [("policy", merge.get("policy")), ("dtype", merge.get("dtype")),
                 ("tensors changed", f"{merge.get('changed')} of {merge.get('tensors')}")]  # fmt: skip
-        certificate = merge.get("certificate") or {}
-        rows += [(key.replace("_", " "), _figure(value)) for key, value in (certificate.get("merged") or {}).items()]
+        merged = objects(certificate, "merged", only=object)
+        rows += [(key.replace("_", " "), _figure(value)) for key, value in merged.items()]
         if certificate:
-            limit = certificate.get("limit") or {}
+            limit = objects(certificate, "limit", only=object)
             rows += [("limit", f"{limit.get('measure')} <= {limit.get('at_most')}: {limit.get('why')}"),
                      ("passed", "yes" if certificate.get("passed") else "no"),
                      ("compared on", f"{certificate.get('prompts')} prompts of {certificate.get('rows')}")]  # fmt: skip
         opening = "How far the merged model is from the trained adapter on its base, as `merge.json` says in full."
+        if self.rounded_to is not None:
+            opening = (
+                f"Of the merged folder that these weights were made from; they were cast to {self.rounded_to} since, "
+                "which is not measured here. How far that folder is from the trained adapter on its base:"
+            )
         return opening + "\n\n" + _table(("", ""), rows)
 
     def _contract(self) -> str:
@@ -202,7 +211,8 @@ def _is_hub_data(name: str) -> bool:
 
 def _rows_of(metric: str, models: dict[str, dict[str, Any]]) -> str:
     """Over how many rows the models were measured."""
-    return next((str(one[metric]["rows"]) for one in models.values() if (one.get(metric) or {}).get("rows")), "")
+    counts = (objects(one, metric, only=object).get("rows") for one in models.values())
+    return next((str(count) for count in counts if count), "")
 
 
 def _figure(value: Any) -> str:

@@ -53,19 +53,29 @@ class Papers:
             base=base_id or public(known, "base"),
         )
 
-    def write(self, folder: Path, form: Form, *, file: str | None = None, merge: dict[str, Any] | None = None) -> None:
+    def write(
+        self,
+        folder: Path,
+        form: Form,
+        *,
+        file: str | None = None,
+        merge: dict[str, Any] | None = None,
+        rounded_to: str | None = None,
+    ) -> None:
         """Write README.md, and NOTICE where the terms ask for one, into a folder; rewrite its gemma_ft.json and
         merge.json for readers elsewhere.
 
         file: the GGUF file in the folder. merge: the facts of the merge that made the weights (default: the record's).
+        rounded_to: the type that the weights were cast to since; the merge's certificate is then not of these, and
+        merge.json stays away.
         """
         record = replace(self.record, merge=public(merge or self.record.merge))
         written = Contract.read(folder)
         if written is not None:
             replace(written, base=self.base).write(folder)
-        if record.merge is not None and form != "adapter":
+        if record.merge is not None and form != "adapter" and rounded_to is None:
             write_json(folder / FACTS, record.merge)
-        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file)
+        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to)
         (folder / CARD).write_text(card.text(), encoding="utf-8")
         if self.terms.notice is not None:
             (folder / NOTICE).write_text(self.terms.notice, encoding="utf-8")

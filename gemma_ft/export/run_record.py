@@ -37,10 +37,31 @@ def read_record(place: Place) -> RunRecord:
         return RunRecord(None, None, None, None)
     run = folder.resolve().parent
     if not (run / "recipe.yaml").is_file():  # a folder that is no run's: nothing beside it belongs to it
-        return RunRecord(None, None, None, _json(folder / "merge.json"))
+        return RunRecord(None, None, None, read_object(folder / "merge.json"))
     return RunRecord(
-        _yaml(run / "recipe.yaml"), _json(run / "summary.json"), _json(run / "eval.json"), _json(folder / "merge.json")
+        _yaml(run / "recipe.yaml"),
+        read_object(run / "summary.json"),
+        read_object(run / "eval.json"),
+        read_object(folder / "merge.json"),
     )
+
+
+def figures_by_model(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Model -> metric -> figure, of held-out rows and, as `task: metric`, of tasks."""
+    figures = objects(results, "models")
+    for model, tasks in objects(results, "tasks").items():
+        for task, scores in tasks.items():
+            for metric, figure in scores.items() if isinstance(scores, dict) else ():
+                figures.setdefault(model, {})[f"{task}: {metric}"] = figure
+    return figures
+
+
+def objects(value: Any, key: str, *, only: type = dict) -> dict[str, Any]:
+    """What lies under a key of a file, by name, as far as it is what was expected; {} where it is something else."""
+    found = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    return {str(name): child for name, child in found.items() if isinstance(child, only)}
 
 
 def public(value: Any, key: str | None = None) -> Any:
@@ -70,7 +91,8 @@ def _last_name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from transformers import Gemma2Config, GemmaConfig
+from transformers import AutoConfig, Gemma2Config, GemmaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.errors import UserError
@@ -125,6 +125,17 @@ class GemmaNumerics:
             sandwich_norms=second,
             rope_theta=float(rope.get("rope_theta", 10000.0)),
         )
+
+
+def read_config(name_or_path: Any, **hub: Any) -> PreTrainedConfig:
+    """The config.json of a folder or hub id, as transformers reads it; `hub`: its own options for the hub.
+
+    Raises: what transformers raises, and UserError where it divides by a number of heads that is 0.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+    except ZeroDivisionError as error:
+        raise UserError("config.json: num_attention_heads 0 is no number of heads; fetch the file again") from error
 
 
 def numerics_hash(config: PreTrainedConfig) -> str:

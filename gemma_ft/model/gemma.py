@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, Gemma2Config, GemmaConfig
+from transformers import Gemma2Config, GemmaConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import resolve_attention, visible_keys
-from gemma_ft.model.config import GemmaNumerics
+from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.lm_head import fused_head_loss, softcapped
@@ -187,7 +187,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """
         if not isinstance(config, PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
-            config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=False, **hub)
+            config = read_config(config or name_or_path, **hub)
         GemmaNumerics.from_config(config)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True  # a pickle is never opened

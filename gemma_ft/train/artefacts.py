@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.checkpoint import commit_folder
-from gemma_ft.contract import contract_of
+from gemma_ft.contract import adapter_hash, contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.run_dir import RunDir
-from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, file_hash, folder_of
+from gemma_ft.weights import Source, WeightFiles, folder_of
 
 
 def save_result(
@@ -52,7 +52,7 @@ def save_result(
         else:
             save_adapter(model, folder)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
-        sealed = contract if full else replace(contract, adapter_sha256=file_hash(folder / ADAPTER_WEIGHTS))
+        sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder))
         sealed.write(folder)
 
     target = run.model if full else run.adapter

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,21 @@ def test_a_run_is_merged_certified_and_told(made: Path, tmp_path: Path, capsys: 
     assert names_in(made / "run") == ["adapter", "merge.json", "recipe.yaml"]
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_a_signal_leaves_nothing_half_written(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(folder: Path, *_: object, **__: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("gemma_ft.export.merge.write_shards", killed)
+    assert main(["merge", str(made / "run"), "--out", str(tmp_path / "out"), "--prompts", "0"]) == 143
+    assert capsys.readouterr() == ("", "stopped by a signal\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_certificate_when_none_is_asked_for(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

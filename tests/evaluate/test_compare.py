@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from gemma_ft import runtime
 from gemma_ft.errors import UserError
@@ -21,6 +23,7 @@ from gemma_ft.evaluate.subject import Subject, chosen_models, find_subject, with
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_root
 from gemma_ft.train.run import train_recipe
+from gemma_ft.weights import WeightFiles
 
 Run = Callable[..., Path]
 
@@ -145,7 +148,7 @@ def test_folders_beside_a_recipe(trained: Run, rows: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "e.json").read_text()) == results
 
 
-@pytest.mark.parametrize("how", ["rows", "models", "overrides", "adapter", "merged"])
+@pytest.mark.parametrize("how", ["rows", "models", "metrics", "window", "overrides", "adapter", "merged", "recipe"])
 def test_another_measurement_is_not_the_runs(
     how: str, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,17 +156,53 @@ def test_another_measurement_is_not_the_runs(
     monkeypatch.setattr("gemma_ft.evaluate.compare.with_each", _nothing_measured)
     monkeypatch.setattr("gemma_ft.evaluate.compare.EvalDisplay.show", lambda *_: None)
     (run / "eval.json").write_text("{}")
-    options: dict[str, Any] = {"rows": {"rows": 2}, "models": {"models": ["base"]}}.get(how, {})
+    options: dict[str, Any] = {
+        "rows": {"rows": 2}, "models": {"models": ["base"]}, "metrics": {"metrics": ["exact_match"]},
+        "window": {"window": 64, "stride": 8},
+    }.get(how, {})  # fmt: skip
     places: dict[str, Any] = {
         "adapter": {"adapter": run / "adapter"}, "merged": {"merged": shipped_root() / "data" / "gemma-tiny"}
     }.get(how, {})  # fmt: skip
     subject = find_subject(str(run), ["eval.max_rows=2"] if how == "overrides" else [], **places)
+    if how == "recipe":  # another recipe of the same run, with other rows
+        text = (run / "recipe.yaml").read_text()
+        (tmp_path / "other.yaml").write_text(text.replace("max_rows: 8", "max_rows: 7"))
+        subject = find_subject(str(tmp_path / "other.yaml"))
+        assert subject.names == ["base", "adapter", "merged"]
     _, out, _ = evaluated(subject, **options)
     assert out == "\nresults: not written; --out FILE keeps them\n"
     assert (run / "eval.json").read_text() == "{}"
     _, out, _ = evaluated(find_subject(str(run)))
     assert out == f"\nresults: {run / 'eval.json'}\n"
     assert json.loads((run / "eval.json").read_text())["source"] == str(run)
+
+
+def test_a_merged_folder_of_another_adapter_is_refused(trained: Run, tmp_path: Path) -> None:
+    run, merged = trained("qlora"), tmp_path / "merged"
+    shutil.copytree(shipped_root() / "data" / "gemma-tiny", merged)
+    contract = json.loads((run / "adapter" / "gemma_ft.json").read_text())
+    adapter, mine = run / "adapter", WeightFiles.open(run / "adapter", "adapter_model").fingerprint()
+
+    def found(sha: str, **changed: str) -> str | None:
+        (merged / "gemma_ft.json").write_text(json.dumps(contract | changed))
+        (merged / "merge.json").write_text(json.dumps({"adapters": [{"sha256": sha}]}))
+        try:
+            find_subject(str(run), merged=merged)
+        except UserError as error:
+            return str(error)
+        return None
+
+    cure = "give a merge of that adapter"
+    assert found(mine) is None
+    assert found("0" * 64) == f"--merged {merged}: was not made of {adapter}; {cure}"
+    assert found(mine, base_sha256="0") == f"--merged {merged}: has another base than {adapter}; {cure}"
+    assert found(mine, tokenizer_sha256="0") == f"--merged {merged}: has another tokenizer than {adapter}; {cure}"
+    weights = load_file(str(merged / "model.safetensors"))
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:1024].clone()
+    save_file(weights, str(merged / "model.safetensors"))
+    assert found(mine) == (
+        f"--merged {merged}: has 1024 tokens, {shipped_root() / 'data' / 'gemma-tiny'} 2048; give a merge of it"
+    )
 
 
 def _nothing_measured(*_: object) -> None:

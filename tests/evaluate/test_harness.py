@@ -130,7 +130,7 @@ def theirs(folder: Path) -> Callable[[bool], Any]:
 def requests(task_folder: Path, encoder: ChatEncoder) -> dict[str, list[Any]]:
     """The harness's own requests, by task."""
     tasks = Tasks([f"local_{name}" for name in ROWS], path=task_folder, limit=None, chat=False)
-    assert tasks.requests(encoder) == 24 + 4 + 5
+    assert tasks.requests(encoder, context=CONTEXT) == 24 + 4 + 5
     return {name: task.instances for name, task in tasks._loaded["tasks"].items()}
 
 
@@ -217,7 +217,7 @@ def test_drawn_answers_are_drawn_again(model: Any, encoder: ChatEncoder, request
 def test_the_harness_runs_our_tasks(task_folder: Path, model: Any, encoder: ChatEncoder) -> None:
     """Through the harness's evaluator: its metrics, with rows that give the same values."""
     tasks = Tasks(["local_choice", "local_rolling", "local_open"], path=task_folder, limit=3, chat=False)
-    assert tasks.requests(encoder) == 12 + 3 + 3
+    assert tasks.requests(encoder, context=CONTEXT) == 12 + 3 + 3
     heard: list[int] = []
     found, cut = tasks.run(model, encoder, batch_size=4, on_progress=heard.append)
     assert {task: list(figures) for task, figures in found.items()} == {
@@ -251,7 +251,7 @@ def test_a_chat_is_written_as_it_was_trained(folder: Path, task_folder: Path, mo
     )
     assert lm.tokenizer_name != refusing.tokenizer_name
     chats = Tasks(["local_open"], path=task_folder, limit=2, chat=True)
-    assert chats.requests(lm.encoder) == 2
+    assert chats.requests(lm.encoder, context=CONTEXT) == 2
     (task,) = chats._loaded["tasks"].values()
     assert task.instances[0].args[0] == lm.apply_chat_template(
         [{"role": "user", "content": ROWS["open"][0]["question"]}]
@@ -265,7 +265,7 @@ def test_examples_of_a_chat_are_turns_of_their_own(folder: Path, tmp_path: Path)
     write_task(tmp_path, "shown", rows, {**SPECIFIC["open"], "num_fewshot": 1})
     lm = NativeLM(None, ChatEncoder(load_tokenizer(folder), "fold"), batch_size=1)
     tasks = Tasks(["shown"], path=tmp_path, limit=1, chat=True)
-    tasks.requests(lm.encoder)
+    tasks.requests(lm.encoder, context=CONTEXT)
     (task,) = tasks._loaded["tasks"].values()
     assert task.instances[0].args[0].count("<start_of_turn>user") == 2
 
@@ -296,6 +296,31 @@ def test_options_of_tasks_that_cannot_be(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 4}, "generation_kwargs: num_beams is not supported; leave it out of the task"),
+        ({"do_sample": True, "top_k": -1, "max_gen_toks": 8},
+         f"top_k: expected a whole number from 0 to {2**31 - 1}, got -1"),
+        ({"max_gen_toks": CONTEXT},
+         f"max_gen_toks {CONTEXT} leaves no room for a prompt in {CONTEXT} tokens of context; lower it in the task"),
+        ({"max_gen_toks": "many"},
+         "generation_kwargs: ValueError: invalid literal for int() with base 10: 'many'; mend them in the task"),
+        ({"until": [5]}, "generation_kwargs: until: expected texts, got 5; mend it in the task"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_found_before_any_work(
+    options: dict[str, Any], message: str, task_folder: Path, tmp_path: Path, encoder: ChatEncoder
+) -> None:
+    """By the task's name, while there is no model yet."""
+    specific = {**SPECIFIC["open"], "generation_kwargs": {"until": ["\n"], **options}}
+    write_task(tmp_path, "odd", task_folder / "open.jsonl", specific)
+    tasks = Tasks(["odd"], path=tmp_path, limit=1, chat=False)
+    with pytest.raises(UserError) as error:
+        tasks.requests(encoder, context=CONTEXT)
+    assert str(error.value) == f"--tasks: odd: {message}"
+
+
+@pytest.mark.parametrize(
     ("answer", "message"),
     [("", "--tasks: a text to be scored is empty; mend the task"),
      (" very" * 100, f"--tasks: a text to be scored has 100 tokens, the model reads {CONTEXT}; mend the task")],
@@ -312,7 +337,7 @@ def test_texts_that_cannot_be_scored(
 def test_tasks_that_cannot_be_loaded(tmp_path: Path, encoder: ChatEncoder) -> None:
     def line(names: list[str], path: Path | None) -> str:
         with pytest.raises(UserError) as error:
-            Tasks(names, path=path, limit=None, chat=False).requests(encoder)
+            Tasks(names, path=path, limit=None, chat=False).requests(encoder, context=CONTEXT)
         return str(error.value)
 
     assert line(["local_open"], tmp_path / "no") == (

@@ -1,6 +1,7 @@
 """The held-out loss: each token counted once, windows against chunks and the whole text, rows against the batch."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from gemma_ft.data.items import Conversation, Document, Turn
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.evaluate.canary import adapter_off
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.evaluate.perplexity import Piece, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import shipped_root
+from tests.export.tuned import wrap
 from tests.parity.amplified import VOCAB, ours
 
 TEXT = "The garden club meets on Sunday.\nBring seeds, gloves and tea.\n" * 6
@@ -177,6 +180,31 @@ def test_damaged_weights_are_told() -> None:
     with pytest.raises(UserError) as error:
         piece_losses(broken, [Piece([2, 5], [IGNORE, 5], 0)], pad_id=0, batch_size=1, on_progress=done)
     assert str(error.value) == "the held-out loss is not finite: the model's weights are damaged"
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_head_that_was_trained_with_the_embedding_is_scored(module: str, encoder: ChatEncoder) -> None:
+    """Switched on as the merged model scores, switched off as the base."""
+
+    def loss(model: Any) -> Any:
+        return piece_losses(model, pieces, pad_id=encoder.control.pad, batch_size=2, on_progress=done)
+
+    shape: dict[str, Any] = {"dtype": torch.float64, "vocab_size": 2048}
+    pieces = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=16).pieces
+    settings = {"target_modules": ["q_proj"], "modules_to_save": [module], "ensure_weight_tying": True}
+    wrapped = wrap(ours("gemma-2-2b", **shape), **settings).eval()
+    on, base = loss(wrapped), loss(ours("gemma-2-2b", **shape))
+    with adapter_off(wrapped):
+        assert loss(wrapped) == pytest.approx(base, rel=1e-10)
+    assert on != pytest.approx(base, rel=1e-3)
+    assert loss(wrapped.merge_and_unload()) == pytest.approx(on, rel=1e-6)
+
+
+def test_a_head_that_carries_lora_is_not_scored() -> None:
+    wrapped = wrap(ours("gemma-2b"), target_modules=["lm_head"]).eval()
+    with pytest.raises(UserError) as error:
+        piece_losses(wrapped, [Piece([2, 5], [IGNORE, 5], 0)], pad_id=0, batch_size=1, on_progress=done)
+    assert str(error.value) == "lm_head carries an adapter, which cannot be scored; merge the adapter first"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gemma_ft import load_tokenizer
+from gemma_ft.errors import NonFiniteError
 from gemma_ft.export import certificate as room
 from gemma_ft.export.certificate import (
     FLOAT32,
@@ -59,6 +60,20 @@ def test_a_distance_is_what_its_name_says(base: Path, base_bf16: Path) -> None:
     assert found.relative_dlogit == pytest.approx(float((p - q).abs().max() / p.abs().max()), rel=1e-6)
     assert found.top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert 0 < found.mean_kl < found.max_kl
+
+
+@pytest.mark.parametrize("side", ["live", "merged"])
+def test_logits_that_are_not_finite_are_no_distance(side: str, base: Path) -> None:
+    """`max` lets a NaN through: such a merge would be certified as exact."""
+    models = {name: load_base(Source(str(base), None), dtype=torch.float32).eval() for name in ("live", "merged")}
+    with torch.no_grad():
+        models[side].model.norm.weight[0] = torch.nan
+    with pytest.raises(NonFiniteError) as caught:
+        distance(models["live"], models["merged"], PROBES)
+    assert str(caught.value) == (
+        f"the logits of the {side} model are not finite; give the adapter a smaller weight, or look for a damaged "
+        "adapter or base"
+    )
 
 
 def test_positions_are_compared_a_few_at_a_time(base: Path, base_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +176,13 @@ def test_a_weighted_sum_is_certified_against_the_sum_that_lives(base: Path, tmp_
     assert facts.certificate is not None
     assert facts.certificate["merged"]["relative_dlogit"] <= 5e-6
     assert [one["weight"] for one in facts.adapters] == [0.5, -2.0]
+
+
+def test_a_weight_that_overflows_the_live_model_writes_nothing(base: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path, base, "strategy=lora", "train.precision=float32")
+    with pytest.raises(NonFiniteError, match=r"^the logits of the live model are not finite; "):
+        merge_to_folder(place_of(run), tmp_path / "out", adapters=[(run, 1e30)], certify=partial(certify, prompts=2))
+    assert names_in(tmp_path) == ["run"]
 
 
 def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> None:

@@ -99,6 +99,49 @@ def test_a_config_that_means_something_else_is_refused(fields: dict[str, Any], l
     assert refused(adapter) == line
 
 
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"r": 0}, "r: expected a whole number from 1, got 0"),
+        ({"r": True}, "r: expected a whole number from 1, got True"),
+        ({"r": "8"}, "r: expected a whole number from 1, got '8'"),
+        ({"lora_alpha": "x"}, "lora_alpha: expected a finite number, got 'x'"),
+        ({"lora_alpha": None}, "lora_alpha: expected a finite number, got None"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number, got inf"),
+        ({"lora_alpha": 10**400}, f"lora_alpha: expected a finite number, got {10**400}"),
+        ({"rank_pattern": [1]}, "rank_pattern: expected a pattern of names for each value, got [1]"),
+        ({"rank_pattern": None}, "rank_pattern: expected a pattern of names for each value, got None"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: q_proj: expected a whole number from 1, got 2.5"),
+        ({"alpha_pattern": {"(": 3}},
+         "alpha_pattern: '(' is no pattern of names"),
+        ({"alpha_pattern": {"q_proj": "z"}}, "alpha_pattern: q_proj: expected a finite number, got 'z'"),
+    ],
+)  # fmt: skip
+def test_a_config_with_numbers_that_cannot_be_is_refused(fields: dict[str, Any], line: str, adapter: Path) -> None:
+    set_config(adapter, **fields)
+    assert refused(adapter) == f"A/adapter_config.json: {line}; fetch it again"
+
+
+@pytest.mark.parametrize(("alpha", "share"), [(1e308, 1.0), (8, 1e39), (1e200, -1e200)])
+def test_a_scale_that_float32_does_not_hold_is_refused(alpha: float, share: float, adapter: Path) -> None:
+    set_config(adapter, lora_alpha=alpha)
+    with pytest.raises(UserError) as caught:
+        Adapter.open(adapter, share)
+    assert str(caught.value) == (
+        f"{adapter}: alpha {alpha} over rank 4, times its weight {share}, overflows float32; give it a smaller weight"
+    )
+
+
+def test_patterns_of_ranks_and_alphas_are_followed(tmp_path: Path) -> None:
+    settings = {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"^.*v_proj": 0.5},
+    }
+    wrap(ours("gemma-2b"), **settings).save_pretrained(tmp_path)
+    Adapter.open(tmp_path)
+
+
 def nan_in(weights: dict[str, torch.Tensor]) -> None:
     weights[f"{Q0}.lora_A.weight"][0, 0] = torch.nan
 
@@ -160,7 +203,7 @@ def test_embedding_and_head_that_were_trained_as_one_are_the_embedding(module: s
 
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
     get_peft_model(ours("gemma-2b"), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert refused(tmp_path) == f"A/adapter_config.json: a LOHA adapter cannot be merged; {ONLY}"
+    assert refused(tmp_path) == "A/adapter_config.json: a LOHA adapter is not supported; only LoRA, rsLoRA and DoRA are"
 
 
 def test_a_config_that_is_no_json_is_refused(adapter: Path) -> None:

@@ -306,3 +306,27 @@ def test_a_certificate_travels_into_a_gguf_folder(made: Path, tmp_path: Path) ->
     (tmp_path / "merged" / "merge.json").write_text('{"base": {"name": "/home/my me/base"}, "certificate": null}')
     export(tmp_path / "merged", tmp_path / "out", "gguf")
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["base"] == {"name": "base"}
+
+
+@pytest.mark.parametrize(
+    ("to", "wish", "cast_to"),
+    [
+        ("hf", {}, None),
+        ("hf", {"dtype": "bf16"}, "bfloat16"),
+        ("gguf", {}, None),
+        ("gguf", {"gguf_type": "q8_0"}, "q8_0"),
+    ],
+)
+def test_a_certificate_is_of_the_weights_beside_it(
+    made: Path, tmp_path: Path, to: Any, wish: dict[str, Any], cast_to: str | None
+) -> None:
+    """Weights that were cast since have none; the card says of which folder the figures are."""
+    shutil.copytree(made / "run" / "model", tmp_path / "merged")
+    facts = {"policy": "original", "certificate": {"merged": {"mean_kl": 0.25}, "passed": True}}
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps(facts))
+    export(tmp_path / "merged", tmp_path / "out", to, **wish)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| mean kl | 0.25 |" in card
+    assert (tmp_path / "out" / "merge.json").exists() == (cast_to is None)
+    assert ("as `merge.json` says in full" in card) == (cast_to is None)
+    assert (f"they were cast to {cast_to} since" in card) == (cast_to is not None)

@@ -205,6 +205,26 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
     )
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads 0 is no number of heads; fetch the file again"),
+        ({"num_attention_heads": None}, "Validation error for field 'num_attention_heads':"),
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_refuses_is_one_line(
+    hashed: bool, fields: dict[str, Any], why: str, folders: Folders
+) -> None:
+    """Where the contract knows a hash of the config it is read first to compare that, else to merge."""
+    path, contract = folders.base / "config.json", folders.adapter / "gemma_ft.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    if hashed:
+        contract.write_text(json.dumps({**json.loads(contract.read_text()), "numerics_sha256": "of another"}))
+    assert refused(folders) == f"ROOT/base/config.json: cannot be read as a Gemma's: {why}"
+
+
 def test_weights_that_are_quantized_already(folders: Folders) -> None:
     path = folders.base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}))

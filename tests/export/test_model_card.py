@@ -62,6 +62,15 @@ def front(text: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    "models",
+    [{"base": EVALUATION["models"]["base"], "z": 5}, 5, {"base": {"loss": 5}}],  # type: ignore[index]
+)
+def test_damaged_records_are_passed_over(models: Any) -> None:
+    text = card(evaluation={"models": models}, merge={"certificate": {"merged": 5, "limit": [1]}}).text()
+    assert text.startswith("---\n")
+
+
 def test_a_whole_card() -> None:
     text = card(recipe=RECIPE, summary=SUMMARY, merge=MERGE).text()
     assert front(text) == {

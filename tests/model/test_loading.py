@@ -76,6 +76,10 @@ def test_a_config_of_another_model_is_refused_before_any_weight_is_read(tmp_path
             {"hidden_activation": "silu"},
             "config.json: activation 'silu' is not Gemma's tanh GELU; this is not a Gemma model",
         ),
+        (
+            {"num_attention_heads": 0},
+            "config.json: num_attention_heads 0 is no number of heads; fetch the file again",
+        ),
     ):
         fields = {**tiny_config(SECOND).to_dict(), **change}
         (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
 from gemma_ft.infer.session import open_session
-from gemma_ft.load import load_model, place_of
+from gemma_ft.load import check_base, load_model, place_of
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.weights import Source, WeightFiles
 
@@ -204,11 +204,25 @@ def test_an_adapter_is_whole_or_refused(run: Path, tmp_path: Path) -> None:
     )
     assert refused(other).startswith(f"{other}: does not fit its base: ")
     assert "\n" not in refused(other)
-    path = run / "adapter" / "adapter_model.safetensors"
-    flipped = bytearray(path.read_bytes())
-    flipped[-5] ^= 1
-    path.write_bytes(flipped)
-    assert refused(run) == f"{path}: is not the file that was saved (gemma_ft.json); fetch it again"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_is_what_was_saved(run: Path, name: str) -> None:
+    path = run / "adapter" / name
+    saved, config = path.read_bytes(), name.endswith(".json")
+    if config:  # where the base lies may change, what is made of the weights not
+        path.write_text(json.dumps({**json.loads(saved), "peft_version": "9", "revision": None}, indent=1))
+        check_base(place_of(run))
+        path.write_bytes(saved.replace(b'"lora_alpha": 32.0', b'"lora_alpha": 33.0'))
+    else:
+        path.write_bytes(saved[:-5] + bytes([saved[-5] ^ 1]) + saved[-4:])
+    assert path.read_bytes() != saved
+    with pytest.raises(UserError) as raised:
+        load_model(run)
+    assert str(raised.value) == (
+        f"{run / 'adapter'}: adapter_model.safetensors or adapter_config.json is not the file that was saved "
+        "(gemma_ft.json); fetch both again"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from gemma_ft.evaluate.report.blocks import Block, Note, Picture, Sample, Sectio
 from gemma_ft.evaluate.report.curves import Curve, Panel, curve_picture
 from gemma_ft.evaluate.report.facts import RunFacts, read_run
 from gemma_ft.evaluate.report.page import signed, write_page
-from gemma_ft.evaluate.report.results import figures_by_model, interval
+from gemma_ft.evaluate.report.results import interval
+from gemma_ft.export.run_record import figures_by_model
 
 SAMPLES_SHOWN = 10
 FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (

@@ -7,6 +7,7 @@ from typing import Any
 from gemma_ft.evaluate.eval_display import label_of, notation
 from gemma_ft.evaluate.figures import NOTHING, count, is_figure
 from gemma_ft.evaluate.report.blocks import Block, Note, Sample, Table
+from gemma_ft.export.run_record import figures_by_model, objects
 
 SAMPLES_SHOWN = 5
 
@@ -31,16 +32,6 @@ def evaluation_blocks(results: dict[str, Any] | None) -> list[Block]:
         if answers:
             blocks.append(Sample(str(one.get("prompt", "")), str(one.get("expected", "")), list(answers.items())))
     return blocks
-
-
-def figures_by_model(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Model -> metric -> figure, of held-out rows and, as `task: metric`, of tasks."""
-    figures = objects(results, "models")
-    for model, tasks in objects(results, "tasks").items():
-        for task, scores in tasks.items():
-            for metric, figure in scores.items() if isinstance(scores, dict) else ():
-                figures.setdefault(model, {})[f"{task}: {metric}"] = figure
-    return figures
 
 
 def interval(metric: str, figure: Any, *, signed: bool = False) -> str:
@@ -97,11 +88,3 @@ def certificate_blocks(merge: dict[str, Any] | None) -> list[Block]:
 def short(value: Any) -> str:
     """A figure of any size in three digits."""
     return f"{value:.3g}" if is_figure(value) else NOTHING
-
-
-def objects(value: Any, key: str, *, only: type = dict) -> dict[str, Any]:
-    """What lies under a key of a file, by name, as far as it is what was expected; {} where it is something else."""
-    found = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(found, dict):
-        return {}
-    return {str(name): child for name, child in found.items() if isinstance(child, only)}
