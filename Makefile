@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test lint tiny-base clean
+.PHONY: help setup demo test test-ranks lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -52,6 +52,9 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 
 test: setup  ## run the whole suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

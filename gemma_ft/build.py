@@ -24,6 +24,7 @@ from gemma_ft.data.preview import preview
 from gemma_ft.data.sources import Row, read_rows
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.hollow import hollow_base
 from gemma_ft.load import load_base, located, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -156,11 +157,14 @@ def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
 # Model
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Source | None]:
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, hollow: bool = False
+) -> tuple[Any, Source | None]:
     """The recipe's model, on its device, ready to train (adapter on, or every weight trainable), and where it came from
     (None for fresh weights).
 
-    Frozen weights have the recipe's precision, or are quantized; what is trained is float32.
+    Frozen weights have the recipe's precision, or are quantized; what is trained is float32. `hollow`: the base without
+    its values (gemma_ft.hollow), for ranks that will each hold a slice.
     """
     torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
     precision = runtime.dtype_by_name(recipe.train.precision)
@@ -177,7 +181,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
         source = pinned(weights_source(recipe))
         kind = recipe.quantize.kind if recipe.quantize else None
         double_quant = recipe.quantize.double_quant if recipe.quantize else True
-        model = load_base(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
+        base_of = hollow_base if hollow else load_base
+        model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         _check_preset(model.config, recipe.model.preset, source.name)
     if model.config.vocab_size < len(tokenizer):
         raise UserError(
@@ -186,6 +191,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any
     if recipe.strategy == "full" or recipe.adapter is None:
         return model, source
     assert source is not None, "fresh weights are trained in full"
+    if hollow and recipe.adapter.dora:
+        raise UserError(
+            "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
+        )
     return add_adapter(
         model,
         **recipe.adapter.model_dump(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -94,20 +95,32 @@ def fault_of(folder: Path) -> str | None:
 
 
 def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint under `root` that verifies, or None when there is none at all; damaged ones are told to
-    `warn`.
+    """The newest checkpoint under `root` that verifies, or None when there is none at all; damaged ones that are newer
+    are set aside under another name, and told to `warn`.
 
     Raises: CheckpointError when checkpoints exist and none verifies.
     """
     found = sorted(_checkpoints(root), reverse=True)
+    damaged: list[tuple[Path, str]] = []
     for _, folder in found:
         fault = fault_of(folder)
-        if fault is None:
-            return folder
-        warn(f"{folder}: {fault}; trying an older checkpoint")
-    if found:
+        if fault is not None:
+            damaged.append((folder, fault))
+            continue
+        for one, why in damaged:
+            aside = next(path for path in _names_aside(one) if not path.exists())
+            one.rename(aside)
+            warn(f"{one}: {why}; set aside as {aside.name}, going on from {folder.name}")
+        return folder
+    if found:  # left as they are: a second try must not take this for a run that has no checkpoint yet
         raise CheckpointError(f"{root}: none of the {len(found)} checkpoints is intact; use --overwrite to start again")
     return None
+
+
+def _names_aside(folder: Path) -> Iterator[Path]:
+    yield folder.with_name(f"{folder.name}.damaged")
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}.damaged-{number}")
 
 
 def prune(root: Path, keep: int) -> None:

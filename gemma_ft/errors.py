@@ -9,6 +9,7 @@ class UserError(ValueError):
     """Something the user can repair: the command line prints the message as it is and exits with `exit_code`."""
 
     exit_code = 2
+    told = False  # whether somebody else tells it: rank 0, for all ranks
 
 
 class RecipeError(UserError):
@@ -41,6 +42,20 @@ class LockedError(UserError):
     """Another run is writing to the same output directory."""
 
     exit_code = 6
+
+
+class RankError(UserError):
+    """Another rank of the run failed, or is gone; the exit code is its."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(UserError):
+    """A signal or the stop file ended a run that can be resumed; the message says from where."""
+
+    exit_code = 143
 
 
 class InterruptedWork(UserError):

@@ -61,7 +61,7 @@ def load_base(
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
-    folder = _checked_folder(source)
+    folder = checked_folder(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -254,7 +254,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return wrapped
 
 
-def _checked_folder(source: Source) -> Path:
+def checked_folder(source: Source) -> Path:
     """The folder of a model. Raises: UserError where its weights are no whole safetensors, or an adapter lies in it."""
     folder = folder_of(source)
     if (folder / "adapter_config.json").is_file():

@@ -11,7 +11,10 @@ import platform
 import resource
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gemma_ft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +39,7 @@ def default_device() -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", _number("LOCAL_RANK", 0))
     return torch.device("cpu")
 
 
@@ -54,10 +57,74 @@ def from_environment(name: str) -> str | None:
     return os.environ.get(name)
 
 
-def world_size() -> int:
-    """How many processes the launcher started for this run."""
-    text = os.environ.get("WORLD_SIZE", "")
-    return int(text) if text.isdigit() else 1
+@dataclass(frozen=True)
+class Launch:
+    """How the launcher (accelerate launch, torchrun, or none) started this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    fsdp: bool = False
+    reshard_after_forward: bool = True
+    offload: bool = False
+
+
+# What an accelerate config may switch on that would change the numbers, or that is done otherwise here: variable, the
+# values that ask for nothing, and where the choice belongs.
+_ELSEWHERE = (
+    ("ACCELERATE_MIXED_PRECISION", ("no",), "mixed_precision", "the recipe's train.precision decides; set it to 'no'"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no",), "dynamo_backend", "compiling is not supported; leave it out"),
+    ("ACCELERATE_USE_DEEPSPEED", ("false",), "deepspeed", "not supported; use FSDP version 2"),
+    ("ACCELERATE_USE_MEGATRON_LM", ("false",), "megatron_lm", "not supported; use FSDP version 2"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", ("false",), "parallelism_config", "not supported; use FSDP version 2"),
+    (
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        ("false",),
+        "fsdp_activation_checkpointing",
+        "the recipe's train.gradient_checkpointing decides; set it to false",
+    ),
+)
+
+
+def launched() -> Launch:
+    """What the launcher says in the environment, in the words of an accelerate config.
+
+    From here on accelerate itself sees ranks and no FSDP: sharding is ours (train/sharding.py says why), and it would
+    wrap the model a second time.
+    Raises: UserError for settings that would change the numbers, or are not supported.
+    """
+    for variable, harmless, key, cure in _ELSEWHERE:
+        value = os.environ.get(variable, "").lower()
+        if value not in ("", *harmless):
+            raise UserError(f"accelerate config: {key}: {value}: {cure}")
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or _FSDP_SEEN in os.environ
+    if fsdp:
+        os.environ[_FSDP_SEEN] = "true"
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(f"accelerate config: fsdp_version: {version} is not supported; set it to 2")
+    return Launch(
+        rank=_number("RANK", 0),
+        world_size=_number("WORLD_SIZE", 1),
+        local_rank=_number("LOCAL_RANK", 0),
+        local_world_size=_number("LOCAL_WORLD_SIZE", 1),
+        fsdp=fsdp,
+        reshard_after_forward=_flag("FSDP_RESHARD_AFTER_FORWARD", True),
+        offload=_flag("FSDP_OFFLOAD_PARAMS", False),
+    )
+
+
+_FSDP_SEEN = "GEMMA_FT_USE_FSDP"  # says it again to whoever asks later in this process, or in one started by it
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default
+
+
+def _flag(name: str, default: bool) -> bool:
+    return os.environ.get(name, str(default)).lower() in ("true", "1")
 
 
 def no_crash_reports() -> None:

@@ -98,12 +98,15 @@ def test_the_newest_valid_one_is_found(tmp_path: Path) -> None:
     (tmp_path / "step-99").mkdir()
     flip(checkpoint_folder(tmp_path, 20) / "a.safetensors")
     assert newest_valid(tmp_path, said.append) == checkpoint_folder(tmp_path, 10)
-    assert said == [f"{checkpoint_folder(tmp_path, 20)}: a.safetensors is damaged; trying an older checkpoint"]
+    assert said == [
+        f"{checkpoint_folder(tmp_path, 20)}: a.safetensors is damaged; set aside as step-00000020.damaged, going on "
+        "from step-00000010"
+    ]
     for step in (5, 10):
         (checkpoint_folder(tmp_path, step) / "b.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         newest_valid(tmp_path, said.append)
-    assert str(caught.value) == f"{tmp_path}: none of the 3 checkpoints is intact; use --overwrite to start again"
+    assert str(caught.value) == f"{tmp_path}: none of the 2 checkpoints is intact; use --overwrite to start again"
 
 
 def test_pruning_waits_for_a_valid_successor(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ PACKAGE = Path(gemma_ft.__file__).resolve().parent
 FLOORS = [
     ["errors"],
     ["recipe", "runtime"],
+    ["launch"],
     ["kernels"],
     ["data", "model", "adapters"],
     ["weights"],
     ["contract"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
+    ["hollow"],
     ["build", "checkpoint", "plan"],
     ["infer", "export"],
     ["evaluate"],

@@ -74,7 +74,10 @@ def restore_trainables(model: nn.Module, values: dict[str, torch.Tensor]) -> Non
             parameter.data = values[name].to(parameter.device)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write a plain PEFT folder (adapter_config.json, adapter_model.safetensors). Never asks the hub anything."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a plain PEFT folder (adapter_config.json, adapter_model.safetensors). Never asks the hub anything.
+
+    `weights`: the model's own by name, where it has no more than slices of them.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 Kind = Literal["nf4", "int8"]
@@ -28,6 +28,49 @@ def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=compute_dtype,
     )
+
+
+def make_hollow(layer: Any) -> None:
+    """Give a 4-bit layer that was made without memory a weight of the shape in which it will be stored, and no values:
+    one number stands for all of them.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    old = layer.weight
+    storage = layer.quant_storage
+    one = torch.zeros((), dtype=storage).expand(layer.in_features * layer.out_features // (2 * storage.itemsize), 1)
+    layer.weight = Params4bit(
+        one,
+        requires_grad=False,
+        blocksize=old.blocksize,
+        quant_type=old.quant_type,
+        compress_statistics=old.compress_statistics,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+    layer.weight_options = {
+        "blocksize": old.blocksize,
+        "quant_type": old.quant_type,
+        "compress_statistics": old.compress_statistics,
+        "quant_storage": storage,
+    }
+
+
+def quantized(layer: Any, weight: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """The packed weight [numel / 2 bytes, 1] of a hollow layer, made on `device` as a load would make it, and the
+    tensors that it is read with.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    packed = Params4bit(weight.to(layer.compute_dtype), requires_grad=False, **layer.weight_options).to(device)
+    return packed.data, packed.quant_state.as_dict(packed=True)
+
+
+def fill_quantized(layer: Any, state: dict[str, Tensor], device: torch.device) -> None:
+    """Tell a layer how its packed weight is read; its weight may since have been replaced."""
+    from bitsandbytes.functional import QuantState
+
+    layer.quant_state = QuantState.from_dict(dict(state), device=device)
 
 
 def keep_trainable(model: nn.Module) -> int:

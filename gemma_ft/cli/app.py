@@ -39,7 +39,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.stdout.flush()  # here, where a broken pipe can still be caught
         return _say("interrupted", code) if code == INTERRUPTED else code  # typer keeps an interrupt to itself
     except UserError as error:
-        return _say(str(error), error.exit_code)
+        return error.exit_code if error.told else _say(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
     except _Terminated:
@@ -50,6 +50,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except typer.TyperException as error:
         return _say(_in_one_line(error), MISUSED)
     except Exception as error:
+        if getattr(error, "told", False):
+            return CRASHED
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return _say(f"{error.filename or 'disk'}: no space left; free some and run again", DiskError.exit_code)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, known by name: torch is not imported here

@@ -1,10 +1,26 @@
 """`gemma-ft train`: the main job, recipe in, tuned Gemma out."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gemma_ft.errors import UserError
+
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")]
+Launch = Annotated[
+    str | None,
+    typer.Option("--launch", metavar="NAME", help="Start ranks as accelerate_configs/NAME.yaml, or a file, says."),
+]
+Nproc = Annotated[int | None, typer.Option("--nproc", metavar="N", min=1, help="With --launch: how many ranks.")]
+StopFile = Annotated[
+    Path | None, typer.Option("--stop-file", metavar="FILE", help="When it appears, stop with a checkpoint.")
+]
+AllowDrift = Annotated[
+    list[str] | None,
+    typer.Option("--allow-drift", metavar="KEY", help="With --resume: a setting, data, base or tokenizer may differ."),
+]
 
 
 def train(
@@ -12,18 +28,36 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change; ~key removes one.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    launch: Launch = None,
+    nproc: Nproc = None,
+    stop_file: StopFile = None,
+    allow_drift: AllowDrift = None,
 ) -> int:
-    """Tune Gemma as a recipe says."""
+    """Tune Gemma as a recipe says.
+
+    SIGTERM, Ctrl-C and SIGUSR1 end a run after its step, with a checkpoint; a second one ends it at once.
+    """
     if resume and overwrite:
         raise UserError("--resume and --overwrite: one continues the run, the other replaces it; give one")
+    if allow_drift and not resume:
+        raise UserError("--allow-drift: nothing can differ from a run that is not resumed; add --resume")
+    if nproc is not None and launch is None:
+        raise UserError("--nproc: says how many ranks --launch starts; add --launch NAME")
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if launch is not None:
+        from gemma_ft.launch import launch_ranks
+
+        words = [recipe, *(overrides or ()), *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
+        words += ["--stop-file", str(stop_file)] if stop_file is not None else []
+        words += [word for key in allow_drift or () for word in ("--allow-drift", key)]
+        return launch_ranks(launch, nproc, ["train", *words])
     from gemma_ft.runtime import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.train.run import train_recipe
 
-    return train_recipe(loaded, resume=resume, overwrite=overwrite)
+    return train_recipe(loaded, resume=resume, overwrite=overwrite, stop_file=stop_file, allow_drift=allow_drift or ())

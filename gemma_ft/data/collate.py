@@ -7,6 +7,9 @@ import torch
 from gemma_ft.data.chat import IGNORE
 
 
+PADDING = -1  # the document id of what is no document
+
+
 class Collator:
     """A list of examples -> int64 tensors (B, T), padded at the right to the longest of them.
 
@@ -14,7 +17,7 @@ class Collator:
     """
 
     def __init__(self, pad_id: int) -> None:
-        self.padding = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0, "document_ids": -1}
+        self.padding = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0, "document_ids": PADDING}
 
     def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """The batch. The examples are not changed."""

@@ -54,8 +54,13 @@ def held_out_loss(
     batches: Iterable[dict[str, torch.Tensor]],
     *,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    sum_over_ranks: Callable[[Sequence[float]], list[float]] = list,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
     """Mean loss per labelled token over all batches, each token weighing the same; None when no token is labelled.
+
+    `sum_over_ranks`: what each of several ranks found in its batches -> what all of them found. `stop`: asked before
+    each batch; where it says so, the rest is left out.
 
     Logits are never built for whole sequences. The model is in eval mode meanwhile and as it was afterwards.
     """
@@ -64,13 +69,17 @@ def held_out_loss(
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for batch in batches:
+        if stop():
+            break
         inputs = {key: value.to(device) for key, value in batch.items()}
         with autocast():
             out = model(**inputs, use_cache=False, skip_logits=True)
         tokens = int(out.token_count)
-        total, count = total + float(out.loss) * tokens, count + tokens
+        if tokens:  # a blank row fills up a rank's last batch, and has no mean
+            total, count = total + float(out.loss) * tokens, count + tokens
     model.train(was_training)
-    return total / count if count else None
+    total, tokens_in_all = sum_over_ranks([total, float(count)])
+    return total / tokens_in_all if tokens_in_all else None
 
 
 def questions_of(
@@ -100,14 +109,18 @@ def answer_questions(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Reply]:
-    """The model's greedy answers, generated until a stop token, in the order of the questions."""
+    """The model's greedy answers, generated until a stop token, in the order of the questions; `stop` as in
+    generate_answers.
+    """
     answers = generate_answers(
         model,
         [question.prompt_ids for question in questions],
         stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        stop=stop,
     )
     return [
         Reply(str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip(), answer.stopped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ def generate_answers(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids that end where the model speaks), in the order of the prompts.
 
-    Prompts of similar length are read together. The model is in eval mode meanwhile and as it was afterwards.
+    Prompts of similar length are read together. The model is in eval mode meanwhile and as it was afterwards. `stop`:
+    asked before each token; where it says so, answers stay as they are, cut.
     """
     if not prompts:
         return []
@@ -40,7 +42,7 @@ def generate_answers(
         engine = Engine(model, stop_ids=stop_ids, max_batch=min(batch_size, len(prompts)), max_seq_len=longest)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         asked = {engine.submit(Request(prompts[i], max_new_tokens)): i for i in by_length}
-        while engine.waiting or engine.active:
+        while (engine.waiting or engine.active) and not stop():
             for emitted in engine.step():
                 answer = answers[asked[emitted.ticket]]
                 if emitted.token_id is not None:

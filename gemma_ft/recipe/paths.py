@@ -18,6 +18,11 @@ def shipped_recipes() -> list[Path]:
     return sorted(path for path in (shipped_root() / "recipes").glob("*.yaml") if not path.name.startswith("_"))
 
 
+def shipped_launches() -> list[Path]:
+    """The accelerate configs that ship with the project: where a run can be computed."""
+    return sorted((shipped_root() / "accelerate_configs").glob("*.yaml"))
+
+
 def locate(text: PathText) -> Path | None:
     """A file or folder as given, relative to the current directory, then to the shipped files; None when not there."""
     # os.path.exists and not Path.exists: a name that no file system can hold is simply not there

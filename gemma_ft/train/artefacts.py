@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.adapters.lora import save_adapter
@@ -16,6 +18,9 @@ from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.run_dir import RunDir
+from gemma_ft.train.sharding import whole
+from gemma_ft.train.state import trained
+from gemma_ft.train.world import World
 from gemma_ft.weights import Source, WeightFiles, folder_of
 
 
@@ -26,8 +31,9 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     encoder: ChatEncoder,
     source: Source | None,
+    world: World,
 ) -> Path:
-    """Write `adapter/`, or `model/` for strategy full, complete or not at all; returns the folder.
+    """Write `adapter/`, or `model/` for strategy full, complete or not at all; returns the folder. All ranks call it.
 
     Beside the weights lie the tokenizer with the chat template that was trained, and gemma_ft.json with what whoever
     serves the model must keep to: template hash, stop ids, system policy, one BOS.
@@ -37,7 +43,7 @@ def save_result(
         encoder,
         base=source.name if source else None,
         revision=source.revision if source else None,
-        base_sha256=WeightFiles.open(folder_of(source, downloaded=True)).fingerprint() if source else None,
+        base_sha256=base_fingerprint(source),
         preset=recipe.model.preset,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,
@@ -45,16 +51,53 @@ def save_result(
         numerics_sha256=numerics_hash(model.config),
     )
 
+    # Of a sharded model rank 0 gathers what is saved: an adapter, or one copy of all weights.
+    gathered = gathered_weights(model, world) if world.layout == "fsdp2" else None
+    target = run.model if full else run.adapter
+    if not world.main:
+        return target
+
     def write(folder: Path) -> None:
         if full:
             model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), state_dict=gathered)
         else:
-            save_adapter(model, folder)
+            save_adapter(model, folder, gathered)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
         sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder))
         sealed.write(folder)
 
-    target = run.model if full else run.adapter
     commit_folder(target, write, manifest=False)
     return target
+
+
+def base_fingerprint(source: Source | None) -> str | None:
+    """What tells the base from others; None for fresh weights."""
+    return WeightFiles.open(folder_of(source, downloaded=True)).fingerprint() if source else None
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype, world: World) -> None:
+    """Give the weights of a fully trained model the dtype that they are saved in. The slices of a sharded one, whose
+    dtype FSDP keeps, are rounded to it.
+    """
+    if world.layout != "fsdp2":
+        model.to(dtype)
+        return
+    parameters: dict[str, Any] = trained(model)
+    for parameter in parameters.values():
+        local = parameter.to_local()
+        local.copy_(local.to(dtype))
+
+
+def gathered_weights(model: Any, world: World) -> dict[str, Tensor]:
+    """Whole trainable weights by name on rank 0's CPU, in the dtype of the config where all are trained; a tensor at a
+    time, so that other ranks hold no more than one.
+    """
+    full = not hasattr(model, "get_base_model")
+    found = {}
+    for name, parameter in trained(model).items():
+        value = whole(parameter.detach())
+        if world.main:
+            found[name] = value.to(device="cpu", dtype=model.config.dtype if full else value.dtype)
+    return found

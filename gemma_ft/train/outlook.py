@@ -8,11 +8,19 @@ from gemma_ft.build import BuiltData
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.settings import accumulation
+from gemma_ft.train.world import World
 from gemma_ft.weights import Source
 
 
 def outlook(
-    recipe: Recipe, data: BuiltData, canary: Canary | None, model: Any, source: Source | None, total: int
+    recipe: Recipe,
+    data: BuiltData,
+    canary: Canary | None,
+    model: Any,
+    source: Source | None,
+    total: int,
+    world: World,
 ) -> list[tuple[str, str]]:
     """What is about to happen, in lines a person can check."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -39,8 +47,22 @@ def outlook(
         rows.append(("canary", f"{recipe.eval.canary}: {canary.rows} general rows, to see what is forgotten"))
     if data.overlap:
         rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
-    accumulation = train.global_batch_size // train.micro_batch_size
-    cut = f"{train.micro_batch_size} (micro batch) x {accumulation} (accumulation) x 1 device"
+    devices = "1 device" if world.size == 1 else f"{world.size} devices"
+    cut = f"{train.micro_batch_size} (micro batch) x {accumulation(recipe, world.size)} (accumulation) x {devices}"
+    if world.size > 1:
+        rows.append(("ranks", f"{world.size}, {sharing(world)}"))
     rows.append(("batch", f"{train.global_batch_size} = {cut}"))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
+
+
+def sharing(world: World) -> str:
+    """How several ranks share a model, in words."""
+    if world.layout == "ddp":
+        return "each with the whole model (DDP); gradients are summed"
+    parts = ["the model cut into slices (FSDP2), gathered layer by layer"]
+    if not world.reshard_after_forward:
+        parts.append("kept whole between forward and backward")
+    if world.offload:
+        parts.append("slices on the CPU")
+    return ", ".join(parts)

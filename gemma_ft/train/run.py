@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,62 +18,116 @@ from gemma_ft import runtime
 from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, fingerprint, inputs_of
 from gemma_ft.checkpoint import as_json, newest_valid, replace_text
 from gemma_ft.data.collate import Collator
-from gemma_ft.errors import NonFiniteError, UserError
+from gemma_ft.errors import NonFiniteError, RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary, build_canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.train.artefacts import save_result
+from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.scoring import Figures, Scorer
-from gemma_ft.train.settings import total_steps, training_arguments
-from gemma_ft.train.state import load_state, load_weights, randomness_kept
+from gemma_ft.train.settings import accumulation, total_steps, training_arguments
+from gemma_ft.train.state import load_state, load_weights
+from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.summary import summary_of
 from gemma_ft.train.trackers import Tracker, build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
+from gemma_ft.train.world import World, join_world, lost_a_rank
 from gemma_ft.weights import Source
 
+# What a run is made of beside its recipe, and what is said of it when it changed.
+INPUTS = {
+    "data": "{recipe.data.train} gives other training rows",
+    "tokenizer": "the tokenizer is another",
+    "base": "the base weights are others",
+}
 SAMPLES_KEPT = 10
+ROWS_NAMED = 4
+SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
 def train_recipe(
-    loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    loaded: LoadedRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_file: Path | None = None,
+    allow_drift: Sequence[str] = (),
+    console: Console | None = None,
 ) -> int:
     """Train what a recipe says and write everything under its output_dir; returns the exit code 0.
 
+    `stop_file`: a path whose appearance stops the run at its next step, as a signal does. `allow_drift`: keys of the
+    recipe, or data, base, tokenizer, that a resumed run may find changed.
     Raises: UserError and its children, one clear line each. Until the run is built, nothing in output_dir is touched.
     """
-    recipe, display = loaded.recipe, Display(console or Console())
-    if runtime.world_size() > 1:
-        raise UserError(f"launched as {runtime.world_size()} processes: a run uses one device; use no launcher")
+    stop, mode = StopRequest(stop_file), Mode(resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift))
+    with stop.listening():
+        return _joined(loaded, stop, mode, console or Console())
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a run meets what lies in its directory."""
+
+    resume: bool
+    overwrite: bool
+    allow_drift: tuple[str, ...]
+
+
+def _joined(loaded: LoadedRecipe, stop: StopRequest, mode: Mode, console: Console) -> int:
+    world = join_world()
+    try:
+        return _train(loaded, world, stop, mode, console)
+    except RuntimeError as error:
+        if world.size == 1 or not lost_a_rank(error):
+            raise
+        raise RankError(f"rank {world.rank}: another rank is gone, in {world.phase_name}; --resume goes on") from error
+    finally:
+        world.close()
+
+
+def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, console: Console) -> int:
+    recipe, display = loaded.recipe, Display(console if world.main else Console(quiet=True))
     run = RunDir(Path(recipe.output_dir))
     display.say(f"gemma-ft train {loaded.path} -> {run.root}")
     for note in loaded.notes:
         display.say(f"  note: {note}")
-    run.check(resume=resume, overwrite=overwrite, inputs=inputs_of(recipe))
-    if resume:
-        run.check_recipe(recipe)
-    tokenizer = build_tokenizer(recipe)
-    data = build_data(recipe, tokenizer)
-    canary = None
-    if recipe.eval.canary is not None:
-        canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
+    with world.phase("the checks"):
+        accumulation(recipe, world.size)
+        if world.main:
+            run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
+            for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
+                display.say(f"  drift: {told}")
+    with world.phase("the data"):
+        tokenizer = build_tokenizer(recipe)
+        data = build_data(recipe, tokenizer)
+        canary = None
+        if recipe.eval.canary is not None:
+            canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
     total = total_steps(recipe, len(data.train.examples))
-    finished = run.steps_finished() if resume else None
+    finished = world.gather(run.steps_finished() if mode.resume else None)[0]
     if finished is not None and finished >= total:
         display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
         return 0
-    model, source = build_model(recipe, tokenizer)
-    display.plan(outlook(recipe, data, canary, model, source, total))
-    course = _Run(recipe, run, display, tokenizer, data, canary, model, source, total)
-    checkpoint = course.find_checkpoint() if resume else None
-    if overwrite:
-        run.clear()
-    run.write_recipe(recipe)
-    return course.go(checkpoint)
+    with contextlib.ExitStack() as held:
+        with world.phase("the lock"):
+            if world.main:
+                held.enter_context(run.locked())
+        with world.phase("the model"):
+            model, source = build_model(recipe, tokenizer, hollow=world.layout == "fsdp2")
+        display.plan(outlook(recipe, data, canary, model, source, total, world))
+        course = _Run(recipe, run, display, tokenizer, data, canary, model, source, total, world, stop)
+        with world.phase("the checkpoint"):
+            checkpoint = course.find_checkpoint(mode.allow_drift) if mode.resume else None
+            if world.main:
+                if mode.overwrite:
+                    run.clear()
+                run.write_recipe(recipe)
+        return course.go(checkpoint)
 
 
 @dataclass
@@ -88,9 +143,15 @@ class _Run:
     model: Any
     source: Source | None
     total: int
+    world: World
+    stop: StopRequest
 
     def __post_init__(self) -> None:
-        self.progress = Progress(extra={"data": fingerprint(self.data.train.examples), "total": self.total})
+        rows = fingerprint(self.data.train.examples)
+        if len(set(self.world.gather(rows))) > 1:
+            raise UserError(f"{self.recipe.data.train}: ranks read different rows; give every machine the same files")
+        inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
+        self.progress = Progress(extra={"inputs": inputs, "total": self.total})
         self.trackers: list[Tracker] = []
         self.trainer = self._trainer()
         self.scorer = Scorer(
@@ -102,12 +163,14 @@ class _Run:
             max_seq_len=self.recipe.data.max_seq_len,
             progress=self.progress,
             autocast=self.trainer.compute_loss_context_manager,
+            world=self.world,
         )
 
-    def find_checkpoint(self) -> Path | None:
+    def find_checkpoint(self, allow_drift: Sequence[str] = ()) -> Path | None:
         """The newest valid checkpoint, its progress taken over; None when there is none yet.
 
-        Raises: CheckpointError when all are damaged; UserError when the training rows are not those of the checkpoint.
+        Raises: CheckpointError when all are damaged; UserError when rows, base or tokenizer are not those of the
+        checkpoint, and `allow_drift` does not name them.
         """
         checkpoint = newest_valid(self.run.checkpoints, self.display.say)
         if checkpoint is None:
@@ -115,11 +178,17 @@ class _Run:
         now = self.progress.extra
         vars(self.progress).update(load_state(checkpoint))
         before = self.progress.extra
-        if before["data"] != now["data"]:
-            raise UserError(
-                f"{self.run.root}: cannot resume: {self.recipe.data.train} gives other training rows than before; "
-                "restore it, or start a new output_dir"
-            )
+        for name, value in now["inputs"].items():
+            if before["inputs"].get(name) == value:
+                continue
+            what = INPUTS[name].format(recipe=self.recipe)
+            if name not in allow_drift:
+                raise UserError(
+                    f"{self.run.root}: cannot resume: {what} than before; restore it, start a new output_dir, or give "
+                    f"--allow-drift {name}"
+                )
+            self.display.say(f"  drift: {what}")
+        before["inputs"] = now["inputs"]
         self.display.say(f"  resuming   after step {self.progress.step}, from {checkpoint}")
         if before["total"] != self.total:
             self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
@@ -128,22 +197,20 @@ class _Run:
 
     def go(self, checkpoint: Path | None) -> int:
         """Score, train, score again, save; the order of a run."""
-        self.run.cut_logs(self.progress.step)
-        # what was measured of the weights before is not of these
-        for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
-            said_at_the_end.unlink(missing_ok=True)
-        self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
+        with self.world.phase("the start"):
+            if self.world.main:
+                self._clean_up()
         try:
             if checkpoint is None:
                 self._score_before()
             self._train(checkpoint)
             if self.recipe.strategy == "full":  # what is scored is what is saved
-                self.model.to(runtime.dtype_by_name(self.recipe.train.precision))
+                round_weights(self.model, runtime.dtype_by_name(self.recipe.train.precision), self.world)
             after = self._score()
             compared = self.scorer.compared(after.loss)
             self._track(self.progress.step, {**after.figures(), **compared})
             self._sample(self.progress.step, after.answers)
-            result = save_result(self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source)
+            result = self._save()
             summary = summary_of(
                 self.progress,
                 after=after,
@@ -152,21 +219,35 @@ class _Run:
                 result=result.name,
                 train=self.data.train,
             )
-            replace_text(self.run.summary, as_json(summary))
+            with self.world.phase("the summary"):
+                if self.world.main:
+                    replace_text(self.run.summary, as_json(summary))
         finally:
             for tracker in self.trackers:
                 tracker.close()
-        report = self._report()
-        show_summary(self.display.console, summary, self.run, report)
+        if self.world.main:
+            show_summary(self.display.console, summary, self.run, self._report())
         return 0
+
+    def _clean_up(self) -> None:
+        """Before anything new is written: what was measured of the weights before is not of these."""
+        self.run.cut_logs(self.progress.step)
+        for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
+            said_at_the_end.unlink(missing_ok=True)
+        self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
+
+    def _save(self) -> Path:
+        with self.world.phase("the result's save"):
+            return save_result(
+                self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source, self.world
+            )
 
     def _score(self) -> Score:
         return self.scorer.score(self.trainer.get_eval_dataloader() if self.data.held_out else ())
 
     def _score_before(self) -> None:
-        with randomness_kept():
-            score = self._score()
-            self.scorer.remember_base()
+        score = self._score()
+        self.scorer.remember_base()
         kept = max(SAMPLES_KEPT, self.recipe.eval.samples)
         self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
         self._track(0, score.figures())
@@ -188,14 +269,17 @@ class _Run:
             if checkpoint is not None and self.progress.step >= self.total:
                 load_weights(checkpoint, self.model)  # Trainer would take one step more
             else:
-                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except KeyboardInterrupt:
-            saved = sorted(self.run.checkpoints.glob("step-*"))
-            cure = f"goes on from {saved[-1].name}" if saved else "starts again: checkpoint.every_steps saved none yet"
-            self.display.say(f"stopped after step {self.progress.step}; --resume {cure}")
-            raise
+                with self.stop.waiting():
+                    self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.display.stop()
+        if self.trainer.stopped:
+            error = Stopped(
+                f"stopped by {self.stop.reason or 'another rank'} after step {self.progress.step}; --resume goes on "
+                "from its checkpoint"
+            )
+            error.told = not self.world.main
+            raise error
 
     def _track(self, step: int, figures: Figures) -> None:
         known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}
@@ -205,21 +289,36 @@ class _Run:
     def _sample(self, step: int, answers: Sequence[str]) -> None:
         """Log what the model answers at `step` to the questions that are sampled."""
         lines = sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples])
-        self.run.write_samples(step, lines)
+        if self.world.main:
+            self.run.write_samples(step, lines)
         for tracker in self.trackers:
             tracker.samples(step, lines)
+
+    def _not_finite(self, figures: dict[str, Any]) -> None:
+        """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
+        rows = self.trainer.rows_of_last_step()
+        wheres = [where for row in rows for where in self.data.train.wheres[row]]
+        named = ", ".join(wheres[:ROWS_NAMED]) + (
+            f" and {len(wheres) - ROWS_NAMED} more" if wheres[ROWS_NAMED:] else ""
+        )
+        what = f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}, over {named}"
+        if self.trainer.skipped >= SKIPPED_AT_MOST:
+            raise NonFiniteError(
+                f"{what}; {self.trainer.skipped} steps in a row were not finite: lower train.learning_rate, or look at "
+                "these rows with gemma-ft preview"
+            )
+        self.display.say(f"  {what}: not finite, this update is left out")
+        figures |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(figures[name] or 0.0)}
+        figures["skipped"] = True
 
     def _trainer(self) -> GemmaTrainer:
         recipe, every = self.recipe, self.recipe.logging.every_steps
         held_out = self.data.held_out
 
         def on_step(figures: dict[str, Any]) -> None:
-            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"] or 0.0)):
-                raise NonFiniteError(
-                    f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; "
-                    "lower train.learning_rate, or look at the data with gemma-ft preview; this step was not saved"
-                )
-            if figures["step"] % every == 0 or figures["step"] == self.total:
+            if self.trainer.skipped:
+                self._not_finite(figures)
+            if self.world.main and (figures["step"] % every == 0 or figures["step"] == self.total):
                 append_line(self.run.metrics, figures)
                 for tracker in self.trackers:
                     tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
@@ -228,14 +327,20 @@ class _Run:
         def on_eval(step: int, loss: float | None) -> None:
             self.display.eval_loss = loss
             figures: Figures = {"eval_loss": loss, **self.scorer.compared(loss)}
-            append_line(self.run.evals, {"step": step, **figures})
+            if self.world.main:
+                append_line(self.run.evals, {"step": step, **figures})
             self._track(step, figures)
             if step < self.total:  # the last answers are those of the model that is saved
-                self._sample(step, self.scorer.sampled_answers())
+                answers = self.scorer.sampled_answers(self.trainer.stop_now)
+                if not self.trainer.stopped:
+                    self._sample(step, answers)
 
         return GemmaTrainer(
             self.model,
-            training_arguments(recipe, self.run.checkpoints, self.total, evaluates=held_out is not None),
+            training_arguments(recipe, self.run.checkpoints, self.total, self.world, evaluates=held_out is not None),
+            world=self.world,
+            stop=self.stop,
+            source=self.source,
             train_dataset=Dataset.from_list(self.data.train.examples),
             eval_dataset=Dataset.from_list(held_out.examples) if held_out else None,
             collator=Collator(self.data.encoder.control.pad),

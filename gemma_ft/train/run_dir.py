@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gemma_ft.checkpoint import replace_text
-from gemma_ft.errors import UserError
+from gemma_ft.errors import LockedError, UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.recipe.load import dump_recipe
 from gemma_ft.recipe.schema import Recipe
 
+LOCK = ".lock"
 # What a resumed run may change: where and how it is computed, watched and kept, and how long it goes on.
 FREE_TO_CHANGE = (
     "output_dir",
@@ -83,29 +87,55 @@ class RunDir(RunFiles):
             else:
                 path.unlink(missing_ok=True)
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Before a resume: the recipe must still describe the run that is here.
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process while this is open; the system lets go of it however the process ends.
 
-        Raises: UserError naming every key that changed and would change the numbers.
+        Raises: LockedError when another process holds it; UserError when it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            raise LockedError(
+                f"{self.root}: {holder} is writing to it; wait for it to end, or choose another output_dir"
+            ) from None
+        finally:
+            os.close(handle)
+
+    def check_recipe(self, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
+        """Before a resume: the recipe must still describe the run that is here. Returns what changed and is `allowed`:
+        keys, or blocks of them.
+
+        Raises: UserError naming every other key that changed and would change the numbers.
         """
         if not self.recipe.exists():
-            return
+            return []
         try:
             before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{self.recipe}: cannot be read; restore it, or use --overwrite to start again") from error
         after = _flat(yaml.safe_load(dump_recipe(recipe)))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+        changed = {
+            key: f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
             for key in sorted({*before, *after})
-            if before.get(key) != after.get(key)
-            and not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)
-        ]
-        if changed:
+            if before.get(key) != after.get(key) and not _within(key, FREE_TO_CHANGE)
+        }
+        refused = [told for key, told in changed.items() if not _within(key, allowed)]
+        if refused:
             raise UserError(
-                f"{self.root}: cannot resume with another recipe: {'; '.join(changed)}; "
-                "restore it, or start a new output_dir"
+                f"{self.root}: cannot resume with another recipe: {'; '.join(refused)}; "
+                "restore it, start a new output_dir, or give --allow-drift KEY for each"
             )
+        return list(changed.values())
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe; from here on the directory holds a run.
@@ -137,6 +167,11 @@ class RunDir(RunFiles):
             before = self.samples.read_text(encoding="utf-8").splitlines() if self.samples.exists() else []
             kept = [*_lines_until(before, step - 1), *(json.dumps(line) + "\n" for line in lines)]
             replace_text(self.samples, "".join(kept))
+
+
+def _within(key: str, blocks: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some keys, or lies in one of them."""
+    return any(f"{key}.".startswith(f"{block}.") for block in blocks)
 
 
 def append_line(path: Path, figures: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from gemma_ft.build import BuiltData
 from gemma_ft.evaluate.canary import Canary, canary_losses
 from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, held_out_loss, questions_of
 from gemma_ft.recipe.schema import Eval
+from gemma_ft.train.sharding import gathered_root
 from gemma_ft.train.trainer import Progress
+from gemma_ft.train.world import World
 
 Figures = dict[str, float | None]
+SAMPLE_SECONDS = 60.0  # for the answers that are logged at an evaluation; they are cut then
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Scorer:
     max_seq_len: int
     progress: Progress
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    world: World
 
     def __post_init__(self) -> None:
         most = max(self.settings.generate_rows, self.settings.samples)
@@ -44,19 +49,27 @@ class Scorer:
         """Held-out loss and exact match of the model as it is now, with its answers: at least those to be sampled."""
         if self.data.held_out is None:
             return Score(None, None, [])
-        loss = held_out_loss(self.model, batches, autocast=self.autocast)
+        loss = held_out_loss(self.model, batches, autocast=self.autocast, sum_over_ranks=self.world.sum)
         asked = self.questions[: self.settings.generate_rows]
-        with self.autocast():
+        with self.autocast(), gathered_root(self.model):
             share, answers = exact_match(self.model, self.tokenizer, asked, **self._limits)
         if self.settings.samples > self.settings.generate_rows:
             answers = self.sampled_answers()
         return Score(loss, share, answers)
 
-    def sampled_answers(self) -> list[str]:
-        """Greedy answers to the first `eval.samples` questions."""
+    def sampled_answers(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Greedy answers to the first `eval.samples` questions. All ranks give the same, token by token, so that none
+        waits for another; `stop` cuts them, on all ranks at once, and so does SAMPLE_SECONDS.
+        """
         asked = self.questions[: self.settings.samples]
-        with self.autocast():
-            return [reply.text for reply in answer_questions(self.model, self.tokenizer, asked, **self._limits)]
+        end = time.monotonic() + SAMPLE_SECONDS
+
+        def enough() -> bool:
+            return stop() or self.world.any(time.monotonic() > end)
+
+        with self.autocast(), gathered_root(self.model):
+            replies = answer_questions(self.model, self.tokenizer, asked, stop=enough, **self._limits)
+        return [reply.text for reply in replies]
 
     def remember_base(self) -> None:
         """Before training: the canary loss of the model that is tuned, for a run that has no adapter to turn off."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from trl import SFTConfig
 
 from gemma_ft import runtime
+from gemma_ft.errors import UserError
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.world import World
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -17,7 +19,27 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluates: bool) -> SFTConfig:
+def accumulation(recipe: Recipe, ranks: int) -> int:
+    """Micro-batches that each rank computes for one optimizer step.
+
+    Raises: UserError when the global batch cannot be dealt to so many ranks, with what can.
+    """
+    train = recipe.train
+    dealt = train.micro_batch_size * ranks
+    if train.global_batch_size % dealt == 0:
+        return train.global_batch_size // dealt
+    micro = [size for size in range(1, train.micro_batch_size) if train.global_batch_size % (size * ranks) == 0]
+    counts = [n for n in range(1, ranks) if train.global_batch_size % (train.micro_batch_size * n) == 0]
+    choices = [f"{' or '.join(map(str, counts[-2:]))} device{'s' * (counts[-1] > 1)}"] if counts else []
+    choices += [f"micro_batch_size {micro[-1]}"] if micro else []
+    choices.append(f"global_batch_size {-(-train.global_batch_size // dealt) * dealt}")
+    raise UserError(
+        f"train.global_batch_size: {ranks} devices x micro_batch_size {train.micro_batch_size} = {dealt} does not "
+        f"divide {train.global_batch_size}; use {', or '.join(choices)}"
+    )
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: World, *, evaluates: bool) -> SFTConfig:
     """A recipe as TRL's settings; whatever a library would do on its own (reports, progress bars, datasets) is switched
     off.
     """
@@ -29,7 +51,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluat
         max_steps=total,
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=recipe.eval.batch_size,
-        gradient_accumulation_steps=train.global_batch_size // train.micro_batch_size,
+        gradient_accumulation_steps=accumulation(recipe, world.size),
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -39,6 +61,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, *, evaluat
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,  # every trained weight is used in every step
+        ddp_broadcast_buffers=False,  # there are none
+        save_only_model=world.layout == "fsdp2",  # Trainer refuses to resume what was cut beforehand; our saves do
         save_strategy="steps",
         save_steps=recipe.checkpoint.every_steps or total,
         eval_strategy="steps" if evals else "no",

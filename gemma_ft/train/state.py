@@ -1,109 +1,123 @@
-"""What a checkpoint of a run holds, beyond the folder that holds it: weights, optimizer, place in the schedule,
-randomness.
+"""What a checkpoint of a run holds, beyond the folder that holds it: weights, optimizer, place in the schedule.
+
+Nothing of it depends on the number of ranks: tensors are whole, and there is no random state, because what training
+draws is a function of the seed, the step and the micro-batch (trainer.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemma_ft.checkpoint import load_tensors, save_tensors, write_json
-from gemma_ft.errors import CheckpointError
+from gemma_ft.errors import CheckpointError, NonFiniteError
+from gemma_ft.train.sharding import put, reshard, whole
+from gemma_ft.train.world import World
 
-WEIGHTS, OPTIMIZER, RANDOM, STATE = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state.json"
+FILE_BYTES = 2**30  # of tensors in one file: what a rank gathers and holds at a time
 
 
-def save_weights(folder: Path, model: nn.Module) -> None:
-    """Write the trainable parameters, and only those: an adapter run never saves its base. A tied weight is written
-    once.
-    """
-    save_tensors(folder / WEIGHTS, {name: p for name, p in model.named_parameters() if p.requires_grad})
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters by name, and only those: an adapter run never saves its base. A tied weight is one."""
+    reshard(model)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_weights(folder: Path | None, model: nn.Module, world: World) -> None:
+    """Write the trainable parameters; every rank takes part, and the one that writes has a `folder`."""
+    _save(folder, WEIGHTS, trained(model), world)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put the trainable parameters of a checkpoint into `model`.
+    """Put the trainable parameters of a checkpoint into `model`, each rank its slices.
 
     Raises: CheckpointError when names or shapes are not those of this run.
     """
-    saved = load_tensors(folder / WEIGHTS)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in trainable.items()}:
+    saved, parameters = _load(folder, WEIGHTS), trained(model)
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise CheckpointError(f"{folder}: holds other weights than this recipe trains; use the recipe that wrote it")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
+    for name, parameter in parameters.items():
+        put(parameter, saved[name])
 
 
-def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Write the optimizer's tensors as `<kind>:<parameter name>`, e.g. `exp_avg:...lora_A.weight`."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def save_optimizer(folder: Path | None, optimizer: torch.optim.Optimizer, model: nn.Module, world: World) -> None:
+    """Write the optimizer's tensors as `<kind>:<parameter name>`, e.g. `exp_avg:...lora_A.weight`; as save_weights."""
     tensors = {
-        f"{kind}:{names[id(parameter)]}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for kind, value in state.items()
+        f"{kind}:{name}": torch.as_tensor(value)
+        for name, parameter in trained(model).items()
+        for kind, value in optimizer.state[parameter].items()
     }
-    save_tensors(folder / OPTIMIZER, tensors)
+    _save(folder, OPTIMIZER, tensors, world)
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put the tensors of `save_optimizer` into `optimizer`, parameter by parameter, by name."""
-    parameters = dict(model.named_parameters())
-    for key, value in load_tensors(folder / OPTIMIZER).items():
+    """Put the tensors of `save_optimizer` into `optimizer`, parameter by parameter, by name.
+
+    Raises: CheckpointError when they are not those of this run's parameters.
+    """
+    parameters, saved = trained(model), _load(folder, OPTIMIZER)
+    lost = sorted(parameters.keys() - {key.partition(":")[2] for key in saved})
+    if lost:
+        raise CheckpointError(f"{folder}: has no optimizer state of {lost[0]}; use the recipe that wrote it")
+    for key, value in saved.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        if value.shape == parameter.shape and value.dim():
+            state = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            put(state, value)
+        else:  # a count of steps
+            state = value.to(parameter.device)
+        optimizer.state[parameter][kind] = state
 
 
-def save_randomness(folder: Path) -> None:
-    """Write the state of every random generator that training draws from (torch, CUDA, numpy, Python)."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy.asarray(keys).astype(numpy.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_tensors(folder / RANDOM, tensors)
-    version, words, gauss_next = random.getstate()
-    scalars = {
-        "numpy": [str(kind), int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(words), gauss_next],
-    }
-    write_json(folder / "random.json", scalars)
-
-
-def load_randomness(folder: Path) -> None:
-    """Restore what `save_randomness` wrote."""
-    tensors = load_tensors(folder / RANDOM)
-    scalars = json.loads((folder / "random.json").read_text(encoding="utf-8"))
-    torch.set_rng_state(tensors["torch"].to(torch.uint8))
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
-    kind, position, has_gauss, gauss = scalars["numpy"]
-    numpy.random.set_state((kind, tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, gauss))
-    version, words, gauss_next = scalars["python"]
-    random.setstate((version, tuple(words), gauss_next))
-
-
-@contextlib.contextmanager
-def randomness_kept() -> Iterator[None]:
-    """Whatever is drawn while this is open, training draws afterwards what it would have drawn without it.
-
-    An evaluation draws too: each pass of a data loader takes a seed from torch's generator.
+def _save(folder: Path | None, stem: str, tensors: dict[str, Tensor], world: World) -> None:
+    """Write whole tensors into `<stem>-<number>.safetensors`, a file at a time, so that ranks never wait for one that
+    has failed to write.
     """
-    numpy_state, python_state = numpy.random.get_state(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        numpy.random.set_state(numpy_state)
-        random.setstate(python_state)
+    for number, names in enumerate(_files(tensors)):
+        gathered = {name: whole(tensors[name].detach()) for name in names}
+        damaged = next((name for name, one in gathered.items() if not bool(one.isfinite().all())), None)
+        if damaged is not None:  # on all ranks alike
+            raise NonFiniteError(f"{damaged} holds NaN or infinity; this checkpoint was not saved, --resume goes back")
+        error: Exception | None = None
+        if folder is not None:
+            try:
+                save_tensors(folder / f"{stem}-{number:05d}.safetensors", gathered)
+            except Exception as one:
+                error = one
+        world.agree(error)
+
+
+def _load(folder: Path, stem: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob(f"{stem}-*.safetensors")):
+        found |= load_tensors(file)
+    return found
+
+
+def _files(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """Names for each file, in order, of FILE_BYTES or a single tensor at most; one file where there are none."""
+    names: list[str] = []
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if names and filled + size > FILE_BYTES:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    yield names
+
+
+def bytes_of(model: nn.Module) -> int:
+    """About how much a checkpoint takes: the weights, and two moments of each."""
+    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

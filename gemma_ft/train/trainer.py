@@ -7,6 +7,8 @@ What is overridden, and why, is said at each method; nothing of a library is pat
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -26,7 +28,12 @@ from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
 from gemma_ft.checkpoint import checkpoint_folder, commit_folder, prune
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.train import state
+from gemma_ft.train.batches import StepBatches, WithBlank
 from gemma_ft.train.schedule import learning_rate_factor
+from gemma_ft.train.sharding import reshard, shard, whole
+from gemma_ft.train.stop import StopRequest
+from gemma_ft.train.world import World
+from gemma_ft.weights import Source
 
 
 @dataclass
@@ -40,22 +47,8 @@ class Progress:
     extra: dict[str, Any] = field(default_factory=dict)  # figures of the caller that a resumed run needs again
 
 
-class SeededSampler(Sampler[int]):
-    """All indices in an order that is a pure function of (seed, epoch), so that a resumed run sees the same rows."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
-
-
 class GemmaTrainer(SFTTrainer):
-    """Trains a model on examples that are already tokens, labels and document ids.
+    """Trains a model on examples that are already tokens, labels and document ids, on every rank of a world.
 
     `on_step(figures)` hears every optimizer step: step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
     `on_eval(step, loss)` hears each in-training evaluation. Raises what `SFTTrainer.train` raises.
@@ -69,6 +62,9 @@ class GemmaTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         *,
+        world: World,
+        stop: StopRequest,
+        source: Source | None,
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         collator: Callable[[Any], dict[str, Tensor]],
@@ -81,13 +77,22 @@ class GemmaTrainer(SFTTrainer):
         on_step: Callable[[dict[str, Any]], None],
         on_eval: Callable[[int, float | None], None],
     ) -> None:
+        self.world, self.stop = world, stop
+        self.stopped = False  # all ranks agreed to stop
+        self.skipped = 0  # updates left out in a row, for they were not finite
+        self._saved_step = -1
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
         self.keep_checkpoints, self.progress = keep_checkpoints, progress
         self.on_step, self.on_eval = on_step, on_eval
         self._step_loss: Tensor | None = None
         self._step_tokens: Tensor | None = None
         self._step_started = 0.0
-        values = trainables_in_float32(model)
+        self._micro = 0
+        tuned = hasattr(model, "get_base_model")
+        native = model.get_base_model() if tuned else model
+        values = trainables_in_float32(model) if tuned else {}  # a whole model is not cast by SFTTrainer
+        # Trainer's own word for a model that is cut already: it wraps and moves nothing of it.
+        native._is_distributed_loading_by_transformers = world.layout == "fsdp2"
         super().__init__(
             model=model,
             args=args,
@@ -96,11 +101,13 @@ class GemmaTrainer(SFTTrainer):
             data_collator=collator,
             processing_class=tokenizer,
         )
-        restore_trainables(self.model, values)
+        if tuned:
+            restore_trainables(self.model, values)
         # SFTTrainer hangs its own fused head on the instance's forward; ours is in the class.
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        base.__dict__.pop("forward", None)
+        native.__dict__.pop("forward", None)
         self.remove_callback(PrinterCallback)
+        if world.layout == "fsdp2":  # after SFTTrainer, which casts weights in place, and before there is an optimizer
+            shard(self.model, source, world)
 
     # What SFTTrainer does unasked
 
@@ -109,10 +116,34 @@ class GemmaTrainer(SFTTrainer):
 
     # Data order and loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
-        """Trainer's own sampler draws its order from the global random state, which a resume cannot replay."""
-        self._sampler = SeededSampler(len(train_dataset or self.train_dataset), self.args.seed)
-        return self._sampler
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's own sampler draws its order from the global random state, which a resume cannot replay, and
+        accelerate deals rows twice where they do not go round.
+        """
+        rows = self.args.per_device_train_batch_size
+        self._sampler = self._batches(
+            self.train_dataset, rows, step_rows=rows * self.args.gradient_accumulation_steps * self.world.size
+        )
+        return self._loader(self.train_dataset, self._sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This rank's part of the held-out rows, in their order; as many batches on every rank."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(data, self._batches(data, self.args.per_device_eval_batch_size, step_rows=None))
+
+    def _batches(self, data: Any, rows: int, *, step_rows: int | None) -> StepBatches:
+        return StepBatches(
+            len(data),
+            step_rows=step_rows or max(1, len(data)),
+            micro_rows=rows,
+            seed=self.args.seed if step_rows else None,
+            rank=self.world.rank,
+            ranks=self.world.size,
+        )
+
+    def _loader(self, data: Any, batches: StepBatches) -> DataLoader[Any]:
+        rows = WithBlank(data, self.processing_class.pad_token_id)
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """On a resume Trainer takes the intervals of evaluation and saving from the checkpoint; the recipe decides."""
@@ -130,7 +161,46 @@ class GemmaTrainer(SFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The start of an optimizer step: its clock and its sums begin here."""
         self._step_started, self._step_loss, self._step_tokens = time.perf_counter(), None, None
+        self._micro = 0
+        self.world.enter(f"step {self.state.global_step + 1}")
         return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What dropout draws is a function of the seed, the step and the micro-batch, as one rank counts them: the same
+        after a resume, and on any number of ranks.
+        """
+        micro = self._micro * self.world.size + self.world.rank
+        self._micro += 1
+        torch.manual_seed(_mixed(self.args.seed, self.state.global_step, micro))
+        return super().training_step(*args, **kwargs)
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Between the micro-batches of a step: an adapter's gradients are small and are summed once, at its end; those
+        of a whole model are cut at once, or they would take as much memory as the model.
+        """
+        return _unreduced(self.model) if hasattr(self.model, "get_base_model") else contextlib.nullcontext()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return whole(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm; where it or the loss is not finite, there are no gradients any more when this returns, and the
+        optimizer changes nothing.
+        """
+        norm = float(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        loss = 0.0 if self._step_loss is None else float(self._step_loss)
+        if self.world.any(not (math.isfinite(norm) and math.isfinite(loss))):
+            self.skipped += 1
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        else:
+            self.skipped = 0
+        return norm
+
+    def rows_of_last_step(self) -> list[int]:
+        """The examples of all ranks in the step whose figures were logged last."""
+        per_epoch = math.ceil(self._sampler.length / self._sampler.step_rows)
+        return self._sampler.rows_of_step((self.state.global_step - 1) % per_epoch)
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast for full fine-tuning, whose weights are float32; a frozen base has its own dtype and needs
@@ -147,11 +217,17 @@ class GemmaTrainer(SFTTrainer):
         does not depend on how the step is cut into micro-batches (SFTTrainer asks its own head, which ours replaces).
         """
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
-        tokens = inputs["attention_mask"].sum()
+        tokens = (inputs["document_ids"] >= 0).sum()  # neither padding nor blank rows
         first = self._step_loss is None or self._step_tokens is None
         self._step_loss = outputs.loss.detach() if first else self._step_loss + outputs.loss.detach()
         self._step_tokens = tokens if first else self._step_tokens + tokens
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = outputs.loss * self.world.size  # gradients are averaged over ranks, and are to be summed
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """An evaluation before training leaves a sharded model's root whole: the optimizer is of its slices."""
+        reshard(self.model)
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate as a pure function of the step (`schedule.py` says why not the library's)."""
@@ -173,10 +249,11 @@ class GemmaTrainer(SFTTrainer):
         self.state.log_history.clear()
         if "loss" not in logs or self._step_loss is None or self._step_tokens is None:
             return
-        seconds, tokens = time.perf_counter() - self._step_started, int(self._step_tokens)
-        progress = self.progress
+        seconds = time.perf_counter() - self._step_started
+        loss, counted = self.world.sum([float(self._step_loss), float(self._step_tokens)])
+        progress, tokens = self.progress, round(counted)
         progress.step, progress.tokens = self.state.global_step, progress.tokens + tokens
-        progress.seconds, progress.last_loss = progress.seconds + seconds, float(self._step_loss)
+        progress.seconds, progress.last_loss = progress.seconds + seconds, loss
         self.on_step(
             {
                 "step": progress.step,
@@ -192,27 +269,56 @@ class GemmaTrainer(SFTTrainer):
         """Loss per labelled token, every token weighing the same (Trainer averages over batches). What is trained
         afterwards does not depend on whether this was called.
         """
-        with state.randomness_kept():
-            loss = held_out_loss(self.model, self.get_eval_dataloader(), autocast=self.compute_loss_context_manager)
+        self.world.enter(f"evaluation after step {self.state.global_step}")
+        loss = held_out_loss(
+            self.model,
+            self.get_eval_dataloader(),
+            autocast=self.compute_loss_context_manager,
+            sum_over_ranks=self.world.sum,
+            stop=self.stop_now,
+        )
+        if not self.stopped:
             self.on_eval(self.state.global_step, loss)
         metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # Stopping
+
+    def stop_now(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it at the same places, and then all stop."""
+        self.stopped = self.stopped or self.world.any(self.stop.asked())
+        return self.stopped
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The end of a step: one that ends the run leaves a checkpoint of itself, whatever the intervals."""
+        if self.stop_now():
+            self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop_now():
+            self.control.should_training_stop = True
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, None)
+
     # Checkpoints: Trainer's are four pickles written in place; ours are safetensors and JSON that appear complete
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        root = Path(self.args.output_dir)
+        root, step = Path(self.args.output_dir), self.state.global_step
 
-        def write(folder: Path) -> None:
-            state.save_weights(folder, self.model)
-            state.save_optimizer(folder, self.optimizer, self.model)
-            state.save_randomness(folder)
-            state.save_state(folder, vars(self.progress))
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        def write(folder: Path | None) -> None:
+            state.save_weights(folder, self.model, self.world)
+            state.save_optimizer(folder, self.optimizer, self.model, self.world)
+            if folder is not None:
+                state.save_state(folder, vars(self.progress))
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-        commit_folder(checkpoint_folder(root, self.state.global_step), write)
-        prune(root, self.keep_checkpoints)
+        with self.world.phase(f"the save of step {step}"):
+            if self.world.main:
+                commit_folder(checkpoint_folder(root, step), write)
+                prune(root, self.keep_checkpoints)
+            else:
+                write(None)
+        self._saved_step = step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         raise AssertionError("models are written by run.py, checkpoints by _save_checkpoint")
@@ -237,5 +343,20 @@ class GemmaTrainer(SFTTrainer):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state.load_randomness(Path(checkpoint))
+        """There is none: see `training_step`."""
+
+
+@contextlib.contextmanager
+def _unreduced(model: Any) -> Iterator[None]:
+    """Gradients of an FSDP model stay whole on each rank while this is open."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed out of several numbers, unlike that of any numbers near them."""
+    digest = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63

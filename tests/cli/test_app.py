@@ -15,7 +15,17 @@ from gemma_ft.errors import CheckpointError, DiskError, LockedError, NonFiniteEr
 
 SURFACE = {
     "gemma-ft": ["--version", "--install-completion", "--show-completion", "--help"],
-    "gemma-ft train": ["RECIPE", "KEY=VALUE", "--resume", "--overwrite", "--help"],
+    "gemma-ft train": [
+        "RECIPE",
+        "KEY=VALUE",
+        "--resume",
+        "--overwrite",
+        "--launch",
+        "--nproc",
+        "--stop-file",
+        "--allow-drift",
+        "--help",
+    ],
     "gemma-ft preview": ["RECIPE", "KEY=VALUE", "--rows", "--help"],
     "gemma-ft schema": ["--help"],
     "gemma-ft eval": [
@@ -122,7 +132,7 @@ def train_ends_with(monkeypatch: pytest.MonkeyPatch) -> Train:
     """Puts a training room in place that raises or returns what is given, so that no run is needed."""
 
     def end_with(outcome: BaseException | int) -> None:
-        def train_recipe(loaded: object, *, resume: bool, overwrite: bool) -> int:
+        def train_recipe(loaded: object, **options: object) -> int:
             if isinstance(outcome, int):
                 return outcome
             raise outcome

@@ -133,5 +133,5 @@ def test_overwrite_removes_what_these_wrote(recipe_for: RecipeFor, train: Train,
         (out / name).write_text("{}")
     train(recipe_for("strategy=lora", "train.max_steps=1"), overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == [
-        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "summary.json"
+        ".lock", "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "summary.json"
     ]  # fmt: skip

@@ -140,13 +140,18 @@ def test_a_damaged_checkpoint_is_passed_over(recipe_for: RecipeFor, train: Train
     expected = train(loaded)
     out = Path(loaded.recipe.output_dir)
     (out / "summary.json").unlink()
-    newest = checkpoint_folder(out / "checkpoints", 4) / "weights.safetensors"
+    newest = checkpoint_folder(out / "checkpoints", 4) / "weights-00000.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
     assert exact(train(loaded, resume=True)) == exact(expected)
     said = (tmp_path / "console.txt").read_text().replace("\n", "")
-    assert "step-00000004: weights.safetensors is damaged; trying an older checkpoint" in said
+    assert (
+        "step-00000004: weights-00000.safetensors is damaged; set aside as step-00000004.damaged, going on from "
+        "step-00000002" in said
+    )
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004", "step-00000004.damaged"]
 
 
 def test_no_intact_checkpoint_is_exit_code_3(recipe_for: RecipeFor, train: Train) -> None:
@@ -155,7 +160,7 @@ def test_no_intact_checkpoint_is_exit_code_3(recipe_for: RecipeFor, train: Train
     out = Path(loaded.recipe.output_dir)
     (out / "summary.json").unlink()
     for folder in (out / "checkpoints").iterdir():
-        (folder / "optimizer.safetensors").unlink()
+        (folder / "optimizer-00000.safetensors").unlink()
     with pytest.raises(CheckpointError) as caught:
         train_recipe(loaded, resume=True)
     root = out / "checkpoints"
@@ -171,7 +176,7 @@ def test_a_changed_recipe_is_refused(recipe_for: RecipeFor, train: Train) -> Non
         train_recipe(changed, resume=True)
     assert str(caught.value) == (
         f"{loaded.recipe.output_dir}: cannot resume with another recipe: train.learning_rate was 0.002, now 0.001; "
-        "restore it, or start a new output_dir"
+        "restore it, start a new output_dir, or give --allow-drift KEY for each"
     )
 
 

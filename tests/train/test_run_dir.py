@@ -61,7 +61,7 @@ def test_resume_with_other_rows_is_refused(recipe_for: RecipeFor, train: Train, 
     mine.write_text(mine.read_text().replace("It is 4.", "It is 5."))
     assert refusal(loaded, resume=True) == (
         f"{tmp_path / 'run'}: cannot resume: {mine} gives other training rows than before; "
-        "restore it, or start a new output_dir"
+        "restore it, start a new output_dir, or give --allow-drift data"
     )
 
 

@@ -1,0 +1,71 @@
+"""A watch over the other ranks: one that has stopped, or is gone, ends the job within seconds instead of after the
+timeout of a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 20.0  # longer than any call of ours keeps the interpreter's lock
+EXIT_CODE = 1
+
+
+class Watch:
+    """A thread that beats for this rank and listens for all others, over the launcher's store.
+
+    What a rank is doing (`phase`) goes along with its beat, so that it can be named when the beat ends.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.phase = "start"
+        self._store = dist.PrefixStore("beat", store.clone())  # type: ignore[attr-defined]
+        self._rank, self._size = rank, size
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; every rank is expected to have begun within SILENT_SECONDS."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End: from here on this rank may go, and be missed by nobody."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        count, seen = 0, dict.fromkeys(range(self._size), (b"", time.monotonic()))
+        while not self._stopped.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                self._store.set(str(self._rank), f"{count} {self.phase}")
+                for other in range(self._size):
+                    if other != self._rank:
+                        self._look(other, seen)
+            except Exception:  # the store is gone, and with it the launcher or rank 0's machine
+                if not self._stopped.is_set():
+                    self._end("the launcher cannot be reached any more")
+        try:
+            self._store.set(str(self._rank), "done")
+        except Exception:  # everybody is leaving
+            return
+
+    def _look(self, other: int, seen: dict[int, tuple[bytes, float]]) -> None:
+        beat = self._store.get(str(other)) if self._store.check([str(other)]) else b""
+        before, since = seen[other]
+        if beat != before:
+            seen[other] = beat, time.monotonic()
+        elif beat != b"done" and time.monotonic() - since > SILENT_SECONDS:
+            phase = beat.decode().partition(" ")[2] or "start"
+            self._end(f"rank {other} has not answered for {SILENT_SECONDS:.0f} s; it was last in {phase}")
+
+    def _end(self, what: str) -> None:
+        """Leave at once: the main thread may be inside a collective that will never come back."""
+        print(f"rank {self._rank}: {what}; the job ends, --resume goes on from its last checkpoint", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)

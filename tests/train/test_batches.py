@@ -1,0 +1,79 @@
+"""Which rows each rank trains on: every row once, the same steps for every number of ranks, nothing left to chance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemma_ft.errors import UserError
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.train.batches import StepBatches, WithBlank
+from gemma_ft.train.settings import accumulation
+
+
+@given(st.integers(1, 90), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_ranks_together_train_the_steps_of_one(length: int, micro: int, times: int, ranks: int, epoch: int) -> None:
+    step = micro * times * ranks
+    alone, *dealt = (
+        StepBatches(length, step_rows=step, micro_rows=micro, seed=7, rank=rank, ranks=count)
+        for count, rank in [(1, 0), *((ranks, rank) for rank in range(ranks))]
+    )
+    for batches in (alone, *dealt):
+        batches.epoch = epoch
+    rows = [list(batches) for batches in dealt]
+    assert [len(batches) for batches in dealt] == [len(mine) for mine in rows]
+    assert len({len(mine) for mine in rows}) == 1, "every rank computes as often, or the others wait for it"
+    order = [row for batch in alone for row in batch]
+    assert sorted(order) == list(range(length))
+    for number in range(math.ceil(length / step)):
+        expected = sorted(order[number * step : (number + 1) * step])
+        mine = [row for one in rows for batch in one[number * times : (number + 1) * times] for row in batch]
+        assert sorted(row for row in mine if row != length) == expected == sorted(alone.rows_of_step(number))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = StepBatches(50, step_rows=4, micro_rows=2, seed=seed)
+        batches.epoch = epoch
+        return [row for batch in batches for row in batch]
+
+    torch.manual_seed(0)
+    first = order(1, 0)
+    torch.manual_seed(99)
+    assert order(1, 0) == first
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_held_out_rows_keep_their_order() -> None:
+    rows = [list(StepBatches(7, step_rows=7, micro_rows=2, seed=None, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert rows == [[[0, 1], [4, 5]], [[2, 3], [6]]]
+
+
+def test_the_blank_row_trains_nothing() -> None:
+    data = WithBlank([{"input_ids": [5]}], pad_id=0)
+    assert (len(data), data[0]) == (2, {"input_ids": [5]})
+    assert data[1] == {"input_ids": [0], "labels": [-100], "position_ids": [0], "document_ids": [-1]}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        (1, None),
+        (2, None),
+        (3, "3 devices x micro_batch_size 4 = 12 does not divide 32; use 1 or 2 devices, or global_batch_size 36"),
+        (16, "16 devices x micro_batch_size 4 = 64 does not divide 32; use 4 or 8 devices, or micro_batch_size 2, or "
+             "global_batch_size 64"),
+    ],
+)  # fmt: skip
+def test_a_global_batch_is_dealt_whole_or_refused(ranks: int, told: str | None) -> None:
+    recipe = load_recipe("sft_tiny", ["train.global_batch_size=32", "train.micro_batch_size=4"]).recipe
+    if told is None:
+        assert accumulation(recipe, ranks) * ranks * 4 == 32
+        return
+    with pytest.raises(UserError) as raised:
+        accumulation(recipe, ranks)
+    assert str(raised.value) == f"train.global_batch_size: {told}"
