@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-ranks lint tiny-base clean
+.PHONY: help setup demo test test-ranks faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -55,6 +55,15 @@ test: setup  ## run the whole suite
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks
+
+faults-short: setup  ## kills, damage, full disks, signals, lost ranks: a few of each
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults -n 2
+
+# about an hour on two cores; writes benchmarks/results/faults.json
+faults: setup  ## the same in the published numbers
+	rm -rf build/faults
+	$(OFFLINE) OMP_NUM_THREADS=1 GEMMA_FT_FAULTS=full $(BIN)/python -m pytest -m faults tests/faults -n 2 --dist worksteal
+	$(BIN)/python -m benchmarks.faults build/faults
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

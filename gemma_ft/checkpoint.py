@@ -34,6 +34,7 @@ def commit_folder(
     *,
     manifest: bool = True,
     replace: bool = True,
+    bytes_needed: int = 0,
     go_on: str = "use --resume",
 ) -> None:
     """Make folder `target` appear at once and complete: `write` fills a staging folder beside it, which is then synced
@@ -41,13 +42,14 @@ def commit_folder(
     last. Without `replace`, what appeared at `target` meanwhile stays, and the staging folder has a name of its own, so
     that two who write at once leave each other's alone. Whatever `write` raises, the staging folder is gone.
 
-    Raises: DiskError when the disk is full; `go_on` says what to do once there is space. FileExistsError without
+    Raises: DiskError when the disk is full, or has less than `bytes_needed` to begin with; `go_on` says what to do once there is space. FileExistsError without
     `replace`, when `target` is there.
     """
     staging = target.with_name(f".{target.name}{'' if replace else f'.{uuid.uuid4().hex[:8]}'}.staging")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
+        check_space(staging, bytes_needed, go_on=go_on)
         write(staging)
         if manifest:
             write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
@@ -70,6 +72,15 @@ def commit_folder(
     staging.rename(target)
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_space(place: Path, bytes_needed: int, *, go_on: str) -> None:
+    """Raises: DiskError when the disk of an existing `place` has less than so many bytes left."""
+    free = shutil.disk_usage(place).free
+    if free < bytes_needed:
+        raise DiskError(
+            f"{place}: {bytes_needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some and {go_on}"
+        )
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:

@@ -6,7 +6,6 @@ import torch
 
 from gemma_ft.data.chat import IGNORE
 
-
 PADDING = -1  # the document id of what is no document
 
 

@@ -58,7 +58,7 @@ class Display:
     def step(self, figures: dict[str, Any]) -> None:
         """Show the figures of an optimizer step."""
         parts = [
-            f"loss {figures['loss']:.4f}",
+            f"loss {number(figures['loss'])}",
             f"{figures['tokens_per_second']:,.0f} tok/s",
             gib(runtime.peak_memory_bytes()),
         ]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, build_data, build_model, build_tokenizer, fingerprint, inputs_of
-from gemma_ft.checkpoint import as_json, newest_valid, replace_text
+from gemma_ft.checkpoint import as_json, check_space, newest_valid, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary, build_canary
@@ -30,7 +30,7 @@ from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.scoring import Figures, Scorer
 from gemma_ft.train.settings import accumulation, total_steps, training_arguments
-from gemma_ft.train.state import load_state, load_weights
+from gemma_ft.train.state import bytes_of, load_state, load_weights
 from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.summary import summary_of
 from gemma_ft.train.trackers import Tracker, build_trackers
@@ -199,6 +199,8 @@ class _Run:
         """Score, train, score again, save; the order of a run."""
         with self.world.phase("the start"):
             if self.world.main:
+                kept = min(self.recipe.checkpoint.keep, self.total) + 1  # and the one that is being written
+                check_space(self.run.root, kept * bytes_of(self.model), go_on="start again")
                 self._clean_up()
         try:
             if checkpoint is None:
@@ -352,4 +354,5 @@ class _Run:
             progress=self.progress,
             on_step=on_step,
             on_eval=on_eval,
+            on_fault=lambda line: self.display.say(f"  {line}"),
         )

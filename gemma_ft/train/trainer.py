@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
 from gemma_ft.checkpoint import checkpoint_folder, commit_folder, prune
+from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.train import state
 from gemma_ft.train.batches import StepBatches, WithBlank
@@ -51,7 +52,7 @@ class GemmaTrainer(SFTTrainer):
     """Trains a model on examples that are already tokens, labels and document ids, on every rank of a world.
 
     `on_step(figures)` hears every optimizer step: step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
-    `on_eval(step, loss)` hears each in-training evaluation. Raises what `SFTTrainer.train` raises.
+    `on_eval(step, loss)` hears each in-training evaluation, `on_fault(line)` what went wrong and ends nothing. Raises what `SFTTrainer.train` raises.
     """
 
     # The loss is divided by the labelled tokens of the whole optimizer step: Trainer must not divide it again.
@@ -76,6 +77,7 @@ class GemmaTrainer(SFTTrainer):
         progress: Progress,
         on_step: Callable[[dict[str, Any]], None],
         on_eval: Callable[[int, float | None], None],
+        on_fault: Callable[[str], None],
     ) -> None:
         self.world, self.stop = world, stop
         self.stopped = False  # all ranks agreed to stop
@@ -83,7 +85,7 @@ class GemmaTrainer(SFTTrainer):
         self._saved_step = -1
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
         self.keep_checkpoints, self.progress = keep_checkpoints, progress
-        self.on_step, self.on_eval = on_step, on_eval
+        self.on_step, self.on_eval, self.on_fault = on_step, on_eval, on_fault
         self._step_loss: Tensor | None = None
         self._step_tokens: Tensor | None = None
         self._step_started = 0.0
@@ -312,12 +314,18 @@ class GemmaTrainer(SFTTrainer):
                 state.save_state(folder, vars(self.progress))
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-        with self.world.phase(f"the save of step {step}"):
-            if self.world.main:
-                commit_folder(checkpoint_folder(root, step), write)
-                prune(root, self.keep_checkpoints)
-            else:
-                write(None)
+        try:
+            with self.world.phase(f"the save of step {step}"):
+                if self.world.main:
+                    commit_folder(checkpoint_folder(root, step), write, bytes_needed=state.bytes_of(self.model))
+                    prune(root, self.keep_checkpoints)
+                else:
+                    write(None)
+        except UserError as error:
+            if error.exit_code != DiskError.exit_code or self.stopped:
+                raise
+            self.on_fault(f"{error}; no checkpoint of step {step}, the next interval tries again")
+            return
         self._saved_step = step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -4,6 +4,7 @@ timeout of a collective.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 BEAT_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # for a rank to come to where it hears of a fault, before it is taken to wait for the faulty one
 SILENT_SECONDS = 20.0  # longer than any call of ours keeps the interpreter's lock
 EXIT_CODE = 1
 
@@ -20,7 +22,7 @@ EXIT_CODE = 1
 class Watch:
     """A thread that beats for this rank and listens for all others, over the launcher's store.
 
-    What a rank is doing (`phase`) goes along with its beat, so that it can be named when the beat ends.
+    `phase`: what this rank is doing, and so the others, for they go step by step with it.
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
@@ -28,11 +30,17 @@ class Watch:
         self._store = dist.PrefixStore("beat", store.clone())  # type: ignore[attr-defined]
         self._rank, self._size = rank, size
         self._stopped = threading.Event()
+        self._faults: dict[int, float] = {}  # rank -> since when its fault is known
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         """Begin; every rank is expected to have begun within SILENT_SECONDS."""
         self._thread.start()
+
+    def tell(self, fault: str | None) -> None:
+        """Let the others know why this rank does not come to where they may be waiting for it; None: it is over."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: they will find out
+            self._store.set(f"fault{self._rank}", fault or "")
 
     def stop(self) -> None:
         """End: from here on this rank may go, and be missed by nobody."""
@@ -43,7 +51,7 @@ class Watch:
         while not self._stopped.wait(BEAT_SECONDS):
             count += 1
             try:
-                self._store.set(str(self._rank), f"{count} {self.phase}")
+                self._store.set(str(self._rank), str(count))
                 for other in range(self._size):
                     if other != self._rank:
                         self._look(other, seen)
@@ -56,13 +64,20 @@ class Watch:
             return
 
     def _look(self, other: int, seen: dict[int, tuple[bytes, float]]) -> None:
-        beat = self._store.get(str(other)) if self._store.check([str(other)]) else b""
+        fault = self._read(f"fault{other}")
+        if not fault:
+            self._faults.pop(other, None)
+        elif time.monotonic() - self._faults.setdefault(other, time.monotonic()) > GRACE_SECONDS:
+            self._end(f"rank {other}, in {self.phase}: {fault.decode()}")
+        beat = self._read(str(other))
         before, since = seen[other]
         if beat != before:
             seen[other] = beat, time.monotonic()
         elif beat != b"done" and time.monotonic() - since > SILENT_SECONDS:
-            phase = beat.decode().partition(" ")[2] or "start"
-            self._end(f"rank {other} has not answered for {SILENT_SECONDS:.0f} s; it was last in {phase}")
+            self._end(f"rank {other} has not answered for {SILENT_SECONDS:.0f} s, in {self.phase}")
+
+    def _read(self, key: str) -> bytes:
+        return bytes(self._store.get(key)) if self._store.check([key]) else b""
 
     def _end(self, what: str) -> None:
         """Leave at once: the main thread may be inside a collective that will never come back."""

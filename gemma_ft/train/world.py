@@ -67,13 +67,28 @@ class World:
         """Raise `error`, or RankError with the first fault of another rank. Every rank calls it at the same place."""
         if self.size == 1 and error is None:
             return
-        faults = self.gather(None if error is None else (_said(error), getattr(error, "exit_code", 1)))
+        faults = self._faults(error)
         for rank, fault in enumerate(faults):
             if error is None and fault is not None:
                 error = RankError(f"rank {rank}, in {self.phase_name}: {fault[0]}", exit_code=fault[1])
         if error is not None:
             error.told = not self.main  # type: ignore[attr-defined]  # rank 0 tells it
             raise error
+
+    def _faults(self, error: Exception | None) -> list[tuple[str, int] | None]:
+        """Every rank's fault, in words and exit code. One that has none may be in a collective and wait for one that
+        has, which is therefore also told on a way of its own.
+        """
+        mine = None if error is None else (_said(error), int(getattr(error, "exit_code", 1)))
+        if mine is None or self._watch is None:
+            return self.gather(mine)
+        self._watch.tell(mine[0])
+        try:
+            found = self.gather(mine)
+        except RuntimeError:  # the others have gone
+            return [mine]
+        self._watch.tell(None)
+        return found
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, by rank; small picklable values that are ours."""

@@ -49,6 +49,7 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "progress": Progress(),
         "on_step": lambda figures: None,
         "on_eval": lambda step, loss: None,
+        "on_fault": lambda line: None,
     }
     settings = training_arguments(recipe, Path(recipe.output_dir) / "checkpoints", 4, World(), evaluates=False)
     return GemmaTrainer(model, settings, **{**arguments, **changes})

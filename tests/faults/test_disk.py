@@ -1,0 +1,84 @@
+"""A disk that is full at any moment: the last good checkpoint stays, and with space the same run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gemma_ft.checkpoint import fault_of
+from tests.faults.conftest import FULL, Runs, outcome
+
+SIZES = range(8_000, 400_000, 4_000) if FULL else (8_000, 30_000, 90_000)  # what a run says has to fit, too
+
+
+def no_file_over(size: int) -> Callable[[], None]:
+    def install() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return install
+
+
+def full_at(place: Path, number: int) -> Callable[[], None]:
+    """The `number`-th file that is opened for writing below `place`, and all later ones, find no space."""
+
+    def install() -> None:
+        seen = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes and str(place) in str(arguments[0]):
+                seen += 1
+                if seen >= number:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+        sys.addaudithook(hook)
+
+    return install
+
+
+def goes_on(runs: Runs, out: Path, reference: tuple[Any, bytes]) -> None:
+    for folder in (out / "checkpoints").glob("step-????????"):
+        assert fault_of(folder) is None, f"{folder} is half written"
+    codes, said = runs.go(out, "--resume")
+    assert codes == [0], said
+    assert outcome(out) == reference
+    left = [path for path in out.rglob("*") if "staging" in path.name or "replaced" in path.name]
+    assert left == []
+    shutil.rmtree(out)
+
+
+def test_files_that_cannot_grow(runs: Runs, reference: tuple[Any, bytes], figure: Callable[..., None]) -> None:
+    for size in SIZES:
+        out = runs.place()
+        codes, said = runs.go(out, before=no_file_over(size))
+        assert codes in ([4], [2], [0]), (size, codes, said)
+        assert "Traceback" not in said
+        assert "a fault of gemma-ft" not in said, said
+        goes_on(runs, out, reference)
+    figure(sizes=len(SIZES), failed_resumes=0)
+
+
+def test_no_space_at_any_write(runs: Runs, reference: tuple[Any, bytes], figure: Callable[..., None]) -> None:
+    number = refused = 0
+    while True:
+        number += 1 if FULL else 5
+        out = runs.place()
+        codes, said = runs.go(out, before=full_at(out, number))
+        assert "Traceback" not in said
+        assert "a fault of gemma-ft" not in said, (number, said)
+        if codes == [0] and "no space" not in said.lower():
+            break
+        refused += 1
+        assert codes in ([4], [2], [0]), (number, codes, said)
+        goes_on(runs, out, reference)
+    assert refused >= 4
+    figure(writes=refused, failed_resumes=0)

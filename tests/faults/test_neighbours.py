@@ -1,0 +1,59 @@
+"""What stands around a run: another process in its directory, a tracker that does not answer, secrets."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tests.faults.conftest import Runs, outcome
+from tests.forked import free_port, no_survivors
+
+SECRETS = {
+    "HF_TOKEN": "hf_canaryCANARYcanaryCANARYcanary12",
+    "WANDB_API_KEY": "c0ffee" * 6 + "cafe",
+    "OPENAI_API_KEY": "sk-canaryCANARYcanaryCANARY123456",
+}
+
+
+def test_two_processes_in_one_directory(runs: Runs, reference: tuple[Any, bytes]) -> None:
+    """One trains; the other is told, and touches nothing."""
+    out = runs.place()
+    first = runs.start(out, "train.max_steps=400")
+    with no_survivors(first):
+        while not (out / "checkpoints" / "step-00000001").is_dir():
+            assert not first[0].ended(), first[0].said
+            time.sleep(0.01)
+        codes, said = runs.go(out, "train.max_steps=400", "--resume")
+        assert codes == [6], said
+        told = said.splitlines()[-1]
+        assert told.startswith(f"{out}: process {first[0].pid} on ")
+        assert told.endswith(" is writing to it; wait for it to end, or choose another output_dir")
+        assert not first[0].ended()
+    codes, said = runs.go(out, "--overwrite")
+    assert codes == [0], said
+    assert outcome(out) == reference
+
+
+def test_a_dead_tracker_delays_nothing_for_long(runs: Runs, reference: tuple[Any, bytes]) -> None:
+    out = runs.place()
+    dead = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "x" * 40, "WANDB_MODE": "online"}
+    begun = time.monotonic()
+    codes, said = runs.go(out, "logging.wandb=online", environment=dead)
+    assert codes == [0], said
+    assert time.monotonic() - begun < 60
+    assert outcome(out) == reference
+
+
+def test_no_secret_of_the_environment_is_written(runs: Runs) -> None:
+    out = runs.place()
+    codes, said = runs.go(out, "logging.wandb=offline", "logging.tensorboard=true", environment=SECRETS)
+    assert codes == [0], said
+    hits = [
+        f"{path}: {name}"
+        for path in out.rglob("*")
+        if path.is_file()
+        for name, value in SECRETS.items()
+        if value.encode() in path.read_bytes()
+    ]
+    assert hits == []
+    assert not any(value in said for value in SECRETS.values())

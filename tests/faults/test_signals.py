@@ -1,0 +1,81 @@
+"""SIGTERM, Ctrl-C, SIGUSR1 and the stop file at any moment, on one rank and two: no step is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_ft.checkpoint import fault_of
+from tests.faults.conftest import FULL, Runs, outcome
+from tests.forked import no_survivors
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def lost_steps(out: Path) -> int:
+    """Steps that were computed and are in no checkpoint."""
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    done = json.loads(lines[-1])["step"] if lines else 0
+    saved = [
+        int(path.name.removeprefix("step-"))
+        for path in (out / "checkpoints").glob("step-????????")
+        if fault_of(path) is None
+    ]
+    return done - max(saved, default=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_loses_no_step(
+    runs: Runs, reference: tuple[Any, bytes], figure: Callable[..., None], ranks: int
+) -> None:
+    """Only at its end is a checkpoint asked for: what is there after a signal, the signal made."""
+    wanted, stopped, finished = (200 if FULL else 4), 0, 0
+    moments = random.Random(ranks)
+    long = ("checkpoint.every_steps=null", "eval.generate_rows=0")
+    while stopped < wanted:
+        out = runs.place()
+        children = runs.start(out, *long, ranks=ranks, layout="fsdp2")
+        with no_survivors(children):
+            end = time.monotonic() + moments.uniform(0.2, 1.2 + ranks)
+            while time.monotonic() < end and not all(child.ended() for child in children):
+                time.sleep(0.005)
+            number = moments.choice(SIGNALS)
+            for child in children:  # as a launcher and a terminal do
+                child.send(number)
+            codes = [child.wait() for child in children]
+        said = "".join(child.said for child in children)
+        assert "Traceback" not in said, said
+        assert set(codes) <= {0, 143}, (codes, said)
+        if codes == [0] * ranks:
+            finished += 1
+        else:
+            stopped += 1
+            assert lost_steps(out) == 0, said
+        codes, said = runs.go(out, *long, "--resume")
+        assert codes == [0], said
+        if ranks == 1:
+            assert outcome(out) == reference
+        shutil.rmtree(out, ignore_errors=True)
+    figure(stopped=stopped, finished=finished, steps_lost=0)
+
+
+def test_the_stop_file_stops(runs: Runs, reference: tuple[Any, bytes]) -> None:
+    out = runs.place()
+    stop = out.with_name("stop-here")
+    stop.touch()
+    codes, said = runs.go(out, "checkpoint.every_steps=null", "--stop-file", str(stop))
+    assert codes == [143], said
+    assert said.splitlines()[-1] == f"stopped by {stop} is there after step 1; --resume goes on from its checkpoint"
+    stop.unlink()
+    codes, said = runs.go(out, "checkpoint.every_steps=null", "--resume")
+    assert codes == [0], said
+    assert outcome(out) == reference
