@@ -42,8 +42,8 @@ def commit_folder(
     last. Without `replace`, what appeared at `target` meanwhile stays, and the staging folder has a name of its own, so
     that two who write at once leave each other's alone. Whatever `write` raises, the staging folder is gone.
 
-    Raises: DiskError when the disk is full, or has less than `bytes_needed` to begin with; `go_on` says what to do once there is space. FileExistsError without
-    `replace`, when `target` is there.
+    Raises: DiskError when the disk is full, or has less than `bytes_needed` to begin with; `go_on` says what to do once
+    there is space. FileExistsError without `replace`, when `target` is there.
     """
     staging = target.with_name(f".{target.name}{'' if replace else f'.{uuid.uuid4().hex[:8]}'}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -111,7 +111,7 @@ def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
 
     Raises: CheckpointError when checkpoints exist and none verifies.
     """
-    found = sorted(_checkpoints(root), reverse=True)
+    found = checkpoints_of(root)[::-1]
     damaged: list[tuple[Path, str]] = []
     for _, folder in found:
         fault = fault_of(folder)
@@ -136,17 +136,20 @@ def _names_aside(folder: Path) -> Iterator[Path]:
 
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, oldest first, once the newest verifies."""
-    found = sorted(_checkpoints(root))
+    found = checkpoints_of(root)
     if found and fault_of(found[-1][1]) is None:
         for _, folder in found[:-keep]:
             shutil.rmtree(folder)
 
 
-def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
+def checkpoints_of(root: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint under `root`, whole or not, oldest first."""
+    found = []
     for path in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
-            yield int(match.group(1)), path
+            found.append((int(match.group(1)), path))
+    return sorted(found)
 
 
 def as_json(value: Any) -> str:

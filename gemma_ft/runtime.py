@@ -88,7 +88,7 @@ _ELSEWHERE = (
 
 
 def launched() -> Launch:
-    """What the launcher says in the environment, in the words of an accelerate config.
+    """What the launcher says in the environment, in the words of an accelerate config; asked once by a process.
 
     From here on accelerate itself sees ranks and no FSDP: sharding is ours (train/sharding.py says why), and it would
     wrap the model a second time.
@@ -98,9 +98,8 @@ def launched() -> Launch:
         value = os.environ.get(variable, "").lower()
         if value not in ("", *harmless):
             raise UserError(f"accelerate config: {key}: {value}: {cure}")
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or _FSDP_SEEN in os.environ
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp:
-        os.environ[_FSDP_SEEN] = "true"
         version = os.environ.get("FSDP_VERSION", "1")
         if version != "2":
             raise UserError(f"accelerate config: fsdp_version: {version} is not supported; set it to 2")
@@ -113,9 +112,6 @@ def launched() -> Launch:
         reshard_after_forward=_flag("FSDP_RESHARD_AFTER_FORWARD", True),
         offload=_flag("FSDP_OFFLOAD_PARAMS", False),
     )
-
-
-_FSDP_SEEN = "GEMMA_FT_USE_FSDP"  # says it again to whoever asks later in this process, or in one started by it
 
 
 def _number(name: str, default: int) -> int:

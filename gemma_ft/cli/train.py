@@ -1,11 +1,14 @@
 """`gemma-ft train`: the main job, recipe in, tuned Gemma out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma_ft.recipe.load import LoadedRecipe
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")]
@@ -22,6 +25,11 @@ AllowDrift = Annotated[
     typer.Option("--allow-drift", metavar="KEY", help="With --resume: a setting, data, base or tokenizer may differ."),
 ]
 
+ProveResume = Annotated[
+    bool,
+    typer.Option("--prove-resume", help="Instead: a few steps whole, and killed and resumed; are they the same run?"),
+]
+
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")],
@@ -34,6 +42,7 @@ def train(
     nproc: Nproc = None,
     stop_file: StopFile = None,
     allow_drift: AllowDrift = None,
+    prove_resume: ProveResume = False,
 ) -> int:
     """Tune Gemma as a recipe says.
 
@@ -48,6 +57,8 @@ def train(
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if prove_resume:
+        return _prove(loaded, [recipe, *(overrides or ())])
     if launch is not None:
         from gemma_ft.launch import launch_ranks
 
@@ -61,3 +72,12 @@ def train(
     from gemma_ft.train.run import train_recipe
 
     return train_recipe(loaded, resume=resume, overwrite=overwrite, stop_file=stop_file, allow_drift=allow_drift or ())
+
+
+def _prove(loaded: "LoadedRecipe", words: list[str]) -> int:
+    from gemma_ft.runtime import quiet_libraries
+
+    quiet_libraries()
+    from gemma_ft.train.prove import prove_resume
+
+    return prove_resume(loaded, words, lambda line: typer.echo(f"  {line}"))

@@ -52,7 +52,8 @@ class GemmaTrainer(SFTTrainer):
     """Trains a model on examples that are already tokens, labels and document ids, on every rank of a world.
 
     `on_step(figures)` hears every optimizer step: step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
-    `on_eval(step, loss)` hears each in-training evaluation, `on_fault(line)` what went wrong and ends nothing. Raises what `SFTTrainer.train` raises.
+    `on_eval(step, loss)` hears each in-training evaluation, `on_fault(line)` what went wrong and
+    ends nothing. Raises what `SFTTrainer.train` raises.
     """
 
     # The loss is divided by the labelled tokens of the whole optimizer step: Trainer must not divide it again.

@@ -24,8 +24,10 @@ SURFACE = {
         "--nproc",
         "--stop-file",
         "--allow-drift",
+        "--prove-resume",
         "--help",
     ],
+    "gemma-ft checkpoints": ["RUN", "--verify", "--prune", "--help"],
     "gemma-ft preview": ["RECIPE", "KEY=VALUE", "--rows", "--help"],
     "gemma-ft schema": ["--help"],
     "gemma-ft eval": [
