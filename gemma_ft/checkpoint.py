@@ -134,12 +134,13 @@ def _names_aside(folder: Path) -> Iterator[Path]:
         yield folder.with_name(f"{folder.name}.damaged-{number}")
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, oldest first, once the newest verifies."""
+def prune(root: Path, keep: int, *, spare: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and that of step `spare`, oldest first, once the newest verifies."""
     found = checkpoints_of(root)
     if found and fault_of(found[-1][1]) is None:
-        for _, folder in found[:-keep]:
-            shutil.rmtree(folder)
+        for step, folder in found[:-keep]:
+            if step != spare:
+                shutil.rmtree(folder)
 
 
 def checkpoints_of(root: Path) -> list[tuple[int, Path]]:

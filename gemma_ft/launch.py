@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_ft.errors import UserError
+from gemma_ft.errors import Stopped, UserError
 from gemma_ft.recipe.paths import shipped_launches
+from gemma_ft.runtime import pass_signals_on
 
 
 def launch_ranks(config: str, ranks: int | None, arguments: Sequence[str]) -> int:
@@ -25,18 +26,20 @@ def launch_ranks(config: str, ranks: int | None, arguments: Sequence[str]) -> in
 
     words = ["--config_file", str(find_config(config)), "--main_process_port", "0"]
     words += ["--num_processes", str(ranks)] if ranks is not None else []
-    for name in ("torch.distributed", "accelerate"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    pass_signals_on()
+    logging.disable(logging.ERROR)  # the launcher's own account of what the ranks say themselves
     try:
         launch_command(launch_command_parser().parse_args([*words, "-m", "gemma_ft", *arguments]))
     except ChildFailedError as error:
         codes = [failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)]
         return next((code for code in codes if code > 0), 1)
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    except SignalException:  # handed on to the ranks, which have ended with a checkpoint
+        return Stopped.exit_code
     except (ValueError, ConnectionError) as error:  # accelerate's words for configs that cannot be
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"--launch {config}: {first}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

@@ -4,6 +4,7 @@ os.environ.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -114,6 +115,11 @@ def launched() -> Launch:
     )
 
 
+def pass_signals_on() -> None:
+    """Have torch's launcher hand on to its ranks every signal that stops a run; by itself it leaves SIGUSR1 out."""
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else default
@@ -138,6 +144,14 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_memory_back() -> None:
+    """Hand memory that was freed back to the system, where the C library is glibc: it keeps what large tensors took."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def versions() -> dict[str, str]:

@@ -145,6 +145,7 @@ class Checkpoint(Section):
 
     every_steps: Steps | None = Field(None, description="Not set: only at the end")
     keep: int = Field(2, ge=1, le=1000, description="Newest checkpoints kept")
+    keep_best: bool = Field(False, description="Also keep the one with the lowest held-out loss (eval.every_steps)")
 
 
 class Logging(Section):
@@ -173,6 +174,16 @@ class Recipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _best_of_something(cls, checkpoint: Checkpoint, info: ValidationInfo) -> Checkpoint:
+        scored = info.data.get("eval")
+        if checkpoint.keep_best and scored is not None and scored.every_steps is None:
+            raise rule(
+                "needs a held-out loss on the way to be the best of; set eval.every_steps", key="checkpoint.keep_best"
+            )
+        return checkpoint
 
     @field_validator("adapter")
     @classmethod

@@ -199,7 +199,8 @@ class _Run:
         """Score, train, score again, save; the order of a run."""
         with self.world.phase("the start"):
             if self.world.main:
-                kept = min(self.recipe.checkpoint.keep, self.total) + 1  # and the one that is being written
+                wanted = self.recipe.checkpoint
+                kept = min(wanted.keep + wanted.keep_best, self.total) + 1  # and the one that is being written
                 check_space(self.run.root, kept * bytes_of(self.model), go_on="start again")
                 self._clean_up()
         try:
@@ -351,6 +352,7 @@ class _Run:
             warmup_ratio=recipe.train.warmup_ratio,
             autocast=torch.bfloat16 if recipe.strategy == "full" and recipe.train.precision == "bf16" else None,
             keep_checkpoints=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
             progress=self.progress,
             on_step=on_step,
             on_eval=on_eval,

@@ -59,7 +59,7 @@ class RunDir(RunFiles):
         overwriting would remove what is no run, or what this run reads.
         """
         try:
-            present = [path for path in self._all if path.exists() or path.is_symlink()]
+            present = [path for path in self._all if (path.exists() or path.is_symlink()) and not _is_empty(path)]
             nearest = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         except OSError as error:
             raise UserError(f"output_dir: {self.root}: {error.strerror}; choose another") from error
@@ -167,6 +167,11 @@ class RunDir(RunFiles):
             before = self.samples.read_text(encoding="utf-8").splitlines() if self.samples.exists() else []
             kept = [*_lines_until(before, step - 1), *(json.dumps(line) + "\n" for line in lines)]
             replace_text(self.samples, "".join(kept))
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing: a run that ended before it had written anything may leave one."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def _within(key: str, blocks: Sequence[str]) -> bool:

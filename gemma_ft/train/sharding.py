@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gemma_ft import runtime
 from gemma_ft.adapters.quantize import fill_quantized, quantized
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import base_name, is_hollow
@@ -95,6 +96,9 @@ def _fill(model: nn.Module, names: set[str], source: Source, world: World) -> No
         if isinstance(module, Linear4bit):
             value = _quantized(module, value, world)
         _scatter(parameter, value, world)
+        del value
+        if world.main:
+            runtime.give_memory_back()
 
 
 def _quantized(module: Linear4bit, value: Tensor | None, world: World) -> Tensor | None:

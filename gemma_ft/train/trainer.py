@@ -75,6 +75,7 @@ class GemmaTrainer(SFTTrainer):
         warmup_ratio: float,
         autocast: torch.dtype | None,
         keep_checkpoints: int,
+        keep_best: bool,
         progress: Progress,
         on_step: Callable[[dict[str, Any]], None],
         on_eval: Callable[[int, float | None], None],
@@ -85,7 +86,7 @@ class GemmaTrainer(SFTTrainer):
         self.skipped = 0  # updates left out in a row, for they were not finite
         self._saved_step = -1
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
-        self.keep_checkpoints, self.progress = keep_checkpoints, progress
+        self.keep_checkpoints, self.keep_best, self.progress = keep_checkpoints, keep_best, progress
         self.on_step, self.on_eval, self.on_fault = on_step, on_eval, on_fault
         self._step_loss: Tensor | None = None
         self._step_tokens: Tensor | None = None
@@ -273,6 +274,7 @@ class GemmaTrainer(SFTTrainer):
         afterwards does not depend on whether this was called.
         """
         self.world.enter(f"evaluation after step {self.state.global_step}")
+        best = False
         loss = held_out_loss(
             self.model,
             self.get_eval_dataloader(),
@@ -282,9 +284,19 @@ class GemmaTrainer(SFTTrainer):
         )
         if not self.stopped:
             self.on_eval(self.state.global_step, loss)
+            best = self._note_best(loss)
         metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save |= best
         return metrics
+
+    def _note_best(self, loss: float | None) -> bool:
+        """Whether the best held-out loss so far is to be kept, which it then is in `progress` as well."""
+        best = self.progress.extra.get("best")
+        if not self.keep_best or loss is None or (best is not None and loss >= best["loss"]):
+            return False
+        self.progress.extra["best"] = {"step": self.state.global_step, "loss": loss}
+        return True
 
     # Stopping
 
@@ -319,7 +331,7 @@ class GemmaTrainer(SFTTrainer):
             with self.world.phase(f"the save of step {step}"):
                 if self.world.main:
                     commit_folder(checkpoint_folder(root, step), write, bytes_needed=state.bytes_of(self.model))
-                    prune(root, self.keep_checkpoints)
+                    prune(root, self.keep_checkpoints, spare=self.progress.extra.get("best", {}).get("step"))
                 else:
                     write(None)
         except UserError as error:

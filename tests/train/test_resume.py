@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from gemma_ft.checkpoint import checkpoint_folder
@@ -199,3 +200,45 @@ def test_only_the_newest_checkpoints_are_kept(recipe_for: RecipeFor, train: Trai
     train(loaded)
     kept = sorted(path.name for path in (Path(loaded.recipe.output_dir) / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(
+    recipe_for: RecipeFor, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved when it is found, whatever the interval; and again after a resume it is known."""
+    losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr("gemma_ft.train.trainer.held_out_loss", lambda *_, **__: next(losses))
+    watched = ["strategy=lora", "eval.every_steps=1", "checkpoint.keep_best=true", "checkpoint.keep=1"]
+    loaded = recipe_for(*watched, "checkpoint.every_steps=3", "train.max_steps=4")
+    train(loaded)
+    root = Path(loaded.recipe.output_dir) / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000004"]
+    assert load_state(root / "step-00000004")["extra"]["best"] == {"step": 2, "loss": 1.0}
+    train(recipe_for(*watched, "checkpoint.every_steps=5", "train.max_steps=5"), resume=True)
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000005"]
+
+
+def test_the_best_of_nothing_is_refused(recipe_for: RecipeFor) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_for("checkpoint.keep_best=true")
+    assert "checkpoint.keep_best: needs a held-out loss on the way to be the best of; set eval.every_steps" in str(
+        caught.value
+    )
+
+
+def test_a_drift_that_is_allowed_goes_on_and_is_told(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    loaded = recipe_for("strategy=lora", "checkpoint.every_steps=2")
+    train(loaded)
+    (tmp_path / "run" / "summary.json").unlink()
+    changed = recipe_for("strategy=lora", "checkpoint.every_steps=2", "train.learning_rate=1e-3", "train.max_steps=6")
+    with (tmp_path / "console.txt").open("w") as sink:
+        console = Console(file=sink, width=200)
+        with pytest.raises(UserError):
+            train_recipe(changed, resume=True, allow_drift=["data", "train.schedule"], console=console)
+        assert train_recipe(changed, resume=True, allow_drift=["train.learning_rate"], console=console) == 0
+    said = (tmp_path / "console.txt").read_text()
+    assert "drift: train.learning_rate was 0.002, now 0.001" in said
+    rates = [
+        json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert max(rates[4:]) <= 1e-3 < max(rates[:4])

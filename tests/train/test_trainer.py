@@ -46,6 +46,7 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "warmup_ratio": 0.0,
         "autocast": None,
         "keep_checkpoints": 2,
+        "keep_best": False,
         "progress": Progress(),
         "on_step": lambda figures: None,
         "on_eval": lambda step, loss: None,
