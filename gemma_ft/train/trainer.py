@@ -12,24 +12,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME, Trainer
+from transformers.trainer import Trainer
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
-from gemma_ft.checkpoint import checkpoint_folder, commit_folder, prune
-from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.train import state
-from gemma_ft.train.batches import StepBatches, WithBlank
+from gemma_ft.train.batches import DealtRows
+from gemma_ft.train.saving import OwnCheckpoints
 from gemma_ft.train.schedule import learning_rate_factor
 from gemma_ft.train.sharding import reshard, shard, whole
 from gemma_ft.train.stop import StopRequest
@@ -48,7 +44,7 @@ class Progress:
     extra: dict[str, Any] = field(default_factory=dict)  # figures of the caller that a resumed run needs again
 
 
-class GemmaTrainer(SFTTrainer):
+class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
     """Trains a model on examples that are already tokens, labels and document ids, on every rank of a world.
 
     `on_step(figures)` hears every optimizer step: step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
@@ -84,7 +80,7 @@ class GemmaTrainer(SFTTrainer):
         self.world, self.stop = world, stop
         self.stopped = False  # all ranks agreed to stop
         self.skipped = 0  # updates left out in a row, for they were not finite
-        self._saved_step = -1
+        self.saved_step = -1
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
         self.keep_checkpoints, self.keep_best, self.progress = keep_checkpoints, keep_best, progress
         self.on_step, self.on_eval, self.on_fault = on_step, on_eval, on_fault
@@ -119,35 +115,6 @@ class GemmaTrainer(SFTTrainer):
         """SFTTrainer reports each construction to its hub; a training run tells nobody anything."""
 
     # Data order and loss
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's own sampler draws its order from the global random state, which a resume cannot replay, and
-        accelerate deals rows twice where they do not go round.
-        """
-        rows = self.args.per_device_train_batch_size
-        self._sampler = self._batches(
-            self.train_dataset, rows, step_rows=rows * self.args.gradient_accumulation_steps * self.world.size
-        )
-        return self._loader(self.train_dataset, self._sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """This rank's part of the held-out rows, in their order; as many batches on every rank."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._loader(data, self._batches(data, self.args.per_device_eval_batch_size, step_rows=None))
-
-    def _batches(self, data: Any, rows: int, *, step_rows: int | None) -> StepBatches:
-        return StepBatches(
-            len(data),
-            step_rows=step_rows or max(1, len(data)),
-            micro_rows=rows,
-            seed=self.args.seed if step_rows else None,
-            rank=self.world.rank,
-            ranks=self.world.size,
-        )
-
-    def _loader(self, data: Any, batches: StepBatches) -> DataLoader[Any]:
-        rows = WithBlank(data, self.processing_class.pad_token_id)
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """On a resume Trainer takes the intervals of evaluation and saving from the checkpoint; the recipe decides."""
@@ -312,59 +279,8 @@ class GemmaTrainer(SFTTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.stop_now():
             self.control.should_training_stop = True
-            if self._saved_step != self.state.global_step:
+            if self.saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
-
-    # Checkpoints: Trainer's are four pickles written in place; ours are safetensors and JSON that appear complete
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        root, step = Path(self.args.output_dir), self.state.global_step
-
-        def write(folder: Path | None) -> None:
-            state.save_weights(folder, self.model, self.world)
-            state.save_optimizer(folder, self.optimizer, self.model, self.world)
-            if folder is not None:
-                state.save_state(folder, vars(self.progress))
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-        try:
-            with self.world.phase(f"the save of step {step}"):
-                if self.world.main:
-                    commit_folder(checkpoint_folder(root, step), write, bytes_needed=state.bytes_of(self.model))
-                    prune(root, self.keep_checkpoints, spare=self.progress.extra.get("best", {}).get("step"))
-                else:
-                    write(None)
-        except UserError as error:
-            if error.exit_code != DiskError.exit_code or self.stopped:
-                raise
-            self.on_fault(f"{error}; no checkpoint of step {step}, the next interval tries again")
-            return
-        self._saved_step = step
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        raise AssertionError("models are written by run.py, checkpoints by _save_checkpoint")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The weights; `progress` was already taken from this checkpoint by whoever made the trainer."""
-        state.load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        state.load_optimizer(Path(checkpoint), self.optimizer, self.model)
-        # The optimizer's own learning rates were set for step 0; the scheduler would correct them one step too late.
-        scheduler = self.lr_scheduler
-        scheduler.last_epoch = self.progress.step
-        rates = [
-            base * factor(self.progress.step)
-            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        scheduler._last_lr = rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """There is none: see `training_step`."""
 
 
 @contextlib.contextmanager

@@ -82,3 +82,28 @@ def test_no_space_at_any_write(runs: Runs, reference: tuple[Any, bytes], figure:
         goes_on(runs, out, reference)
     assert refused >= 4
     figure(writes=refused, failed_resumes=0)
+
+
+def test_one_rank_that_finds_no_space_costs_both_a_checkpoint(runs: Runs) -> None:
+    """Before anything of it is gathered: the other rank waits for nothing, the next interval saves again."""
+
+    def no_space_once() -> None:
+        from gemma_ft import checkpoint
+
+        original, calls = checkpoint.check_space, 0
+
+        def check_space(place: Path, bytes_needed: int, *, go_on: str) -> None:
+            nonlocal calls
+            calls += 1
+            original(place, 10**18 if calls == 2 else bytes_needed, go_on=go_on)
+
+        checkpoint.check_space = check_space
+
+    out = runs.place()
+    codes, said = runs.go(out, "checkpoint.keep=9", ranks=2, layout="fsdp2", before=no_space_once)
+    assert codes == [0, 0], said
+    told = said.replace("\n", "")
+    assert "1e+09 GB are needed" in told
+    assert "no checkpoint of step 2, the next interval tries again" in told
+    saved = sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
+    assert saved == [1, 3, 4, 5, 6]

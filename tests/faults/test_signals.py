@@ -45,7 +45,7 @@ def test_a_signal_loses_no_step(
         out = runs.place()
         children = runs.start(out, *long, ranks=ranks, layout="fsdp2")
         with no_survivors(children):
-            end = time.monotonic() + moments.uniform(0.2, 1.2 + ranks)
+            end = time.monotonic() + moments.uniform(0.2, 0.4 + 1.1 * ranks)
             while time.monotonic() < end and not all(child.ended() for child in children):
                 time.sleep(0.005)
             number = moments.choice(SIGNALS)

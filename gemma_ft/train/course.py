@@ -1,0 +1,275 @@
+"""The course of a run that is built: score, train, score again, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft import runtime
+from gemma_ft.build import BuiltData, fingerprint
+from gemma_ft.checkpoint import as_json, check_space, newest_valid, replace_text
+from gemma_ft.data.collate import Collator
+from gemma_ft.errors import NonFiniteError, Stopped, UserError
+from gemma_ft.evaluate.canary import Canary
+from gemma_ft.evaluate.held_out import Score
+from gemma_ft.evaluate.samples import sample_lines
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
+from gemma_ft.train.display import Display, show_summary
+from gemma_ft.train.run_dir import RunDir, append_line
+from gemma_ft.train.scoring import Figures, Scorer
+from gemma_ft.train.settings import training_arguments
+from gemma_ft.train.state import bytes_of, load_state, load_weights
+from gemma_ft.train.stop import StopRequest
+from gemma_ft.train.summary import summary_of
+from gemma_ft.train.trackers import Tracker, build_trackers
+from gemma_ft.train.trainer import GemmaTrainer, Progress
+from gemma_ft.train.world import World
+from gemma_ft.weights import Source
+
+# What a run is made of beside its recipe, and what is said of it when it changed.
+INPUTS = {
+    "data": "{recipe.data.train} gives other training rows",
+    "tokenizer": "the tokenizer is another",
+    "base": "the base weights are others",
+}
+SAMPLES_KEPT = 10
+ROWS_NAMED = 4
+SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
+
+
+@dataclass
+class Course:
+    """One run with everything it needs built, on one of its ranks."""
+
+    recipe: Recipe
+    run: RunDir
+    display: Display
+    tokenizer: PreTrainedTokenizerBase
+    data: BuiltData
+    canary: Canary | None
+    model: Any
+    source: Source | None
+    total: int
+    world: World
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        rows = fingerprint(self.data.train.examples)
+        if len(set(self.world.gather(rows))) > 1:
+            raise UserError(f"{self.recipe.data.train}: ranks read different rows; give every machine the same files")
+        inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
+        self.progress = Progress(extra={"inputs": inputs, "total": self.total})
+        self.trackers: list[Tracker] = []
+        self.trainer = self._trainer()
+        self.scorer = Scorer(
+            self.recipe.eval,
+            self.data,
+            self.canary,
+            self.model,
+            self.tokenizer,
+            max_seq_len=self.recipe.data.max_seq_len,
+            progress=self.progress,
+            autocast=self.trainer.compute_loss_context_manager,
+            world=self.world,
+        )
+
+    def find_checkpoint(self, allow_drift: Sequence[str] = ()) -> Path | None:
+        """The newest valid checkpoint, its progress taken over; None when there is none yet.
+
+        Raises: CheckpointError when all are damaged; UserError when rows, base or tokenizer are not those of the
+        checkpoint, and `allow_drift` does not name them.
+        """
+        checkpoint = newest_valid(self.run.checkpoints, self.display.say)
+        if checkpoint is None:
+            return None
+        now = self.progress.extra
+        vars(self.progress).update(load_state(checkpoint))
+        before = self.progress.extra
+        for name, value in now["inputs"].items():
+            if before["inputs"].get(name) == value:
+                continue
+            what = INPUTS[name].format(recipe=self.recipe)
+            if name not in allow_drift:
+                raise UserError(
+                    f"{self.run.root}: cannot resume: {what} than before; restore it, start a new output_dir, or give "
+                    f"--allow-drift {name}"
+                )
+            self.display.say(f"  drift: {what}")
+        before["inputs"] = now["inputs"]
+        self.display.say(f"  resuming   after step {self.progress.step}, from {checkpoint}")
+        if before["total"] != self.total:
+            self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
+            before["total"] = self.total
+        return checkpoint
+
+    def go(self, checkpoint: Path | None) -> int:
+        """Score, train, score again, save; the order of a run."""
+        with self.world.phase("the start"):
+            if self.world.main:
+                wanted = self.recipe.checkpoint
+                kept = min(wanted.keep + wanted.keep_best, self.total) + 1  # and the one that is being written
+                check_space(self.run.root, kept * bytes_of(self.model), go_on="start again")
+                self._clean_up()
+        try:
+            if checkpoint is None:
+                self._score_before()
+            self._train(checkpoint)
+            if self.recipe.strategy == "full":  # what is scored is what is saved
+                round_weights(self.model, runtime.dtype_by_name(self.recipe.train.precision), self.world)
+            after = self._score()
+            compared = self.scorer.compared(after.loss)
+            self._track(self.progress.step, {**after.figures(), **compared})
+            self._sample(self.progress.step, after.answers)
+            result = self._save()
+            summary = summary_of(
+                self.progress,
+                after=after,
+                compared=compared,
+                questions=self.scorer.questions,
+                result=result.name,
+                train=self.data.train,
+            )
+            with self.world.phase("the summary"):
+                if self.world.main:
+                    replace_text(self.run.summary, as_json(summary))
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+        if self.world.main:
+            show_summary(self.display.console, summary, self.run, self._report())
+        return 0
+
+    def _clean_up(self) -> None:
+        """Before anything new is written: what was measured of the weights before is not of these."""
+        self.run.cut_logs(self.progress.step)
+        for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
+            said_at_the_end.unlink(missing_ok=True)
+        self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
+
+    def _save(self) -> Path:
+        with self.world.phase("the result's save"):
+            return save_result(
+                self.run, self.recipe, self.model, self.tokenizer, self.data.encoder, self.source, self.world
+            )
+
+    def _score(self) -> Score:
+        return self.scorer.score(self.trainer.get_eval_dataloader() if self.data.held_out else ())
+
+    def _score_before(self) -> None:
+        score = self._score()
+        self.scorer.remember_base()
+        kept = max(SAMPLES_KEPT, self.recipe.eval.samples)
+        self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
+        self._track(0, score.figures())
+        self._sample(0, score.answers)
+
+    def _report(self) -> Path | None:
+        """The run's page; one line instead of it when it cannot be made, for the run itself is whole."""
+        try:
+            from gemma_ft.evaluate.report.page import write_report
+
+            return write_report(self.run.root, self.run.report)
+        except Exception as error:
+            self.display.say(f"report.html could not be made ({type(error).__name__}: {error}); the run is complete")
+            return None
+
+    def _train(self, checkpoint: Path | None) -> None:
+        self.display.start(self.total, self.progress.step)
+        try:
+            if checkpoint is not None and self.progress.step >= self.total:
+                load_weights(checkpoint, self.model)  # Trainer would take one step more
+            else:
+                with self.stop.waiting():
+                    self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.display.stop()
+        if self.trainer.stopped:
+            error = Stopped(
+                f"stopped by {self.stop.reason or 'another rank'} after step {self.progress.step}; --resume goes on "
+                "from its checkpoint"
+            )
+            error.told = not self.world.main
+            raise error
+
+    def _track(self, step: int, figures: Figures) -> None:
+        known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}
+        for tracker in self.trackers:
+            tracker.log(step, known)
+
+    def _sample(self, step: int, answers: Sequence[str]) -> None:
+        """Log what the model answers at `step` to the questions that are sampled."""
+        lines = sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples])
+        if self.world.main:
+            self.run.write_samples(step, lines)
+        for tracker in self.trackers:
+            tracker.samples(step, lines)
+
+    def _not_finite(self, figures: dict[str, Any]) -> None:
+        """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
+        rows = self.trainer.rows_of_last_step()
+        wheres = [where for row in rows for where in self.data.train.wheres[row]]
+        named = ", ".join(wheres[:ROWS_NAMED]) + (
+            f" and {len(wheres) - ROWS_NAMED} more" if wheres[ROWS_NAMED:] else ""
+        )
+        what = f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}, over {named}"
+        if self.trainer.skipped >= SKIPPED_AT_MOST:
+            raise NonFiniteError(
+                f"{what}; {self.trainer.skipped} steps in a row were not finite: lower train.learning_rate, or look at "
+                "these rows with gemma-ft preview"
+            )
+        self.display.say(f"  {what}: not finite, this update is left out")
+        figures |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(figures[name] or 0.0)}
+        figures["skipped"] = True
+
+    def _trainer(self) -> GemmaTrainer:
+        recipe, every = self.recipe, self.recipe.logging.every_steps
+        held_out = self.data.held_out
+
+        def on_step(figures: dict[str, Any]) -> None:
+            if self.trainer.skipped:
+                self._not_finite(figures)
+            if self.world.main and (figures["step"] % every == 0 or figures["step"] == self.total):
+                append_line(self.run.metrics, figures)
+                for tracker in self.trackers:
+                    tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
+            self.display.step(figures)
+
+        def on_eval(step: int, loss: float | None) -> None:
+            self.display.eval_loss = loss
+            figures: Figures = {"eval_loss": loss, **self.scorer.compared(loss)}
+            if self.world.main:
+                append_line(self.run.evals, {"step": step, **figures})
+            self._track(step, figures)
+            if step < self.total:  # the last answers are those of the model that is saved
+                answers = self.scorer.sampled_answers(self.trainer.stop_now)
+                if not self.trainer.stopped:
+                    self._sample(step, answers)
+
+        return GemmaTrainer(
+            self.model,
+            training_arguments(recipe, self.run.checkpoints, self.total, self.world, evaluates=held_out is not None),
+            world=self.world,
+            stop=self.stop,
+            source=self.source,
+            train_dataset=Dataset.from_list(self.data.train.examples),
+            eval_dataset=Dataset.from_list(held_out.examples) if held_out else None,
+            collator=Collator(self.data.encoder.control.pad),
+            tokenizer=self.tokenizer,
+            schedule=recipe.train.schedule,
+            warmup_ratio=recipe.train.warmup_ratio,
+            autocast=torch.bfloat16 if recipe.strategy == "full" and recipe.train.precision == "bf16" else None,
+            keep_checkpoints=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
+            progress=self.progress,
+            on_step=on_step,
+            on_eval=on_eval,
+            on_fault=lambda line: self.display.say(f"  {line}"),
+        )
