@@ -23,6 +23,7 @@ from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
 from gemma_ft.train.display import Display, show_summary
+from gemma_ft.train.fitting import fit_micro_batch
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.scoring import Figures, Scorer
 from gemma_ft.train.settings import training_arguments
@@ -187,6 +188,7 @@ class Course:
             if checkpoint is not None and self.progress.step >= self.total:
                 load_weights(checkpoint, self.model)  # Trainer would take one step more
             else:
+                self._fit()
                 with self.stop.waiting():
                     self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -198,6 +200,19 @@ class Course:
             )
             error.told = not self.world.main
             raise error
+
+    def _fit(self) -> None:
+        """On GPUs that hold the whole model, find out before the first step whether its longest batch fits as well."""
+        if self.world.layout == "fsdp2" or runtime.default_device().type != "cuda":
+            return
+        with self.world.phase("the longest batch"):
+            fitting = fit_micro_batch(self.trainer)
+        wanted, times = self.recipe.train.micro_batch_size, self.trainer.args.gradient_accumulation_steps
+        if fitting != wanted:
+            self.display.say(
+                f"  memory     micro_batch_size {wanted} does not fit; going on with {fitting} and {times} "
+                "accumulations: the steps stay the same"
+            )
 
     def _track(self, step: int, figures: Figures) -> None:
         known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}

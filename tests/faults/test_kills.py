@@ -86,4 +86,4 @@ def test_killed_at_random_moments(runs: Runs, reference: tuple[Any, bytes], figu
             assert codes == [0], said
         assert outcome(out) == reference, f"trial {trials}"
         shutil.rmtree(out)
-    figure(killed=killed, runs=trials, failed_resumes=0)
+        figure(killed=killed, runs=trials, failed_resumes=0)  # each time: a long suite may be cut short

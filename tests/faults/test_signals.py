@@ -65,7 +65,7 @@ def test_a_signal_loses_no_step(
         if ranks == 1:
             assert outcome(out) == reference
         shutil.rmtree(out, ignore_errors=True)
-    figure(stopped=stopped, finished=finished, steps_lost=0)
+        figure(stopped=stopped, finished=finished, steps_lost=0)  # each time: a long suite may be cut short
 
 
 def test_the_stop_file_stops(runs: Runs, reference: tuple[Any, bytes]) -> None:

@@ -1,0 +1,52 @@
+"""Whether the longest micro-batch fits into a GPU's memory, found out before the first step, and what does if not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma_ft.errors import UserError
+
+CURES = "set train.gradient_checkpointing=true, lower data.max_seq_len, or --launch fsdp2"
+
+
+def fit_micro_batch(trainer: Any) -> int:
+    """Compute the longest micro-batch once, forward and backward, and halve it until no rank runs out of memory;
+    accumulation grows by as much, so that each step trains the same rows over the same count of tokens. Returns the
+    micro-batch, which the trainer now has.
+
+    The model is not wrapped for several ranks yet: none waits for another inside. Raises: UserError when a single row
+    does not fit.
+    """
+    arguments, world = trainer.args, trainer.world
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while True:
+        rows = arguments.per_device_train_batch_size
+        if not world.any(not _fits(trainer, longest[:rows])):
+            return int(rows)
+        if rows == 1:
+            raise UserError(f"a single row of {lengths[longest[0]]:,} tokens does not fit into GPU memory; {CURES}")
+        fewer = max(part for part in range(1, rows) if rows % part == 0)
+        arguments.per_device_train_batch_size = fewer
+        arguments.gradient_accumulation_steps *= rows // fewer
+
+
+def _fits(trainer: Any, rows: list[int]) -> bool:
+    """Whether this rank has memory for these rows; gradients are gone afterwards."""
+    model = trainer.model
+    try:
+        inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
+        model.train()
+        with trainer.compute_loss_context_manager():
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        loss = inputs = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return True
