@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, fingerprint
-from gemma_ft.checkpoint import as_json, check_space, newest_valid, replace_text
+from gemma_ft.checkpoint import as_json, check_space, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
@@ -82,15 +82,12 @@ class Course:
             world=self.world,
         )
 
-    def find_checkpoint(self, allow_drift: Sequence[str] = ()) -> Path | None:
-        """The newest valid checkpoint, its progress taken over; None when there is none yet.
+    def take_up(self, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
+        """Go on from a checkpoint: its progress becomes this run's.
 
-        Raises: CheckpointError when all are damaged; UserError when rows, base or tokenizer are not those of the
-        checkpoint, and `allow_drift` does not name them.
+        Raises: UserError when rows, base or tokenizer are not those of the checkpoint, and `allow_drift` does not name
+        them.
         """
-        checkpoint = newest_valid(self.run.checkpoints, self.display.say)
-        if checkpoint is None:
-            return None
         now = self.progress.extra
         vars(self.progress).update(load_state(checkpoint))
         before = self.progress.extra
@@ -109,7 +106,6 @@ class Course:
         if before["total"] != self.total:
             self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
             before["total"] = self.total
-        return checkpoint
 
     def go(self, checkpoint: Path | None) -> int:
         """Score, train, score again, save; the order of a run."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gemma_ft.build import build_data, build_model, build_tokenizer, inputs_of
+from gemma_ft.checkpoint import newest_valid
 from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import build_canary
 from gemma_ft.recipe.load import LoadedRecipe
@@ -102,8 +103,12 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
             model, source = build_model(recipe, tokenizer, hollow=world.layout == "fsdp2")
         display.plan(outlook(recipe, data, canary, model, source, total, world))
         course = Course(recipe, run, display, tokenizer, data, canary, model, source, total, world, stop)
+        with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
+            newest = newest_valid(run.checkpoints, display.say) if mode.resume and world.main else None
+        checkpoint: Path | None = world.gather(newest)[0]
         with world.phase("the checkpoint"):
-            checkpoint = course.find_checkpoint(mode.allow_drift) if mode.resume else None
+            if checkpoint is not None:
+                course.take_up(checkpoint, mode.allow_drift)
             if world.main:
                 if mode.overwrite:
                     run.clear()
