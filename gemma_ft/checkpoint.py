@@ -53,15 +53,15 @@ def commit_folder(
         write(staging)
         if manifest:
             write_json(staging / MANIFEST, {name: _fingerprint(staging / name) for name in sorted(_names(staging))})
+        for name in _names(staging):
+            (staging / name).chmod(staging.stat().st_mode & 0o666)  # safetensors lets only their owner read its files
+            _sync(staging / name)
+        _sync(staging)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError) and _is_disk_full(error):
+        if isinstance(error, OSError | SafetensorError) and is_disk_full(error):
             raise DiskError(f"{target}: no space left to write it; free some and {go_on}") from error
         raise
-    for name in _names(staging):
-        (staging / name).chmod(staging.stat().st_mode & 0o666)  # safetensors lets nobody but their owner read its files
-        _sync(staging / name)
-    _sync(staging)
     if not replace and (target.is_symlink() or target.exists()):
         shutil.rmtree(staging, ignore_errors=True)
         raise FileExistsError(errno.EEXIST, "exists already", str(target))
@@ -187,7 +187,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(str(path))
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Whether a write failed for want of space or quota; safetensors tells it in its message alone."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(f"os error {code})" in str(error) for code in full)

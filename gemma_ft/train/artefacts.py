@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.checkpoint import commit_folder
 from gemma_ft.contract import adapter_hash, contract_of
@@ -52,7 +53,8 @@ def save_result(
     )
 
     # Of a sharded model rank 0 gathers what is saved: an adapter, or one copy of all weights.
-    gathered = gathered_weights(model, world) if world.layout == "fsdp2" else None
+    dtype = runtime.dtype_by_name(recipe.train.precision) if full else None
+    gathered = gathered_weights(model, world, dtype) if world.layout == "fsdp2" else None
     target = run.model if full else run.adapter
     if not world.main:
         return target
@@ -60,6 +62,7 @@ def save_result(
     def write(folder: Path) -> None:
         if full:
             model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
+            model.config.dtype = dtype
             model.save_pretrained(str(folder), state_dict=gathered)
         else:
             save_adapter(model, folder, gathered)
@@ -90,14 +93,13 @@ def round_weights(model: Any, dtype: torch.dtype, world: World) -> None:
         local.copy_(local.to(dtype))
 
 
-def gathered_weights(model: Any, world: World) -> dict[str, Tensor]:
-    """Whole trainable weights by name on rank 0's CPU, in the dtype of the config where all are trained; a tensor at a
-    time, so that other ranks hold no more than one.
+def gathered_weights(model: Any, world: World, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Whole trainable weights by name on rank 0's CPU, in `dtype` (None: their own); a tensor at a time, so that other
+    ranks hold no more than one.
     """
-    full = not hasattr(model, "get_base_model")
     found = {}
     for name, parameter in trained(model).items():
         value = whole(parameter.detach())
         if world.main:
-            found[name] = value.to(device="cpu", dtype=model.config.dtype if full else value.dtype)
+            found[name] = value.to(device="cpu", dtype=dtype or value.dtype)
     return found

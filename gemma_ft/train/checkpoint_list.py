@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gemma_ft.checkpoint import checkpoints_of, fault_of
+from gemma_ft.checkpoint import checkpoints_of, fault_of, prune
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.evaluate.figures import number
 from gemma_ft.train.run_dir import RunDir
@@ -61,7 +61,9 @@ def _remove(run: RunDir, found: list[Path], aside: list[Path], keep: int, consol
         newest = fault_of(found[-1]) if found else "missing"
         if newest is not None:
             raise CheckpointError(f"{run.checkpoints}: nothing is removed, for the newest is not whole: {newest}")
-        gone = [*found[:-keep], *aside]
-        for folder in gone:
+        best = load_state(found[-1])["extra"].get("best") or {}
+        prune(run.checkpoints, keep, spare=best.get("step"))
+        for folder in aside:
             shutil.rmtree(folder)
+        gone = [folder for folder in (*found, *aside) if not folder.exists()]
     console.print(f"removed {len(gone)}: {', '.join(path.name for path in gone) or 'nothing'}", highlight=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, fingerprint
-from gemma_ft.checkpoint import as_json, check_space, replace_text
+from gemma_ft.checkpoint import as_json, check_space, checkpoints_of, is_disk_full, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
@@ -69,6 +70,7 @@ class Course:
         inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
         self.trackers: list[Tracker] = []
+        self.unwritten: dict[Path, list[dict[str, Any]]] = {}  # lines of logs that found no space yet
         self.trainer = self._trainer()
         self.scorer = Scorer(
             self.recipe.eval,
@@ -113,7 +115,8 @@ class Course:
             if self.world.main:
                 wanted = self.recipe.checkpoint
                 kept = min(wanted.keep + wanted.keep_best, self.total) + 1  # and the one that is being written
-                check_space(self.run.root, kept * bytes_of(self.model), go_on="start again")
+                missing = max(1, kept - len(checkpoints_of(self.run.checkpoints)))
+                check_space(self.run.root, missing * bytes_of(self.model), go_on="start again")
                 self._clean_up()
         try:
             if checkpoint is None:
@@ -210,6 +213,24 @@ class Course:
                 "accumulations: the steps stay the same"
             )
 
+    def _log(self, path: Path, figures: dict[str, Any]) -> None:
+        """Add a line, and those that found no space before it: a full disk ends no run."""
+        waiting = self.unwritten.setdefault(path, [])
+        waiting.append(figures)
+        with self._disk_may_be_full(path.name):
+            while waiting:
+                append_line(path, waiting[0])
+                waiting.pop(0)
+
+    @contextlib.contextmanager
+    def _disk_may_be_full(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self.display.say(f"  no space left for {name}; free some: the run goes on")
+
     def _track(self, step: int, figures: Figures) -> None:
         known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}
         for tracker in self.trackers:
@@ -219,7 +240,8 @@ class Course:
         """Log what the model answers at `step` to the questions that are sampled."""
         lines = sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples])
         if self.world.main:
-            self.run.write_samples(step, lines)
+            with self._disk_may_be_full("samples.jsonl"):
+                self.run.write_samples(step, lines)
         for tracker in self.trackers:
             tracker.samples(step, lines)
 
@@ -232,10 +254,12 @@ class Course:
         )
         what = f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}, over {named}"
         if self.trainer.skipped >= SKIPPED_AT_MOST:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"{what}; {self.trainer.skipped} steps in a row were not finite: lower train.learning_rate, or look at "
                 "these rows with gemma-ft preview"
             )
+            error.told = not self.world.main
+            raise error
         self.display.say(f"  {what}: not finite, this update is left out")
         figures |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(figures[name] or 0.0)}
         figures["skipped"] = True
@@ -248,7 +272,7 @@ class Course:
             if self.trainer.skipped:
                 self._not_finite(figures)
             if self.world.main and (figures["step"] % every == 0 or figures["step"] == self.total):
-                append_line(self.run.metrics, figures)
+                self._log(self.run.metrics, figures)
                 for tracker in self.trackers:
                     tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
             self.display.step(figures)
@@ -257,7 +281,7 @@ class Course:
             self.display.eval_loss = loss
             figures: Figures = {"eval_loss": loss, **self.scorer.compared(loss)}
             if self.world.main:
-                append_line(self.run.evals, {"step": step, **figures})
+                self._log(self.run.evals, {"step": step, **figures})
             self._track(step, figures)
             if step < self.total:  # the last answers are those of the model that is saved
                 answers = self.scorer.sampled_answers(self.trainer.stop_now)

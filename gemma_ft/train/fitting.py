@@ -35,18 +35,27 @@ def fit_micro_batch(trainer: Any) -> int:
 
 def _fits(trainer: Any, rows: list[int]) -> bool:
     """Whether this rank has memory for these rows; gradients are gone afterwards."""
-    model = trainer.model
     try:
-        inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
-        model.train()
-        with trainer.compute_loss_context_manager():
-            loss = model(**inputs, use_cache=False).loss
-        loss.backward()
+        _compute(trainer, rows)
     except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
-        loss = inputs = None
+        trainer.model.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return True
+
+
+def _compute(trainer: Any, rows: list[int]) -> None:
+    """Forward and backward over some rows, beside what the first step takes as well: two moments of each trained
+    weight, and DDP's copy of the gradients.
+    """
+    model = trainer.model
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    reserve = torch.empty((2 + (trainer.world.size > 1)) * trained, dtype=torch.uint8, device=trainer.args.device)
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
+    model.train()
+    with trainer.compute_loss_context_manager():
+        loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    del reserve

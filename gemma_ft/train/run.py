@@ -19,7 +19,7 @@ from gemma_ft.train.display import Display
 from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import accumulation, total_steps
-from gemma_ft.train.stop import StopRequest
+from gemma_ft.train.stop import StopNow, StopRequest
 from gemma_ft.train.world import World, join_world, lost_a_rank
 
 
@@ -44,10 +44,10 @@ def train_recipe(
             return _joined(loaded, stop, mode, console or Console())
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, StopNow) as error:
             if stop.reason is None:
                 raise
-            # what a signal raised inside a library may come out of it as a fault of its own
+            # what a signal raised inside a library may also come out of it as a fault of its own
             raise Stopped(f"stopped by {stop.reason}; nothing was lost, --resume goes on") from error
 
 

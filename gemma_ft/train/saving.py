@@ -26,6 +26,7 @@ class OwnCheckpoints:
     stopped: bool
     keep_checkpoints: int
     saved_step: int
+    former_best: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint of this step. A full disk costs the checkpoint, and the run only where it was to end here."""
@@ -36,6 +37,8 @@ class OwnCheckpoints:
         except UserError as error:
             if error.exit_code != DiskError.exit_code or self.stopped:
                 raise
+            if self.progress.extra.get("best", {}).get("step") == step:  # it is not kept: the one before it stays
+                self.progress.extra["best"] = self.former_best or {}
             self.on_fault(f"{error}; no checkpoint of step {step}, the next interval tries again")
             return
         self.saved_step = step

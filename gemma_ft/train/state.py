@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gemma_ft.checkpoint import load_tensors, save_tensors, write_json
-from gemma_ft.errors import CheckpointError, NonFiniteError
+from gemma_ft.checkpoint import is_disk_full, load_tensors, save_tensors, write_json
+from gemma_ft.errors import CheckpointError, DiskError, NonFiniteError
 from gemma_ft.train.sharding import put, reshard, whole
 from gemma_ft.train.world import World
 
@@ -62,6 +63,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
     Raises: CheckpointError when they are not those of this run's parameters.
     """
     parameters, saved = trained(model), _load(folder, OPTIMIZER)
+    if not saved:  # no update was made yet: each one was left out, for it was not finite
+        return
     lost = sorted(parameters.keys() - {key.partition(":")[2] for key in saved})
     if lost:
         raise CheckpointError(f"{folder}: has no optimizer state of {lost[0]}; use the recipe that wrote it")
@@ -91,6 +94,8 @@ def _save(folder: Path | None, stem: str, tensors: dict[str, Tensor], world: Wor
                 save_tensors(folder / f"{stem}-{number:05d}.safetensors", gathered)
             except Exception as one:
                 error = one
+                if isinstance(one, OSError | SafetensorError) and is_disk_full(one):  # what all ranks go on after
+                    error = DiskError(f"{folder}: no space left to write it; free some")
         world.agree(error)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,12 @@ from typing import Any
 
 from gemma_ft.errors import Stopped
 
+ECHO_SECONDS = 2.0  # in which a further signal is taken to be the first one again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopNow(BaseException):
+    """A signal came where nothing has to be kept; not an Exception, for libraries and we ourselves catch those."""
 
 
 class StopRequest:
@@ -25,6 +31,7 @@ class StopRequest:
         self.file = file
         self.reason: str | None = None
         self._waits = False
+        self._since = 0.0
 
     def asked(self) -> bool:
         """Whether a signal or the stop file has asked."""
@@ -56,7 +63,9 @@ class StopRequest:
 
     def _take(self, number: int, _: FrameType | None) -> Any:
         if self.reason is not None:
+            if time.monotonic() - self._since < ECHO_SECONDS:
+                return  # a launcher hands on what its ranks were sent as well
             os._exit(Stopped.exit_code)
-        self.reason = signal.Signals(number).name
+        self.reason, self._since = signal.Signals(number).name, time.monotonic()
         if not self._waits:
-            raise Stopped(f"stopped by {self.reason}; nothing was lost, --resume goes on")
+            raise StopNow

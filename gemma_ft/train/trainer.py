@@ -81,6 +81,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         self.stopped = False  # all ranks agreed to stop
         self.skipped = 0  # updates left out in a row, for they were not finite
         self.saved_step = -1
+        self.former_best: dict[str, Any] | None = None
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
         self.keep_checkpoints, self.keep_best, self.progress = keep_checkpoints, keep_best, progress
         self.on_step, self.on_eval, self.on_fault = on_step, on_eval, on_fault
@@ -224,11 +225,13 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         loss, counted = self.world.sum([float(self._step_loss), float(self._step_tokens)])
         progress, tokens = self.progress, round(counted)
         progress.step, progress.tokens = self.state.global_step, progress.tokens + tokens
-        progress.seconds, progress.last_loss = progress.seconds + seconds, loss
+        progress.seconds += seconds
+        if not self.skipped:
+            progress.last_loss = loss
         self.on_step(
             {
                 "step": progress.step,
-                "loss": progress.last_loss,
+                "loss": loss,
                 "learning_rate": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
                 "tokens": progress.tokens,
@@ -260,8 +263,9 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
     def _note_best(self, loss: float | None) -> bool:
         """Whether the best held-out loss so far is to be kept, which it then is in `progress` as well."""
         best = self.progress.extra.get("best")
-        if not self.keep_best or loss is None or (best is not None and loss >= best["loss"]):
+        if not self.keep_best or loss is None or (best and loss >= best["loss"]):
             return False
+        self.former_best = best
         self.progress.extra["best"] = {"step": self.state.global_step, "loss": loss}
         return True
 

@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=2)  # of a collective; a rank that is gone is found b
 
 @dataclass
 class World:
-    """One rank's view of all ranks. `mesh` is there with several ranks only."""
+    """One rank's view of all ranks. `mesh` is there where a launcher made ranks, also of a single one to be sharded."""
 
     rank: int = 0
     size: int = 1
@@ -129,7 +129,7 @@ class World:
         """Leave the group; nothing is waited for."""
         if self._watch is not None:
             self._watch.stop()
-        if self.size > 1 and dist.is_initialized():
+        if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -139,7 +139,7 @@ def join_world() -> World:
     Raises: UserError for an accelerate config that cannot be honoured.
     """
     launch = runtime.launched()
-    if launch.world_size == 1:
+    if launch.world_size == 1 and not launch.fsdp:
         return World()
     device = runtime.default_device()
     if device.type == "cuda":

@@ -73,6 +73,19 @@ def test_a_resume_goes_round_a_damaged_checkpoint(
         assert outcome(out) == reference
 
 
+def test_two_ranks_go_round_it_as_one(run: Path, runs: Runs) -> None:
+    out = runs.place()
+    shutil.copytree(run, out)
+    (out / "summary.json").unlink()
+    text = (out / "recipe.yaml").read_text().replace(str(run), str(out))
+    (out / "recipe.yaml").write_text(text)
+    newest = max((out / "checkpoints").iterdir())
+    DAMAGE["cut"](newest / "weights-00000.safetensors")
+    codes, said = runs.go(out, "--resume", ranks=2, layout="fsdp2")
+    assert codes == [0, 0], said
+    assert said.replace("\n", "").count(f"set aside as {newest.name}.damaged") == 1
+
+
 def test_any_damage_to_an_adapter_is_refused(run: Path, tmp_path: Path, figure: Callable[..., None]) -> None:
     """All that decides what it says; the card of the base, and what transformers writes for itself, do not."""
     kept = {"tokenizer_config.json", "README.md"}

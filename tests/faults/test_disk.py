@@ -107,3 +107,28 @@ def test_one_rank_that_finds_no_space_costs_both_a_checkpoint(runs: Runs) -> Non
     assert "no checkpoint of step 2, the next interval tries again" in told
     saved = sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
     assert saved == [1, 3, 4, 5, 6]
+
+
+def test_a_disk_that_fills_up_within_a_save_costs_both_ranks_a_checkpoint(runs: Runs) -> None:
+    """Rank 0 finds no space for the second file of a checkpoint; the other hears of it, and both go on."""
+
+    def full_once() -> None:
+        from gemma_ft.train import state
+
+        original, calls = state.save_tensors, 0
+
+        def save_tensors(path: Path, tensors: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            original(path, tensors)
+
+        state.save_tensors = save_tensors
+
+    out = runs.place()
+    codes, said = runs.go(out, "checkpoint.keep=9", ranks=2, layout="fsdp2", before=full_once)
+    assert codes == [0, 0], said
+    assert "no checkpoint of step 2, the next interval tries again" in said.replace("\n", "")
+    saved = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert saved == [f"step-0000000{step}" for step in (1, 3, 4, 5, 6)]

@@ -78,3 +78,13 @@ def test_a_run_that_stays_so_ends(runs: Runs, what: str, steps: set[int]) -> Non
     assert finite_checkpoints(out)
     codes, said = runs.go(out, "--resume")
     assert codes == [0], said
+
+
+def test_a_run_whose_first_updates_were_left_out_can_be_resumed(runs: Runs) -> None:
+    """Its optimizer has no state yet."""
+    out = runs.place()
+    codes, said = runs.go(out, "train.max_steps=2", "train.schedule=constant", before=spoil("loss", {1, 2}))
+    assert codes == [0], said
+    codes, said = runs.go(out, "train.max_steps=4", "train.schedule=constant", "--resume")
+    assert codes == [0], said
+    assert finite_checkpoints(out)

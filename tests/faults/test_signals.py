@@ -79,3 +79,33 @@ def test_the_stop_file_stops(runs: Runs, reference: tuple[Any, bytes]) -> None:
     codes, said = runs.go(out, "checkpoint.every_steps=null", "--resume")
     assert codes == [0], said
     assert outcome(out) == reference
+
+
+def test_a_signal_while_checkpoints_are_read_damages_none(runs: Runs, reference: tuple[Any, bytes]) -> None:
+    """Whoever reads files takes some faults for damage: a signal must not be one of them."""
+    out = runs.place()
+    codes, said = runs.go(out)
+    assert codes == [0], said
+    (out / "summary.json").unlink()
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+
+    def signalled() -> None:
+        import os
+
+        from gemma_ft import checkpoint
+
+        original = checkpoint._fingerprint
+
+        def fingerprint(path: Path) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(path)
+
+        checkpoint._fingerprint = fingerprint
+
+    codes, said = runs.go(out, "--resume", before=signalled)
+    assert codes == [143], said
+    assert said.splitlines()[-1] == "stopped by SIGTERM; nothing was lost, --resume goes on"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == kept
+    codes, said = runs.go(out, "--resume")
+    assert codes == [0], said
+    assert outcome(out) == reference
