@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
-from gemma_ft.checkpoint import commit_folder
+from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.contract import adapter_hash, contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
@@ -62,8 +63,11 @@ def save_result(
     def write(folder: Path) -> None:
         if full:
             model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
-            model.config.dtype = dtype
             model.save_pretrained(str(folder), state_dict=gathered)
+            if gathered is not None:  # the library writes the dtype of the slices, which are float32
+                config = folder / "config.json"
+                fields = json.loads(config.read_text(encoding="utf-8"))
+                write_json(config, fields | {"dtype": str(dtype).removeprefix("torch.")})
         else:
             save_adapter(model, folder, gathered)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)

@@ -61,7 +61,7 @@ def _remove(run: RunDir, found: list[Path], aside: list[Path], keep: int, consol
         newest = fault_of(found[-1]) if found else "missing"
         if newest is not None:
             raise CheckpointError(f"{run.checkpoints}: nothing is removed, for the newest is not whole: {newest}")
-        best = load_state(found[-1])["extra"].get("best") or {}
+        best = load_state(found[-1]).get("extra", {}).get("best") or {}
         prune(run.checkpoints, keep, spare=best.get("step"))
         for folder in aside:
             shutil.rmtree(folder)
