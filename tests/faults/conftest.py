@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def keep(**counted: Any) -> None:
         FIGURES.mkdir(parents=True, exist_ok=True)
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        counted["commit"] = head.stdout.strip()
         (FIGURES / f"{request.node.name}.json").write_text(json.dumps(counted), encoding="utf-8")
         print(f"{request.node.name}: {json.dumps(counted)}")
 
