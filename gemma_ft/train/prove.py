@@ -76,8 +76,7 @@ def _train_and_kill(words: Sequence[str], out: Path) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    for finished in (out / "summary.json",):
-        finished.unlink(missing_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)
 
 
 def _start(words: Sequence[str], out: Path, *more: str) -> subprocess.Popen[str]:

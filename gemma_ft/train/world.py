@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gemma_ft import runtime
@@ -113,12 +112,6 @@ class World:
         found = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(found, group=self._control)
         return [float(value) for value in found]
-
-    def from_main(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, in place of this rank's."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,17 @@ def pickles(mark: Path) -> Iterator[bytes]:
         yield packed.getvalue()
 
 
-WEIGHT_NAMES = ("pytorch_model.bin", "model.bin", "model.pt", "weights.pth", "consolidated.ckpt", "model.pkl")
-REPLACED = ("model.safetensors",)
+WEIGHT_NAMES = ("pytorch_model.bin", "model.bin", "model.pt", "weights.pth", "consolidated.ckpt", "model.pkl",
+                "model.safetensors")  # fmt: skip
 ADAPTER_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors")
 
 
-def model_folders(root: Path, mark: Path) -> Iterator[Path]:
-    """Model folders whose weights are pickles, whatever they are called; with and without real ones beside them."""
-    kinds = list(pickles(mark))
-    for number, (name, content) in enumerate(itertools.product((*WEIGHT_NAMES, *REPLACED), kinds[::2])):
-        folder = root / f"model{number}"
-        shutil.copytree(TINY, folder)
-        (folder / "model.safetensors").unlink()
+def with_pickles(root: Path, good: Path, names: Sequence[str], contents: Sequence[bytes]) -> Iterator[Path]:
+    """Copies of a good folder whose weights are pickles, under each of some names; its own weights have the last."""
+    for number, (name, content) in enumerate(itertools.product(names, contents)):
+        folder = root / f"{names[-1]}-{number}"
+        shutil.copytree(good, folder)
+        (folder / names[-1]).unlink()
         (folder / name).write_bytes(content)
         yield folder
 
@@ -98,15 +97,6 @@ def other_folders(root: Path, mark: Path) -> Iterator[Path]:
         (root / "outside.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
         index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        yield folder
-
-
-def adapters(root: Path, adapter: Path, mark: Path) -> Iterator[Path]:
-    for number, (name, content) in enumerate(itertools.product(ADAPTER_NAMES, list(pickles(mark)))):
-        folder = root / f"adapter{number}"
-        shutil.copytree(adapter, folder)
-        (folder / "adapter_model.safetensors").unlink()
-        (folder / name).write_bytes(content)
         yield folder
 
 
@@ -152,10 +142,19 @@ def test_nothing_that_lies_in_a_file_is_run(runs: Runs, tmp_path: Path, figure: 
     def open_all() -> int:
         happened: list[str] = []
         tried: dict[str, int] = {}
+        kinds = list(pickles(mark))
         doors = [
-            ("model", model_folders(tmp_path, mark), ["generate", "{}", "--prompt", "x", "--max-tokens", "1"]),
+            (
+                "model",
+                with_pickles(tmp_path, TINY, WEIGHT_NAMES, kinds[::2]),
+                ["generate", "{}", "--prompt", "x", "--max-tokens", "1"],
+            ),
             ("folder", other_folders(tmp_path, mark), ["generate", "{}", "--prompt", "x", "--max-tokens", "1"]),
-            ("adapter", adapters(tmp_path, out / "adapter", mark), ["generate", "{}", "--prompt", "x"]),
+            (
+                "adapter",
+                with_pickles(tmp_path, out / "adapter", ADAPTER_NAMES, kinds),
+                ["generate", "{}", "--prompt", "x"],
+            ),
             ("recipe", recipes(tmp_path, mark), ["train", "{}", f"output_dir={tmp_path / 'never'}"]),
         ]
         places = [(kind, path, words) for kind, found, words in doors for path in found]
