@@ -11,7 +11,6 @@ from benchmarks.record import write_result
 
 # Figures of the field's list that no test here takes yet, or that stand elsewhere, and where.
 ELSEWHERE: dict[str, str] = {
-    "10k fuzzed rows, recipes, artefacts, requests": "not done; 234 malicious artefacts are in this file",
     "gradient equivalence <= 1e-10 in float64": "make test: tests/train/test_trainer.py::test_fault_27_*",
     "merge in float32 <= 5e-6": "benchmarks/results/merge.json",
     "control-token injection: 0 forged ids": "make test: tests/data/test_tokenizer.py, tests/data/test_chat.py",

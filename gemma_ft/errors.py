@@ -62,3 +62,9 @@ class InterruptedWork(UserError):
     """Ctrl-C ended work that can go on later; the message says how."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException, *, kind: bool = False) -> str:
+    """What a library says, cut at its first line; its class where it says nothing, or in front of it with `kind`."""
+    name, first = type(error).__name__, next(iter(str(error).strip().splitlines()), "")
+    return f"{name}: {first}" if first and kind else first or name

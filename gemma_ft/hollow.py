@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from gemma_ft.adapters.quantize import Kind, keep_trainable, make_hollow, quantization_config
 from gemma_ft.errors import UserError
 from gemma_ft.load import checked_folder
-from gemma_ft.model.config import read_config
+from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.weights import Source, WeightFiles
 
@@ -57,8 +56,9 @@ def hollow_base(
             module.register_parameter(name, nn.Parameter(one, requires_grad=quantize is None))
     model.tie_weights()
     keep_trainable(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    generation = read_generation_config(folder)
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = source.name
     return model
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_ft.errors import Stopped, UserError
+from gemma_ft.errors import Stopped, UserError, first_line
 from gemma_ft.recipe.paths import shipped_launches
 from gemma_ft.runtime import pass_signals_on
 
@@ -36,8 +36,7 @@ def launch_ranks(config: str, ranks: int | None, arguments: Sequence[str]) -> in
     except SignalException:  # handed on to the ranks, which have ended with a checkpoint
         return Stopped.exit_code
     except (ValueError, ConnectionError) as error:  # accelerate's words for configs that cannot be
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--launch {config}: {first}") from error
+        raise UserError(f"--launch {config}: {first_line(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
-from gemma_ft.adapters.saved import adapter_config, first_line
+from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
-from gemma_ft.errors import UserError
-from gemma_ft.model.config import numerics_hash, read_config
+from gemma_ft.errors import UserError, first_line
+from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
 from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
@@ -156,7 +156,7 @@ def check_base(place: Place) -> None:
             f"{adapter}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
             f"{place.base.name} has {found[:12]} ({CONTRACT}); give the base that it was trained on"
         )
-    if contract.numerics_sha256 not in (None, _numerics_hash(folder)):
+    if contract.numerics_sha256 not in (None, numerics_hash(config_in(folder))):
         raise UserError(
             f"{folder}/config.json: has another window, scale, cap or shape than when {adapter} was trained "
             f"({CONTRACT}); restore it"
@@ -255,7 +255,9 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 
 def checked_folder(source: Source) -> Path:
-    """The folder of a model. Raises: UserError where its weights are no whole safetensors, or an adapter lies in it."""
+    """The folder of a model. Raises: UserError where its weights are no whole safetensors, an adapter lies in it, or
+    its generation_config.json is damaged.
+    """
     folder = folder_of(source)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -263,11 +265,5 @@ def checked_folder(source: Source) -> Path:
             "move it to its own folder"
         )
     WeightFiles.open(folder)
+    read_generation_config(folder)
     return folder
-
-
-def _numerics_hash(folder: Path) -> str:
-    try:
-        return numerics_hash(read_config(folder))
-    except LOAD_ERRORS as error:
-        raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {first_line(error)}") from error

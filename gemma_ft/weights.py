@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma_ft.data.hub import hub_reason
+from gemma_ft.data.hub import snapshot
 from gemma_ft.errors import UserError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
@@ -145,13 +145,8 @@ def folder_of(source: Source, *, downloaded: bool = False) -> Path:
     folder = Path(source.name)
     if folder.is_absolute():
         return folder
-    from huggingface_hub import snapshot_download
-
     wanted: dict[str, Any] = {"local_files_only": True} if downloaded else {"allow_patterns": HUB_FILES}
-    try:
-        return Path(snapshot_download(source.name, revision=source.revision, **wanted))
-    except Exception as error:  # the hub raises many kinds; each becomes one line for the user
-        raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
+    return snapshot(source.name, revision=source.revision, **wanted)
 
 
 def file_hash(path: Path) -> str:

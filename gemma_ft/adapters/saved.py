@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
-from gemma_ft.errors import UserError
+from gemma_ft.errors import UserError, first_line
 
 
 def adapter_config(adapter: Path) -> Any:
@@ -23,7 +23,7 @@ def adapter_config(adapter: Path) -> Any:
     path = adapter / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if not isinstance(config, LoraConfig) or kind != "LORA":
@@ -68,8 +68,3 @@ def _pattern_fault(key: str, patterns: Any, fault_of: Callable[[str, Any], str |
         if fault is not None:
             return fault
     return None
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, cut at its first line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

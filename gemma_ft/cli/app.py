@@ -18,7 +18,7 @@ import typer
 from gemma_ft import __version__
 from gemma_ft.cli import chat, checkpoints, export, generate, merge, preview, recipes, report, schema, serve, train
 from gemma_ft.cli import eval as evaluation
-from gemma_ft.errors import DiskError, UserError
+from gemma_ft.errors import DiskError, UserError, first_line
 
 CRASHED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 LESS_MEMORY = "lower train.micro_batch_size and eval.batch_size, or set train.gradient_checkpointing=true"
@@ -149,6 +149,5 @@ def _say_fault_of_ours(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    found = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    found = first_line(error, kind=True)[:300]
     return _say(f"a fault of gemma-ft, not of yours: {found} (GEMMA_FT_DEBUG=1 shows the traceback)", CRASHED)

@@ -1,11 +1,15 @@
-"""Data sets of the hub, and what to tell a user when the hub does not give a tokenizer or a data set."""
+"""The hub: whether it answers, its snapshots and data sets, and what to tell a user when it does not give them."""
 
+import functools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.errors import DataError
+from gemma_ft.errors import DataError, UserError, first_line
+
+CONNECT_SECONDS = 10
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -34,8 +38,45 @@ def hub_reason(error: BaseException, name: str, *, kind: str, revision: str | No
         return f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HfUriError", "HFValidationError"}:
         return f"{name}: no such {kind} on the hub, or it is private; check the name, or set HF_TOKEN"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{name}: the {kind} cannot be loaded: {first}"
+    return f"{name}: the {kind} cannot be loaded: {first_line(error)}"
+
+
+@functools.cache  # a hub that does not answer delays a start once, whatever is asked of it afterwards
+def ask_or_go_offline() -> None:
+    """Ask the hub whether it is there; without an answer in CONNECT_SECONDS, huggingface_hub and datasets go into their
+    own offline mode for the rest of this process, and take what is in the cache.
+
+    Their client has no timeout: behind a firewall that swallows packets they wait for ever. The switch is their own,
+    HF_HUB_OFFLINE, which they read from the environment at import, long before anybody knows.
+    """
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception:  # refused, timed out, no such name, a proxy that does not let through: each has its own class
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            import datasets
+
+            datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+def snapshot(name: str, *, revision: str | None, **wanted: Any) -> Path:
+    """The local folder of a model on the hub, downloaded as far as it is not in the cache; `wanted`: as
+    huggingface_hub.snapshot_download takes it.
+
+    Raises: UserError in one line.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not wanted.get("local_files_only"):
+        ask_or_go_offline()
+    try:
+        return Path(snapshot_download(name, revision=revision, **wanted))
+    except Exception as error:  # the hub raises many kinds; each becomes one line for the user
+        raise UserError(hub_reason(error, name, kind="model", revision=revision)) from error
 
 
 def read_hub_records(source: str, *, split: str, revision: str | None) -> list[dict[str, Any]]:
@@ -46,6 +87,7 @@ def read_hub_records(source: str, *, split: str, revision: str | None) -> list[d
     import datasets
 
     name, _, config = source.partition(":")
+    ask_or_go_offline()
     try:
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds; each becomes one line for the user

@@ -17,7 +17,7 @@ from typing import Any
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.hub import read_hub_records
 from gemma_ft.data.items import kind_of
-from gemma_ft.errors import DataError
+from gemma_ft.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
@@ -127,7 +127,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg} (column {error.colno})"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _json_lines(source: str, data: bytes) -> list[Row]:
@@ -242,6 +242,5 @@ def _read_parquet(source: str) -> list[Row]:
     try:
         records = pyarrow.parquet.read_table(source).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{source}: cannot be read as parquet: {reason}") from error
+        raise DataError(f"{source}: cannot be read as parquet: {first_line(error)}") from error
     return [Row(f"{source}:row {number}", record) for number, record in enumerate(records, start=1)]

@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gemma_ft.data.hub import hub_reason
+from gemma_ft.data.hub import snapshot
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
-from gemma_ft.errors import DataError, UserError
+from gemma_ft.errors import DataError, UserError, first_line
 
 # Added tokens that are text: runs of blanks and line breaks, and HTML tags. The tags are named, because "<eos>" looks
 # like one.
@@ -119,8 +119,7 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None) -> Any:
     try:
         tokenizer = GemmaTokenizer.from_pretrained(str(folder), add_bos_token=True)
     except Exception as error:  # transformers raises many kinds; each becomes one line for the user
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path_or_hub_id}: the tokenizer files cannot be read: {first}") from error
+        raise UserError(f"{path_or_hub_id}: the tokenizer files cannot be read: {first_line(error)}") from error
     ControlIds.from_tokenizer(tokenizer)
     tokenizer.padding_side = "right"
     if not tokenizer.chat_template:
@@ -149,12 +148,7 @@ def _tokenizer_folder(path_or_hub_id: str, revision: str | None) -> Path:
         if folder.exists() or in_a_folder or not HUB_ID.fullmatch(path_or_hub_id):
             what = "a file, not a folder" if folder.exists() else "no such folder"
             raise UserError(f"{path_or_hub_id}: {what}; name a folder with tokenizer files, or a hub id (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path_or_hub_id, revision=revision, allow_patterns=TOKENIZER_FILES))
-        except Exception as error:  # the hub raises many kinds; each becomes one line for the user
-            raise UserError(hub_reason(error, path_or_hub_id, kind="model", revision=revision)) from error
+        folder = snapshot(path_or_hub_id, revision=revision, allow_patterns=TOKENIZER_FILES)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(f"{path_or_hub_id}: there is no tokenizer.json or tokenizer.model in it")
     return folder

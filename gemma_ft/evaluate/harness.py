@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.errors import UserError
+from gemma_ft.data.hub import ask_or_go_offline
+from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.metrics import EXTRA
 from gemma_ft.evaluate.statistics import Figure, Floats, mean, perplexity
 
@@ -71,7 +72,9 @@ class Tasks:
             except UserError:
                 raise
             except Exception as error:  # templates and functions of a task raise anything
-                raise UserError(f"--tasks: {name}: its requests cannot be made: {_first_line(error)}") from error
+                raise UserError(
+                    f"--tasks: {name}: its requests cannot be made: {first_line(error, kind=True)}"
+                ) from error
             _check_options(lm, name, task.instances)
             total += sum(instance.repeats for instance in task.instances)
         return total
@@ -121,7 +124,7 @@ def _check_options(lm: Any, name: str, instances: Sequence[Any]) -> None:
             raise UserError(f"--tasks: {name}: {str(error).removeprefix('--tasks: ')}") from error
         except (TypeError, ValueError) as error:  # the harness makes numbers of what stands there
             raise UserError(
-                f"--tasks: {name}: generation_kwargs: {_first_line(error)}; mend them in the task"
+                f"--tasks: {name}: generation_kwargs: {first_line(error, kind=True)}; mend them in the task"
             ) from error
 
 
@@ -170,10 +173,11 @@ def _load(names: Sequence[str], path: Path | None) -> dict[str, Any]:
         if name not in manager.all_tasks:
             where = f" in {path}, nor" if path is not None else ""
             raise UserError(f"--tasks: {name}: no such task{where} in the harness; `lm-eval ls tasks` lists its own")
+    ask_or_go_offline()
     try:
         loaded: dict[str, Any] = manager.load(list(names))
     except Exception as error:  # a task file, the data it names and the hub behind it raise anything
-        raise UserError(f"--tasks: {', '.join(names)}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"--tasks: {', '.join(names)}: cannot be loaded: {first_line(error, kind=True)}") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"--tasks: {name}: runs code that a model wrote; use lm-eval itself, in a sandbox")
@@ -194,8 +198,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         log.setLevel(before)
-
-
-def _first_line(error: Exception) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

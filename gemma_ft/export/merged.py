@@ -15,8 +15,8 @@ from gemma_ft.contract import Contract
 from gemma_ft.errors import RecipeError, UserError
 from gemma_ft.export.deltas import EMBEDDING, HEAD, Adapter, wide
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
-from gemma_ft.load import LOAD_ERRORS, Place, check_base
-from gemma_ft.model.config import read_config
+from gemma_ft.load import Place, check_base
+from gemma_ft.model.config import config_in
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import WeightFiles, folder_of
@@ -43,7 +43,7 @@ class MergedWeights:
         self.precision = trained_precision(place.contract, self.base)
         self.stored = stored_as(place, self.precision)
         self._check_combination()
-        config = _config_of(self.base_folder)
+        config = config_in(self.base_folder)
         self._names = self._checked_names(config)
         self.infos = {name: (dtype or self.base.info(name).dtype, self.base.info(name).shape) for name in self._names}
         if dtype is None and torch.float16 in {kept for kept, _ in self.infos.values()}:
@@ -207,11 +207,3 @@ def _check_agreement(places: Sequence[Place]) -> None:
                     f"{other.adapter}: {key} {two!r} in its contract, {places[0].adapter} has {one!r}; "
                     "adapters that are merged together must have been trained alike"
                 )
-
-
-def _config_of(folder: Path) -> PreTrainedConfig:
-    try:
-        return read_config(folder)
-    except LOAD_ERRORS as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}/config.json: cannot be read as a Gemma's: {first}") from error

@@ -8,19 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.checkpoint import write_json
 from gemma_ft.contract import Contract
-from gemma_ft.data.hub import hub_reason
-from gemma_ft.errors import UserError
 from gemma_ft.export.merge import FACTS
 from gemma_ft.export.model_card import Card, Form
 from gemma_ft.export.run_record import RunRecord, public, read_record
 from gemma_ft.export.terms import Terms, terms_of
-from gemma_ft.load import LOAD_ERRORS, Place
-from gemma_ft.model.config import PRESETS
+from gemma_ft.load import Place
+from gemma_ft.model.config import PRESETS, config_in
 from gemma_ft.weights import folder_of
 
 CARD, NOTICE = "README.md", "NOTICE"
@@ -89,7 +86,4 @@ def config_of(place: Place) -> PreTrainedConfig:
     preset = place.contract.preset if place.contract is not None else None
     if not Path(place.base.name).is_absolute() and preset in PRESETS:
         return PRESETS[preset].config()
-    try:
-        return AutoConfig.from_pretrained(str(folder_of(place.base)), trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise UserError(hub_reason(error, place.base.name, kind="model", revision=place.base.revision)) from error
+    return config_in(folder_of(place.base))

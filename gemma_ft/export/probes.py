@@ -11,7 +11,7 @@ from gemma_ft.build import build_data
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.dataset import prepare
 from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.errors import UserError
+from gemma_ft.errors import UserError, first_line
 from gemma_ft.export.merged import MergedWeights
 
 SYNTHETIC_TOKENS = 64
@@ -52,7 +52,7 @@ def probes_for(merged: MergedWeights, count: int) -> Probes:
                 return Probes([_probe(one["input_ids"], one["labels"]) for one in rows], str(data.eval_source))
             why = "the recipe holds no rows out"
         except UserError as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
     return Probes(_synthetic(ChatEncoder(tokenizer), count), f"random tokens: {why}", random=True)
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from gemma_ft.data.hub import hub_reason
+from gemma_ft.data.hub import ask_or_go_offline, hub_reason
 from gemma_ft.data.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 
@@ -39,6 +39,7 @@ def push(folder: Path, files: Sequence[str], name: str, *, public: bool = False,
     weights there that these would not replace.
     """
     check_name(name)
+    ask_or_go_offline()
     api = api or HfApi()
     again = f"{folder} is complete: hf upload {name} {shlex.quote(str(folder))}{'' if public else ' --private'}"
     try:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, Gemma2Config, GemmaConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, Gemma2Config, GemmaConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.errors import UserError
+from gemma_ft.errors import UserError, first_line
 
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
 
@@ -22,6 +24,8 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemm
 # "gelu" that means the tanh approximation: every name of a GELU is the same function here, anything else is another
 # model.
 GELU_NAMES = frozenset({"gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
+
+_UNREADABLE = "cannot be read as a Gemma's"
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class GemmaNumerics:
             raise UserError(
                 f"model_type {config.model_type!r} is not Gemma 1 or 2; supported: {', '.join(CONFIG_CLASSES)}"
             )
+        _refuse_bad_numbers(config)
         activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "gelu")
         if activation not in GELU_NAMES:
             raise UserError(
@@ -130,12 +135,54 @@ class GemmaNumerics:
 def read_config(name_or_path: Any, **hub: Any) -> PreTrainedConfig:
     """The config.json of a folder or hub id, as transformers reads it; `hub`: its own options for the hub.
 
-    Raises: what transformers raises, and UserError where it divides by a number of heads that is 0.
+    Raises: OSError, ValueError or StrictDataclassError, which transformers says for what it checks; UserError for
+    values that it stumbles over.
     """
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+    except (OSError, ValueError, StrictDataclassError):
+        raise
     except ZeroDivisionError as error:
         raise UserError("config.json: num_attention_heads 0 is no number of heads; fetch the file again") from error
+    except Exception as error:  # a value of any kind may stand there, and it raises as many kinds
+        raise UserError(f"config.json: {first_line(error)}; fetch the file again") from error
+
+
+def config_in(folder: Path) -> PreTrainedConfig:
+    """The config.json of a folder. Raises: UserError when it is missing, or no Gemma's."""
+    try:
+        config = read_config(folder)
+        GemmaNumerics.from_config(config)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        why = first_line(error).removeprefix("config.json: ")
+        raise UserError(f"{folder}/config.json: {_UNREADABLE}: {why}") from error
+    return config
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation_config.json of a folder, or None where there is none. Raises: UserError when it is damaged."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except Exception as error:  # as above
+        raise UserError(f"{folder}/generation_config.json: {_UNREADABLE}: {first_line(error)}") from error
+
+
+def _refuse_bad_numbers(config: PreTrainedConfig) -> None:
+    """Raises UserError for a size that no tensor can have, or a scale that is no positive number."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+    scales = ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    numbers = [(name, getattr(config, name, None)) for name in scales] + [("rope_theta", theta)]
+    for name in sizes:
+        value = getattr(config, name, None)
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise UserError(f"config.json: {name} {value!r} is no size; fetch the file again")
+    for name, value in numbers:
+        if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            raise UserError(f"config.json: {name} {value!r} is no positive number; fetch the file again")
 
 
 def numerics_hash(config: PreTrainedConfig) -> str:

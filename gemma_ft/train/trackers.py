@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from gemma_ft import runtime
+from gemma_ft.errors import first_line
 from gemma_ft.recipe.schema import Recipe
 
 CONNECT_SECONDS = 10  # a dead endpoint may delay the start by so much, and no step after it
@@ -119,6 +120,6 @@ def _start_wandb(recipe: Recipe, root: Path, say: Callable[[str], None]) -> _Wan
             )
             return _WandB(run, say)
         except Exception as error:  # no key, no network, a refused connection: each has its own class
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            say(f"W&B {mode}: {reason}" + ("; going on offline" if mode == "online" else "; going on without it"))
+            go_on = "; going on offline" if mode == "online" else "; going on without it"
+            say(f"W&B {mode}: {first_line(error)}{go_on}")
     return None

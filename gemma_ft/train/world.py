@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gemma_ft import runtime
-from gemma_ft.errors import RankError, UserError
+from gemma_ft.errors import RankError, UserError, first_line
 from gemma_ft.train.watch import Watch
 
 Layout = Literal["one device", "ddp", "fsdp2"]
@@ -113,6 +113,14 @@ class World:
         dist.all_reduce(found, group=self._control)
         return [float(value) for value in found]
 
+    def of_first(self, numbers: list[int]) -> list[int]:
+        """What rank 0 has, of lists of one length."""
+        if self.size == 1:
+            return numbers
+        found = torch.tensor(numbers)
+        dist.broadcast(found, src=0, group=self._control)
+        return [int(number) for number in found]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -176,5 +184,4 @@ def lost_a_rank(error: RuntimeError) -> bool:
 def _said(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return first_line(error, kind=True)

@@ -259,7 +259,7 @@ def test_damaged_sources_are_one_line_each(made: Path, tmp_path: Path) -> None:
     found = refusal(damaged(model, sources / "no", "model.safetensors", None), tmp_path / "out", "hf")
     assert found == f"{sources}/no: there is no model.safetensors in it, nor an index of shards"
     found = refusal(damaged(model, sources / "bad", "config.json", b"{"), tmp_path / "out", "gguf")
-    assert found.startswith(f"{sources}/bad: the model cannot be loaded: ")
+    assert found.startswith(f"{sources}/bad/config.json: cannot be read as a Gemma's: ")
     found = refusal(damaged(model, sources / "other", "chat_template.jinja", b"x"), tmp_path / "out", "hf")
     assert found.endswith("its chat template is not the one that was trained (gemma_ft.json); restore the tokenizer "
                           "files that were saved with it")  # fmt: skip

@@ -209,7 +209,7 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"num_attention_heads": 0}, "config.json: num_attention_heads 0 is no number of heads; fetch the file again"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is no number of heads; fetch the file again"),
         ({"num_attention_heads": None}, "Validation error for field 'num_attention_heads':"),
     ],
     ids=str,
