@@ -34,3 +34,11 @@ def test_the_table_is_the_result_files() -> None:
         assert row in PAGE, row
     assert max(one["seconds"] for one in lost) < 60
     assert random["killed"] + changes["killed"] >= 1000
+
+
+def test_the_fuzzed_cases_are_the_result_files() -> None:
+    for what in ("rows", "recipes", "artefacts", "requests"):
+        found = RESULT[f"test_spoiled_{what}"]
+        row = f"| spoiled {what} | {found['cases']:,} | {found['tracebacks']} tracebacks, {found['hangs']} hangs |"
+        assert row in PAGE, row
+        assert found["cases"] >= 10_000

@@ -110,8 +110,9 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
+    agree: Callable[[list[int]], list[int]] = list,
 ) -> list[Reply]:
-    """The model's greedy answers, generated until a stop token, in the order of the questions; `stop` as in
+    """The model's greedy answers, generated until a stop token, in the order of the questions; `stop` and `agree` as in
     generate_answers.
     """
     answers = generate_answers(
@@ -121,6 +122,7 @@ def answer_questions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         stop=stop,
+        agree=agree,
     )
     return [
         Reply(str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip(), answer.stopped)
@@ -141,12 +143,19 @@ def exact_match(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    agree: Callable[[list[int]], list[int]] = list,
 ) -> tuple[float | None, list[str]]:
     """Share of questions whose greedy answer `is_exact`, and the answers. (None, []) without questions."""
     if not questions:
         return None, []
     replies = answer_questions(
-        model, tokenizer, questions, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch_size=batch_size
+        model,
+        tokenizer,
+        questions,
+        stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        agree=agree,
     )
     right = sum(is_exact(reply, question.answer) for reply, question in zip(replies, questions, strict=True))
     return right / len(questions), [reply.text for reply in replies]

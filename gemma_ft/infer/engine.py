@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,14 +54,21 @@ class Engine:
     piece by piece, or several short ones in a single pass.
     `max_batch`: how many requests hold a row at once; others wait in line. `max_seq_len`: prompt and answer together
     (None: the model's own limit). The model is in eval mode; any wrapper of PEFT's around the native Gemma will do.
+    `agree`: the tokens that this process chose -> those that are said, where several compute one model together.
     """
 
     def __init__(
-        self, model: Any, *, stop_ids: Sequence[int], max_batch: int = 8, max_seq_len: int | None = None
+        self,
+        model: Any,
+        *,
+        stop_ids: Sequence[int],
+        max_batch: int = 8,
+        max_seq_len: int | None = None,
+        agree: Callable[[list[int]], list[int]] = list,
     ) -> None:
         native = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._native = native
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids, self._agree = frozenset(stop_ids), agree
         self.max_batch = max_batch
         self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
         self.device = native.get_input_embeddings().weight.device
@@ -172,7 +179,7 @@ class Engine:
     def _said(self, speakers: list[_Live], hidden: Tensor) -> list[Emitted]:
         """Choose every speaker's next token; only here does anything come back from the device."""
         logits = self._native.head_logits(hidden)
-        tokens = next_tokens(logits, [live.sampler for live in speakers]).tolist()
+        tokens = self._agree(next_tokens(logits, [live.sampler for live in speakers]).tolist())
         if -1 in tokens:
             raise NonFiniteError("the model's logits are not finite; its weights are damaged")
         return [self._took(live, token) for live, token in zip(speakers, tokens, strict=True)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.build import BuiltData, fingerprint
-from gemma_ft.checkpoint import as_json, check_space, checkpoints_of, is_disk_full, replace_text
+from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, is_disk_full, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
@@ -24,7 +24,7 @@ from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
 from gemma_ft.train.display import Display, show_summary
-from gemma_ft.train.fitting import fit_micro_batch
+from gemma_ft.train.fitting import fit_micro_batch, recover
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.scoring import Figures, Scorer
 from gemma_ft.train.settings import training_arguments
@@ -189,7 +189,7 @@ class Course:
             else:
                 self._fit()
                 with self.stop.waiting():
-                    self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                    self._train_on(checkpoint)
         finally:
             self.display.stop()
         if self.trainer.stopped:
@@ -200,18 +200,33 @@ class Course:
             error.told = not self.world.main
             raise error
 
+    def _train_on(self, checkpoint: Path | None) -> None:
+        """Train to the end; where memory runs out, go on after the last whole step with smaller micro-batches."""
+        while True:
+            try:
+                self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                return
+            except torch.OutOfMemoryError as error:
+                recover(self.trainer, error)
+            step = self.progress.step
+            checkpoint = checkpoint_folder(self.run.checkpoints, step) if step else None
+            self._say_smaller(f"ran out in step {step + 1}")
+
+    def _say_smaller(self, what: str) -> None:
+        arguments = self.trainer.args
+        self.display.say(
+            f"  memory     {what}; going on with micro_batch_size {arguments.per_device_train_batch_size} and "
+            f"{arguments.gradient_accumulation_steps} accumulations: the steps stay the same"
+        )
+
     def _fit(self) -> None:
         """On GPUs that hold the whole model, find out before the first step whether its longest batch fits as well."""
         if self.world.layout == "fsdp2" or runtime.default_device().type != "cuda":
             return
         with self.world.phase("the longest batch"):
             fitting = fit_micro_batch(self.trainer)
-        wanted, times = self.recipe.train.micro_batch_size, self.trainer.args.gradient_accumulation_steps
-        if fitting != wanted:
-            self.display.say(
-                f"  memory     micro_batch_size {wanted} does not fit; going on with {fitting} and {times} "
-                "accumulations: the steps stay the same"
-            )
+        if fitting != self.recipe.train.micro_batch_size:
+            self._say_smaller(f"micro_batch_size {self.recipe.train.micro_batch_size} does not fit")
 
     def _log(self, path: Path, figures: dict[str, Any]) -> None:
         """Add a line, and those that found no space before it: a full disk ends no run."""

@@ -1,4 +1,6 @@
-"""Whether the longest micro-batch fits into a GPU's memory, found out before the first step, and what does if not."""
+"""Whether the longest micro-batch fits into a GPU's memory, found out before the first step, and what does if not, then
+or later.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,38 @@ def fit_micro_batch(trainer: Any) -> int:
             return int(rows)
         if rows == 1:
             raise UserError(f"a single row of {lengths[longest[0]]:,} tokens does not fit into GPU memory; {CURES}")
-        fewer = max(part for part in range(1, rows) if rows % part == 0)
-        arguments.per_device_train_batch_size = fewer
-        arguments.gradient_accumulation_steps *= rows // fewer
+        halve(arguments)
+
+
+def halve(arguments: Any) -> None:
+    """Half the rows in a micro-batch (or the next smaller part), and more of them in a step; there is one row at least
+    after it.
+    """
+    rows = arguments.per_device_train_batch_size
+    fewer = max(part for part in range(1, rows) if rows % part == 0)
+    arguments.per_device_train_batch_size = fewer
+    arguments.gradient_accumulation_steps *= rows // fewer
+
+
+def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
+    """After memory ran out within a step: gradients are dropped, a checkpoint is made of the last whole step, and the
+    micro-batch is halved. The trainer can then train on from that checkpoint.
+
+    Raises: `error` where weights may have changed already (the optimizer ran out), UserError where nothing is left to
+    halve, or other ranks are in the same step: they would wait for this one.
+    """
+    step, rows = trainer.state.global_step, trainer.args.per_device_train_batch_size
+    if not trainer.computing:
+        raise error
+    if trainer.world.size > 1 or rows == 1:
+        cure = CURES if rows == 1 else f"--resume train.micro_batch_size={rows // 2} goes on, or {CURES}"
+        raise UserError(f"out of GPU memory in step {step + 1}, micro-batches of {rows} rows; {cure}") from error
+    trainer.model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if step and trainer.saved_step != step:
+        trainer._save_checkpoint(trainer.model, None)
+    halve(trainer.args)
 
 
 def _fits(trainer: Any, rows: list[int]) -> bool:

@@ -58,8 +58,9 @@ class Scorer:
         return Score(loss, share, answers)
 
     def sampled_answers(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Greedy answers to the first `eval.samples` questions. All ranks give the same, token by token, so that none
-        waits for another; `stop` cuts them, on all ranks at once, and so does SAMPLE_SECONDS.
+        """Greedy answers to the first `eval.samples` questions. Where ranks compute one model together they all say
+        rank 0's tokens, so that none waits for another; `stop` cuts them, on all ranks at once, and so does
+        SAMPLE_SECONDS.
         """
         asked = self.questions[: self.settings.samples]
         end = time.monotonic() + SAMPLE_SECONDS
@@ -94,4 +95,5 @@ class Scorer:
             "stop_ids": self.data.encoder.stop_ids,
             "max_new_tokens": settings.max_new_tokens,
             "batch_size": settings.batch_size,
+            "agree": self.world.of_first if self.world.layout == "fsdp2" else list,
         }

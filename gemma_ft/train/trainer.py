@@ -80,6 +80,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         self.world, self.stop = world, stop
         self.stopped = False  # all ranks agreed to stop
         self.skipped = 0  # updates left out in a row, for they were not finite
+        self.computing = False  # forward and backward, in which no weight changes
         self.saved_step = -1
         self.former_best: dict[str, Any] | None = None
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
@@ -144,7 +145,10 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         micro = self._micro * self.world.size + self.world.rank
         self._micro += 1
         torch.manual_seed(_mixed(self.args.seed, self.state.global_step, micro))
-        return super().training_step(*args, **kwargs)
+        self.computing = True
+        loss = super().training_step(*args, **kwargs)
+        self.computing = False
+        return loss
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Between the micro-batches of a step: an adapter's gradients are small and are summed once, at its end; those

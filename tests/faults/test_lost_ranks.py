@@ -81,3 +81,24 @@ def test_the_job_ends_and_says_why(runs: Runs, figure: Callable[..., None], plac
     where = {"load": "the model", "step": "step", "save": "the save of step", "eval": "evaluation"}[place]
     assert where in said, said
     figure(seconds=round(seconds, 1), hang=False)
+
+
+def test_ranks_that_would_say_different_things_say_what_rank_0_says(runs: Runs) -> None:
+    """On unlike GPUs a tie may fall otherwise; a rank that stops earlier would leave the others waiting."""
+    alone, out = runs.place(), runs.place()
+    asked = ("eval.every_steps=3", "eval.samples=2", "eval.generate_rows=2", "eval.max_new_tokens=6")
+    more = (f"data.eval={runs.rows}", *asked)
+
+    def otherwise() -> None:
+        import torch
+
+        from gemma_ft.infer import engine
+
+        if os.environ["RANK"] == "1":
+            engine.next_tokens = lambda logits, samplers: torch.full((len(samplers),), 1)  # <eos>, at once
+
+    codes, said = runs.go(alone, *more)
+    assert codes == [0], said
+    codes, said = runs.go(out, *more, ranks=2, layout="fsdp2", before=otherwise)
+    assert codes == [0, 0], said
+    assert (out / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()

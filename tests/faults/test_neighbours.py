@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tests.faults.conftest import Runs, outcome
+import pytest
+
+from tests.faults.conftest import ROOT, Runs, outcome
 from tests.forked import free_port, no_survivors
 
 SECRETS = {
@@ -42,6 +48,53 @@ def test_a_dead_tracker_delays_nothing_for_long(runs: Runs, reference: tuple[Any
     assert codes == [0], said
     assert time.monotonic() - begun < 60
     assert outcome(out) == reference
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_at(port: int, cache: Path) -> Callable[[], None]:
+    """The hub, asked at a port of this machine, and its cache, in a process that is not in offline mode."""
+
+    def install() -> None:
+        from huggingface_hub import constants
+
+        from gemma_ft.data import hub
+
+        constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = False, str(cache)
+        constants.ENDPOINT = f"http://127.0.0.1:{port}"
+        hub.CONNECT_SECONDS = 0.5
+        hub.ask_or_go_offline.cache_clear()
+
+    return install
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "silent"])
+def test_a_dead_hub_delays_nothing_for_long(
+    runs: Runs, reference: tuple[Any, bytes], tmp_path: Path, silent: bool
+) -> None:
+    """What is in the cache is used, and what is not is told; whether the hub refuses, or takes the call and says
+    nothing.
+    """
+    cached = tmp_path / "models--some--gemma"
+    shutil.copytree(ROOT / "data" / "gemma-tiny", cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        if silent:
+            one.listen(50)
+        dead = hub_at(one.getsockname()[1], tmp_path)
+        out = runs.place()
+        codes, said = runs.go(out, "model.weights=some/gemma", before=dead)
+        assert codes == [0], said
+        assert outcome(out) == reference
+        for key, name in (("model.weights", "other/gemma"), ("data.train", "some/rows")):
+            codes, said = runs.go(runs.place(), f"{key}={name}", before=dead)
+            assert codes == [2], said
+            assert said.splitlines()[-1] == (
+                f"{name}: not in the local cache and the hub cannot be reached; connect once, or name a local path"
+            )
 
 
 def test_no_secret_of_the_environment_is_written(runs: Runs) -> None:
