@@ -4,9 +4,7 @@ here.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
+from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.cache import Cache, Reading, items_at
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Example, Item, Prepared, content_hash, prepare, split_by_hash
-from gemma_ft.data.formats import detect_format, parse_rows
-from gemma_ft.data.items import Conversation
+from gemma_ft.data.chunks import Chunk
+from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, split_by_hash
+from gemma_ft.data.documents import Documents
+from gemma_ft.data.formats import check_format, detect_format, parse_rows
+from gemma_ft.data.items import Conversation, Item, content_hash
 from gemma_ft.data.preview import preview
-from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.data.sources import Row, read_chunks, read_rows, rows_of
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.hollow import hollow_base
@@ -75,41 +77,82 @@ class BuiltData:
     overlap: int  # held-out rows that are training rows too
 
 
-def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> BuiltData:
-    """Read, check, encode and pack the recipe's rows."""
+def build_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callable[[int], None] = lambda documents: None
+) -> BuiltData:
+    """Read, check, encode and pack the recipe's rows; what was encoded before is taken from the cache. `progress` hears
+    how many training documents have come.
+    """
     data = recipe.data
     encoder = ChatEncoder(tokenizer, data.system)
-    rows = read_source(data, data.train)
+    rows = rows_of_first_chunk(data, data.train)
     form, why = detect_format(rows, _columns(data)) if data.format == "auto" else (data.format, "named in the recipe")
-    items: Sequence[Item] = parse_rows(rows, format=form, columns=_columns(data))
-    eval_source = data.eval
+    check_format(form, _columns(data))
+    reading = Reading(form, _columns(data), encoder)
+    documents = Cache(runtime.cache_folder(), runtime.processors()).documents(
+        read_source(data, data.train), reading, progress
+    )
+    fitted = partial(arrange, encoder=encoder, max_seq_len=data.max_seq_len, packing=data.packing)
+    held_out, chosen, scored = Held(None, []), None, None
     if data.eval is not None:
-        held_out: Sequence[Item] = _held_out_items(data, read_source(data, data.eval), rows)
-    else:
-        items, held_out = split_by_hash(items, data.eval_fraction, recipe.seed)
-        eval_source = f"{data.eval_fraction:.1%} of {data.train}" if held_out else None
-    fitted = partial(prepare, encoder=encoder, max_seq_len=data.max_seq_len, packing=data.packing)
-    train = fitted(items)
+        held_out = Held(data.eval, _held_out_items(data, rows))
+    elif data.eval_fraction:
+        documents, chosen, held_out = _split(recipe, documents, reading)
+    train = fitted(documents, chosen=chosen)
     try:
-        scored = fitted(held_out[: recipe.eval.max_rows]) if held_out else None
+        if held_out.items:
+            limit = recipe.eval.max_rows
+            scored = prepare(held_out.items[:limit], encoder, max_seq_len=data.max_seq_len, packing=data.packing)
     except DataError as error:
-        raise DataError(f"held-out rows, {eval_source}: {error}") from error
-    seen = {content_hash(item) for item in items}
+        raise DataError(f"held-out rows, {held_out.source}: {error}") from error
+    contents = documents.contents()
+    seen = set(contents if chosen is None else (contents[number] for number in chosen))
     return BuiltData(
         encoder=encoder,
         train=train,
         held_out=scored,
-        held_out_items=held_out,
-        overlap=sum(content_hash(item) in seen for item in held_out),
+        held_out_items=held_out.items,
+        overlap=sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items),
         train_source=data.train,
         train_format=f"{form}: {why}",
-        eval_source=eval_source,
+        eval_source=held_out.source,
     )
 
 
-def read_source(data: Data, source: str) -> list[Row]:
-    """The rows of one source, unparsed. Raises: DataError naming file, line and reason."""
-    return read_rows(located(source), split=data.split, revision=data.revision)
+@dataclass(frozen=True)
+class Held:
+    """Held-out items, and where they came from."""
+
+    source: str | None
+    items: Sequence[Item]
+
+
+def _split(recipe: Recipe, documents: Documents, reading: Reading) -> tuple[Documents, Any, Held]:
+    """The documents of training rows, which of them are trained on, and the held-out items; by content hash."""
+    data = recipe.data
+    source = f"{data.eval_fraction:.1%} of {data.train}"
+    if documents.items == 1 and not documents.column("chat").any():
+        only = next(item for chunk in read_source(data, data.train) for _, item in reading.items(chunk, BadRows()))
+        train, held_out = split_by_hash([only], data.eval_fraction, recipe.seed)
+        return Documents.of(train, reading.encoder), None, Held(source, held_out)
+    chosen, out = chosen_by_hash(documents, data.eval_fraction, recipe.seed)
+    return documents, chosen, Held(source, items_at(read_source(data, data.train), reading, documents, out))
+
+
+def rows_of_first_chunk(data: Data, source: str) -> list[Row]:
+    """The first rows of a source that are whole. Raises: DataError when it holds none."""
+    bad = BadRows()
+    for chunk in read_source(data, source):
+        rows = rows_of(chunk, bad)
+        if rows:
+            return rows
+    bad.raise_if_any()
+    raise DataError(f"{located(source)}: holds no rows")
+
+
+def read_source(data: Data, source: str) -> Iterator[Chunk]:
+    """The rows of one source, unparsed. Raises: DataError when it cannot be read."""
+    return read_chunks(located(source), split=data.split, revision=data.revision)
 
 
 def _columns(data: Data) -> dict[str, str]:
@@ -117,26 +160,20 @@ def _columns(data: Data) -> dict[str, str]:
     return {str(key): template for key, template in data.columns.items()}
 
 
-def _held_out_items(data: Data, rows: list[Row], train_rows: list[Row]) -> Sequence[Item]:
-    """Held-out rows as items. `data.format` and `data.columns` describe data.train: they hold for data.eval where its
-    rows have the same fields, and otherwise (training rows were replaced on the command line, say) its format is
-    detected.
+def _held_out_items(data: Data, train_rows: list[Row]) -> Sequence[Item]:
+    """The rows of data.eval as items. `data.format` and `data.columns` describe data.train: they hold for data.eval
+    where its rows have the same fields, and otherwise (training rows were replaced on the command line, say) its format
+    is detected.
     """
-    alike = bool(rows and train_rows) and rows[0].fields.keys() == train_rows[0].fields.keys()
+    assert data.eval is not None, "asked for only where it is set"
+    rows = read_rows(located(data.eval), split=data.split, revision=data.revision)
+    alike = rows[0].fields.keys() == train_rows[0].fields.keys()
     return parse_rows(rows, format=data.format, columns=_columns(data)) if alike else parse_rows(rows)
 
 
 def conversations(items: Sequence[Item]) -> list[Conversation]:
     """The conversations among items: those that can be answered by generation."""
     return [item for item in items if isinstance(item, Conversation)]
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of examples: equal exactly when the same tokens are trained in the same order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example["input_ids"], example["labels"]]).encode())
-    return digest.hexdigest()
 
 
 def inputs_of(recipe: Recipe) -> list[str]:

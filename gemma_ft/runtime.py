@@ -13,6 +13,7 @@ import resource
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_ft.errors import UserError
@@ -86,6 +87,17 @@ _ELSEWHERE = (
         "the recipe's train.gradient_checkpointing decides; set it to false",
     ),
 )
+
+
+def cache_folder() -> Path:
+    """Where encoded rows are kept: GEMMA_FT_CACHE, else a folder of the user's cache."""
+    named = os.environ.get("GEMMA_FT_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-ft"
+
+
+def processors() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launched() -> Launch:

@@ -18,6 +18,11 @@ class BadRows:
         if len(self.shown) < SHOWN:
             self.shown.append(f"{where}: {reason}")
 
+    def extend(self, others: "BadRows") -> None:
+        """Remembers those of another collection, behind its own."""
+        self.count += others.count
+        self.shown = (self.shown + others.shown)[:SHOWN]
+
     def raise_if_any(self) -> None:
         """Nothing when every row was good. Raises: DataError with the first five rows and the number of others."""
         if not self.count:

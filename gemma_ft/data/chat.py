@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.items import Conversation, Document, Turn, order_fault
+from gemma_ft.data.items import Conversation, Document, Item, Turn, order_fault
 from gemma_ft.data.template import (
     AFTER_ROLE,
     AFTER_SYSTEM,
@@ -25,6 +25,7 @@ from gemma_ft.errors import DataError
 __all__ = ["IGNORE", "ChatEncoder", "Encoded", "chat_template"]
 
 IGNORE = -100
+SYSTEM_REFUSED = "a system turn, and data.system is 'error'; set it to fold or drop"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids and labels of a whole conversation. Raises: DataError for a system turn under the policy "error"."""
         return self.encode_many([conversation])[0]
+
+    def refuses(self, item: Item) -> str | None:
+        """Why an item cannot be encoded under the system policy, or None."""
+        has_system = isinstance(item, Conversation) and item.turns[0].role == "system"
+        return SYSTEM_REFUSED if has_system and self.system_policy == "error" else None
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """As `encode`, for many at once: all their texts go to the tokenizer in one call."""
@@ -110,7 +116,7 @@ class ChatEncoder:
             return stripped
         system, body = stripped[0].content, stripped[1:]
         if self.system_policy == "error":
-            raise DataError(f"{where}: a system turn, and data.system is 'error'; set it to fold or drop")
+            raise DataError(f"{where}: {SYSTEM_REFUSED}")
         if system and body and self.system_policy == "fold":
             body[0] = Turn("user", system + AFTER_SYSTEM + body[0].content)
         return body

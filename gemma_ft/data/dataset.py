@@ -1,21 +1,26 @@
 """Conversations and documents -> the examples a trainer takes, with counts of all that was cut or left out."""
 
 import hashlib
-import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from typing import Any
+
+import numpy
 
 from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
-from gemma_ft.data.items import Conversation, Document
+from gemma_ft.data.chat import IGNORE, ChatEncoder
+from gemma_ft.data.documents import COUNTS, Documents
+from gemma_ft.data.examples import Example, Examples, piece_tokens
+from gemma_ft.data.items import Document, Item, content_hash
 from gemma_ft.data.packing import best_fit_decreasing
 from gemma_ft.data.template import END_OF_TURN
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError
 
-Item = Conversation | Document
-Example = dict[str, list[int]]
+__all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by_hash", "prepare",
+           "split_by_hash", "split_document"]  # fmt: skip
 
 
 @dataclass
@@ -63,109 +68,102 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples (input_ids, labels, position_ids, document_ids: lists of equal length), and where each one's documents
-    stand in the source."""
+    """What is trained on, or scored, and what became of the rows that it was made from."""
 
-    examples: list[Example]
+    examples: Examples
     stats: DataStats
-    wheres: list[list[str]] = field(default_factory=list)
 
 
 def prepare(items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, packing: bool) -> Prepared:
-    """Examples of at most `max_seq_len` tokens: one document each, or several when `packing`.
+    """As `arrange`, of items in memory. Raises: DataError, also for refused system turns."""
+    bad = BadRows()
+    for item in items:
+        if why := encoder.refuses(item):
+            bad.add(item.where, why)
+    bad.raise_if_any()
+    return arrange(Documents.of(items, encoder), encoder, max_seq_len=max_seq_len, packing=packing)
+
+
+def arrange(
+    documents: Documents,
+    encoder: ChatEncoder,
+    *,
+    max_seq_len: int,
+    packing: bool,
+    chosen: Any = None,
+    empty: int | None = None,
+) -> Prepared:
+    """Examples of at most `max_seq_len` tokens: one document each, or several when `packing`. `chosen`: numbers of the
+    documents that are meant (None: all); `empty`: how many items without content to count to them (None: all).
 
     Conversations are cut at the right; one with no trained token left is dropped. Long documents are cut into chunks,
-    each with its own BOS, and nothing is lost. Each document's positions start at 0, and its first label is masked.
+    each with its own BOS, and nothing is lost.
 
-    Raises: DataError when nothing is left, when no conversation trains its terminator, or for a refused system turn.
+    Raises: DataError when nothing is left, or no conversation trains its terminator.
     """
     assert max_seq_len >= 2, "a sequence holds BOS and one trained token at least"
-    stats = DataStats(rows=len(items), max_seq_len=max_seq_len)
-    chats, documents = _without_empty(items, stats)
-    if encoder.system_policy == "error":
-        _refuse_system(chats)
-    if encoder.system_policy == "drop":
-        stats.dropped_system = sum(chat.turns[0].role == "system" for chat in chats)
-    encoded = [cut for chat in encoder.encode_many(chats) for cut in _truncated(chat, max_seq_len, stats)]
-    end_of_turn = encoder.control.end_of_turn
-    stats.terminators = sum(one.labels.count(end_of_turn) for one in encoded)
-    _refuse_untrainable(len(items), len(chats), len(encoded) + len(documents), stats)
-    encoded += [part for one in encoder.encode_documents(documents) for part in _chunks(one, max_seq_len)]
-    lengths = [len(one.input_ids) for one in encoded]
-    rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(encoded))]
-    stats.documents, stats.packed_rows, stats.tokens = len(encoded), len(rows), sum(lengths)
-    stats.trained_tokens = sum(label != IGNORE for one in encoded for label in one.labels)
-    examples = [_example([encoded[index] for index in row]) for row in rows]
-    return Prepared(examples, stats, [[encoded[index].where for index in row] for row in rows])
+    chosen = numpy.arange(len(documents)) if chosen is None else numpy.asarray(chosen, numpy.int64)
+    count = {name: documents.column(name)[chosen] for name in COUNTS}
+    empty = documents.items - len(documents) if empty is None else empty
+    stats = DataStats(rows=len(chosen) + empty, max_seq_len=max_seq_len, dropped_empty=empty)
+    stats.left_out_turns = int(count["left_out"].sum())
+    stats.dropped_system = int(count["system"].sum()) if encoder.system_policy == "drop" else 0
+    whole = count["tokens"] <= max_seq_len
+    chats = count["chat"] > 0
+    stats.trained_tokens = int(count["trained"][whole].sum())
+    stats.terminators = int(count["terminators"][whole].sum())
+    pieces = numpy.zeros((int(whole.sum()), 3), numpy.int64)
+    pieces[:, 0], pieces[:, 2] = chosen[whole], count["tokens"][whole]
+    cut = [_cut_chat(documents, int(one), max_seq_len, encoder, stats) for one in chosen[~whole & chats]]
+    cut += [_chunks(documents, int(one), max_seq_len, stats) for one in chosen[~whole & ~chats]]
+    pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
+    pieces = pieces[numpy.lexsort((pieces[:, 1], pieces[:, 0]))]
+    _refuse_untrainable(stats, int(chats.sum()), len(pieces))
+    lengths = piece_tokens(pieces).tolist()
+    rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
+    stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(rows), sum(lengths)
+    return Prepared(Examples(documents, pieces, rows, encoder.control.bos), stats)
 
 
-def _without_empty(items: Sequence[Item], stats: DataStats) -> tuple[list[Conversation], list[Document]]:
-    """The conversations and the documents that have something to say; the others are counted."""
-    chats: list[Conversation] = []
-    documents: list[Document] = []
-    for item in items:
-        if isinstance(item, Document):
-            documents += [item] if item.text.strip() else []
-        elif all(turn.content.strip() for turn in item.turns if turn.role != "system"):
-            chats.append(item)
-            stats.left_out_turns += item.left_out
-    stats.dropped_empty = len(items) - len(chats) - len(documents)
-    return chats, documents
-
-
-def _refuse_system(chats: Sequence[Conversation]) -> None:
-    bad = BadRows()
-    for chat in chats:
-        if chat.turns[0].role == "system":
-            bad.add(chat.where, "a system turn, and data.system is 'error'; set it to fold or drop")
-    bad.raise_if_any()
-
-
-def _refuse_untrainable(rows: int, chats: int, left: int, stats: DataStats) -> None:
+def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
     """Raises DataError for data from which nothing, or no end of an answer, would be learnt."""
     limit = f"data.max_seq_len {stats.max_seq_len}"
     if not left:
         raise DataError(
-            f"none of the {rows} rows can be trained on: {stats.dropped_empty} are empty, "
+            f"none of the {stats.rows} rows can be trained on: {stats.dropped_empty} are empty, "
             f"{stats.dropped} have their answer past {limit}"
         )
     if chats and not stats.terminators:
         raise DataError(f"no {END_OF_TURN} would be trained: every answer is cut at {limit}; raise it")
 
 
-def _truncated(one: Encoded, limit: int, stats: DataStats) -> list[Encoded]:
-    """The sequence cut to the limit; nothing when no trained token is left in it."""
-    cut = Encoded(one.input_ids[:limit], one.labels[:limit], one.where)
-    if all(label == IGNORE for label in cut.labels):
+def _cut_chat(
+    documents: Documents, document: int, limit: int, encoder: ChatEncoder, stats: DataStats
+) -> list[tuple[int, int, int]]:
+    """A conversation cut to the limit; nothing when no trained token is left in it."""
+    labels = documents.cut(document, 0, limit)[1]
+    trained = int((labels != IGNORE).sum())
+    if not trained:
         stats.dropped += 1
         return []
-    stats.truncated += len(one.input_ids) > limit
-    return [cut]
+    stats.truncated += 1
+    stats.trained_tokens += trained
+    stats.terminators += int((labels == encoder.control.end_of_turn).sum())
+    return [(document, 0, limit)]
 
 
-def _chunks(one: Encoded, limit: int) -> list[Encoded]:
+def _chunks(documents: Documents, document: int, limit: int, stats: DataStats) -> list[tuple[int, int, int]]:
     """A document in pieces of at most `limit` tokens, each beginning with BOS; together they hold every token once."""
-    bos, body = one.input_ids[0], one.input_ids[1:]
-    cuts = windows(len(body), size=limit - 1, stride=limit - 1)
-    parts = [body[cut.start : cut.end] for cut in cuts]
-    return [Encoded([bos, *part], [IGNORE, *part], one.where) for part in parts]
+    body = len(documents.cut(document, 1, sys.maxsize)[0])
+    stats.trained_tokens += body
+    cuts = windows(body, size=limit - 1, stride=limit - 1)
+    return [(document, 0 if cut.start == 0 else cut.start + 1, cut.end + 1) for cut in cuts]
 
 
-def _example(documents: Sequence[Encoded]) -> Example:
-    example: Example = {"input_ids": [], "labels": [], "position_ids": [], "document_ids": []}
-    for number, one in enumerate(documents):
-        assert one.labels[0] == IGNORE, "a document's first token is never predicted from the document before"
-        example["input_ids"] += one.input_ids
-        example["labels"] += one.labels
-        example["position_ids"] += range(len(one.input_ids))
-        example["document_ids"] += [number] * len(one.input_ids)
-    return example
-
-
-def content_hash(item: Item) -> str:
-    """SHA-256 (hex) of what an item says, whatever its place."""
-    said = [[turn.role, turn.content] for turn in item.turns] if isinstance(item, Conversation) else item.text
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def chosen_by_hash(documents: Documents, fraction: float, seed: int) -> tuple[Any, Any]:
+    """(train, eval): numbers of documents, as `split_by_hash` parts items. Raises: DataError."""
+    held_out = _held_out([content.hex() for content in documents.contents()], fraction, seed)
+    return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
 
 
 def split_by_hash(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -180,23 +178,30 @@ def split_by_hash(items: Sequence[Item], fraction: float, seed: int) -> tuple[li
     if not fraction:
         return list(items), []
     if len(items) == 1 and isinstance(items[0], Document):
-        return _split_document(items[0], fraction)
-    marks = [_share(item, seed) for item in items]
+        return split_document(items[0], fraction)
+    held_out = _held_out([content_hash(item) for item in items], fraction, seed)
+    train = [item for item, out in zip(items, held_out, strict=True) if not out]
+    return train, [item for item, out in zip(items, held_out, strict=True) if out]
+
+
+def _held_out(contents: Sequence[str], fraction: float, seed: int) -> Any:
+    """Whether each of some content hashes is held out: bool array. Raises: DataError when one side would be empty."""
+    marks = [_share(content, seed) for content in contents]
     limit = max(Fraction(fraction), min(marks, default=Fraction(0)))
-    train = [item for item, mark in zip(items, marks, strict=True) if mark > limit]
-    held_out = [item for item, mark in zip(items, marks, strict=True) if mark <= limit]
-    if not train or not held_out:
-        raise DataError(f"data.eval_fraction: {len(items)} rows cannot be split; give data.eval, or more rows")
-    return train, held_out
+    held_out = numpy.array([mark <= limit for mark in marks], bool)
+    if held_out.all() or not held_out.any():
+        raise DataError(f"data.eval_fraction: {len(marks)} rows cannot be split; give data.eval, or more rows")
+    return held_out
 
 
-def _share(item: Item, seed: int) -> Fraction:
+def _share(content: str, seed: int) -> Fraction:
     """A number in [0, 1) that depends on content and seed alone."""
-    digest = hashlib.sha256(f"{seed}:{content_hash(item)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{content}".encode()).digest()
     return Fraction(int.from_bytes(digest[:8], "big"), 2**64)
 
 
-def _split_document(document: Document, fraction: float) -> tuple[list[Item], list[Item]]:
+def split_document(document: Document, fraction: float) -> tuple[list[Item], list[Item]]:
+    """A long document cut near its end, at a line break. Raises: DataError where it has none."""
     at = document.text.rfind("\n", 0, int(len(document.text) * (1 - fraction))) + 1
     head, tail = document.text[:at], document.text[at:]
     if not head.strip() or not tail.strip():

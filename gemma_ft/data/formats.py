@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.columns import FieldError, check_columns, fill_text, fill_value
-from gemma_ft.data.items import Conversation, Document, Role, Turn, kind_of, order_fault, text_fault
+from gemma_ft.data.items import Conversation, Document, Item, Role, Turn, kind_of, order_fault, text_fault
 from gemma_ft.data.sources import Row
 from gemma_ft.errors import DataError
 
@@ -34,7 +34,6 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 MAX_TURNS = 2000
 SAMPLED_ROWS = 100
 
-Item = Conversation | Document
 Fields = Mapping[str, Any]
 
 
@@ -79,23 +78,34 @@ def parse_rows(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[st
 
     Raises: DataError listing the first five bad rows as `file:line: reason`; DataError for a bad format or columns.
     """
-    columns = columns or {}
-    check_columns(columns)
-    if format != "auto" and format not in FORMATS:
-        raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
+    check_format(format, columns or {})
     name = detect_format(rows, columns)[0] if format == "auto" else format
-    wanted = {"prompt_completion": "prompt", "text": "text", "messages": "messages", "sharegpt": "messages"}.get(name)
-    if columns and wanted not in columns:
-        raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {name}")
-    items: list[Item] = []
+    check_format(name, columns or {})
     bad = BadRows()
-    for row in rows:
-        try:
-            items.extend(PARSERS[name](row.where, row.fields, columns))
-        except FieldError as fault:
-            bad.add(row.where, str(fault))
+    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad)]
     bad.raise_if_any()
     return items
+
+
+def check_format(format: str, columns: Mapping[str, str]) -> None:
+    """Raises: DataError for a format that is unknown, or that `columns` do not go with; "auto" goes with all."""
+    check_columns(columns)
+    if format == "auto":
+        return
+    if format not in FORMATS:
+        raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
+    wanted = {"prompt_completion": "prompt", "text": "text", "messages": "messages", "sharegpt": "messages"}.get(format)
+    if columns and wanted not in columns:
+        raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {format}")
+
+
+def parse_row(row: Row, format: str, columns: Mapping[str, str], bad: BadRows) -> list[Item]:
+    """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format."""
+    try:
+        return PARSERS[format](row.where, row.fields, columns)
+    except FieldError as fault:
+        bad.add(row.where, str(fault))
+        return []
 
 
 def _readings(fields: Fields) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def snapshot(name: str, *, revision: str | None, **wanted: Any) -> Path:
         raise UserError(hub_reason(error, name, kind="model", revision=revision)) from error
 
 
-def read_hub_records(source: str, *, split: str, revision: str | None) -> list[dict[str, Any]]:
+def read_hub_records(source: str, *, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
     """The rows of "owner/name" or "owner/name:config" on the hub, or in its local cache.
 
     Raises: DataError in one line: what is missing, and what to set.
@@ -92,7 +92,7 @@ def read_hub_records(source: str, *, split: str, revision: str | None) -> list[d
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds; each becomes one line for the user
         raise DataError(_hub_fault(error, source, name, split, revision)) from error
-    return [dict(record) for record in table]
+    return map(dict, table)
 
 
 def _hub_fault(error: Exception, source: str, name: str, split: str, revision: str | None) -> str:

@@ -1,5 +1,7 @@
 """What rows become: conversations of turns, or plain documents. No tokenizer is known here."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +36,15 @@ class Document:
 
     where: str
     text: str
+
+
+Item = Conversation | Document
+
+
+def content_hash(item: Item) -> str:
+    """SHA-256 (hex) of what an item says, whatever its place."""
+    said = [[turn.role, turn.content] for turn in item.turns] if isinstance(item, Conversation) else item.text
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def order_fault(turns: Sequence[Turn]) -> str | None:

@@ -35,7 +35,8 @@ def preview(prepared: Prepared, encoder: ChatEncoder, *, rows: int = 3, console:
     console = console or Console()
     marks = console.color_system is None
     console.print(_legend(marks))
-    for number, (example, wheres) in enumerate(zip(prepared.examples[:rows], prepared.wheres, strict=False), start=1):
+    for number, example in enumerate(prepared.examples[:rows], start=1):
+        wheres = prepared.examples.wheres(number - 1)
         trained = sum(label != IGNORE for label in example["labels"])
         size = len(example["input_ids"])
         share = f"{trained} trained ({trained / size:.0%})"

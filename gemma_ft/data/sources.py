@@ -7,7 +7,6 @@ not UTF-8, or not one object per row, is refused with its line.
 import csv
 import difflib
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.chunks import Chunk, line_chunks, read_lines, row_chunks
 from gemma_ft.data.hub import read_hub_records
-from gemma_ft.data.items import kind_of
+from gemma_ft.data.json_rows import MAX_ROW_BYTES, objects_in
 from gemma_ft.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-MAX_ROW_BYTES = 64 * 2**20
-BLANKS = re.compile(r"[ \t\r\n]*")
+PARQUET_ROWS = 1024  # decoded at a time
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -42,22 +41,38 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
 
     Raises: DataError naming file and line of up to five bad rows, or saying why the source cannot be read.
     """
+    bad = BadRows()
+    rows = [row for chunk in read_chunks(source, split=split, revision=revision) for row in rows_of(chunk, bad)]
+    bad.raise_if_any()
+    if not rows:
+        raise DataError(f"{source}: holds no rows")
+    return rows
+
+
+def rows_of(chunk: Chunk, bad: BadRows) -> list[Row]:
+    """The rows of a chunk with their places; what holds none is added to `bad`."""
+    return [Row(chunk.where(offset), fields) for offset, fields in chunk.rows(bad)]
+
+
+def read_chunks(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[Chunk]:
+    """The rows of a source as `read_rows` gives them, a chunk at a time: lines of JSON, parquet and hub data sets need
+    not fit into memory.
+
+    Raises: DataError for what cannot be read; rows that hold no object are found by whoever opens the chunk.
+    """
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in SUFFIXES:
             raise DataError(f"{source}: cannot tell the file type from {suffix or 'no suffix'!r}; use {_any(SUFFIXES)}")
-        rows = _read_file(source, path, suffix)
+        yield from _file_chunks(source, path, suffix)
     elif path.is_dir():
         raise DataError(f"{source}: is a folder; name one file in it ({_any(SUFFIXES)})")
     elif _is_hub_id(source, path):
         records = read_hub_records(source, split=split, revision=revision)
-        rows = [Row(f"{source}[{split}]:row {number}", record) for number, record in enumerate(records, start=1)]
+        yield from row_chunks(f"{source}[{split}]", enumerate(records, start=1), unit="row ")
     else:
         raise DataError(f"{source}: no such file{_did_you_mean(path)}")
-    if not rows:
-        raise DataError(f"{source}: holds no rows")
-    return rows
 
 
 def _any(words: Sequence[str]) -> str:
@@ -86,25 +101,43 @@ def _did_you_mean(path: Path) -> str:
     return f"; did you mean {similar!r}?" if similar else ""
 
 
-def _read_file(source: str, path: Path, suffix: str) -> list[Row]:
+def _file_chunks(source: str, path: Path, suffix: str) -> Iterator[Chunk]:
     if suffix == ".parquet":
-        return _read_parquet(source)
+        yield from row_chunks(source, _parquet_rows(source), unit="row ")
+        return
     try:
-        data = path.read_bytes()
+        file = path.open("rb")
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
-    if data.startswith(UTF16_MARKS):
-        raise DataError(f"{source}: is UTF-16; save it as UTF-8")
-    data = data.removeprefix(UTF8_MARK)
-    if suffix == ".jsonl":
-        return _json_lines(source, data)
-    text = _decode(source, data)
+    with file:
+        head = file.read(len(UTF8_MARK))
+        if head.startswith(UTF16_MARKS):
+            raise DataError(f"{source}: is UTF-16; save it as UTF-8")
+        file.seek(len(UTF8_MARK) if head == UTF8_MARK else 0)
+        if suffix == ".jsonl":
+            yield from line_chunks(source, read_lines(file))
+            return
+        data = file.read()
     if suffix == ".json":
-        return _json_file(source, text, data)
+        yield from _json_chunks(source, data)
+        return
+    text = _decode(source, data)
     if suffix == ".csv":
-        return _csv_rows(source, text)
+        yield from row_chunks(source, _csv_rows(source, text))
+        return
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return [Row(f"{source}:1", {"text": text})] if text.strip() else []
+    yield from row_chunks(source, [(1, {"text": text})] if text.strip() else [])
+
+
+def _json_chunks(source: str, data: bytes) -> Iterator[Chunk]:
+    """A list of objects; or, as many .json files are, one object per line."""
+    text = _decode(source, data)
+    first_line = text.lstrip().partition("\n")[0].rstrip()
+    if first_line.startswith("{") and first_line.endswith("}"):
+        return line_chunks(source, data.split(b"\n"))
+    if first_line and not first_line.startswith("["):
+        raise DataError(f"{source}: expected a list of objects, or one object per line")
+    return row_chunks(source, objects_in(source, text) if first_line else [])
 
 
 def _decode(source: str, data: bytes) -> str:
@@ -116,104 +149,9 @@ def _decode(source: str, data: bytes) -> str:
         raise DataError(f"{source}:{line}: {reason}") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return fields
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} (column {error.colno})"
-    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-
-
-def _json_lines(source: str, data: bytes) -> list[Row]:
-    """One object per line. Only LF (or CRLF) ends a line: JSON text may hold other separators, such as U+2028."""
-    rows: list[Row] = []
-    bad = BadRows()
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{source}:{number}"
-        if not line.strip():
-            continue
-        if len(line) > MAX_ROW_BYTES:
-            bad.add(where, f"the row has {len(line):,} bytes, more than {MAX_ROW_BYTES:,}")
-            continue
-        try:
-            value = decoder.decode(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            bad.add(where, f"not valid UTF-8 (byte 0x{line[error.start]:02x})")
-        except (ValueError, RecursionError) as error:
-            bad.add(where, _json_fault(error))
-        else:
-            if isinstance(value, dict):
-                rows.append(Row(where, value))
-            else:
-                bad.add(where, f"expected an object, got {kind_of(value)}")
-    bad.raise_if_any()
-    return rows
-
-
-def _json_file(source: str, text: str, data: bytes) -> list[Row]:
-    """A list of objects; or, as many .json files are, one object per line."""
-    first_line = text.lstrip().partition("\n")[0].rstrip()
-    if first_line.startswith("{") and first_line.endswith("}"):
-        return _json_lines(source, data)
-    if not first_line:
-        return []
-    if not first_line.startswith("["):
-        raise DataError(f"{source}: expected a list of objects, or one object per line")
-    rows: list[Row] = []
-    bad = BadRows()
-    for line, value in _list_elements(source, text):
-        if isinstance(value, dict):
-            rows.append(Row(f"{source}:{line}", value))
-        else:
-            bad.add(f"{source}:{line}", f"expected an object, got {kind_of(value)}")
-    bad.raise_if_any()
-    return rows
-
-
-def _list_elements(source: str, text: str) -> Iterator[tuple[int, Any]]:
-    """(line where it begins, value) for each element of the JSON list `text`. Raises: DataError where it breaks."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    position = _after_blanks(text, _after_blanks(text, 0) + 1)
-    line, counted = 1, 0
-    done = text[position : position + 1] == "]"
-    if done:
-        position = _after_blanks(text, position + 1)
-    while not done:
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}:{error.lineno}: {_json_fault(error)}") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}:{line}: {_json_fault(error)}") from error
-        yield line, value
-        position = _after_blanks(text, position)
-        mark = text[position : position + 1]
-        if mark not in (",", "]") or not mark:
-            at = text.count("\n", 0, position) + 1
-            raise DataError(f"{source}:{at}: not valid JSON: expected ',' or ']' after an element")
-        done = mark == "]"
-        position = _after_blanks(text, position + 1)
-    if position < len(text):
-        at = text.count("\n", 0, position) + 1
-        raise DataError(f"{source}:{at}: not valid JSON: text after the end of the list")
-
-
-def _after_blanks(text: str, position: int) -> int:
-    found = BLANKS.match(text, position)
-    return found.end() if found else position
-
-
-def _csv_rows(source: str, text: str) -> list[Row]:
-    """Comma-separated rows under a header line; quoted fields may hold line breaks. `where` is a row's first line."""
-    rows: list[Row] = []
+def _csv_rows(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
+    """(first line, fields) of comma-separated rows under a header line; quoted fields may hold line breaks."""
+    rows: list[tuple[int, dict[str, Any]]] = []
     bad = BadRows()
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a setting of the whole process: given back below
     try:
@@ -224,7 +162,7 @@ def _csv_rows(source: str, text: str) -> list[Row]:
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(header):
-                rows.append(Row(f"{source}:{line}", dict(zip(header, cells, strict=True))))
+                rows.append((line, dict(zip(header, cells, strict=True))))
             elif cells:
                 bad.add(f"{source}:{line}", f"has {len(cells)} cells, the header has {len(header)}")
             line = reader.line_num + 1
@@ -236,11 +174,15 @@ def _csv_rows(source: str, text: str) -> list[Row]:
     return rows
 
 
-def _read_parquet(source: str) -> list[Row]:
+def _parquet_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
+    number = 0
     try:
-        records = pyarrow.parquet.read_table(source).to_pylist()
+        with pyarrow.parquet.ParquetFile(source) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{source}: cannot be read as parquet: {first_line(error)}") from error
-    return [Row(f"{source}:row {number}", record) for number, record in enumerate(records, start=1)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gemma_ft.build import fingerprint
+from gemma_ft.contract import sha256_of
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.collate import Collator
 from gemma_ft.data.dataset import Example
@@ -51,7 +52,8 @@ def build_canary(source: str, encoder: ChatEncoder, *, batch_size: int) -> Canar
     examples.sort(key=lambda example: len(example["input_ids"]))
     collate = Collator(encoder.control.pad)
     batches = [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
-    return Canary(len(examples), fingerprint(examples), batches)
+    told = json.dumps([[example["input_ids"], example["labels"]] for example in examples])
+    return Canary(len(examples), sha256_of(told), batches)
 
 
 def _cut(one: Encoded) -> Example:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build import conversations
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Item
+from gemma_ft.data.items import Item
 from gemma_ft.infer.generate import generate_answers
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.collate import Collator
-from gemma_ft.data.dataset import DataStats, Item, prepare
-from gemma_ft.data.items import Document
+from gemma_ft.data.dataset import DataStats, prepare
+from gemma_ft.data.items import Document, Item
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.statistics import Floats

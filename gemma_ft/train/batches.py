@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -68,13 +69,20 @@ class WithBlank(Dataset[Mapping[str, Any]]):
         return self.blank if row == len(self.examples) else self.examples[row]
 
 
+def placeholder(examples: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
+    """What SFTTrainer is given, for it takes nothing but a `Dataset`: the first example. DealtRows deals from all of
+    them, wherever they lie.
+    """
+    return datasets.Dataset.from_list([dict(examples[0])])
+
+
 class DealtRows:
     """The data loaders of a Trainer on one of several ranks. Mixed into GemmaTrainer, whose attributes it uses."""
 
     args: Any
     world: Any
-    train_dataset: Any
-    eval_dataset: Any
+    train_examples: Any
+    eval_examples: Any
     processing_class: Any
     data_collator: Any
 
@@ -84,13 +92,13 @@ class DealtRows:
         """
         rows = self.args.per_device_train_batch_size
         self._sampler = self._batches(
-            self.train_dataset, rows, step_rows=rows * self.args.gradient_accumulation_steps * self.world.size
+            self.train_examples, rows, step_rows=rows * self.args.gradient_accumulation_steps * self.world.size
         )
-        return self._loader(self.train_dataset, self._sampler)
+        return self._loader(self.train_examples, self._sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This rank's part of the held-out rows, in their order; as many batches on every rank."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_examples
         return self._loader(data, self._batches(data, self.args.per_device_eval_batch_size, step_rows=None))
 
     def _batches(self, data: Any, rows: int, *, step_rows: int | None) -> StepBatches:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import BuiltData, fingerprint
+from gemma_ft.build import BuiltData
 from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, is_disk_full, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, Stopped, UserError
@@ -64,7 +63,7 @@ class Course:
     stop: StopRequest
 
     def __post_init__(self) -> None:
-        rows = fingerprint(self.data.train.examples)
+        rows = self.data.train.examples.fingerprint()
         if len(set(self.world.gather(rows))) > 1:
             raise UserError(f"{self.recipe.data.train}: ranks read different rows; give every machine the same files")
         inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
@@ -263,7 +262,7 @@ class Course:
     def _not_finite(self, figures: dict[str, Any]) -> None:
         """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
         rows = self.trainer.rows_of_last_step()
-        wheres = [where for row in rows for where in self.data.train.wheres[row]]
+        wheres = [where for row in rows for where in self.data.train.examples.wheres(row)]
         named = ", ".join(wheres[:ROWS_NAMED]) + (
             f" and {len(wheres) - ROWS_NAMED} more" if wheres[ROWS_NAMED:] else ""
         )
@@ -309,8 +308,8 @@ class Course:
             world=self.world,
             stop=self.stop,
             source=self.source,
-            train_dataset=Dataset.from_list(self.data.train.examples),
-            eval_dataset=Dataset.from_list(held_out.examples) if held_out else None,
+            train_examples=self.data.train.examples,
+            eval_examples=held_out.examples if held_out else None,
             collator=Collator(self.data.encoder.control.pad),
             tokenizer=self.tokenizer,
             schedule=recipe.train.schedule,

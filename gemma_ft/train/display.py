@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ class Display:
     def say(self, text: str) -> None:
         """One line, above the bar when it is there."""
         (self._bar.console if self._bar else self.console).print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[Callable[[int], None]]:
+        """While rows are read and encoded: gives what takes the count of documents that have come, and shows their sum
+        on a terminal.
+        """
+        come = 0
+        with self.console.status("data") as status:
+
+            def count(documents: int) -> None:
+                nonlocal come
+                come += documents
+                status.update(f"data  {come:,} documents")
+
+            yield count
 
     def plan(self, rows: Sequence[tuple[str, str]]) -> None:
         """Label and text of each fact about the run to come."""

@@ -22,7 +22,7 @@ def fit_micro_batch(trainer: Any) -> int:
     does not fit.
     """
     arguments, world = trainer.args, trainer.world
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    lengths = trainer.train_examples.lengths.tolist()
     longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while True:
         rows = arguments.per_device_train_batch_size
@@ -84,7 +84,7 @@ def _compute(trainer: Any, rows: list[int]) -> None:
     model = trainer.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     reserve = torch.empty((2 + (trainer.world.size > 1)) * trained, dtype=torch.uint8, device=trainer.args.device)
-    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_examples[row] for row in rows]))
     model.train()
     with trainer.compute_loss_context_manager():
         loss = model(**inputs, use_cache=False).loss

@@ -84,9 +84,11 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
             for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
                 display.say(f"  drift: {told}")
-    with world.phase("the data"):
+    with world.phase("the data"), display.preparing() as progress:
         tokenizer = build_tokenizer(recipe)
-        data = build_data(recipe, tokenizer)
+        data = build_data(recipe, tokenizer, progress) if world.writes else None
+    with world.phase("the data, read by the other ranks"):  # out of the cache, into which one rank of a machine writes
+        data = data or build_data(recipe, tokenizer)
         canary = None
         if recipe.eval.canary is not None:
             canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import Trainer
@@ -23,8 +22,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
+from gemma_ft.data.examples import Examples
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.train.batches import DealtRows
+from gemma_ft.train.batches import DealtRows, placeholder
 from gemma_ft.train.saving import OwnCheckpoints
 from gemma_ft.train.schedule import learning_rate_factor
 from gemma_ft.train.sharding import reshard, shard, whole
@@ -63,8 +63,8 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         world: World,
         stop: StopRequest,
         source: Source | None,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
+        train_examples: Examples,
+        eval_examples: Examples | None,
         collator: Callable[[Any], dict[str, Tensor]],
         tokenizer: PreTrainedTokenizerBase,
         schedule: Any,
@@ -78,6 +78,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         on_fault: Callable[[str], None],
     ) -> None:
         self.world, self.stop = world, stop
+        self.train_examples, self.eval_examples = train_examples, eval_examples
         self.stopped = False  # all ranks agreed to stop
         self.skipped = 0  # updates left out in a row, for they were not finite
         self.computing = False  # forward and backward, in which no weight changes
@@ -98,8 +99,8 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=placeholder(train_examples),
+            eval_dataset=placeholder(eval_examples) if eval_examples is not None else None,
             data_collator=collator,
             processing_class=tokenizer,
         )

@@ -32,6 +32,7 @@ class World:
     layout: Layout = "one device"
     reshard_after_forward: bool = True
     offload: bool = False
+    writes: bool = True  # the first rank of its machine: it fills caches for the others
     mesh: DeviceMesh | None = None
     phase_name: str = "start"
     _watch: Watch | None = None
@@ -165,6 +166,7 @@ def join_world() -> World:
         layout="fsdp2" if launch.fsdp else "ddp",
         reshard_after_forward=launch.reshard_after_forward,
         offload=launch.offload,
+        writes=launch.local_rank == 0,
         mesh=init_device_mesh(device.type, (launch.world_size,)),
         _watch=watch,
         _control=dist.new_group(backend="gloo", timeout=PATIENCE),

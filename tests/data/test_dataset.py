@@ -27,7 +27,8 @@ GOOD = chat("Hi", "Yes")
 def whole_documents(prepared: Prepared) -> list[Encoded]:
     """Each document of each example again as a sequence."""
     found = []
-    for example, wheres in zip(prepared.examples, prepared.wheres, strict=True):
+    for row, example in enumerate(prepared.examples):
+        wheres = prepared.examples.wheres(row)
         for number, where in enumerate(wheres):
             at = [index for index, one in enumerate(example["document_ids"]) if one == number]
             assert at == list(range(at[0], at[-1] + 1))
@@ -88,8 +89,9 @@ def test_packed_rows_keep_their_places(encoder: ChatEncoder) -> None:
     items = [chat("Hi", "Yes", f"x:{number}") for number in range(1, 5)]
     size = len(encoder.encode(GOOD).input_ids)
     prepared = prepare(items, encoder, max_seq_len=2 * size, packing=True)
-    assert sorted(where for wheres in prepared.wheres for where in wheres) == ["x:1", "x:2", "x:3", "x:4"]
-    assert [len(wheres) for wheres in prepared.wheres] == [2, 2]
+    wheres = [prepared.examples.wheres(row) for row in range(len(prepared.examples))]
+    assert sorted(where for one in wheres for where in one) == ["x:1", "x:2", "x:3", "x:4"]
+    assert [len(one) for one in wheres] == [2, 2]
     assert prepared.stats.fill == 1.0
 
 

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import numpy
 import pytest
 from rich.console import Console
 
@@ -137,7 +138,9 @@ def test_labels_of_other_tokens_are_found(encoder: ChatEncoder) -> None:
 @pytest.mark.parametrize("colours", [True, False])
 def test_a_fault_is_told_and_fails_the_preview(encoder: ChatEncoder, colours: bool) -> None:
     prepared = prepare([CHAT], encoder, max_seq_len=64, packing=True)
-    prepared.examples[0]["input_ids"][0] = encoder.control.pad
+    part = prepared.examples.documents.parts[0]
+    ids, starts = part.ids
+    vars(part)["ids"] = numpy.array([encoder.control.pad, *ids[1:]]), starts
     passed, output = shown(prepared, encoder, colours=colours)
     assert not passed
     assert "✗ example 1, document 1: <bos> occurs 0 times" in output

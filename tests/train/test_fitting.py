@@ -42,7 +42,7 @@ def test_it_is_halved_until_it_fits_and_the_steps_stay_the_same(recipe_for: Reci
     trainer = make_trainer(loaded)
     asked = small_memory(trainer, 1)
     assert fit_micro_batch(trainer) == 1
-    longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
+    longest = int(trainer.train_examples.lengths.max())
     assert asked == [(4, longest), (2, longest), (1, longest)]
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 4)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -60,7 +60,7 @@ def test_what_fits_is_left_alone(recipe_for: RecipeFor) -> None:
 def test_a_row_that_does_not_fit_is_told(recipe_for: RecipeFor) -> None:
     trainer = make_trainer(recipe_for("strategy=lora"))
     small_memory(trainer, 0)
-    longest = max(len(ids) for ids in trainer.train_dataset["input_ids"])
+    longest = int(trainer.train_examples.lengths.max())
     with pytest.raises(UserError) as raised:
         fit_micro_batch(trainer)
     assert str(raised.value) == (

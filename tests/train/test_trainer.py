@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -38,8 +37,8 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "world": World(),
         "stop": StopRequest(),
         "source": None,
-        "train_dataset": Dataset.from_list(data.train.examples),
-        "eval_dataset": None,
+        "train_examples": data.train.examples,
+        "eval_examples": None,
         "collator": Collator(data.encoder.control.pad),
         "tokenizer": tokenizer,
         "schedule": "constant",

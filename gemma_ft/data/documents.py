@@ -1,0 +1,147 @@
+"""Encoded conversations and documents as Arrow tables, in memory or on disk: what sequences are cut and packed from."""
+
+from __future__ import annotations
+
+import functools
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import pyarrow as pa
+
+from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.items import Conversation, Document, Item, content_hash
+
+COUNTS = ("tokens", "trained", "terminators", "left_out", "system", "chat")
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("offset", pa.int64()),  # of its row in the chunk
+        ("content", pa.binary(32)),  # items.content_hash
+        *((name, pa.int32()) for name in COUNTS),
+    ]
+)
+
+
+def without_empty(items: Sequence[Item]) -> list[int]:
+    """Which items have something to say: no question, answer or document is empty."""
+    return [
+        number
+        for number, item in enumerate(items)
+        if (
+            item.text.strip()
+            if isinstance(item, Document)
+            else all(turn.content.strip() for turn in item.turns if turn.role != "system")
+        )
+    ]
+
+
+def table_of(items: Sequence[Item], offsets: Sequence[int], encoder: ChatEncoder) -> pa.Table:
+    """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata.
+
+    Raises: DataError for a system turn under the policy "error".
+    """
+    kept = without_empty(items)
+    chats = {number: items[number] for number in kept if isinstance(items[number], Conversation)}
+    texts = {number: items[number] for number in kept if number not in chats}
+    encoded: dict[int, Encoded] = dict(
+        zip(chats, encoder.encode_many(list(chats.values())), strict=True)  # type: ignore[arg-type]
+    )
+    encoded |= zip(texts, encoder.encode_documents(list(texts.values())), strict=True)  # type: ignore[arg-type]
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for number in kept:
+        one, chat = encoded[number], chats.get(number)
+        columns["input_ids"].append(one.input_ids)
+        columns["labels"].append(one.labels)
+        columns["offset"].append(offsets[number])
+        columns["content"].append(bytes.fromhex(content_hash(items[number])))
+        columns["tokens"].append(len(one.input_ids))
+        columns["trained"].append(len(one.labels) - one.labels.count(IGNORE))
+        columns["terminators"].append(one.labels.count(encoder.control.end_of_turn))
+        columns["left_out"].append(chat.left_out if isinstance(chat, Conversation) else 0)
+        columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
+        columns["chat"].append(int(chat is not None))
+    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    told = {"items": len(items)}
+    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"told": json.dumps(told)}))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table, and where the row at an offset stands in its source."""
+
+    table: pa.Table
+    where: Callable[[int], str]
+
+    @property
+    def items(self) -> int:
+        """Items that were read for it, the empty ones among them."""
+        return int(json.loads(self.table.schema.metadata[b"told"])["items"])
+
+    @functools.cached_property
+    def ids(self) -> tuple[Any, Any]:
+        """(values, offsets of each document in them) as numpy sees them, without a copy."""
+        return _flat(self.table.column("input_ids"))
+
+    @functools.cached_property
+    def labels(self) -> tuple[Any, Any]:
+        """As `ids`."""
+        return _flat(self.table.column("labels"))
+
+
+class Documents:
+    """Encoded documents of several tables, as one sequence."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = [part for part in parts if len(part.table)]
+        self.items = sum(part.items for part in parts)
+        self._starts = [0, *numpy.cumsum([len(part.table) for part in self.parts]).tolist()]
+
+    @classmethod
+    def of(cls, items: Sequence[Item], encoder: ChatEncoder) -> Documents:
+        """Items in memory. Raises: DataError as `table_of`."""
+        return cls([Part(table_of(items, range(len(items)), encoder), lambda number: items[number].where)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> Any:
+        """One of COUNTS for every document: int64 [documents]."""
+        found = [part.table.column(name).to_numpy() for part in self.parts]
+        return numpy.concatenate(found).astype(numpy.int64) if found else numpy.zeros(0, numpy.int64)
+
+    def contents(self) -> list[bytes]:
+        """The content hash of each document."""
+        return [one for part in self.parts for one in part.table.column("content").to_pylist()]
+
+    def cut(self, document: int, start: int, end: int) -> tuple[Any, Any]:
+        """Tokens `start` to `end` of a document, ids and labels: int32 arrays that may lie on disk."""
+        part, row = self._place(document)
+        (ids, starts), (labels, _) = part.ids, part.labels
+        at, after = int(starts[row]), int(starts[row + 1])
+        wanted = slice(at + start, min(at + end, after))
+        return ids[wanted], labels[wanted]
+
+    def where(self, document: int) -> str:
+        """Where a document stands in its source."""
+        part, row = self._place(document)
+        return part.where(part.table.column("offset")[row].as_py())
+
+    def place(self, document: int) -> tuple[int, int]:
+        """(number of its part, number within it)."""
+        part = bisect_right(self._starts, document) - 1
+        return part, document - self._starts[part]
+
+    def _place(self, document: int) -> tuple[Part, int]:
+        part, row = self.place(document)
+        return self.parts[part], row
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[Any, Any]:
+    assert column.num_chunks == 1, "a table is written as one batch"
+    array = column.chunk(0)
+    return array.values.to_numpy(), array.offsets.to_numpy()

@@ -1,0 +1,85 @@
+"""The examples a trainer takes: one piece of a document each, or several packed. They are put together when asked for,
+so that a data set need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy
+
+from gemma_ft.data.chat import IGNORE
+from gemma_ft.data.documents import Documents
+
+Example = dict[str, list[int]]
+
+
+class Examples(Sequence[Example]):
+    """Rows of pieces. A piece is (document, start, end): those tokens, with BOS in front where it does not begin with
+    the document. `example[i]`: input_ids, labels, position_ids, document_ids, lists of equal length; each document's
+    positions start at 0, and its first label is masked.
+    """
+
+    def __init__(self, documents: Documents, pieces: Any, rows: Sequence[Sequence[int]], bos: int) -> None:
+        self.documents, self.pieces, self.bos = documents, pieces, bos
+        self._flat = numpy.fromiter((piece for row in rows for piece in row), numpy.int64)
+        self._starts = numpy.concatenate([[0], numpy.cumsum([len(row) for row in rows])]).astype(numpy.int64)
+        sizes = piece_tokens(pieces)[self._flat]
+        self.lengths = numpy.add.reduceat(sizes, self._starts[:-1]) if len(rows) else sizes  # tokens of each example
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+
+    def __getitem__(self, row: int | slice) -> Example | list[Example]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        example: Example = {"input_ids": [], "labels": [], "position_ids": [], "document_ids": []}
+        for number, piece in enumerate(self._pieces(row % len(self))):
+            ids, labels = self._tokens(piece)
+            example["input_ids"] += ids
+            example["labels"] += labels
+            example["position_ids"] += range(len(ids))
+            example["document_ids"] += [number] * len(ids)
+        return example
+
+    def wheres(self, row: int) -> list[str]:
+        """Where an example's documents stand in the source."""
+        return [self.documents.where(int(document)) for document, _, _ in self._pieces(row)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex): equal exactly when the same tokens are trained in the same order."""
+        digest = hashlib.sha256()
+        for row in range(len(self)):
+            digest.update(b"row")
+            for document, start, end in self._pieces(row):
+                ids, labels = self.documents.cut(int(document), int(start), int(end))
+                for part in (numpy.array([start > 0, len(ids)], numpy.int64), ids, labels):
+                    digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    def _pieces(self, row: int) -> Iterator[Any]:
+        for piece in self._flat[self._starts[row] : self._starts[row + 1]]:
+            yield self.pieces[piece]
+
+    def _tokens(self, piece: Any) -> tuple[list[int], list[int]]:
+        document, start, end = map(int, piece)
+        ids, labels = (array.tolist() for array in self.documents.cut(document, start, end))
+        if start:
+            return [self.bos, *ids], [IGNORE, *labels]
+        assert labels[0] == IGNORE, "a document's first token is never predicted from the document before"
+        return ids, labels
+
+
+def piece_tokens(pieces: Any) -> Any:
+    """Tokens of each piece, a BOS in front of it included: int64 [pieces]."""
+    return pieces[:, 2] - pieces[:, 1] + (pieces[:, 1] > 0)

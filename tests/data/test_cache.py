@@ -1,0 +1,185 @@
+"""Encoded rows on disk: found again by content alone, whole or made anew, the same from one process or several."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_ft.data import cache as room
+from gemma_ft.data import chunks
+from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.cache import Cache, Reading, items_at
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.documents import Documents
+from gemma_ft.data.formats import parse_rows
+from gemma_ft.data.sources import read_chunks, read_rows
+from gemma_ft.errors import DataError, DiskError
+
+COLUMNS: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "MEAN_ROWS", 8)
+    monkeypatch.setattr(chunks, "MOST_ROWS", 32)
+
+
+def lines(count: int, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    return [
+        json.dumps({"question": f"What is {n}?" + " Well" * chance.randrange(9), "answer": f"It is {chance.random()}."})
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[list[str]], str]:
+    def write(rows: list[str]) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def reading(encoder: ChatEncoder, form: str = "prompt_completion") -> Reading:
+    return Reading(form, COLUMNS, encoder)
+
+
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The chunks that are encoded from now on, by their first row's place."""
+    made: list[str] = []
+    original = room.encode_chunk
+
+    def encode(how: Reading, chunk: Any, path: Path) -> BadRows:
+        made.append(chunk.where(0))
+        return original(how, chunk, path)
+
+    monkeypatch.setattr(room, "encode_chunk", encode)
+    return made
+
+
+def said(documents: Documents) -> list[Any]:
+    """Everything that documents hold."""
+    return [
+        [*(part.tolist() for part in documents.cut(number, 0, 10**6)), documents.where(number)]
+        for number in range(len(documents))
+    ]
+
+
+def test_what_comes_back_is_what_memory_would_hold(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written([*lines(100), "", '{"question": " ", "answer": "empty"}', *lines(60, seed=1)])
+    cache, made = Cache(tmp_path / "cache", 1), encodings(monkeypatch)
+    items = parse_rows(read_rows(source))
+    expected = Documents.of(items, encoder)
+    for _ in range(2):
+        found = cache.documents(read_chunks(source), reading(encoder))
+        assert said(found) == said(expected)
+        assert (found.items, len(found)) == (161, 160)
+        assert found.contents() == expected.contents()
+        assert all((found.column(name) == expected.column(name)).all() for name in ("trained", "terminators", "chat"))
+    assert 8 < len(made) == len(set(made)) == len(list(read_chunks(source))), "once each"
+    wanted = [0, 7, 55, 99, 100, 159]
+    assert items_at(read_chunks(source), reading(encoder), found, wanted) == [
+        items[number + (number >= 100)] for number in wanted
+    ]
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "taken out", "moved to the end"])
+def test_a_change_of_one_row_encodes_its_neighbourhood_only(
+    encoder: ChatEncoder,
+    written: Callable[[list[str]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    rows, cache = lines(300), Cache(tmp_path / "cache", 1)
+    cache.documents(read_chunks(written(rows)), reading(encoder))
+    row = json.dumps({"question": "New?", "answer": "Yes."})
+    if change == "changed":
+        rows[150] = row
+    elif change == "added":
+        rows[150:150] = [row]
+    else:
+        gone = rows.pop(150)
+        rows += [gone] if change.startswith("moved") else []
+    made = encodings(monkeypatch)
+    found = cache.documents(read_chunks(written(rows)), reading(encoder))
+    assert 1 <= len(made) <= 3
+    assert said(found) == said(Documents.of(parse_rows(read_rows(written(rows))), encoder))
+
+
+def test_what_decides_the_tokens_decides_the_file(
+    encoders: dict[str, ChatEncoder], written: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    chunk = next(iter(read_chunks(written(lines(5)))))
+    one = encoders["fold"]
+    other = [
+        Reading("text", {}, one).key(chunk),
+        Reading("prompt_completion", {"prompt": "{question}", "completion": "{answer}"}, one).key(chunk),
+        *(Reading("prompt_completion", {}, encoders[policy]).key(chunk) for policy in ("drop", "error")),
+        Reading("prompt_completion", {}, one).key(next(iter(read_chunks(written(lines(6)))))),
+    ]
+    assert len({*other, Reading("prompt_completion", {}, one).key(chunk)}) == len(other) + 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_file_is_made_anew(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, damage: str
+) -> None:
+    source, cache = written(lines(50)), Cache(tmp_path / "cache", 1)
+    expected = said(cache.documents(read_chunks(source), reading(encoder)))
+    files = sorted((tmp_path / "cache").rglob("*.arrow"))
+    assert len(files) > 2
+    before = {path: path.read_bytes() for path in files}
+    for path, data in before.items():
+        at = len(data) // 2
+        flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        path.write_bytes({"cut": data[:at], "flipped": flipped, "emptied": b""}[damage])
+    assert said(cache.documents(read_chunks(source), reading(encoder))) == expected
+    assert {path: path.read_bytes() for path in files} == before
+    assert sorted((tmp_path / "cache").rglob("*.*")) == files, "nothing half-written is left"
+
+
+def test_bad_rows_are_told_and_nothing_of_their_chunk_is_kept(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    rows = lines(40)
+    for number in (3, 20, 37):
+        rows[number] = '{"question": 3, "answer": "x"}'
+    source, cache = written(rows), Cache(tmp_path / "cache", 1)
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            cache.documents(read_chunks(source), reading(encoder))
+        assert str(caught.value).splitlines() == [
+            f"{source}:{number}: 'question' is a number, expected text" for number in (4, 21, 38)
+        ]
+
+
+def test_several_processes_give_what_one_gives(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "ALONE", 1)
+    rows = lines(80)
+    source, made = written(rows), encodings(monkeypatch)
+    several = Cache(tmp_path / "several", 2).documents(read_chunks(source), reading(encoder))
+    assert len(made) == 1, "the others were encoded elsewhere"
+    assert said(several) == said(Cache(tmp_path / "one", 1).documents(read_chunks(source), reading(encoder)))
+    names = [sorted(path.name for path in (tmp_path / name).rglob("*.arrow")) for name in ("one", "several")]
+    assert names[0] == names[1]
+
+
+def test_a_folder_that_cannot_be_written_is_told(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DiskError) as caught:
+        Cache(tmp_path / "cache", 1).documents(read_chunks(written(lines(3))), reading(encoder))
+    assert str(caught.value).endswith("; set GEMMA_FT_CACHE to a folder with room")
