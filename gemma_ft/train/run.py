@@ -67,6 +67,8 @@ def _joined(loaded: LoadedRecipe, stop: StopRequest, mode: Mode, console: Consol
     except RuntimeError as error:
         if world.size == 1 or not lost_a_rank(error):
             raise
+        if stop.reason is not None:  # all were asked to stop, and another was where it could leave at once
+            raise Stopped(f"stopped by {stop.reason} in {world.phase_name}; --resume goes on") from error
         raise RankError(f"rank {world.rank}: another rank is gone, in {world.phase_name}; --resume goes on") from error
     finally:
         world.close()

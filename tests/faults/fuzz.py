@@ -60,7 +60,7 @@ def bad_value(good: Any, chance: random.Random) -> Any:
 def _spoiled(value: Any, chance: random.Random) -> Any:
     places = list(_places(value))
     if not places:
-        return chance.choice(VALUES)
+        return copy.deepcopy(chance.choice(VALUES))
     parent, key = chance.choice(places)
     kind = chance.randrange(6)
     if kind == 0:
@@ -72,7 +72,8 @@ def _spoiled(value: Any, chance: random.Random) -> Any:
     elif kind == 3 and isinstance(parent, list):
         parent[key:key] = [copy.deepcopy(parent[key])] * chance.choice((1, 2, 600))
     elif kind == 3:
-        parent[chance.choice(("extra", "messages", "text", "system", "train", "type"))] = chance.choice(VALUES)
+        added = chance.choice(("extra", "messages", "text", "system", "train", "type"))
+        parent[added] = copy.deepcopy(chance.choice(VALUES))
     else:
         parent[key] = copy.deepcopy(chance.choice(VALUES))
     return value

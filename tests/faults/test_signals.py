@@ -68,6 +68,32 @@ def test_a_signal_loses_no_step(
         figure(stopped=stopped, finished=finished, steps_lost=0)  # each time: a long suite may be cut short
 
 
+def test_ranks_that_are_stopped_in_different_places_end_alike(runs: Runs) -> None:
+    """One is in its first step, and waits; the other is not there yet, and leaves at once."""
+    out = runs.place()
+
+    def signalled() -> None:
+        import os
+
+        from gemma_ft.train.course import Course
+        from gemma_ft.train.trainer import GemmaTrainer
+
+        place, name = ((GemmaTrainer, "get_batch_samples"), (Course, "_fit"))[int(os.environ["RANK"])]
+        original = getattr(place, name)
+
+        def then(*given: Any, **more: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return original(*given, **more)
+
+        setattr(place, name, then)
+
+    codes, said = runs.go(out, before=signalled, ranks=2, layout="fsdp2")
+    assert codes == [143, 143], said
+    assert "stopped by SIGUSR1 in step 1; --resume goes on" in said
+    codes, said = runs.go(out, "--resume")
+    assert codes == [0], said
+
+
 def test_the_stop_file_stops(runs: Runs, reference: tuple[Any, bytes]) -> None:
     out = runs.place()
     stop = out.with_name("stop-here")
