@@ -4,9 +4,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,25 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
-from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.cache import Cache, Reading, items_at
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, split_by_hash
-from gemma_ft.data.documents import Documents
-from gemma_ft.data.formats import check_format, detect_format, parse_rows
-from gemma_ft.data.items import Conversation, Item, content_hash
-from gemma_ft.data.preview import preview
-from gemma_ft.data.sources import Row, read_chunks, read_rows, rows_of
+from gemma_ft.build_data import build_data
+from gemma_ft.data.preview import Preview, look_at
+from gemma_ft.data.preview_console import show
 from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.errors import DataError, UserError
+from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
-from gemma_ft.load import load_base, located, model_source
+from gemma_ft.load import load_base, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
-from gemma_ft.recipe.schema import Data, Recipe
+from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import Source, pinned
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
@@ -47,9 +38,6 @@ def weights_source(recipe: Recipe) -> Source:
     return model_source(name, recipe.model.revision, key="model.weights: ")
 
 
-# Tokenizer and data
-
-
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights."""
     if recipe.model.tokenizer is not None:
@@ -61,134 +49,33 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(source.name, revision=source.revision)
 
 
-@dataclass(frozen=True)
-class BuiltData:
-    """What a run reads: examples for training and for the held-out loss, and the held-out conversations as they
-    were.
-    """
-
-    encoder: ChatEncoder
-    train: Prepared
-    held_out: Prepared | None
-    held_out_items: Sequence[Item]
-    train_source: str
-    train_format: str  # the format of the training rows, and why
-    eval_source: str | None
-    overlap: int  # held-out rows that are training rows too
-
-
-def build_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callable[[int], None] = lambda documents: None
-) -> BuiltData:
-    """Read, check, encode and pack the recipe's rows; what was encoded before is taken from the cache. `progress` hears
-    how many training documents have come.
-    """
-    data = recipe.data
-    encoder = ChatEncoder(tokenizer, data.system)
-    rows = rows_of_first_chunk(data, data.train)
-    form, why = detect_format(rows, _columns(data)) if data.format == "auto" else (data.format, "named in the recipe")
-    check_format(form, _columns(data))
-    reading = Reading(form, _columns(data), encoder)
-    documents = Cache(runtime.cache_folder(), runtime.processors()).documents(
-        read_source(data, data.train), reading, progress
-    )
-    fitted = partial(arrange, encoder=encoder, max_seq_len=data.max_seq_len, packing=data.packing)
-    held_out, chosen, scored = Held(None, []), None, None
-    if data.eval is not None:
-        held_out = Held(data.eval, _held_out_items(data, rows))
-    elif data.eval_fraction:
-        documents, chosen, held_out = _split(recipe, documents, reading)
-    train = fitted(documents, chosen=chosen)
-    try:
-        if held_out.items:
-            limit = recipe.eval.max_rows
-            scored = prepare(held_out.items[:limit], encoder, max_seq_len=data.max_seq_len, packing=data.packing)
-    except DataError as error:
-        raise DataError(f"held-out rows, {held_out.source}: {error}") from error
-    contents = documents.contents()
-    seen = set(contents if chosen is None else (contents[number] for number in chosen))
-    return BuiltData(
-        encoder=encoder,
-        train=train,
-        held_out=scored,
-        held_out_items=held_out.items,
-        overlap=sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items),
-        train_source=data.train,
-        train_format=f"{form}: {why}",
-        eval_source=held_out.source,
-    )
-
-
-@dataclass(frozen=True)
-class Held:
-    """Held-out items, and where they came from."""
-
-    source: str | None
-    items: Sequence[Item]
-
-
-def _split(recipe: Recipe, documents: Documents, reading: Reading) -> tuple[Documents, Any, Held]:
-    """The documents of training rows, which of them are trained on, and the held-out items; by content hash."""
-    data = recipe.data
-    source = f"{data.eval_fraction:.1%} of {data.train}"
-    if documents.items == 1 and not documents.column("chat").any():
-        only = next(item for chunk in read_source(data, data.train) for _, item in reading.items(chunk, BadRows()))
-        train, held_out = split_by_hash([only], data.eval_fraction, recipe.seed)
-        return Documents.of(train, reading.encoder), None, Held(source, held_out)
-    chosen, out = chosen_by_hash(documents, data.eval_fraction, recipe.seed)
-    return documents, chosen, Held(source, items_at(read_source(data, data.train), reading, documents, out))
-
-
-def rows_of_first_chunk(data: Data, source: str) -> list[Row]:
-    """The first rows of a source that are whole. Raises: DataError when it holds none."""
-    bad = BadRows()
-    for chunk in read_source(data, source):
-        rows = rows_of(chunk, bad)
-        if rows:
-            return rows
-    bad.raise_if_any()
-    raise DataError(f"{located(source)}: holds no rows")
-
-
-def read_source(data: Data, source: str) -> Iterator[Chunk]:
-    """The rows of one source, unparsed. Raises: DataError when it cannot be read."""
-    return read_chunks(located(source), split=data.split, revision=data.revision)
-
-
-def _columns(data: Data) -> dict[str, str]:
-    """The recipe's column names as the data room takes them."""
-    return {str(key): template for key, template in data.columns.items()}
-
-
-def _held_out_items(data: Data, train_rows: list[Row]) -> Sequence[Item]:
-    """The rows of data.eval as items. `data.format` and `data.columns` describe data.train: they hold for data.eval
-    where its rows have the same fields, and otherwise (training rows were replaced on the command line, say) its format
-    is detected.
-    """
-    assert data.eval is not None, "asked for only where it is set"
-    rows = read_rows(located(data.eval), split=data.split, revision=data.revision)
-    alike = rows[0].fields.keys() == train_rows[0].fields.keys()
-    return parse_rows(rows, format=data.format, columns=_columns(data)) if alike else parse_rows(rows)
-
-
-def conversations(items: Sequence[Item]) -> list[Conversation]:
-    """The conversations among items: those that can be answered by generation."""
-    return [item for item in items if isinstance(item, Conversation)]
-
-
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
-    names = [recipe.data.train, recipe.data.eval, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
+    sources = [source.path for source in (*recipe.data.train, *(recipe.data.eval or ()))]
+    names = [*sources, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
     return [str(found) for name in names if name is not None and (found := locate(name)) is not None]
 
 
-def preview_recipe(loaded: LoadedRecipe, *, rows: int) -> bool:
-    """Print what a recipe would train on, as coloured tokens with counts; True when every check passed."""
+def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
+    """Print what a recipe would train on, as coloured tokens with counts: the first `rows` examples, or those that hold
+    some rows. Returns it.
+
+    Raises: DataError, also for a row that is not there.
+    """
     for note in loaded.notes:
         print(f"note: {note}")
     data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
     print(f"format: {data.train_format}")
-    return preview(data.train, data.encoder, rows=rows)
+    found = look_at(
+        data.train,
+        data.encoder,
+        rows=rows,
+        row_ids=row_ids,
+        held_out={item.where for item in data.held_out_items},
+        global_batch_size=loaded.recipe.train.global_batch_size,
+    )
+    show(found)
+    return found
 
 
 # Model

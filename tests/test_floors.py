@@ -11,7 +11,7 @@ import gemma_ft
 
 PACKAGE = Path(gemma_ft.__file__).resolve().parent
 FLOORS = [
-    ["errors"],
+    ["errors", "secrets"],
     ["recipe", "runtime"],
     ["launch"],
     ["kernels"],
@@ -20,7 +20,9 @@ FLOORS = [
     ["contract"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["hollow"],
+    ["build_data"],
     ["build", "checkpoint", "plan"],
+    ["audit"],  # of data, before a run
     ["infer", "export"],
     ["evaluate"],
     ["train"],

@@ -16,7 +16,20 @@ from typing import Annotated
 import typer
 
 from gemma_ft import __version__
-from gemma_ft.cli import chat, checkpoints, export, generate, merge, preview, recipes, report, schema, serve, train
+from gemma_ft.cli import (
+    chat,
+    checkpoints,
+    data,
+    export,
+    generate,
+    merge,
+    preview,
+    recipes,
+    report,
+    schema,
+    serve,
+    train,
+)
 from gemma_ft.cli import eval as evaluation
 from gemma_ft.errors import DiskError, UserError, first_line
 
@@ -96,6 +109,7 @@ def build_app() -> typer.Typer:
     app.command("train")(train.train)
     app.command("checkpoints")(checkpoints.checkpoints)
     app.command("preview")(preview.preview)
+    app.add_typer(data.build_app(), name="data")
     app.add_typer(recipes.build_app(), name="recipes")
     app.command("schema")(schema.schema)
     app.command("eval")(evaluation.evaluate)

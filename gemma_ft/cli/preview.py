@@ -1,5 +1,6 @@
 """`gemma-ft preview`: the tokens a recipe would train on, and whether they are sound."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,12 @@ def preview(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change; ~key removes one.")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Examples to show.")] = 3,
+    row_ids: Annotated[
+        list[str] | None,
+        typer.Option("--row-id", metavar="WHERE", help="Show the examples that hold this row: file.jsonl:12, or 12."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
 ) -> int:
     """Show rows as tokens, trained or masked; exit 2 on a fault."""
     from gemma_ft.recipe.load import load_recipe
@@ -21,4 +27,11 @@ def preview(
     quiet_libraries()
     from gemma_ft.build import preview_recipe
 
-    return 0 if preview_recipe(loaded, rows=rows) else 2
+    if html is None:
+        return 2 if preview_recipe(loaded, rows=rows, row_ids=row_ids or ()).faults else 0
+    from gemma_ft.evaluate.report.preview import check_page, write_preview
+
+    check_page(html)
+    found = preview_recipe(loaded, rows=rows, row_ids=row_ids or ())
+    print(f"page: {write_preview(found, html, recipe=loaded.path)}")
+    return 2 if found.faults else 0

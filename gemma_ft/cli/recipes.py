@@ -28,12 +28,12 @@ def _list_by_default(context: typer.Context) -> int:
 def list_recipes() -> int:
     """List the shipped recipes: name, model, strategy, data."""
     from gemma_ft.recipe.load import load_recipe
-    from gemma_ft.recipe.paths import shipped_recipes
+    from gemma_ft.recipe.paths import names_of, shipped_recipes
 
     lines = [("recipe", "model", "strategy", "data")]
     for path in shipped_recipes():
         recipe = load_recipe(path).recipe
-        lines.append((path.stem, recipe.model.preset, recipe.strategy, recipe.data.train))
+        lines.append((path.stem, recipe.model.preset, recipe.strategy, names_of(recipe.data.train)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -13,11 +13,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Reading:
         """SHA-256 (hex) of all that decides what a chunk becomes."""
         encoder = self.encoder
         decides = [LAYOUT, chunk.digest, self.format, sorted(self.columns.items()), encoder.content.sha256,
-                   encoder.template_hash, encoder.system_policy]  # fmt: skip
+                   encoder.template_hash, encoder.system_policy, encoder.trained_turns]  # fmt: skip
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def items(self, chunk: Chunk, bad: BadRows) -> list[tuple[int, Item]]:
@@ -69,16 +70,15 @@ class Reading:
         return found
 
 
-def encode_chunk(reading: Reading, chunk: Chunk, path: Path) -> BadRows:
-    """Encode a chunk and write it to `path`, unless a row of it is bad; returns the bad rows.
+def encode_chunk(reading: Reading, chunk: Chunk, path: Path) -> None:
+    """Encode a chunk and write it to `path`, its bad rows with their reasons.
 
     Raises: DiskError when it cannot be written.
     """
     bad = BadRows()
-    found = reading.items(chunk, bad)
-    if not bad.count:
-        _write(table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder), path)
-    return bad
+    found = reading.items(chunk.at_origin(), bad)
+    offsets = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
+    _write(table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets), path)
 
 
 class Cache:
@@ -88,37 +88,48 @@ class Cache:
         self.root, self.workers = root, workers
 
     def documents(
-        self, chunks: Iterable[Chunk], reading: Reading, progress: Callable[[int], None] = lambda rows: None
+        self,
+        chunks: Iterable[Chunk],
+        reading: Reading,
+        bad: BadRows,
+        *,
+        limit: int = sys.maxsize,
+        progress: Callable[[int], None] = lambda documents: None,
     ) -> Documents:
-        """All rows of some chunks, encoded now or before; `progress` hears of each chunk how many documents it gave.
+        """The rows of some chunks, encoded now or before, until `limit` documents are there (all of the last chunk are
+        given); bad rows are left out and added to `bad`. `progress` hears of each chunk how many documents it gave.
 
-        Raises: DataError listing the first five bad rows; DiskError when the cache cannot be written.
+        Raises: DiskError when the cache cannot be written.
         """
-        bad, parts = BadRows(), []
-        for chunk, found in self._encoded(chunks, reading):
-            if isinstance(found, BadRows):
-                bad.extend(found)
-            else:
-                parts.append(Part(found, partial(_where, chunk.source, chunk.unit, chunk.first)))
-                progress(len(found))
-        bad.raise_if_any()
+        parts, count = [], 0
+        with contextlib.closing(self._encoded(chunks, reading)) as encoded:
+            for chunk, table in encoded:
+                part = Part(table, partial(_where, chunk.source, chunk.unit, chunk.first))
+                for where, reason in part.bad:
+                    bad.add(where, reason)
+                parts.append(part)
+                count += len(table)
+                progress(len(table))
+                if count >= limit:
+                    break
         return Documents(parts)
 
-    def _encoded(self, chunks: Iterable[Chunk], reading: Reading) -> Iterator[tuple[Chunk, pa.Table | BadRows]]:
-        """Each chunk with its table, or its bad rows, in order."""
-        line: deque[tuple[Chunk, Path, Future[pa.Table | BadRows]]] = deque()
+    def _encoded(self, chunks: Iterable[Chunk], reading: Reading) -> Generator[tuple[Chunk, pa.Table]]:
+        """Each chunk with its table, in order."""
+        line: deque[tuple[Chunk, Path, Future[pa.Table | None]]] = deque()
         pool: ProcessPoolExecutor | None = None
         done = 0
         try:
             for chunk in chunks:
                 key = reading.key(chunk)
                 path = self.root / key[:2] / f"{key}.arrow"
-                future: Future[pa.Table | BadRows] = Future()
+                future: Future[pa.Table | None] = Future()
                 table = _read(path)
                 if table is not None:
                     future.set_result(table)
                 elif self.workers < 2 or done < ALONE:
-                    future.set_result(encode_chunk(reading, chunk, path))
+                    encode_chunk(reading, chunk, path)
+                    future.set_result(None)
                     done += 1
                 else:
                     if pool is None:
@@ -135,17 +146,16 @@ class Cache:
                 pool.shutdown(cancel_futures=True)
 
     def _settled(
-        self, waiting: tuple[Chunk, Path, Future[pa.Table | BadRows]], reading: Reading
-    ) -> tuple[Chunk, pa.Table | BadRows]:
+        self, waiting: tuple[Chunk, Path, Future[pa.Table | None]], reading: Reading
+    ) -> tuple[Chunk, pa.Table]:
         chunk, path, future = waiting
         try:
-            found = future.result()
+            table = future.result()
         except BrokenProcessPool:  # killed for memory, or a script without a main guard: slower, not lost
             self.workers = 1
-            found = encode_chunk(reading, chunk, path)
-        if isinstance(found, pa.Table) or found.count:
-            return chunk, found
-        table = _read(path)
+            table = None
+            encode_chunk(reading, chunk, path)
+        table = _read(path) if table is None else table
         if table is None:
             raise DiskError(f"{path}: cannot be read back after it was written; is the disk damaged?")
         return chunk, table
@@ -192,9 +202,9 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_here(chunk: Chunk, path: Path) -> BadRows:
+def _encode_here(chunk: Chunk, path: Path) -> None:
     assert _reading is not None, "a worker begins with _start"
-    return encode_chunk(_reading, chunk, path)
+    encode_chunk(_reading, chunk, path)
 
 
 def _write(table: pa.Table, path: Path) -> None:

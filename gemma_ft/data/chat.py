@@ -7,7 +7,7 @@ fold (before the first question, with a blank line between), error (refused), dr
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gemma_ft.data.items import Conversation, Document, Item, Turn, order_fault
 from gemma_ft.data.template import (
@@ -38,13 +38,17 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations, prompts and documents for one tokenizer under one system policy."""
+    """Encodes conversations, prompts and documents for one tokenizer under one system policy; of a conversation all
+    answers are trained, or the last alone, and never one whose turn says `train: false`.
+    """
 
-    def __init__(self, tokenizer: Any, system_policy: SystemPolicy = "fold") -> None:
+    def __init__(
+        self, tokenizer: Any, system_policy: SystemPolicy = "fold", trained_turns: Literal["all", "last"] = "all"
+    ) -> None:
         if system_policy not in SYSTEM_POLICIES:
             raise DataError(f"data.system: unknown policy {system_policy!r}; use {', '.join(SYSTEM_POLICIES)}")
         self.tokenizer = tokenizer
-        self.system_policy = system_policy
+        self.system_policy, self.trained_turns = system_policy, trained_turns
         self.control = ControlIds.from_tokenizer(tokenizer)
         self.content = ContentEncoder(tokenizer)
         heads = {role: self.content.encode(name + AFTER_ROLE) for role, name in ROLE_NAMES.items()}
@@ -111,7 +115,7 @@ class ChatEncoder:
         fault = order_fault(turns)
         if fault:
             raise DataError(f"{where}: {fault}")
-        stripped = [Turn(turn.role, turn.content.strip()) for turn in turns]
+        stripped = [Turn(turn.role, turn.content.strip(), turn.train) for turn in turns]
         if not stripped or stripped[0].role != "system":
             return stripped
         system, body = stripped[0].content, stripped[1:]
@@ -127,7 +131,8 @@ class ChatEncoder:
         for turn, content in zip(turns, contents, strict=True):
             head, said = self._heads[turn.role], [*content, self.control.end_of_turn]
             ids += head + said + self._after_turn
-            trained = said if turn.role == "assistant" else [IGNORE] * len(said)
+            learned = turn.role == "assistant" and turn.train and (self.trained_turns == "all" or turn is turns[-1])
+            trained = said if learned else [IGNORE] * len(said)
             labels += [IGNORE] * len(head) + trained + [IGNORE] * len(self._after_turn)
         control = (self.control.bos, self.control.start_of_turn, self.control.end_of_turn)
         counts = tuple(ids.count(token) for token in control)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
@@ -30,21 +30,24 @@ class Chunk:
     unit: str  # what is counted: "" for lines, "row " for rows of a source that has no lines
     digest: str  # SHA-256 (hex) of what the rows say, wherever they lie
     lines: bytes | None = None
-    numbered: tuple[tuple[int, Fields], ...] = ()  # (offset from `first`, fields)
+    numbered: tuple[tuple[int, Fields | str], ...] = ()  # (offset from `first`, fields, or why there are none)
 
     def where(self, offset: int) -> str:
         """The place of a row, as a user finds it: "path:line", or "path:row N"."""
         return f"{self.source}:{self.unit}{self.first + offset}"
 
+    def at_origin(self) -> "Chunk":
+        """The same rows with places ":0", ":1", ... : what is said of them then holds wherever they lie."""
+        return replace(self, source="", first=0, unit="")
+
     def rows(self, bad: BadRows) -> list[tuple[int, Fields]]:
         """(offset from `first`, fields) of each row; what holds none is added to `bad`."""
-        if self.lines is None:
-            return list(self.numbered)
+        read: Iterable[tuple[int, Fields | str]] = self.numbered
+        if self.lines is not None:
+            lines = enumerate(self.lines.split(b"\n"))
+            read = ((offset, object_in(line)) for offset, line in lines if line.strip())
         found: list[tuple[int, Fields]] = []
-        for offset, line in enumerate(self.lines.split(b"\n")):
-            if not line.strip():
-                continue
-            fields = object_in(line)
+        for offset, fields in read:
             if isinstance(fields, str):
                 bad.add(self.where(offset), fields)
             else:
@@ -66,9 +69,9 @@ def line_chunks(source: str, lines: Iterable[bytes]) -> Iterator[Chunk]:
         yield _of_lines(source, first, held)
 
 
-def row_chunks(source: str, rows: Iterable[tuple[int, Fields]], *, unit: str = "") -> Iterator[Chunk]:
-    """Chunks of (number, fields), in ascending order of their numbers."""
-    held: list[tuple[int, Fields]] = []
+def row_chunks(source: str, rows: Iterable[tuple[int, Fields | str]], *, unit: str = "") -> Iterator[Chunk]:
+    """Chunks of (number, fields, or why the row has none), in ascending order of their numbers."""
+    held: list[tuple[int, Fields | str]] = []
     told: list[bytes] = []
     size = 0
     for number, fields in rows:
@@ -102,7 +105,7 @@ def _of_lines(source: str, first: int, held: list[bytes]) -> Chunk:
     return Chunk(source, first, "", hashlib.sha256(lines).hexdigest(), lines=lines)
 
 
-def _of_rows(source: str, unit: str, held: list[tuple[int, Fields]], told: list[bytes]) -> Chunk:
+def _of_rows(source: str, unit: str, held: list[tuple[int, Fields | str]], told: list[bytes]) -> Chunk:
     first = held[0][0]
     numbered = tuple((number - first, fields) for number, fields in held)
     digest = hashlib.sha256(b"\n".join(told)).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 from gemma_ft.data.items import kind_of, text_fault
 from gemma_ft.errors import DataError
 
-COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text")
+COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected")
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
@@ -32,10 +32,10 @@ def check_columns(columns: Mapping[str, str]) -> None:
                     "{name.inner} or {name[0].inner}, and braces as {{ }}"
                 )
     keys = set(columns) - {"system"}
-    if columns and keys not in ({"prompt", "completion"}, {"messages"}, {"text"}):
+    if columns and keys not in ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"}):
         raise DataError(
-            f"data.columns: got {', '.join(sorted(columns))}; give prompt and completion, or messages, or text "
-            "(system may be added to the first two)"
+            f"data.columns: got {', '.join(sorted(columns))}; give prompt and completion, or messages, or text, or "
+            "prompt, chosen and rejected (system goes with all but text)"
         )
     if columns and keys == {"text"} and "system" in columns:
         raise DataError("data.columns: system does not go with text; a plain document has no turns")

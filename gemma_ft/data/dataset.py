@@ -1,11 +1,10 @@
 """Conversations and documents -> the examples a trainer takes, with counts of all that was cut or left out."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 
@@ -22,6 +21,8 @@ from gemma_ft.errors import DataError
 __all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by_hash", "prepare",
            "split_by_hash", "split_document"]  # fmt: skip
 
+TooLong = Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"]
+
 
 @dataclass
 class DataStats:
@@ -32,8 +33,9 @@ class DataStats:
     packed_rows: int = 0  # examples
     tokens: int = 0
     trained_tokens: int = 0
-    truncated: int = 0  # conversations cut at max_seq_len and still trained on
-    dropped: int = 0  # conversations whose answers lie wholly past max_seq_len
+    truncated: int = 0  # rows cut at max_seq_len and still trained on
+    dropped: int = 0  # those of which no trained token is left within max_seq_len
+    too_long: int = 0  # rows left out for their length (data.too_long: drop)
     dropped_empty: int = 0  # an answer, a question or a whole document is empty
     left_out_turns: int = 0  # leading answers and trailing questions of sharegpt
     dropped_system: int = 0  # system turns left out by the policy "drop"
@@ -55,6 +57,7 @@ class DataStats:
         notes = (
             (self.truncated, "cut at max_seq_len"),
             (self.dropped, "dropped: their answer lies past max_seq_len"),
+            (self.too_long, "dropped: longer than max_seq_len (data.too_long: drop)"),
             (self.dropped_empty, "dropped: empty question, answer or text"),
             (self.left_out_turns, "turns left out: answers before the first question, questions after the last answer"),
             (self.dropped_system, "system turns left out (data.system: drop)"),
@@ -74,14 +77,16 @@ class Prepared:
     stats: DataStats
 
 
-def prepare(items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, packing: bool) -> Prepared:
+def prepare(
+    items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, packing: bool, too_long: TooLong = "auto"
+) -> Prepared:
     """As `arrange`, of items in memory. Raises: DataError, also for refused system turns."""
     bad = BadRows()
     for item in items:
         if why := encoder.refuses(item):
             bad.add(item.where, why)
     bad.raise_if_any()
-    return arrange(Documents.of(items, encoder), encoder, max_seq_len=max_seq_len, packing=packing)
+    return arrange(Documents.of(items, encoder), encoder, max_seq_len=max_seq_len, packing=packing, too_long=too_long)
 
 
 def arrange(
@@ -90,39 +95,83 @@ def arrange(
     *,
     max_seq_len: int,
     packing: bool,
+    too_long: TooLong = "auto",
     chosen: Any = None,
-    empty: int | None = None,
 ) -> Prepared:
     """Examples of at most `max_seq_len` tokens: one document each, or several when `packing`. `chosen`: numbers of the
-    documents that are meant (None: all); `empty`: how many items without content to count to them (None: all).
+    documents that are meant, a number as often as it is to be seen (None: all of them, once).
 
-    Conversations are cut at the right; one with no trained token left is dropped. Long documents are cut into chunks,
-    each with its own BOS, and nothing is lost.
+    `too_long` decides on longer documents: they are cut at the right or left, split into chunks that hold every token
+    once, dropped, or refused; "auto" cuts conversations at the right and splits documents. A piece that does not begin
+    its document has a BOS of its own; one with no trained token in it is dropped.
 
-    Raises: DataError when nothing is left, or no conversation trains its terminator.
+    Raises: DataError when nothing is left, no conversation trains its terminator, or a long one is refused.
     """
     assert max_seq_len >= 2, "a sequence holds BOS and one trained token at least"
     chosen = numpy.arange(len(documents)) if chosen is None else numpy.asarray(chosen, numpy.int64)
     count = {name: documents.column(name)[chosen] for name in COUNTS}
-    empty = documents.items - len(documents) if empty is None else empty
+    empty = documents.items - len(documents)
     stats = DataStats(rows=len(chosen) + empty, max_seq_len=max_seq_len, dropped_empty=empty)
     stats.left_out_turns = int(count["left_out"].sum())
     stats.dropped_system = int(count["system"].sum()) if encoder.system_policy == "drop" else 0
     whole = count["tokens"] <= max_seq_len
-    chats = count["chat"] > 0
     stats.trained_tokens = int(count["trained"][whole].sum())
     stats.terminators = int(count["terminators"][whole].sum())
     pieces = numpy.zeros((int(whole.sum()), 3), numpy.int64)
     pieces[:, 0], pieces[:, 2] = chosen[whole], count["tokens"][whole]
-    cut = [_cut_chat(documents, int(one), max_seq_len, encoder, stats) for one in chosen[~whole & chats]]
-    cut += [_chunks(documents, int(one), max_seq_len, stats) for one in chosen[~whole & ~chats]]
+    if too_long == "error":
+        _refuse_long(documents, chosen[~whole], count["tokens"][~whole], max_seq_len)
+    cut = [
+        _cut(documents, number, tokens, max_seq_len, _policy(too_long, chat), encoder, stats)
+        for number, tokens, chat in zip(
+            chosen[~whole].tolist(), count["tokens"][~whole].tolist(), count["chat"][~whole].tolist(), strict=True
+        )
+    ]
     pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
     pieces = pieces[numpy.lexsort((pieces[:, 1], pieces[:, 0]))]
-    _refuse_untrainable(stats, int(chats.sum()), len(pieces))
+    _refuse_untrainable(stats, int((count["chat"] > 0).sum()), len(pieces))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
     stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(rows), sum(lengths)
     return Prepared(Examples(documents, pieces, rows, encoder.control.bos), stats)
+
+
+def _policy(too_long: TooLong, chat: int) -> str:
+    return too_long if too_long != "auto" else "truncate_right" if chat else "split"
+
+
+def _cut(
+    documents: Documents, number: int, tokens: int, limit: int, policy: str, encoder: ChatEncoder, stats: DataStats
+) -> list[tuple[int, int, int]]:
+    """The pieces that are made of a document of more than `limit` tokens, and their counts."""
+    if policy == "split":  # each with a BOS of its own, so they are cut from what follows the document's
+        cuts = windows(tokens - 1, size=limit - 1, stride=limit - 1)
+        found = [(number, 0 if cut.start == 0 else cut.start + 1, cut.end + 1) for cut in cuts]
+    else:
+        found = {
+            "truncate_right": [(number, 0, limit)],
+            "truncate_left": [(number, tokens - limit + 1, tokens)],
+            "drop": [],
+        }[policy]
+        stats.too_long += policy == "drop"
+    kept = []
+    for piece in found:
+        labels = documents.cut(*piece)[1]
+        trained = int((labels != IGNORE).sum())
+        if trained:
+            kept.append(piece)
+            stats.trained_tokens += trained
+            stats.terminators += int((labels == encoder.control.end_of_turn).sum())
+    stats.dropped += bool(found) and not kept
+    stats.truncated += bool(kept) and policy != "split"
+    return kept
+
+
+def _refuse_long(documents: Documents, numbers: Any, tokens: Any, limit: int) -> None:
+    bad = BadRows()
+    for number, size in zip(numbers.tolist(), tokens.tolist(), strict=True):
+        bad.add(documents.where(number), f"{size:,} tokens, more than data.max_seq_len {limit} (data.too_long: error)")
+    bad.raise_if_any()
 
 
 def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
@@ -137,33 +186,28 @@ def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
         raise DataError(f"no {END_OF_TURN} would be trained: every answer is cut at {limit}; raise it")
 
 
-def _cut_chat(
-    documents: Documents, document: int, limit: int, encoder: ChatEncoder, stats: DataStats
-) -> list[tuple[int, int, int]]:
-    """A conversation cut to the limit; nothing when no trained token is left in it."""
-    labels = documents.cut(document, 0, limit)[1]
-    trained = int((labels != IGNORE).sum())
-    if not trained:
-        stats.dropped += 1
-        return []
-    stats.truncated += 1
-    stats.trained_tokens += trained
-    stats.terminators += int((labels == encoder.control.end_of_turn).sum())
-    return [(document, 0, limit)]
+def chosen_by_hash(documents: Documents, numbers: Any, fraction: float, seed: int) -> Any:
+    """Which of some documents are held out, as `split_by_hash` parts items: their numbers. Raises: DataError."""
+    contents = documents.contents()
+    return numbers[_held_out([contents[number].hex() for number in numbers.tolist()], fraction, seed)]
 
 
-def _chunks(documents: Documents, document: int, limit: int, stats: DataStats) -> list[tuple[int, int, int]]:
-    """A document in pieces of at most `limit` tokens, each beginning with BOS; together they hold every token once."""
-    body = len(documents.cut(document, 1, sys.maxsize)[0])
-    stats.trained_tokens += body
-    cuts = windows(body, size=limit - 1, stride=limit - 1)
-    return [(document, 0 if cut.start == 0 else cut.start + 1, cut.end + 1) for cut in cuts]
+def shares(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """How often the documents of each source are seen so that sources are trained in proportion to their weights, as
+    many as can be without seeing one twice.
+    """
+    each = [weight / max(count, 1) for weight, count in zip(weights, counts, strict=True)]
+    return [one / max(each) for one in each]
 
 
-def chosen_by_hash(documents: Documents, fraction: float, seed: int) -> tuple[Any, Any]:
-    """(train, eval): numbers of documents, as `split_by_hash` parts items. Raises: DataError."""
-    held_out = _held_out([content.hex() for content in documents.contents()], fraction, seed)
-    return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
+def times(numbers: Any, repeats: float, contents: Sequence[bytes], seed: int) -> Any:
+    """The numbers of documents, each `repeats` times; of a fraction those whose content hash comes first."""
+    whole, rest = int(repeats), repeats % 1
+    chosen = numpy.repeat(numbers, whole)
+    if not rest:
+        return chosen
+    order = sorted(numbers.tolist(), key=lambda number: (_share(contents[number].hex(), seed), number))
+    return numpy.sort(numpy.concatenate([chosen, order[: round(rest * len(order))]]).astype(numpy.int64))
 
 
 def split_by_hash(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:

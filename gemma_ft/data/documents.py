@@ -40,8 +40,11 @@ def without_empty(items: Sequence[Item]) -> list[int]:
     ]
 
 
-def table_of(items: Sequence[Item], offsets: Sequence[int], encoder: ChatEncoder) -> pa.Table:
-    """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata.
+def table_of(
+    items: Sequence[Item], offsets: Sequence[int], encoder: ChatEncoder, bad: Sequence[tuple[int, str]] = ()
+) -> pa.Table:
+    """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata, in which the
+    (offset, reason) of each bad row stands as well.
 
     Raises: DataError for a system turn under the policy "error".
     """
@@ -66,7 +69,7 @@ def table_of(items: Sequence[Item], offsets: Sequence[int], encoder: ChatEncoder
         columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
         columns["chat"].append(int(chat is not None))
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-    told = {"items": len(items)}
+    told = {"items": len(items), "bad": bad}
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"told": json.dumps(told)}))
 
 
@@ -80,7 +83,16 @@ class Part:
     @property
     def items(self) -> int:
         """Items that were read for it, the empty ones among them."""
-        return int(json.loads(self.table.schema.metadata[b"told"])["items"])
+        return int(self._told["items"])
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """(where, reason) of each row that is not in it."""
+        return [(self.where(offset), reason) for offset, reason in self._told["bad"]]
+
+    @property
+    def _told(self) -> Any:
+        return json.loads(self.table.schema.metadata[b"told"])
 
     @functools.cached_property
     def ids(self) -> tuple[Any, Any]:
@@ -105,6 +117,13 @@ class Documents:
     def of(cls, items: Sequence[Item], encoder: ChatEncoder) -> Documents:
         """Items in memory. Raises: DataError as `table_of`."""
         return cls([Part(table_of(items, range(len(items)), encoder), lambda number: items[number].where)])
+
+    @classmethod
+    def joined(cls, several: Sequence[Documents]) -> Documents:
+        """The documents of several, one behind the other."""
+        found = cls([part for one in several for part in one.parts])
+        found.items = sum(one.items for one in several)
+        return found
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -5,7 +5,7 @@ so that a data set need not fit into memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy
@@ -44,7 +44,7 @@ class Examples(Sequence[Example]):
         if not -len(self) <= row < len(self):
             raise IndexError(row)
         example: Example = {"input_ids": [], "labels": [], "position_ids": [], "document_ids": []}
-        for number, piece in enumerate(self._pieces(row % len(self))):
+        for number, piece in enumerate(self.pieces_of(row % len(self))):
             ids, labels = self._tokens(piece)
             example["input_ids"] += ids
             example["labels"] += labels
@@ -54,22 +54,28 @@ class Examples(Sequence[Example]):
 
     def wheres(self, row: int) -> list[str]:
         """Where an example's documents stand in the source."""
-        return [self.documents.where(int(document)) for document, _, _ in self._pieces(row)]
+        return [self.documents.where(int(document)) for document, _, _ in self.pieces_of(row)]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex): equal exactly when the same tokens are trained in the same order."""
         digest = hashlib.sha256()
         for row in range(len(self)):
             digest.update(b"row")
-            for document, start, end in self._pieces(row):
+            for document, start, end in self.pieces_of(row):
                 ids, labels = self.documents.cut(int(document), int(start), int(end))
                 for part in (numpy.array([start > 0, len(ids)], numpy.int64), ids, labels):
                     digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def _pieces(self, row: int) -> Iterator[Any]:
-        for piece in self._flat[self._starts[row] : self._starts[row + 1]]:
-            yield self.pieces[piece]
+    def pieces_of(self, row: int) -> Any:
+        """The pieces of an example, in their order: int64 [pieces of it, 3]."""
+        return self.pieces[self._flat[self._starts[row] : self._starts[row + 1]]]
+
+    def in_order(self) -> tuple[Any, Any]:
+        """(pieces of all examples, one example after the other: int64 [P, 3]; the number of each one's example: int64
+        [P]).
+        """
+        return self.pieces[self._flat], numpy.repeat(numpy.arange(len(self)), numpy.diff(self._starts))
 
     def _tokens(self, piece: Any) -> tuple[list[int], list[int]]:
         document, start, end = map(int, piece)
@@ -83,3 +89,8 @@ class Examples(Sequence[Example]):
 def piece_tokens(pieces: Any) -> Any:
     """Tokens of each piece, a BOS in front of it included: int64 [pieces]."""
     return pieces[:, 2] - pieces[:, 1] + (pieces[:, 1] > 0)
+
+
+def steps_per_epoch(examples: int, global_batch_size: int) -> int:
+    """Optimizer steps over so many examples; the last may be a smaller batch."""
+    return -(-examples // global_batch_size)

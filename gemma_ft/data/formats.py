@@ -7,6 +7,7 @@
 | alpaca            | instruction, input (may be missing), output; or instruction, instances: [{input, output}] |
 | prompt_completion | prompt, completion; or question, answer                                             |
 | text              | text                                                                                |
+| preference        | prompt, chosen, rejected, or two chats: chosen, rejected; the chosen one is trained |
 
 A `system` field beside sharegpt, alpaca or prompt_completion is a system turn. Nothing is rendered that is not text:
 nulls, numbers and lists as content are refused, with the place.
@@ -23,13 +24,14 @@ from gemma_ft.errors import DataError
 
 __all__ = ["FORMATS", "Conversation", "Document", "Turn", "detect_format", "parse_rows"]
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
 MESSAGE_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {
     **MESSAGE_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "claude": "assistant",
 }  # fmt: skip
 LIST_FIELDS = ("messages", "conversations", "conversation")
+PREFERENCE = ("prompt", "chosen", "rejected")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 MAX_TURNS = 2000
 SAMPLED_ROWS = 100
@@ -48,6 +50,8 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
         raise DataError("no rows to tell a format from")
     source = rows[0].where.rpartition(":")[0]
     sample = rows[:SAMPLED_ROWS]
+    if "chosen" in columns:
+        return "preference", "data.columns names chosen and rejected"
     if "prompt" in columns:
         return "prompt_completion", "data.columns names prompt and completion"
     if "text" in columns:
@@ -94,7 +98,8 @@ def check_format(format: str, columns: Mapping[str, str]) -> None:
         return
     if format not in FORMATS:
         raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
-    wanted = {"prompt_completion": "prompt", "text": "text", "messages": "messages", "sharegpt": "messages"}.get(format)
+    wanted = {"prompt_completion": "completion", "text": "text", "messages": "messages", "sharegpt": "messages",
+              "preference": "chosen"}.get(format)  # fmt: skip
     if columns and wanted not in columns:
         raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {format}")
 
@@ -114,6 +119,8 @@ def _readings(fields: Fields) -> list[tuple[str, str]]:
     if "instruction" in fields and ("output" in fields or "instances" in fields):
         readings.append(("alpaca", f"instruction, {'output' if 'output' in fields else 'instances'}"))
     readings += [("prompt_completion", f"{one}, {two}") for one, two in PAIRS if one in fields and two in fields]
+    if "chosen" in fields and "rejected" in fields:
+        readings.append(("preference", "chosen, rejected"))
     if "text" in fields:
         readings.append(("text", "text"))
     return readings
@@ -174,8 +181,21 @@ def _dialog(fields: Fields, columns: Mapping[str, str], roles: Mapping[str, Role
         fault = text_fault(content)
         if fault:
             raise FieldError(f"turn {number}: {keys[1]!r} {fault}")
-        result.append(Turn(known, content))
+        result.append(Turn(known, content, _trained(turn, known, number)))
     return result
+
+
+def _trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:
+    """Whether an answer is to be trained: `train: false` beside it says no, and so does OpenAI's `weight: 0`."""
+    for name, off, on in (("train", False, True), ("weight", 0, 1)):
+        said = turn.get(name, on)
+        if said is None or role != "assistant":
+            continue
+        if said not in (off, on) or isinstance(said, bool) != isinstance(on, bool):
+            raise FieldError(f"turn {number}: {name!r} is {said!r}, expected {str(on).lower()} or {str(off).lower()}")
+        if said == off:
+            return False
+    return True
 
 
 def _checked(where: str, turns: list[Turn], left_out: int = 0) -> Conversation:
@@ -184,6 +204,8 @@ def _checked(where: str, turns: list[Turn], left_out: int = 0) -> Conversation:
     fault = order_fault(turns)
     if fault:
         raise FieldError(fault)
+    if not any(turn.train for turn in turns if turn.role == "assistant"):
+        raise FieldError("has no assistant turn that is to be trained ('train' or 'weight' is off in all)")
     if turns[-1].role != "assistant":
         raise FieldError(f"turn {len(turns)}: the last turn must be the assistant's, got {turns[-1].role}")
     return Conversation(where, tuple(turns), left_out)
@@ -232,6 +254,20 @@ def _prompt_completion(where: str, fields: Fields, columns: Mapping[str, str]) -
     return [_checked(where, [*_system(fields, columns), Turn("user", pair[0]), Turn("assistant", pair[1])])]
 
 
+def _preference(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
+    """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
+    if not columns and isinstance(fields.get("chosen"), list):  # two whole chats
+        chats = [_messages(where, fields, {"messages": f"{{{name}}}"}) for name in ("chosen", "rejected")]
+        return chats[0]
+    if columns:
+        prompt, chosen, rejected = (fill_text(columns[name], fields) for name in PREFERENCE)
+    else:
+        prompt, chosen, rejected = (_text(fields, name) for name in PREFERENCE)
+    if chosen.strip() == rejected.strip():
+        raise FieldError("'chosen' and 'rejected' are the same answer")
+    return [_checked(where, [*_system(fields, columns), Turn("user", prompt), Turn("assistant", chosen)])]
+
+
 def _document(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
     return [Document(where, fill_text(columns["text"], fields) if "text" in columns else _text(fields, "text"))]
 
@@ -242,4 +278,5 @@ PARSERS: dict[str, Callable[[str, Fields, Mapping[str, str]], list[Item]]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _document,
+    "preference": _preference,
 }

@@ -12,10 +12,11 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: who says it, and the text."""
+    """One message: who says it, and the text; `train`: whether it is to be learned, where it is an answer."""
 
     role: Role
     content: str
+    train: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.items import kind_of
 from gemma_ft.errors import DataError, first_line
 
@@ -34,20 +33,17 @@ def object_in(line: bytes) -> dict[str, Any] | str:
         return f"not valid UTF-8 (byte 0x{line[error.start]:02x})"
     except (ValueError, RecursionError) as error:
         return _json_fault(error)
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"expected an object, got {kind_of(value)}"
 
 
-def objects_in(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line, object) for each element of the JSON list `text`. Raises: DataError where it breaks."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    bad = BadRows()
+def objects_in(source: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, object, or why there is none) for each element of the list `text`. Raises: DataError where it breaks."""
     for line, value in _list_elements(source, text):
-        if isinstance(value, dict):
-            found.append((line, value))
-        else:
-            bad.add(f"{source}:{line}", f"expected an object, got {kind_of(value)}")
-    bad.raise_if_any()
-    return found
+        yield line, _object(value)
 
 
 def _json_fault(error: Exception) -> str:

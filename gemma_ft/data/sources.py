@@ -5,21 +5,19 @@ not UTF-8, or not one object per row, is refused with its line.
 """
 
 import csv
-import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.chunks import Chunk, line_chunks, read_lines, row_chunks
+from gemma_ft.data.files import DataFile, did_you_mean, files_at, looks_mistyped
 from gemma_ft.data.hub import read_hub_records
 from gemma_ft.data.json_rows import MAX_ROW_BYTES, objects_in
 from gemma_ft.errors import DataError, first_line
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 PARQUET_ROWS = 1024  # decoded at a time
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -35,7 +33,8 @@ class Row:
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> list[Row]:
-    """All rows of a file (.jsonl, .json, .csv, .parquet, .txt as one row) or of a hub data set, in order.
+    """All rows of a source, in order: of a file (.jsonl, .json, .csv, .parquet, .txt as one row; .gz and .zst of them),
+    of all files in a folder or that fit a pattern, on this machine or behind a URL such as s3://, or of a hub data set.
 
     A hub data set is "owner/name", or "owner/name:config" where it has several; `split` and `revision` are its own.
 
@@ -60,73 +59,41 @@ def read_chunks(source: str, *, split: str = "train", revision: str | None = Non
 
     Raises: DataError for what cannot be read; rows that hold no object are found by whoever opens the chunk.
     """
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if path.is_file():
-        if suffix not in SUFFIXES:
-            raise DataError(f"{source}: cannot tell the file type from {suffix or 'no suffix'!r}; use {_any(SUFFIXES)}")
-        yield from _file_chunks(source, path, suffix)
-    elif path.is_dir():
-        raise DataError(f"{source}: is a folder; name one file in it ({_any(SUFFIXES)})")
-    elif _is_hub_id(source, path):
+    files = files_at(source)
+    if files is not None:
+        for file in files:
+            yield from _file_chunks(file)
+    elif HUB_ID.fullmatch(source) and not looks_mistyped(source):
         records = read_hub_records(source, split=split, revision=revision)
         yield from row_chunks(f"{source}[{split}]", enumerate(records, start=1), unit="row ")
     else:
-        raise DataError(f"{source}: no such file{_did_you_mean(path)}")
+        raise DataError(f"{source}: no such file{did_you_mean(source)}")
 
 
-def _any(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _is_hub_id(source: str, path: Path) -> bool:
-    """Whether a name that is no path here can be meant as a hub id, rather than as a mistyped path."""
-    mistyped = path.suffix.lower() in SUFFIXES or _similar_name(path) is not None
-    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
-    return bool(HUB_ID.fullmatch(source)) and not mistyped and not in_a_folder
-
-
-def _similar_name(path: Path) -> str | None:
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES)
-    except OSError:
-        return None
-    return next(iter(difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)), None)
-
-
-def _did_you_mean(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; there is no folder {str(path.parent)!r}"
-    similar = _similar_name(path)
-    return f"; did you mean {similar!r}?" if similar else ""
-
-
-def _file_chunks(source: str, path: Path, suffix: str) -> Iterator[Chunk]:
-    if suffix == ".parquet":
-        yield from row_chunks(source, _parquet_rows(source), unit="row ")
-        return
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
-    with file:
-        head = file.read(len(UTF8_MARK))
-        if head.startswith(UTF16_MARKS):
-            raise DataError(f"{source}: is UTF-16; save it as UTF-8")
-        file.seek(len(UTF8_MARK) if head == UTF8_MARK else 0)
-        if suffix == ".jsonl":
-            yield from line_chunks(source, read_lines(file))
+def _file_chunks(file: DataFile) -> Iterator[Chunk]:
+    with file.open() as opened:
+        if file.suffix == ".parquet":
+            yield from row_chunks(file.name, _parquet_rows(file, opened), unit="row ")
             return
-        data = file.read()
-    if suffix == ".json":
-        yield from _json_chunks(source, data)
+        lines = io.BufferedReader(cast(Any, opened)) if not hasattr(opened, "peek") else opened
+        head = lines.peek(len(UTF8_MARK))[: len(UTF8_MARK)]
+        if head.startswith(UTF16_MARKS):
+            raise DataError(f"{file.name}: is UTF-16; save it as UTF-8")
+        if head == UTF8_MARK:
+            lines.read(len(UTF8_MARK))
+        if file.suffix == ".jsonl":
+            yield from line_chunks(file.name, read_lines(lines))
+            return
+        data = lines.read()
+    if file.suffix == ".json":
+        yield from _json_chunks(file.name, data)
         return
-    text = _decode(source, data)
-    if suffix == ".csv":
-        yield from row_chunks(source, _csv_rows(source, text))
+    text = _decode(file.name, data)
+    if file.suffix == ".csv":
+        yield from row_chunks(file.name, _csv_rows(file.name, text))
         return
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    yield from row_chunks(source, [(1, {"text": text})] if text.strip() else [])
+    yield from row_chunks(file.name, [(1, {"text": text})] if text.strip() else [])
 
 
 def _json_chunks(source: str, data: bytes) -> Iterator[Chunk]:
@@ -149,40 +116,43 @@ def _decode(source: str, data: bytes) -> str:
         raise DataError(f"{source}:{line}: {reason}") from error
 
 
-def _csv_rows(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """(first line, fields) of comma-separated rows under a header line; quoted fields may hold line breaks."""
-    rows: list[tuple[int, dict[str, Any]]] = []
-    bad = BadRows()
+def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(first line, fields, or why there are none) of comma-separated rows under a header line; quoted fields may hold
+    line breaks.
+    """
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a setting of the whole process: given back below
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header: list[str] = next(reader, [])
-        if len(set(header)) < len(header) or not all(name.strip() for name in header):
-            raise DataError(f"{source}:1: the header needs one distinct name for each column, got {', '.join(header)}")
-        line = reader.line_num + 1
-        for cells in reader:
-            if len(cells) == len(header):
-                rows.append((line, dict(zip(header, cells, strict=True))))
-            elif cells:
-                bad.add(f"{source}:{line}", f"has {len(cells)} cells, the header has {len(header)}")
-            line = reader.line_num + 1
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        yield from _under_header(source, rows)
     except csv.Error as error:
-        raise DataError(f"{source}:{reader.line_num}: not valid CSV: {error}") from error
+        raise DataError(f"{source}:{rows.line_num}: not valid CSV: {error}") from error
     finally:
         csv.field_size_limit(before)
-    bad.raise_if_any()
-    return rows
 
 
-def _parquet_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _under_header(source: str, rows: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    header: list[str] = next(rows, [])
+    if len(set(header)) < len(header) or not all(name.strip() for name in header):
+        raise DataError(f"{source}:1: the header needs one distinct name for each column, got {', '.join(header)}")
+    line = rows.line_num + 1
+    for cells in rows:
+        if len(cells) == len(header):
+            yield line, dict(zip(header, cells, strict=True))
+        elif cells:
+            yield line, f"has {len(cells)} cells, the header has {len(header)}"
+        line = rows.line_num + 1
+
+
+def _parquet_rows(file: DataFile, opened: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
     number = 0
+    whole = opened if not file.compression else io.BytesIO(opened.read())  # parquet is read from its end
     try:
-        with pyarrow.parquet.ParquetFile(source) as file:
-            for batch in file.iter_batches(PARQUET_ROWS):
+        with pyarrow.parquet.ParquetFile(whole) as table:
+            for batch in table.iter_batches(PARQUET_ROWS):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{source}: cannot be read as parquet: {first_line(error)}") from error
+        raise DataError(f"{file.name}: cannot be read as parquet: {first_line(error)}") from error

@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import BuiltData, build_data, build_tokenizer
+from gemma_ft.build import build_tokenizer
+from gemma_ft.build_data import BuiltData, build_data
 from gemma_ft.checkpoint import as_json, replace_text
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate import statistics

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gemma_ft.build import BuiltData
+from gemma_ft.build_data import BuiltData
 from gemma_ft.data.dataset import DataStats
 from gemma_ft.evaluate.figures import NOTHING
 from gemma_ft.evaluate.held_out import Question

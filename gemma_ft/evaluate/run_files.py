@@ -14,6 +14,7 @@ class RunFiles:
         self.metrics = root / "metrics.jsonl"  # a line for each optimizer step
         self.evals = root / "evals.jsonl"  # a line for each in-training evaluation
         self.samples = root / "samples.jsonl"  # a line for each answer that was sampled on the way
+        self.bad_rows = root / "bad_rows.jsonl"  # what was left out (data.on_bad_row: skip)
         self.checkpoints = root / "checkpoints"
         self.adapter = root / "adapter"
         self.model = root / "model"

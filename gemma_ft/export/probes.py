@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma_ft.build import build_data
+from gemma_ft.build_data import build_data
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.dataset import prepare
 from gemma_ft.data.tokenizer import load_tokenizer

@@ -20,6 +20,7 @@ from gemma_ft.recipe.validate import annotation_at, takes_text, unknown_key, val
 from gemma_ft.recipe.yaml_marks import Document, Dumper, read_yaml
 
 MAX_BYTES = 256 * 1024
+SOURCES = (("data", "train"), ("data", "eval"))  # what may be a path alone, to which an override adds keys
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def _override(document: Document, text: str) -> None:
 def _override_value(value: str, path: KeyPath) -> Document:
     """The value as YAML; where any text will do, what is no text in YAML (`{question}`, 2024) is taken as is."""
     given = read_yaml(value, COMMAND_LINE, lines=False)
+    if path in SOURCES and isinstance(given.value, bool | int | float):
+        return Document(value=value)
     if takes_text(annotation_at(path)) and (given.faults or not isinstance(given.value, str | None)):
         return Document(value=value) if value.isprintable() else given
     return given
@@ -172,6 +175,8 @@ def _merge(document: Document, over: Document) -> None:
             if isinstance(other, dict) and isinstance(values.get(key), dict):
                 lay(values[key], other, here)
                 continue
+            if isinstance(other, dict) and isinstance(values.get(key), str) and here in SOURCES and "path" not in other:
+                other = {"path": values[key], **other}
             values[key] = other
             _forget_marks(document, here)
             document.marks.update({at: mark for at, mark in over.marks.items() if at[: len(here)] == here})

@@ -1,7 +1,10 @@
 """Where things lie: a path as given from the current directory, else among the files that ship with the project."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from gemma_ft.recipe.schema import Source
 
 PathText = str | os.PathLike[str]
 
@@ -21,6 +24,11 @@ def shipped_recipes() -> list[Path]:
 def shipped_launches() -> list[Path]:
     """The accelerate configs that ship with the project: where a run can be computed."""
     return sorted((shipped_root() / "accelerate_configs").glob("*.yaml"))
+
+
+def names_of(sources: Sequence[Source]) -> str:
+    """What sources of rows are called, in one line."""
+    return ", ".join(source.path for source in sources)
 
 
 def locate(text: PathText) -> Path | None:

@@ -7,7 +7,7 @@ never coerced, so that `"3"` is not 3.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -16,7 +16,8 @@ Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Rows = Annotated[int, Field(ge=0, le=10_000_000)]
 Batch = Annotated[int, Field(ge=1, le=65_536)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Column = Literal["prompt", "completion", "system", "messages", "text"]
+Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -26,23 +27,77 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
-class Data(Section):
-    """What is learned from: the rows, how they become tokens, how tokens fill a sequence."""
+class Source(Section):
+    """Rows that lie together. In a recipe a source may also be its path alone."""
 
-    train: Text = Field(description="Training rows: .jsonl .json .csv .parquet .txt, or a hub data set id")
-    eval: Text | None = Field(None, description="Held-out rows, in the same formats")
-    eval_fraction: Share = Field(0.0, description="Share of train held out by content hash when eval is not set")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
-        "auto", description="How a row is read; auto detects it from the columns"
-    )
-    columns: dict[Column, Text] = Field({}, description='Maps other column names: {prompt: "{question}", ...}')
-    max_seq_len: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence; longer rows are cut, counted")
-    packing: bool = Field(True, description="Fill each sequence with several documents that cannot see each other")
-    system: Literal["fold", "error", "drop"] = Field(
-        "fold", description="A system message goes into the first user turn, is refused, or is left out"
+    path: Text = Field(
+        description="File (.jsonl .json .csv .parquet .txt; .gz .zst), folder, pattern, s3:// URL, or hub data set"
     )
     split: Text = Field("train", description="Split of a hub data set")
     revision: Text | None = Field(None, description="Revision of a hub data set")
+    format: Format | None = Field(None, description="Not set: data.format")
+    columns: dict[Column, Text] | None = Field(None, description="Not set: data.columns")
+    max_rows: Steps | None = Field(None, description="So many of its first documents at most")
+    repeats: float = Field(1.0, gt=0, le=1000, description="Times a row is seen in an epoch; 0.5: half of the rows are")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="In proportion to those of the other sources, instead of repeats: none is repeated",
+    )
+
+
+def _as_list(value: Any) -> Any:
+    """A source, or its path alone, as a list of one; the paths of a list as sources."""
+    if value is None:
+        return value
+    return [{"path": one} if isinstance(one, str) else one for one in (value if isinstance(value, list) else [value])]
+
+
+class _AnyForm:
+    """Tells the JSON Schema of each form that `_as_list` takes, for editors."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        listed = handler(core)
+        one = [{"type": "string"}, listed["items"]]
+        return {"anyOf": [*one, {**listed, "items": {"anyOf": one}}]}
+
+
+Sources = Annotated[list[Source], Field(min_length=1, max_length=100), BeforeValidator(_as_list), _AnyForm()]
+
+
+class Data(Section):
+    """What is learned from: the rows, how they become tokens, how tokens fill a sequence."""
+
+    train: Sources = Field(description="Training rows: a source, or a list of them")
+    eval: Sources | None = Field(None, description="Held-out rows, likewise")
+    eval_fraction: Share = Field(0.0, description="Share of train held out by content hash when eval is not set")
+    format: Format = Field("auto", description="How a row is read; auto detects it from the columns")
+    columns: dict[Column, Text] = Field({}, description='Maps other column names: {prompt: "{question}", ...}')
+    trained_turns: Literal["all", "last"] = Field("all", description="Answers of a chat that are trained")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="skip: leave up to 0.1% of the rows out, and write them to bad_rows.jsonl"
+    )
+    overlap: Literal["error", "allow"] = Field("error", description="Held-out rows that are training rows too")
+    max_seq_len: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence; longer rows are cut, counted")
+    packing: bool = Field(True, description="Fill each sequence with several documents that cannot see each other")
+    too_long: Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"] = Field(
+        "auto", description="Rows past max_seq_len; auto: chats are cut at the right, documents split"
+    )
+    system: Literal["fold", "error", "drop"] = Field(
+        "fold", description="A system message goes into the first user turn, is refused, or is left out"
+    )
+
+    @field_validator("train", mode="after")
+    @classmethod
+    def _one_kind_of_share(cls, train: list[Source]) -> list[Source]:
+        weighed = [one for one in train if one.weight is not None]
+        if weighed and len(weighed) < len(train):
+            raise rule("some sources have a weight and some none; give each one, or none", key="data.train")
+        if any(one.repeats != 1 for one in weighed):
+            raise rule("a source has a weight and repeats; give one of them", key="data.train")
+        return train
 
 
 class Model(Section):

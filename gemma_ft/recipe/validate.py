@@ -12,14 +12,16 @@ from pydantic_core import ErrorDetails
 from gemma_ft.recipe.faults import Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.yaml_marks import Document
+from gemma_ft.secrets import ACCESS_TOKEN
 
-TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b")
 BOUNDS = {
     "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be {ge:g} or more",
     "less_than": "must be less than {lt:g}",
     "less_than_equal": "must be {le:g} or less",
     "string_too_long": "must be at most {max_length} characters",
+    "too_short": "must name {min_length} or more",
+    "too_long": "must name {max_length} or fewer",
 }
 EXPECTED = {
     "float_type": "a number",
@@ -29,6 +31,7 @@ EXPECTED = {
     "finite_number": "a finite number",
     "model_type": "a block of keys",
     "dict_type": "a block of keys",
+    "list_type": "a path, a block of keys, or a list of them",
     "string_pattern_mismatch": "1 to 64 letters, digits, '.', '_' or '-'",
 }
 
@@ -58,10 +61,12 @@ def annotation_at(path: KeyPath) -> Any:
     here: Any = Recipe
     for part in path:
         section = _section(here)
+        if isinstance(part, int):
+            continue  # one of a list: its section is found as the list's is
         if section is not None and part in section.model_fields:
             here = section.model_fields[str(part)].annotation
-        elif typing.get_origin(here) is dict:
-            here = typing.get_args(here)[1]
+        elif (names := _mapping(here)) is not None:
+            here = typing.get_args(names)[1]
         else:
             return None
     return here
@@ -97,12 +102,16 @@ def _keys(path: KeyPath) -> list[str]:
     return list(section.model_fields) + ([] if path else ["extends"])
 
 
+def _mapping(annotation: Any) -> Any:
+    """The dict in an annotation such as `dict[str, str] | None`."""
+    return next((one for one in (annotation, *typing.get_args(annotation)) if typing.get_origin(one) is dict), None)
+
+
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The block in an annotation such as `Adapter | None`."""
-    for part in (annotation, *typing.get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
+    """The block in an annotation such as `Adapter | None`, or `list[Source]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _section(part)) is not None), None)
 
 
 def _fault(detail: ErrorDetails, document: Document) -> Fault | None:
@@ -112,8 +121,8 @@ def _fault(detail: ErrorDetails, document: Document) -> Fault | None:
         if any(str(part).startswith("literal[") for part in path):
             return None
         path = path[:2] + tuple(part for part in path[2:] if isinstance(part, int))
-    elif path[:2] == ("data", "columns"):
-        path = path[:3]  # the fourth says whether it is the key or the value
+    elif "columns" in path:
+        path = path[: path.index("columns") + 2]  # what follows says whether it is the key or the value
     if detail["type"] == "rule":
         key = detail["ctx"]["key"]
         path = tuple(key.split(".")) if key else path
@@ -133,7 +142,7 @@ def _text(detail: ErrorDetails, path: KeyPath) -> str:
     if kind == "rule":
         return str(context["text"])
     if kind == "missing":
-        return "missing; every recipe needs it"
+        return f"missing; every {'recipe' if len(path) < 3 else 'source'} needs it"
     if kind == "extra_forbidden":
         return unknown_key(path)
     if kind == "string_too_short":
@@ -157,6 +166,6 @@ def _access_tokens(value: Any, path: KeyPath, document: Document) -> Iterator[Fa
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _access_tokens(item, (*path, index), document)
-    elif isinstance(value, str) and TOKEN.search(value):
+    elif isinstance(value, str) and ACCESS_TOKEN.search(value):
         text = "looks like an access token; keep it out of recipes and commands: log in, or set it in the environment"
         yield Fault(_mark(path, document), dotted(path), text)

@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import BuiltData
+from gemma_ft.build_data import BuiltData
 from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, is_disk_full, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
+from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
 from gemma_ft.train.display import Display, show_summary
@@ -37,7 +38,7 @@ from gemma_ft.weights import Source
 
 # What a run is made of beside its recipe, and what is said of it when it changed.
 INPUTS = {
-    "data": "{recipe.data.train} gives other training rows",
+    "data": "{names} gives other training rows",
     "tokenizer": "the tokenizer is another",
     "base": "the base weights are others",
 }
@@ -65,7 +66,9 @@ class Course:
     def __post_init__(self) -> None:
         rows = self.data.train.examples.fingerprint()
         if len(set(self.world.gather(rows))) > 1:
-            raise UserError(f"{self.recipe.data.train}: ranks read different rows; give every machine the same files")
+            raise UserError(
+                f"{names_of(self.recipe.data.train)}: ranks read different rows; give every machine the same files"
+            )
         inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
         self.trackers: list[Tracker] = []
@@ -95,7 +98,7 @@ class Course:
         for name, value in now["inputs"].items():
             if before["inputs"].get(name) == value:
                 continue
-            what = INPUTS[name].format(recipe=self.recipe)
+            what = INPUTS[name].format(names=names_of(self.recipe.data.train))
             if name not in allow_drift:
                 raise UserError(
                     f"{self.run.root}: cannot resume: {what} than before; restore it, start a new output_dir, or give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_ft.build import BuiltData
+from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
@@ -38,8 +38,10 @@ def outlook(
         ("attention", f"{choice.name}: {choice.reason}"),
         ("data", f"{data.train_source}: {lines[0]}"),
         *(("", line) for line in lines[1:]),
-        ("format", data.train_format),
+        *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),
     ]
+    if data.skipped:
+        rows.append(("", f"{len(data.skipped):,} bad rows left out, see bad_rows.jsonl"))
     if data.held_out is not None:
         totals, _, *notes = data.held_out.stats.describe().splitlines()
         rows += [("held out", f"{data.eval_source}: {totals}"), *(("", note) for note in notes)]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma_ft.build import build_data, build_model, build_tokenizer, inputs_of
+from gemma_ft.build import build_model, build_tokenizer, inputs_of
+from gemma_ft.build_data import build_data
 from gemma_ft.checkpoint import newest_valid
 from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import build_canary
@@ -117,4 +118,5 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
                 if mode.overwrite:
                     run.clear()
                 run.write_recipe(recipe)
+                run.write_bad_rows(data.skipped)
         return course.go(checkpoint)

@@ -44,7 +44,7 @@ class RunDir(RunFiles):
     def _all(self) -> tuple[Path, ...]:
         """Everything a run writes; recipe.yaml last, for it is what says that the rest is a run's."""
         folders = (self.checkpoints, self.adapter, self.model, self.root / "tensorboard", self.root / "wandb")
-        results = (self.summary, self.report, self.eval_results, self.certificate)
+        results = (self.summary, self.report, self.eval_results, self.certificate, self.bad_rows)
         return (*results, *self._logs, *folders, self.recipe)
 
     @property
@@ -147,6 +147,14 @@ class RunDir(RunFiles):
             replace_text(self.recipe, dump_recipe(recipe))
         except OSError as error:
             raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
+
+    def write_bad_rows(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Write where each row lies that was left out, and why; no file where none was."""
+        lines = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in rows]
+        if lines:
+            replace_text(self.bad_rows, "".join(lines))
+        else:
+            self.bad_rows.unlink(missing_ok=True)
 
     def steps_finished(self) -> int | None:
         """Steps of a run that came to its end, or None."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft.build import BuiltData
+from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary, canary_losses
 from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, held_out_loss, questions_of
 from gemma_ft.recipe.schema import Eval

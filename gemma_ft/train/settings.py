@@ -8,14 +8,15 @@ from pathlib import Path
 from trl import SFTConfig
 
 from gemma_ft import runtime
+from gemma_ft.data.examples import steps_per_epoch
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.world import World
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run over so many examples; the last step of an epoch may be a smaller batch."""
-    per_epoch = math.ceil(examples / recipe.train.global_batch_size)
+    """Optimizer steps of a run over so many examples."""
+    per_epoch = steps_per_epoch(examples, recipe.train.global_batch_size)
     return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
 
 

@@ -28,7 +28,10 @@ SURFACE = {
         "--help",
     ],
     "gemma-ft checkpoints": ["RUN", "--verify", "--prune", "--help"],
-    "gemma-ft preview": ["RECIPE", "KEY=VALUE", "--rows", "--help"],
+    "gemma-ft preview": ["RECIPE", "KEY=VALUE", "--rows", "--row-id", "--html", "--help"],
+    "gemma-ft data": ["--help"],
+    "gemma-ft data check": ["RECIPE", "KEY=VALUE", "--out", "--strict", "--help"],
+    "gemma-ft data fix": ["RECIPE", "--out", "KEY=VALUE", "--help"],
     "gemma-ft schema": ["--help"],
     "gemma-ft eval": [
         "RECIPE_OR_RUN",

@@ -56,12 +56,20 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     original = room.encode_chunk
 
-    def encode(how: Reading, chunk: Any, path: Path) -> BadRows:
+    def encode(how: Reading, chunk: Any, path: Path) -> None:
         made.append(chunk.where(0))
-        return original(how, chunk, path)
+        original(how, chunk, path)
 
     monkeypatch.setattr(room, "encode_chunk", encode)
     return made
+
+
+def documents_of(cache: Cache, source: str, encoder: ChatEncoder) -> Documents:
+    """All good rows of a source, out of the cache. Raises: DataError for bad ones."""
+    bad = BadRows()
+    found = cache.documents(read_chunks(source), reading(encoder), bad)
+    bad.raise_if_any()
+    return found
 
 
 def said(documents: Documents) -> list[Any]:
@@ -80,7 +88,7 @@ def test_what_comes_back_is_what_memory_would_hold(
     items = parse_rows(read_rows(source))
     expected = Documents.of(items, encoder)
     for _ in range(2):
-        found = cache.documents(read_chunks(source), reading(encoder))
+        found = documents_of(cache, source, encoder)
         assert said(found) == said(expected)
         assert (found.items, len(found)) == (161, 160)
         assert found.contents() == expected.contents()
@@ -101,7 +109,7 @@ def test_a_change_of_one_row_encodes_its_neighbourhood_only(
     change: str,
 ) -> None:
     rows, cache = lines(300), Cache(tmp_path / "cache", 1)
-    cache.documents(read_chunks(written(rows)), reading(encoder))
+    documents_of(cache, written(rows), encoder)
     row = json.dumps({"question": "New?", "answer": "Yes."})
     if change == "changed":
         rows[150] = row
@@ -111,7 +119,7 @@ def test_a_change_of_one_row_encodes_its_neighbourhood_only(
         gone = rows.pop(150)
         rows += [gone] if change.startswith("moved") else []
     made = encodings(monkeypatch)
-    found = cache.documents(read_chunks(written(rows)), reading(encoder))
+    found = documents_of(cache, written(rows), encoder)
     assert 1 <= len(made) <= 3
     assert said(found) == said(Documents.of(parse_rows(read_rows(written(rows))), encoder))
 
@@ -135,7 +143,7 @@ def test_a_damaged_file_is_made_anew(
     encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, damage: str
 ) -> None:
     source, cache = written(lines(50)), Cache(tmp_path / "cache", 1)
-    expected = said(cache.documents(read_chunks(source), reading(encoder)))
+    expected = said(documents_of(cache, source, encoder))
     files = sorted((tmp_path / "cache").rglob("*.arrow"))
     assert len(files) > 2
     before = {path: path.read_bytes() for path in files}
@@ -143,24 +151,41 @@ def test_a_damaged_file_is_made_anew(
         at = len(data) // 2
         flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         path.write_bytes({"cut": data[:at], "flipped": flipped, "emptied": b""}[damage])
-    assert said(cache.documents(read_chunks(source), reading(encoder))) == expected
+    assert said(documents_of(cache, source, encoder)) == expected
     assert {path: path.read_bytes() for path in files} == before
     assert sorted((tmp_path / "cache").rglob("*.*")) == files, "nothing half-written is left"
 
 
-def test_bad_rows_are_told_and_nothing_of_their_chunk_is_kept(
-    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path
+def test_bad_rows_are_told_each_time_and_wherever_they_lie(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = lines(40)
+    rows, cache, made = lines(40), Cache(tmp_path / "cache", 1), encodings(monkeypatch)
     for number in (3, 20, 37):
         rows[number] = '{"question": 3, "answer": "x"}'
-    source, cache = written(rows), Cache(tmp_path / "cache", 1)
+    source = written(rows)
     for _ in range(2):
         with pytest.raises(DataError) as caught:
-            cache.documents(read_chunks(source), reading(encoder))
+            documents_of(cache, source, encoder)
         assert str(caught.value).splitlines() == [
             f"{source}:{number}: 'question' is a number, expected text" for number in (4, 21, 38)
         ]
+    before = len(made)
+    bad = BadRows()
+    found = cache.documents(read_chunks(written(["", *rows])), reading(encoder), bad)
+    assert [where for where, _ in bad.rows] == [f"{source}:{number}" for number in (5, 22, 39)]
+    assert len(found) == 37
+    assert len(made) <= before + 1, "what lies further down is the same"
+
+
+def test_a_limit_stops_the_reading(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = encodings(monkeypatch)
+    found = Cache(tmp_path / "cache", 1).documents(
+        read_chunks(written(lines(300))), reading(encoder), BadRows(), limit=20
+    )
+    assert 20 <= len(found) < 20 + chunks.MOST_ROWS
+    assert len(made) == len(found.parts)
 
 
 def test_several_processes_give_what_one_gives(
@@ -169,9 +194,9 @@ def test_several_processes_give_what_one_gives(
     monkeypatch.setattr(room, "ALONE", 1)
     rows = lines(80)
     source, made = written(rows), encodings(monkeypatch)
-    several = Cache(tmp_path / "several", 2).documents(read_chunks(source), reading(encoder))
+    several = documents_of(Cache(tmp_path / "several", 2), source, encoder)
     assert len(made) == 1, "the others were encoded elsewhere"
-    assert said(several) == said(Cache(tmp_path / "one", 1).documents(read_chunks(source), reading(encoder)))
+    assert said(several) == said(documents_of(Cache(tmp_path / "one", 1), source, encoder))
     names = [sorted(path.name for path in (tmp_path / name).rglob("*.arrow")) for name in ("one", "several")]
     assert names[0] == names[1]
 
@@ -181,5 +206,5 @@ def test_a_folder_that_cannot_be_written_is_told(
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DiskError) as caught:
-        Cache(tmp_path / "cache", 1).documents(read_chunks(written(lines(3))), reading(encoder))
+        documents_of(Cache(tmp_path / "cache", 1), written(lines(3)), encoder)
     assert str(caught.value).endswith("; set GEMMA_FT_CACHE to a folder with room")

@@ -105,7 +105,8 @@ def test_detection_follows_most_rows_and_names_the_others() -> None:
 
 def test_unknown_format() -> None:
     assert message(PAIR, format="chatml") == (
-        "data.format: unknown format 'chatml'; use auto, messages, sharegpt, alpaca, prompt_completion, text"
+        "data.format: unknown format 'chatml'; "
+        "use auto, messages, sharegpt, alpaca, prompt_completion, text, preference"
     )
 
 
@@ -235,11 +236,14 @@ def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"promt": "{q}"}, "data.columns: unknown key 'promt'; use prompt, completion, system, messages, text"),
+        (
+            {"promt": "{q}"},
+            "data.columns: unknown key 'promt'; use prompt, completion, system, messages, text, chosen, rejected",
+        ),
         (
             {"prompt": "{q}"},
-            "data.columns: got prompt; give prompt and completion, or messages, or text "
-            "(system may be added to the first two)",
+            "data.columns: got prompt; give prompt and completion, or messages, or text, "
+            "or prompt, chosen and rejected (system goes with all but text)",
         ),
         ({"text": "{q}", "system": "s"}, "data.columns: system does not go with text; a plain document has no turns"),
         ({"text": "{q"}, "data.columns.text: cannot read '{' in '{q'; " + SYNTAX),

@@ -6,9 +6,9 @@ import pytest
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.dataset import Prepared, prepare, split_by_hash
+from gemma_ft.data.faults import find_faults
 from gemma_ft.data.formats import detect_format, parse_rows
 from gemma_ft.data.items import Document
-from gemma_ft.data.preview import find_faults
 from gemma_ft.data.sources import read_rows
 
 Find = Callable[[str], str]

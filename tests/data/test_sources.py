@@ -155,8 +155,9 @@ def test_missing_files(file: File) -> None:
 
 def test_folders_and_unknown_types(file: File) -> None:
     Path(file("a.docx", "x")).with_name("chats").mkdir()
-    kinds = ".jsonl, .json, .csv, .parquet or .txt"
-    assert message("chats") == f"chats: is a folder; name one file in it ({kinds})"
+    kinds = ".jsonl, .json, .csv, .parquet or .txt, also with .gz or .zst behind it"
+    assert message("chats") == f"chats: the folder holds no file of rows ({kinds})"
+    assert message("chats/*.x") == f"chats/*.x: the pattern holds no file of rows ({kinds})"
     assert message("a.docx") == f"a.docx: cannot tell the file type from '.docx'; use {kinds}"
 
 

@@ -44,7 +44,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(rows: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"output_dir={out}", f"data.train={rows}", f"data.eval={rows}", "data.max_seq_len=160", "train.max_steps=3",
+        f"output_dir={out}", f"data.train={rows}", f"data.eval={rows}", "data.overlap=allow",
+        "data.max_seq_len=160", "train.max_steps=3",
         "train.learning_rate=0.003", "eval.max_rows=8", "eval.generate_rows=3", "eval.max_new_tokens=40",
         "eval.batch_size=4", "adapter.rank=4", "checkpoint.every_steps=null", *more,
     ]  # fmt: skip
@@ -355,7 +356,8 @@ def test_what_cannot_be_evaluated(trained: Run, rows: Path, tmp_path: Path) -> N
     assert refused(str(run), options={"metrics": ["numeric_match"]}) == (
         "--metrics: numeric_match needs a number after '####' in every held-out answer; leave it out"
     )
-    fresh = find_subject("tiny_base", [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}"])
+    words = [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}", "data.overlap=allow"]
+    fresh = find_subject("tiny_base", words)
     with pytest.raises(UserError) as error:
         chosen_models(fresh, None)
     assert str(error.value) == ("tiny_base: nothing to evaluate: fresh weights, and no finished run in its output_dir")

@@ -200,7 +200,12 @@ def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> 
 def test_a_long_document_is_no_more_probes_than_asked_for(base: Path, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text('{"text": "' + "one two three " * 400 + '"}\n')
     run = run_of(
-        tmp_path, base, "strategy=lora", f"data.eval={tmp_path / 'long.jsonl'}", f"data.train={tmp_path / 'long.jsonl'}"
+        tmp_path,
+        base,
+        "strategy=lora",
+        "data.overlap=allow",
+        f"data.eval={tmp_path / 'long.jsonl'}",
+        f"data.train={tmp_path / 'long.jsonl'}",
     )
     found = probes_for(merged_weights(place_of(run)), 1)
     assert (len(found.probes), found.random) == (1, False)

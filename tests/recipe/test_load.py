@@ -45,7 +45,7 @@ def test_text_on_the_command_line_is_taken_as_it_is(write: Write) -> None:
     recipe = load_recipe(write(), [*overrides, "model.weights=null", "output_dir=a=b", 'data.train="true"']).recipe
     assert recipe.data.columns == {"prompt": "{question}", "completion": "{a.b} and {c}"}
     assert (recipe.logging.run_name, recipe.model.weights) == ("2024", None)
-    assert (recipe.output_dir, recipe.data.train) == ("a=b", "true")
+    assert (recipe.output_dir, recipe.data.train[0].path) == ("a=b", "true")
 
 
 @pytest.mark.parametrize(

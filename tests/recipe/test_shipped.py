@@ -44,7 +44,7 @@ def test_size_and_strategy_are_each_selectable(name: str, preset: str, overrides
     assert recipe.model.preset == preset
     assert (recipe.adapter is None) == (recipe.strategy == "full")
     assert (recipe.quantize is None) == (recipe.strategy != "qlora")
-    assert locate(recipe.data.train) is not None, "a shipped recipe names data that is there"
+    assert all(locate(source.path) for source in recipe.data.train), "a shipped recipe names data that is there"
 
 
 def test_shipped_files_are_found_from_anywhere_and_only_below_their_root(tmp_path: Path, monkeypatch) -> None:
@@ -62,7 +62,8 @@ def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
     shutil.copytree(source / "recipe", package / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(source / "errors.py", package)
+    for name in ("errors.py", "secrets.py"):
+        shutil.copy(source / name, package)
     (package / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")
     script = "from gemma_ft.recipe.load import load_recipe; print(load_recipe('sft_7b').path)"

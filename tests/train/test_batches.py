@@ -48,6 +48,21 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 4))
+def test_rows_of_a_step_are_cut_longest_first(tokens: list[int], micro: int, times: int) -> None:
+    """Little is padded, and each step still holds the rows that it would have without."""
+    step = micro * times
+    plain, sorted_ = (
+        list(StepBatches(len(tokens), step_rows=step, micro_rows=micro, seed=3, tokens=given))
+        for given in (None, tokens)
+    )
+    per_step = math.ceil(min(step, len(tokens)) / micro)
+    for at in range(0, len(plain), per_step):
+        one, other = ([row for batch in batches[at : at + per_step] for row in batch] for batches in (plain, sorted_))
+        assert sorted(one) == sorted(other)
+        assert [tokens[row] for row in other] == sorted((tokens[row] for row in one), reverse=True)
+
+
 def test_held_out_rows_keep_their_order() -> None:
     rows = [list(StepBatches(7, step_rows=7, micro_rows=2, seed=None, rank=rank, ranks=2)) for rank in (0, 1)]
     assert rows == [[[0, 1], [4, 5]], [[2, 3], [6]]]

@@ -70,7 +70,16 @@ class Note:
     kind: ClassVar[str] = "note"
 
 
-Block = Cards | Table | Picture | Sample | Code | Note
+@dataclass(frozen=True)
+class Tokens:
+    """Pieces of text that follow each other without a gap: (CSS class, text, a hint or nothing) of each."""
+
+    title: str
+    tokens: Sequence[tuple[str, str, str]]
+    kind: ClassVar[str] = "tokens"
+
+
+Block = Cards | Table | Picture | Sample | Code | Note | Tokens
 
 
 @dataclass(frozen=True)

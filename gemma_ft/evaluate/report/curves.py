@@ -80,8 +80,10 @@ def curve_picture(panels: Sequence[Panel], *, height: float = 2.9) -> str | None
         return uri()
 
 
-def histogram_picture(counts: Sequence[int], bin_width: int, *, title: str, x_label: str) -> str:
-    """Counts of values 1..w, w+1..2w, ... as a data URI."""
+def histogram_picture(
+    counts: Sequence[int], bin_width: int, *, title: str, x_label: str, mark: tuple[int, str] | None = None
+) -> str:
+    """Counts of values 1..w, w+1..2w, ... as a data URI; `mark`: a value and its name, where it is near the bars."""
     with _figure(1, 2.3) as (axes, uri):
         axes[0].set_title(title)
         starts = [number * bin_width for number in range(len(counts))]
@@ -89,6 +91,9 @@ def histogram_picture(counts: Sequence[int], bin_width: int, *, title: str, x_la
         axes[0].set_xlabel(x_label)
         axes[0].set_xlim(left=0)
         axes[0].grid(axis="x", visible=False)
+        if mark and mark[0] <= 1.25 * bin_width * len(counts):
+            axes[0].axvline(mark[0], color=COLOURS[4], linestyle="--", linewidth=1.2, label=mark[1])
+            axes[0].legend(fontsize=8, loc="upper center" if mark[0] > 0.7 * axes[0].get_xlim()[1] else "upper right")
         return uri()
 
 

@@ -32,15 +32,19 @@ def write_report(root: Path, out: Path) -> Path:
 def write_page(out: Path, html: str) -> Path:
     """Write a page where none, or an older one, is. Raises: UserError when something else is there."""
     try:
-        if out.exists():
-            head = out.read_bytes()[:1000].decode("utf-8", errors="replace") if out.is_file() else ""
-            if f'content="{GENERATOR.split()[0]} ' not in head:
-                raise UserError(f"{out}: is there and is no report; name another file with --out")
+        if out.exists() and not is_page(out):
+            raise UserError(f"{out}: is there and is no report; name another file with --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(out, html)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
     return out
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was made here."""
+    head = path.read_bytes()[:1000].decode("utf-8", errors="replace") if path.is_file() else ""
+    return f'content="{GENERATOR.split()[0]} ' in head
 
 
 def sections_of(run: RunFacts) -> list[Section]:

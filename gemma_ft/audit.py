@@ -1,0 +1,116 @@
+"""The data of a recipe looked through before anything is trained, and cleaned copies of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from gemma_ft.build import build_tokenizer
+from gemma_ft.build_data import as_described, chunks_of, reading_of
+from gemma_ft.checkpoint import as_json, commit_folder, replace_text
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.check.clean import Copy, copy_clean
+from gemma_ft.data.check.findings import Severity
+from gemma_ft.data.check.rows import RowSource, Side
+from gemma_ft.data.check.show import show_copies, show_report
+from gemma_ft.data.check.survey import survey
+from gemma_ft.errors import UserError
+from gemma_ft.load import located
+from gemma_ft.recipe.schema import Data, Recipe, Source
+
+
+def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:
+    """Look at all rows of a recipe's sources, print what was found, write it to the file `out` as JSON.
+
+    Returns 2 when there is an error (`strict`: or a warning), else 0. Raises: UserError and its children.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give a file with --out")
+    with _counted(console, "looked at") as progress:
+        report = survey(
+            row_sources(recipe),
+            max_seq_len=recipe.data.max_seq_len,
+            too_long=recipe.data.too_long,
+            severities=_severities(recipe.data),
+            skip_bad_rows=recipe.data.on_bad_row == "skip",
+            progress=progress,
+        )
+    show_report(report, console)
+    try:
+        replace_text(out, as_json(report.as_dict()))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    console.print(f"report: {out}", markup=False, highlight=False, soft_wrap=True)
+    return 2 if report.findings.worst() in ("error", *(["warning"] if strict else [])) else 0
+
+
+def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
+    """Write a cleaned copy of each source of a recipe, and changes.jsonl, to the new folder `out`; it appears complete
+    or not at all.
+
+    Raises: UserError and its children, also when there is something at `out`.
+    """
+    place = out.resolve()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"{out}: exists already; choose another --out, or move it away")
+    for _, source in sources_of(recipe):
+        folder = Path(located(source.path))
+        if folder.is_dir() and place.is_relative_to(folder.resolve()):
+            raise UserError(f"{out}: lies in {source.path}, whose files are all read as rows; choose another --out")
+    sources = row_sources(recipe)
+    copies: list[Copy] = []
+
+    def write(folder: Path) -> None:
+        with _counted(console, "copied") as progress:
+            copies.extend(copy_clean(sources, folder, progress))
+        with contextlib.suppress(FileNotFoundError):
+            place.rmdir()  # it was empty; what has appeared in it since is not ours to remove
+
+    try:
+        commit_folder(place, write, manifest=False, replace=False, go_on="run again")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    show_copies(copies, out, console)
+
+
+def row_sources(recipe: Recipe) -> list[RowSource]:
+    """The sources of a recipe as the data room takes them. Raises: UserError and its children."""
+    data = recipe.data
+    encoder = ChatEncoder(build_tokenizer(recipe), data.system, data.trained_turns)
+    found = []
+    for side, source in sources_of(recipe):
+        read_as = source if side == "train" else as_described(source, data)
+        reading, why = reading_of(read_as, data, encoder)
+        found.append(RowSource(side, source.path, partial(chunks_of, source), reading, why))
+    return found
+
+
+def sources_of(recipe: Recipe) -> list[tuple[Side, Source]]:
+    """All that a recipe trains on and holds out."""
+    return [("train", one) for one in recipe.data.train] + [("eval", one) for one in recipe.data.eval or ()]
+
+
+def _severities(data: Data) -> dict[str, Severity]:
+    """What weighs otherwise because the recipe says how it is dealt with."""
+    weighed: dict[str, Severity] = {"overlap": "note"} if data.overlap == "allow" else {}
+    return weighed | {"too_long": "error"} if data.too_long == "error" else weighed
+
+
+@contextlib.contextmanager
+def _counted(console: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Shows how many rows there have been, while there is somebody to see it."""
+    shown = Progress(
+        TextColumn("{task.completed:,} rows {task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with shown:
+        task = shown.add_task(what, total=None)
+        yield lambda rows: shown.advance(task, rows)

@@ -1,0 +1,235 @@
+"""The sources of a recipe become the examples that are trained on, and the items that are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft import runtime
+from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.cache import Cache, Reading, items_at
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.chunks import Chunk
+from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, shares, split_by_hash, times
+from gemma_ft.data.documents import Documents
+from gemma_ft.data.formats import check_format, detect_format
+from gemma_ft.data.items import Conversation, Item, content_hash
+from gemma_ft.data.sources import Row, read_chunks, rows_of
+from gemma_ft.errors import DataError
+from gemma_ft.load import located
+from gemma_ft.recipe.paths import names_of
+from gemma_ft.recipe.schema import Data, Recipe, Source
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class BuiltData:
+    """What a run reads: examples for training and for the held-out loss, and the held-out conversations as they
+    were.
+    """
+
+    encoder: ChatEncoder
+    train: Prepared
+    held_out: Prepared | None
+    held_out_items: Sequence[Item]
+    train_source: str
+    train_format: str  # the format of the training rows, and why; of several sources a line each
+    eval_source: str | None
+    overlap: int  # held-out rows that are training rows too
+    skipped: Sequence[tuple[str, str]]  # (where, reason) of bad rows that were left out
+
+
+def build_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress = lambda documents: None
+) -> BuiltData:
+    """Read, check, encode and pack the recipe's rows; what was encoded before is taken from the cache. `progress` hears
+    how many training documents have come.
+
+    Raises: DataError naming what is wrong, rows by their place; DiskError when the cache cannot be written.
+    """
+    data = recipe.data
+    encoder = ChatEncoder(tokenizer, data.system, data.trained_turns)
+    skipped = BadRows()
+    sources = [read_source(source, data, encoder, skipped, progress) for source in data.train]
+    documents, chosen, held_out = _parted(recipe, sources, encoder, skipped)
+    train = arrange(
+        documents, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long, chosen=chosen
+    )
+    scored = _scored(recipe, held_out, encoder)
+    seen = {documents.contents()[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
+    overlap = sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items)
+    if overlap and data.overlap == "error":
+        raise DataError(
+            f"data.eval: {overlap:,} held-out rows of {len(held_out.items):,} are training rows too, and their scores "
+            "would mean little; take them out of data.train, or set data.overlap: allow"
+        )
+    return BuiltData(
+        encoder=encoder,
+        train=train,
+        held_out=scored,
+        held_out_items=held_out.items,
+        train_source=names_of(data.train),
+        train_format="\n".join(one.told(len(sources) > 1) for one in sources),
+        eval_source=held_out.source,
+        overlap=overlap,
+        skipped=skipped.rows,
+    )
+
+
+def conversations(items: Sequence[Item]) -> list[Conversation]:
+    """The conversations among items: those that can be answered by generation."""
+    return [item for item in items if isinstance(item, Conversation)]
+
+
+def chunks_of(source: Source) -> Iterator[Chunk]:
+    """The rows of one source, unparsed. Raises: DataError when it cannot be read."""
+    return read_chunks(located(source.path), split=source.split, revision=source.revision)
+
+
+def as_described(source: Source, data: Data) -> Source:
+    """A held-out source as it is read: `data.format` and `data.columns` describe data.train, and hold here where rows
+    have the same fields; otherwise (training rows were replaced on the command line, say) the format is detected.
+    """
+    if source.format is not None or source.columns is not None:
+        return source
+    alike = _first_rows(source)[0].fields.keys() == _first_rows(data.train[0])[0].fields.keys()
+    return source if alike else source.model_copy(update={"format": "auto", "columns": {}})
+
+
+def reading_of(source: Source, data: Data, encoder: ChatEncoder) -> tuple[Reading, str]:
+    """How the rows of a source are read, and why. Raises: DataError when that cannot be told, or there is no row."""
+    given = data.columns if source.columns is None else source.columns
+    columns = {str(key): template for key, template in given.items()}
+    form, why = str(source.format or data.format), "named in the recipe"
+    check_format(form, columns)
+    rows = _first_rows(source)
+    if form == "auto":
+        form, why = detect_format(rows, columns)
+        check_format(form, columns)
+    return Reading(form, columns, encoder), why
+
+
+@dataclass(frozen=True)
+class ReadSource:
+    """One source of training rows, encoded."""
+
+    source: Source
+    reading: Reading
+    why: str
+    documents: Documents
+
+    def told(self, among_others: bool) -> str:
+        """Its format and why; among others also its name, and how often its rows are seen."""
+        if not among_others:
+            return f"{self.reading.format}: {self.why}"
+        return f"{self.source.path}: {self.count:,} documents, {self.reading.format}: {self.why}"
+
+    @property
+    def count(self) -> int:
+        """Documents of it that are meant: all, or as many as max_rows."""
+        return min(len(self.documents), self.source.max_rows or len(self.documents))
+
+
+def read_source(
+    source: Source, data: Data, encoder: ChatEncoder, skipped: BadRows, progress: Progress = lambda documents: None
+) -> ReadSource:
+    """The rows of a source, encoded. Bad ones are told, or left out and added to `skipped`, as the recipe says.
+
+    Raises: DataError.
+    """
+    reading, why = reading_of(source, data, encoder)
+    bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
+    cache = Cache(runtime.cache_folder(), runtime.processors())
+    documents = cache.documents(chunks_of(source), reading, bad, progress=progress, **more)
+    _settle(bad, documents.items + bad.count, data, skipped)
+    return ReadSource(source, reading, why, documents)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out items, and where they came from."""
+
+    source: str | None
+    items: Sequence[Item]
+
+
+def _parted(
+    recipe: Recipe, sources: Sequence[ReadSource], encoder: ChatEncoder, skipped: BadRows
+) -> tuple[Documents, Any, Held]:
+    """The documents, which of them are trained on, each as often as its source says, and the held-out items."""
+    data = recipe.data
+    documents = Documents.joined([one.documents for one in sources])
+    share = f"{data.eval_fraction:.1%} of {names_of(data.train)}"
+    if data.eval is None and data.eval_fraction and documents.items == 1 and not documents.column("chat").any():
+        (only,) = (item for chunk in chunks_of(data.train[0]) for _, item in sources[0].reading.items(chunk, BadRows()))
+        train, tail = split_by_hash([only], data.eval_fraction, recipe.seed)
+        return Documents.of(train, encoder), numpy.arange(1), Held(share, tail)
+    starts = numpy.cumsum([0, *(len(one.documents) for one in sources)])
+    numbers = [start + numpy.arange(one.count) for start, one in zip(starts, sources, strict=False)]
+    held = Held(None, [])
+    if data.eval is not None:
+        items = [item for source in data.eval for item in _items(source, data, sources, skipped)]
+        held = Held(names_of(data.eval), items)
+    elif data.eval_fraction:
+        out = chosen_by_hash(documents, numpy.concatenate(numbers), data.eval_fraction, recipe.seed)
+        held = Held(share, _held_items(sources, starts, out))
+        numbers = [numpy.setdiff1d(one, out) for one in numbers]
+    repeats = [one.source.repeats for one in sources]
+    if sources[0].source.weight is not None:
+        repeats = shares([one.source.weight or 1.0 for one in sources], [len(one) for one in numbers])
+    contents = documents.contents() if any(repeat % 1 for repeat in repeats) else []
+    chosen = [times(one, repeat, contents, recipe.seed) for one, repeat in zip(numbers, repeats, strict=True)]
+    return documents, numpy.concatenate(chosen), held
+
+
+def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[Item]:
+    """The items of some documents, read again where they lie."""
+    found: list[Item] = []
+    for one, start, end in zip(sources, starts[:-1], starts[1:], strict=True):
+        wanted = out[(out >= start) & (out < end)] - start
+        found += items_at(chunks_of(one.source), one.reading, one.documents, wanted.tolist()) if len(wanted) else []
+    return found
+
+
+def _items(source: Source, data: Data, sources: Sequence[ReadSource], skipped: BadRows) -> list[Item]:
+    """The rows of a held-out source as items."""
+    bad = BadRows()
+    reading, _ = reading_of(as_described(source, data), data, sources[0].reading.encoder)
+    items = [item for chunk in chunks_of(source) for _, item in reading.items(chunk, bad)]
+    _settle(bad, len(items) + bad.count, data, skipped)
+    return items
+
+
+def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | None:
+    """The held-out rows whose loss is scored."""
+    data = recipe.data
+    if not held_out.items:
+        return None
+    try:
+        items = held_out.items[: recipe.eval.max_rows]
+        return prepare(items, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long)
+    except DataError as error:
+        raise DataError(f"held-out rows, {held_out.source}: {error}") from error
+
+
+def _first_rows(source: Source) -> list[Row]:
+    """The first rows of a source that are whole. Raises: DataError when it holds none."""
+    bad = BadRows()
+    for chunk in chunks_of(source):
+        rows = rows_of(chunk, bad)
+        if rows:
+            return rows
+    bad.raise_if_any()
+    raise DataError(f"{located(source.path)}: holds no rows")
+
+
+def _settle(bad: BadRows, rows: int, data: Data, skipped: BadRows) -> None:
+    if data.on_bad_row == "error":
+        bad.raise_if_any()
+    bad.raise_if_many(rows)
+    skipped.extend(bad)

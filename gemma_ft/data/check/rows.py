@@ -1,0 +1,99 @@
+"""The rows of a source with their items and places, a chunk at a time, as a check and a fix both read them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from gemma_ft.data.bad_rows import BadRows
+from gemma_ft.data.cache import Reading
+from gemma_ft.data.chunks import Chunk
+from gemma_ft.data.items import Conversation, Item, content_hash
+
+Side = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows that are trained on, or held out, and how they are read."""
+
+    side: Side
+    name: str
+    chunks: Callable[[], Iterable[Chunk]]  # from its beginning, each time it is asked
+    reading: Reading
+    why: str  # it is read so
+
+
+@dataclass(frozen=True)
+class CheckedRow:
+    """One row that is whole: its offset in the chunk, and what it became."""
+
+    offset: int
+    items: Sequence[Item]
+
+    def digests(self) -> list[bytes]:
+        """The content hash of each item."""
+        return [bytes.fromhex(content_hash(item)) for item in self.items]
+
+    def texts(self) -> list[str]:
+        """All that it says."""
+        return [text for item in self.items for text in _texts(item)]
+
+
+def rows_in(chunk: Chunk, reading: Reading, bad: BadRows) -> list[CheckedRow]:
+    """The rows of a chunk; those that are none are added to `bad`."""
+    found = reading.items(chunk, bad)
+    return [
+        CheckedRow(offset, [item for _, item in group]) for offset, group in groupby(found, key=lambda pair: pair[0])
+    ]
+
+
+def repeats(digests: Sequence[bytes], seen: dict[bytes, int]) -> int | None:
+    """The row that had the first of these items before, where each of them was there; None where one is new."""
+    return seen[digests[0]] if all(digest in seen for digest in digests) else None
+
+
+class ToldBadRows(BadRows):
+    """Hands each bad row on instead of keeping the first few."""
+
+    def __init__(self, tell: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def add(self, where: str, reason: str) -> None:
+        """One bad row, told at once."""
+        self.count += 1
+        self._tell(where, reason)
+
+
+class Places:
+    """Where rows stand, by number in the order they came: two numbers are kept of each."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Chunk] = []
+        self._parts = array("l")
+        self._offsets = array("q")
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def begin(self, chunk: Chunk) -> None:
+        """The rows that follow are of this chunk."""
+        self._chunks.append(Chunk(chunk.source, chunk.first, chunk.unit, ""))
+
+    def add(self, offset: int) -> int:
+        """The number of one more row."""
+        self._parts.append(len(self._chunks) - 1)
+        self._offsets.append(offset)
+        return len(self) - 1
+
+    def where(self, row: int) -> str:
+        """The place as a user finds it."""
+        return self._chunks[self._parts[row]].where(self._offsets[row])
+
+
+def _texts(item: Item) -> list[str]:
+    return [turn.content for turn in item.turns] if isinstance(item, Conversation) else [item.text]

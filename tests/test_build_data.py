@@ -1,0 +1,159 @@
+"""From the sources of a recipe to examples: mixed, capped, repeated, parted, with bad rows told or left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_ft.build import build_tokenizer
+from gemma_ft.build_data import BuiltData, build_data
+from gemma_ft.errors import DataError
+from gemma_ft.recipe.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+Build = Callable[..., BuiltData]
+BAD = '{"question": null, "answer": "x"}'
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer(load_recipe(ROOT / "recipes" / "sft_tiny.yaml").recipe)
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Build:
+    monkeypatch.chdir(tmp_path)
+    words = ["data.eval=null", "data.packing=false", "data.max_seq_len=128"]
+
+    def built(*more: str) -> BuiltData:
+        return build_data(load_recipe(ROOT / "recipes" / "sft_tiny.yaml", [*words, *more]).recipe, tokenizer)
+
+    return built
+
+
+def write(name: str, count: int, *, kind: str = "pair", bad: int = 0) -> str:
+    rows = {
+        "pair": lambda n: {"question": f"{name} {n}?", "answer": f"Answer {n} of {name}."},
+        "text": lambda n: {"text": f"Document {n} of {name}."},
+    }[kind]
+    lines = [json.dumps(rows(n)) for n in range(count)] + [BAD] * bad
+    Path(name).write_text("\n".join(lines) + "\n")
+    return name
+
+
+def seen(data: BuiltData) -> Counter[str]:
+    """How often each row is trained in an epoch."""
+    examples = data.train.examples
+    return Counter(where for row in range(len(examples)) for where in examples.wheres(row))
+
+
+def per_file(data: BuiltData) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for where, times in seen(data).items():
+        found[where.partition(":")[0]] += times
+    return dict(found)
+
+
+def refused(build: Build, *words: str) -> str:
+    with pytest.raises(DataError) as caught:
+        build(*words)
+    return str(caught.value)
+
+
+def test_several_sources_are_one_data_set(build: Build) -> None:
+    write("a.jsonl", 30), write("b.jsonl", 20, kind="text")
+    data = build("data.train=[a.jsonl, b.jsonl]")
+    assert seen(data) == {**{f"a.jsonl:{n}": 1 for n in range(1, 31)}, **{f"b.jsonl:{n}": 1 for n in range(1, 21)}}
+    assert data.train_source == "a.jsonl, b.jsonl"
+    assert data.train_format.splitlines() == [
+        "a.jsonl: 30 documents, prompt_completion: the rows have question, answer",
+        "b.jsonl: 20 documents, text: the rows have text",
+    ]
+
+
+def test_caps_and_repeats(build: Build) -> None:
+    write("a.jsonl", 30), write("b.jsonl", 20)
+    data = build("data.train=[{path: a.jsonl, max_rows: 4, repeats: 3}, {path: b.jsonl, repeats: 0.5}]")
+    found = seen(data)
+    assert {where: times for where, times in found.items() if where.startswith("a")} == {
+        f"a.jsonl:{n}": 3 for n in range(1, 5)
+    }
+    assert per_file(data) == {"a.jsonl": 12, "b.jsonl": 10}
+    assert seen(build("data.train=[{path: a.jsonl, max_rows: 4, repeats: 3}, {path: b.jsonl, repeats: 0.5}]")) == found
+
+
+def test_weights_are_shares_of_the_rows(build: Build) -> None:
+    write("a.jsonl", 90), write("b.jsonl", 20)
+    data = build("data.train=[{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1}]")
+    assert per_file(data) == {"a.jsonl": 60, "b.jsonl": 20}
+    assert max(seen(data).values()) == 1
+
+
+def test_a_source_may_have_its_own_format_and_columns(build: Build) -> None:
+    write("a.jsonl", 3)
+    Path("c.csv").write_text("ask,say\nWhat?,That.\n")
+    columns = "{prompt: '{ask}', completion: '{say}'}"
+    data = build(f"data.train=[a.jsonl, {{path: c.csv, format: prompt_completion, columns: {columns}}}]")
+    assert per_file(data) == {"a.jsonl": 3, "c.csv": 1}
+
+
+def test_held_out_by_hash_over_all_sources(build: Build) -> None:
+    write("a.jsonl", 60), write("b.jsonl", 60)
+    data = build("data.train=[a.jsonl, {path: b.jsonl, repeats: 2}]", "data.eval_fraction=0.2")
+    out = {item.where for item in data.held_out_items}
+    found = seen(data)
+    assert 10 < len(out) < 40
+    assert {where.partition(":")[0] for where in out} == {"a.jsonl", "b.jsonl"}
+    assert not out & found.keys()
+    assert len(out) + len(found) == 120
+    assert {found[where] for where in found if where.startswith("b")} == {2}
+    assert data.eval_source == "20.0% of a.jsonl, b.jsonl"
+    before = {item.where for item in build("data.train=a.jsonl", "data.eval_fraction=0.2").held_out_items}
+    assert {where for where in out if where.startswith("a")} == before, "other rows move none"
+
+
+def test_held_out_rows_that_are_trained_are_refused(build: Build) -> None:
+    write("a.jsonl", 8)
+    Path("e.jsonl").write_text("".join(Path("a.jsonl").read_text().splitlines(True)[:2]))
+    assert refused(build, "data.train=a.jsonl", "data.eval=e.jsonl") == (
+        "data.eval: 2 held-out rows of 2 are training rows too, and their scores would mean little; take them out of "
+        "data.train, or set data.overlap: allow"
+    )
+    assert build("data.train=a.jsonl", "data.eval=e.jsonl", "data.overlap=allow").overlap == 2
+    assert build("data.train={path: a.jsonl, max_rows: 1}", "data.eval=e.jsonl", "data.overlap=allow").overlap == 1
+
+
+def test_bad_rows_are_left_out_within_a_budget(build: Build) -> None:
+    write("a.jsonl", 4000, bad=4), write("b.jsonl", 30, bad=1), write("c.jsonl", 30, bad=2)
+    words = ("data.on_bad_row=skip", "data.max_seq_len=64")
+    data = build("data.train=[a.jsonl, b.jsonl]", *words)
+    assert list(data.skipped) == [(f"a.jsonl:{n}", "'question' is null, expected text") for n in range(4001, 4005)] + [
+        ("b.jsonl:31", "'question' is null, expected text")
+    ]
+    assert sum(seen(data).values()) == 4030
+    assert refused(build, "data.train=c.jsonl", *words).splitlines() == [
+        "2 of 32 rows are bad, more than data.on_bad_row: skip leaves out (0.1%); mend them, or the format",
+        "c.jsonl:31: 'question' is null, expected text",
+        "c.jsonl:32: 'question' is null, expected text",
+    ]
+    assert refused(build, "data.train=b.jsonl") == "b.jsonl:31: 'question' is null, expected text"
+
+
+def test_bad_held_out_rows_are_told_as_well(build: Build) -> None:
+    write("a.jsonl", 5), write("e.jsonl", 3, bad=1)
+    assert refused(build, "data.train=a.jsonl", "data.eval=e.jsonl") == "e.jsonl:4: 'question' is null, expected text"
+    assert build("data.train=a.jsonl", "data.eval=e.jsonl", "data.on_bad_row=skip").skipped == [
+        ("e.jsonl:4", "'question' is null, expected text")
+    ]
+
+
+def test_a_document_alone_is_parted_at_a_line(build: Build) -> None:
+    Path("one.txt").write_text("".join(f"Line {n}.\n" for n in range(60)))
+    data = build("data.train=one.txt", "data.eval_fraction=0.1")
+    assert data.held_out_items[0].text.startswith("Line 5")  # type: ignore[union-attr]
+    assert data.overlap == 0
