@@ -61,7 +61,8 @@ def build_data(
         documents, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long, chosen=chosen
     )
     scored = _scored(recipe, held_out, encoder)
-    seen = {documents.contents()[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
+    contents = documents.contents() if held_out.items else []
+    seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
     overlap = sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items)
     if overlap and data.overlap == "error":
         raise DataError(

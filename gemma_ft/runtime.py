@@ -100,6 +100,11 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def one_thread_for_tokens() -> None:
+    """Have the tokenizer work in the calling thread alone: where there is a process for each core already."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def launched() -> Launch:
     """What the launcher says in the environment, in the words of an accelerate config; asked once by a process.
 

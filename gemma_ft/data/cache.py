@@ -27,6 +27,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from gemma_ft import runtime
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chunks import Chunk
@@ -191,6 +192,7 @@ def _start(reading: Reading) -> None:
     """In a worker: signals are for the process that it works for, and it ends with that."""
     global _reading
     _reading = reading
+    runtime.one_thread_for_tokens()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

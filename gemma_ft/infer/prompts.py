@@ -106,7 +106,7 @@ def _of_chat(row: Row, item: Conversation, system: str | None, raw: bool) -> Pro
 def _with_answer(fields: Fields, format: str = "auto") -> dict[str, Any]:
     """A row's fields with an answer beside a question that has none, as `format` or any would have it."""
     filled = dict(fields)
-    answered = any(question in fields and answer in fields for question, answer in PAIRS)
+    answered = "chosen" in fields or any(question in fields and answer in fields for question, answer in PAIRS)
     if "instruction" in fields and "instances" not in fields and format in ("auto", "alpaca"):
         filled.setdefault("output", UNANSWERED)
     elif not answered and format in ("auto", "prompt_completion"):

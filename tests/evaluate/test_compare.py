@@ -299,7 +299,7 @@ def test_documents_are_scored_in_windows(tmp_path: Path) -> None:
     subject = find_subject(
         "sft_tiny",
         [f"data.train={text}", "data.eval=null", "data.eval_fraction=0.5", "data.max_seq_len=64", "strategy=lora",
-         f"output_dir={tmp_path / 'none'}"],
+         "data.overlap=allow", f"output_dir={tmp_path / 'none'}"],
     )  # fmt: skip
     results, _, err = evaluated(subject, window=64, stride=16)
     base = results["models"]["base"]
