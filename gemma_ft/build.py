@@ -4,7 +4,9 @@ here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.build_data import build_data
+from gemma_ft.data.files import DataFile, files_at
 from gemma_ft.data.preview import Preview, look_at
 from gemma_ft.data.preview_console import show
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
-from gemma_ft.load import load_base, model_source
+from gemma_ft.load import load_base, located, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.schema import Source as Rows
 from gemma_ft.weights import Source, pinned
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
@@ -49,10 +53,33 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(source.name, revision=source.revision)
 
 
+def sources_of(recipe: Recipe) -> list[Rows]:
+    """All rows that a recipe trains on and holds out."""
+    return [*recipe.data.train, *(recipe.data.eval or ())]
+
+
+def check_apart(recipe: Recipe, root: Path) -> None:
+    """Raises: UserError when a run would write into a folder whose files are all read as rows."""
+    for source in sources_of(recipe):
+        folder = Path(located(source.path))
+        if os.path.isdir(folder) and root.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"output_dir: {root}: lies in {source.path}, whose files are all read as rows; choose another"
+            )
+
+
+def _files_of(path: str) -> list[DataFile]:
+    """The files of this machine that a source stands for; none where it is to be refused when it is read."""
+    try:
+        return [file for file in files_at(located(path)) or () if not file.remote]
+    except UserError:
+        return []
+
+
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
-    sources = [source.path for source in (*recipe.data.train, *(recipe.data.eval or ()))]
-    names = [*sources, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
+    rows = [file.name for source in sources_of(recipe) for file in _files_of(source.path)]
+    names = [*rows, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
     return [str(found) for name in names if name is not None and (found := locate(name)) is not None]
 
 

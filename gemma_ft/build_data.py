@@ -167,9 +167,12 @@ def _parted(
     documents = Documents.joined([one.documents for one in sources])
     share = f"{data.eval_fraction:.1%} of {names_of(data.train)}"
     if data.eval is None and data.eval_fraction and documents.items == 1 and not documents.column("chat").any():
-        (only,) = (item for chunk in chunks_of(data.train[0]) for _, item in sources[0].reading.items(chunk, BadRows()))
+        (one,) = (one for one in sources if one.documents.items)
+        (only,) = (item for chunk in chunks_of(one.source) for _, item in one.reading.items(chunk, BadRows()))
         train, tail = split_by_hash([only], data.eval_fraction, recipe.seed)
-        return Documents.of(train, encoder), numpy.arange(1), Held(share, tail)
+        documents = Documents.of(train, encoder)
+        chosen = times(numpy.arange(1), one.source.repeats, documents.contents(), recipe.seed)
+        return documents, chosen, Held(share, tail)
     starts = numpy.cumsum([0, *(len(one.documents) for one in sources)])
     numbers = [start + numpy.arange(one.count) for start, one in zip(starts, sources, strict=False)]
     held = Held(None, [])
@@ -182,6 +185,9 @@ def _parted(
         numbers = [numpy.setdiff1d(one, out) for one in numbers]
     repeats = [one.source.repeats for one in sources]
     if sources[0].source.weight is not None:
+        empty = next((one for one, found in zip(sources, numbers, strict=True) if not len(found)), None)
+        if empty is not None:
+            raise DataError(f"{empty.source.path}: has a weight, and no document that is trained on; take it out")
         repeats = shares([one.source.weight or 1.0 for one in sources], [len(one) for one in numbers])
     contents = documents.contents() if any(repeat % 1 for repeat in repeats) else []
     chosen = [times(one, repeat, contents, recipe.seed) for one, repeat in zip(numbers, repeats, strict=True)]
@@ -201,9 +207,13 @@ def _items(source: Source, data: Data, sources: Sequence[ReadSource], skipped: B
     """The rows of a held-out source as items."""
     bad = BadRows()
     reading, _ = reading_of(as_described(source, data), data, sources[0].reading.encoder)
-    items = [item for chunk in chunks_of(source) for _, item in reading.items(chunk, bad)]
+    items: list[Item] = []
+    for chunk in chunks_of(source):
+        items += [item for _, item in reading.items(chunk, bad)]
+        if source.max_rows is not None and len(items) >= source.max_rows:
+            break
     _settle(bad, len(items) + bad.count, data, skipped)
-    return items
+    return items[: source.max_rows]
 
 
 def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | None:

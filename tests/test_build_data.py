@@ -12,7 +12,7 @@ import pytest
 
 from gemma_ft.build import build_tokenizer
 from gemma_ft.build_data import BuiltData, build_data
-from gemma_ft.errors import DataError
+from gemma_ft.errors import DataError, RecipeError
 from gemma_ft.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +94,37 @@ def test_weights_are_shares_of_the_rows(build: Build) -> None:
     assert max(seen(data).values()) == 1
 
 
+def test_a_weighted_source_without_documents_is_refused(build: Build) -> None:
+    write("a.jsonl", 9)
+    Path("e.jsonl").write_text('{"question": " ", "answer": "x"}\n')
+    assert refused(build, "data.train=[{path: a.jsonl, weight: 1}, {path: e.jsonl, weight: 1}]") == (
+        "e.jsonl: has a weight, and no document that is trained on; take it out"
+    )
+
+
+def test_a_cap_holds_for_held_out_rows_and_for_bad_ones_behind_it(build: Build) -> None:
+    write("a.jsonl", 9, bad=1), write("e.jsonl", 7)
+    data = build("data.train={path: a.jsonl, max_rows: 5}", "data.eval={path: e.jsonl, max_rows: 3}")
+    assert [item.where for item in data.held_out_items] == [f"e.jsonl:{n}" for n in (1, 2, 3)]
+    assert len(data.train.examples) == 5
+    with pytest.raises(RecipeError) as caught:
+        build("data.train=a.jsonl", "data.eval={path: e.jsonl, repeats: 2}")
+    assert str(caught.value).endswith("data.eval: held-out rows are scored once; take repeats and weight out")
+
+
+def test_places_follow_a_file_that_is_laid_out_anew(build: Build) -> None:
+    rows = [{"text": "one"}, {"text": "two"}]
+    for indent, places in ((None, {1}), (1, {2, 5})):
+        Path("d.json").write_text(json.dumps(rows, indent=indent))
+        assert {int(where.partition(":")[2]) for where in seen(build("data.train=d.json"))} == places
+
+
+def test_white_space_around_a_turn_makes_no_other_row(build: Build) -> None:
+    write("a.jsonl", 4)
+    Path("e.jsonl").write_text('{"question": " a.jsonl 0? ", "answer": "Answer 0 of a.jsonl."}\n')
+    assert refused(build, "data.train=a.jsonl", "data.eval=e.jsonl").startswith("data.eval: 1 held-out rows of 1 are")
+
+
 def test_a_source_may_have_its_own_format_and_columns(build: Build) -> None:
     write("a.jsonl", 3)
     Path("c.csv").write_text("ask,say\nWhat?,That.\n")
@@ -157,3 +188,6 @@ def test_a_document_alone_is_parted_at_a_line(build: Build) -> None:
     data = build("data.train=one.txt", "data.eval_fraction=0.1")
     assert data.held_out_items[0].text.startswith("Line 5")  # type: ignore[union-attr]
     assert data.overlap == 0
+    assert len(build("data.train={path: one.txt, repeats: 2}", "data.eval_fraction=0.1").train.examples) == 2 * len(
+        data.train.examples
+    )

@@ -5,7 +5,7 @@ import math
 from gemma_ft.errors import DataError
 
 SHOWN = 5
-KEPT = 10_000
+KEPT = 100_000  # more than a chunk has rows
 SKIPPED_AT_MOST = 0.001  # share of the rows that may be left out unasked; more are a fault of the whole
 
 

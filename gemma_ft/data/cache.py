@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -35,10 +36,11 @@ from gemma_ft.data.documents import Documents, Part, table_of, without_empty
 from gemma_ft.data.formats import parse_row
 from gemma_ft.data.items import Item
 from gemma_ft.data.sources import Row
-from gemma_ft.errors import DataError, DiskError
+from gemma_ft.errors import DiskError
 
-LAYOUT = 1  # of the files: another number finds none of the older ones
+LAYOUT = 2  # of the files: another number finds none of the older ones
 CHECKSUM_BYTES = 4
+SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
 ALONE = 4  # chunks that are encoded here before other processes, which start slowly, are asked to help
 
 
@@ -106,7 +108,8 @@ class Cache:
         with contextlib.closing(self._encoded(chunks, reading)) as encoded:
             for chunk, table in encoded:
                 part = Part(table, partial(_where, chunk.source, chunk.unit, chunk.first))
-                for where, reason in part.bad:
+                last = table.column("offset")[limit - count - 1].as_py() if len(table) >= limit - count else sys.maxsize
+                for where, reason in part.bad_until(last):
                     bad.add(where, reason)
                 parts.append(part)
                 count += len(table)
@@ -136,7 +139,9 @@ class Cache:
                     if pool is None:
                         spawn = multiprocessing.get_context("spawn")
                         pool = ProcessPoolExecutor(self.workers, spawn, _start, (reading,))
-                    future = pool.submit(_encode_here, chunk, path)
+                    with contextlib.suppress(BrokenProcessPool):  # found out when its result is asked for
+                        future.set_exception(BrokenProcessPool())
+                        future = pool.submit(_encode_here, chunk, path)
                 line.append((chunk, path, future))
                 while line and (line[0][2].done() or len(line) > 2 * self.workers):
                     yield self._settled(line.popleft(), reading)
@@ -152,8 +157,9 @@ class Cache:
         chunk, path, future = waiting
         try:
             table = future.result()
-        except BrokenProcessPool:  # killed for memory, or a script without a main guard: slower, not lost
-            self.workers = 1
+        except (BrokenProcessPool, RecursionError) as error:
+            # workers killed for memory, or a script without a main guard: slower, not lost. Or rows that cannot be sent
+            self.workers = 1 if isinstance(error, BrokenProcessPool) else self.workers
             table = None
             encode_chunk(reading, chunk, path)
         table = _read(path) if table is None else table
@@ -170,6 +176,8 @@ def items_at(chunks: Iterable[Chunk], reading: Reading, documents: Documents, wa
     found: list[Item] = []
     part = 0
     for chunk in chunks:
+        if part > max(rows, default=-1):
+            break
         read = [item for _, item in reading.items(chunk, BadRows())]
         kept = without_empty(read)
         if not kept:  # such a chunk is no part
@@ -214,7 +222,7 @@ def _write(table: pa.Table, path: Path) -> None:
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table.combine_chunks())
     data = sink.getvalue()
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
@@ -233,15 +241,16 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _read(path: Path) -> pa.Table | None:
     """The table in a file, mapped into memory and not read; None when there is none, or none that is whole."""
-    if not path.is_file():
-        return None
     try:
-        with pa.memory_map(str(path)) as mapped:
-            data = mapped.read_buffer()
+        if not os.path.isfile(path):  # Path's own raises where a folder above may not be entered
+            return None
+        if os.path.getsize(path) < SMALL_BYTES:
+            data = pa.py_buffer(path.read_bytes())
+        else:
+            with pa.memory_map(str(path)) as mapped:
+                data = mapped.read_buffer()
         body = data.slice(0, max(0, data.size - CHECKSUM_BYTES))
         whole = zlib.crc32(body).to_bytes(CHECKSUM_BYTES, "little") == data.slice(body.size).to_pybytes()
         return pa.ipc.open_stream(body).read_all() if whole else None
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, PermissionError):
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, pa.ArrowException):
         return None

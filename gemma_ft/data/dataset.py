@@ -35,6 +35,7 @@ class DataStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut at max_seq_len and still trained on
     dropped: int = 0  # those of which no trained token is left within max_seq_len
+    untrained: int = 0  # chats of which no answer is to be trained (data.trained_turns: last)
     too_long: int = 0  # rows left out for their length (data.too_long: drop)
     dropped_empty: int = 0  # an answer, a question or a whole document is empty
     left_out_turns: int = 0  # leading answers and trailing questions of sharegpt
@@ -57,6 +58,7 @@ class DataStats:
         notes = (
             (self.truncated, "cut at max_seq_len"),
             (self.dropped, "dropped: their answer lies past max_seq_len"),
+            (self.untrained, "dropped: none of their answers is to be trained"),
             (self.too_long, "dropped: longer than max_seq_len (data.too_long: drop)"),
             (self.dropped_empty, "dropped: empty question, answer or text"),
             (self.left_out_turns, "turns left out: answers before the first question, questions after the last answer"),
@@ -114,17 +116,19 @@ def arrange(
     stats = DataStats(rows=len(chosen) + empty, max_seq_len=max_seq_len, dropped_empty=empty)
     stats.left_out_turns = int(count["left_out"].sum())
     stats.dropped_system = int(count["system"].sum()) if encoder.system_policy == "drop" else 0
-    whole = count["tokens"] <= max_seq_len
+    stats.untrained = int((count["trained"] == 0).sum())
+    whole = (count["tokens"] <= max_seq_len) & (count["trained"] > 0)
+    long = (count["tokens"] > max_seq_len) & (count["trained"] > 0)
     stats.trained_tokens = int(count["trained"][whole].sum())
     stats.terminators = int(count["terminators"][whole].sum())
     pieces = numpy.zeros((int(whole.sum()), 3), numpy.int64)
     pieces[:, 0], pieces[:, 2] = chosen[whole], count["tokens"][whole]
     if too_long == "error":
-        _refuse_long(documents, chosen[~whole], count["tokens"][~whole], max_seq_len)
+        _refuse_long(documents, chosen[long], count["tokens"][long], max_seq_len)
     cut = [
         _cut(documents, number, tokens, max_seq_len, _policy(too_long, chat), encoder, stats)
         for number, tokens, chat in zip(
-            chosen[~whole].tolist(), count["tokens"][~whole].tolist(), count["chat"][~whole].tolist(), strict=True
+            chosen[long].tolist(), count["tokens"][long].tolist(), count["chat"][long].tolist(), strict=True
         )
     ]
     pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
@@ -196,7 +200,8 @@ def shares(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
     """How often the documents of each source are seen so that sources are trained in proportion to their weights, as
     many as can be without seeing one twice.
     """
-    each = [weight / max(count, 1) for weight, count in zip(weights, counts, strict=True)]
+    assert all(counts), "a source without documents has no share"
+    each = [weight / count for weight, count in zip(weights, counts, strict=True)]
     return [one / max(each) for one in each]
 
 

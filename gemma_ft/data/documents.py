@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,11 @@ class Part:
     @property
     def bad(self) -> list[tuple[str, str]]:
         """(where, reason) of each row that is not in it."""
-        return [(self.where(offset), reason) for offset, reason in self._told["bad"]]
+        return self.bad_until(sys.maxsize)
+
+    def bad_until(self, last: int) -> list[tuple[str, str]]:
+        """As `bad`, of rows up to an offset."""
+        return [(self.where(offset), reason) for offset, reason in self._told["bad"] if offset <= last]
 
     @property
     def _told(self) -> Any:

@@ -7,6 +7,7 @@ import difflib
 import glob
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,13 +53,12 @@ def files_at(source: str) -> list[DataFile] | None:
     if "://" in source:
         return _remote_files(source)
     path = Path(source)
-    if path.is_dir():
-        names = sorted(str(one) for one in path.rglob("*") if one.is_file() and kind_of_file(one.name))
-        return _some(source, names, "the folder")
-    if path.is_file():
+    if os.path.isdir(path):  # Path's own raise where a folder may not be entered, or a name is too long
+        return _some(source, sorted(_names_in(path)), "the folder")
+    if os.path.isfile(path):
         return [_one(source)]
     if PATTERN & set(source):
-        names = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())
+        names = sorted(name for name in glob.glob(source, recursive=True) if os.path.isfile(name))
         return _some(source, [name for name in names if kind_of_file(name)], "the pattern")
     return None
 
@@ -79,17 +79,28 @@ def known_kinds() -> str:
 def looks_mistyped(source: str) -> bool:
     """Whether a name that is no path here is rather a mistyped path than a hub id."""
     path = Path(source)
-    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    in_a_folder = len(path.parts) > 1 and os.path.isdir(path.parts[0])
     return in_a_folder or kind_of_file(source) is not None or _similar_name(path) is not None
 
 
 def did_you_mean(source: str) -> str:
     """What to say behind "no such file": that the folder is missing, or a name like it."""
     path = Path(source)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"; there is no folder {str(path.parent)!r}"
     similar = _similar_name(path)
     return f"; did you mean {similar!r}?" if similar else ""
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """The files of rows below a folder; what begins with a dot is not meant, as in a pattern."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (str(Path(place, name)) for name in names if not name.startswith(".") and kind_of_file(name))
 
 
 def _similar_name(path: Path) -> str | None:

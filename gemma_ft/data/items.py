@@ -43,8 +43,8 @@ Item = Conversation | Document
 
 
 def content_hash(item: Item) -> str:
-    """SHA-256 (hex) of what an item says, whatever its place."""
-    said = [[turn.role, turn.content] for turn in item.turns] if isinstance(item, Conversation) else item.text
+    """SHA-256 (hex) of what an item says, whatever its place; outer white space of a turn is none of it."""
+    said = [[turn.role, turn.content.strip()] for turn in item.turns] if isinstance(item, Conversation) else item.text
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

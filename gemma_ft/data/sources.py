@@ -154,5 +154,5 @@ def _parquet_rows(file: DataFile, opened: Any) -> Iterator[tuple[int, dict[str, 
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{file.name}: cannot be read as parquet: {first_line(error)}") from error

@@ -159,8 +159,8 @@ def _override(document: Document, text: str) -> None:
 def _override_value(value: str, path: KeyPath) -> Document:
     """The value as YAML; where any text will do, what is no text in YAML (`{question}`, 2024) is taken as is."""
     given = read_yaml(value, COMMAND_LINE, lines=False)
-    if path in SOURCES and isinstance(given.value, bool | int | float):
-        return Document(value=value)
+    if path in SOURCES and (given.faults or isinstance(given.value, bool | int | float) or " #" in value):
+        return Document(value=value) if value.isprintable() else given
     if takes_text(annotation_at(path)) and (given.faults or not isinstance(given.value, str | None)):
         return Document(value=value) if value.isprintable() else given
     return given

@@ -89,6 +89,13 @@ class Data(Section):
         "fold", description="A system message goes into the first user turn, is refused, or is left out"
     )
 
+    @field_validator("eval", mode="after")
+    @classmethod
+    def _seen_once(cls, sources: list[Source] | None) -> list[Source] | None:
+        if any(one.repeats != 1 or one.weight is not None for one in sources or ()):
+            raise rule("held-out rows are scored once; take repeats and weight out", key="data.eval")
+        return sources
+
     @field_validator("train", mode="after")
     @classmethod
     def _one_kind_of_share(cls, train: list[Source]) -> list[Source]:

@@ -39,6 +39,7 @@ from gemma_ft.weights import Source
 # What a run is made of beside its recipe, and what is said of it when it changed.
 INPUTS = {
     "data": "{names} gives other training rows",
+    "held_out": "the held-out rows are others",
     "tokenizer": "the tokenizer is another",
     "base": "the base weights are others",
 }
@@ -69,7 +70,13 @@ class Course:
             raise UserError(
                 f"{names_of(self.recipe.data.train)}: ranks read different rows; give every machine the same files"
             )
-        inputs = {"data": rows, "tokenizer": self.data.encoder.content.sha256, "base": base_fingerprint(self.source)}
+        held_out = self.data.held_out.examples.fingerprint() if self.data.held_out else None
+        inputs = {
+            "data": rows,
+            "held_out": held_out,
+            "tokenizer": self.data.encoder.content.sha256,
+            "base": base_fingerprint(self.source),
+        }
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
         self.trackers: list[Tracker] = []
         self.unwritten: dict[Path, list[dict[str, Any]]] = {}  # lines of logs that found no space yet
@@ -96,7 +103,7 @@ class Course:
         vars(self.progress).update(load_state(checkpoint))
         before = self.progress.extra
         for name, value in now["inputs"].items():
-            if before["inputs"].get(name) == value:
+            if before["inputs"].get(name, value) == value:
                 continue
             what = INPUTS[name].format(names=names_of(self.recipe.data.train))
             if name not in allow_drift:

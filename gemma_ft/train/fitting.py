@@ -61,6 +61,11 @@ def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
         torch.cuda.empty_cache()
     if step and trainer.saved_step != step:
         trainer._save_checkpoint(trainer.model, None)
+        if trainer.saved_step != step:  # no space, which was told
+            raise UserError(
+                f"out of GPU memory in step {step + 1}, and no space for a checkpoint to go on from; free some, then "
+                f"--resume train.micro_batch_size={rows // 2}"
+            ) from error
     halve(trainer.args)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma_ft.build import build_model, build_tokenizer, inputs_of
+from gemma_ft.build import build_model, build_tokenizer, check_apart, inputs_of
 from gemma_ft.build_data import build_data
 from gemma_ft.checkpoint import newest_valid
 from gemma_ft.errors import RankError, Stopped, UserError
@@ -84,6 +84,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
     with world.phase("the checks"):
         accumulation(recipe, world.size)
         if world.main:
+            check_apart(recipe, run.root)
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
             for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
                 display.say(f"  drift: {told}")

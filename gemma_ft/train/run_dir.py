@@ -17,7 +17,7 @@ import yaml
 from gemma_ft.checkpoint import replace_text
 from gemma_ft.errors import LockedError, UserError
 from gemma_ft.evaluate.run_files import RunFiles
-from gemma_ft.recipe.load import dump_recipe
+from gemma_ft.recipe.load import dump_recipe, parse_recipe
 from gemma_ft.recipe.schema import Recipe
 
 LOCK = ".lock"
@@ -120,9 +120,14 @@ class RunDir(RunFiles):
         if not self.recipe.exists():
             return []
         try:
-            before = _flat(yaml.safe_load(self.recipe.read_text(encoding="utf-8")))
+            written = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{self.recipe}: cannot be read; restore it, or use --overwrite to start again") from error
+        # Of an older version: settings that it did not know have their defaults. Where it is no recipe any more every
+        # key that differs is told.
+        with contextlib.suppress(TypeError, ValueError):
+            written = yaml.safe_load(dump_recipe(parse_recipe(written)))
+        before = _flat(written)
         after = _flat(yaml.safe_load(dump_recipe(recipe)))
         changed = {
             key: f"{key} was {before.get(key)!r}, now {after.get(key)!r}"

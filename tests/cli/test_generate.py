@@ -147,7 +147,8 @@ def test_escape_codes_never_reach_a_terminal(
         (["--input", "rows.jsonl", "--output", "o.jsonl", "--column", "say={body}"],
          "--column: unknown key 'say'; use prompt, completion, system, messages, text, chosen, rejected"),
         (["--input", "rows.jsonl", "--output", "o.jsonl", "--format", "chatml"],
-         "--format: unknown format 'chatml'; use auto, messages, sharegpt, alpaca, prompt_completion, text, preference"),
+         "--format: unknown format 'chatml'; use auto, messages, sharegpt, alpaca, prompt_completion, text, "
+         "preference"),
         (["--input", "rows.jsonl", "--output", "rows.jsonl"],
          "rows.jsonl: is the file that is read; name another --output"),
     ],

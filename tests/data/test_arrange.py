@@ -90,6 +90,14 @@ def test_answers_that_are_not_to_be_trained(tokenizer: Any) -> None:
     assert every.encode(item).input_ids == last.encode(item).input_ids
 
 
+def test_a_chat_of_which_nothing_is_to_be_trained_is_left_out(tokenizer: Any) -> None:
+    last = ChatEncoder(tokenizer, trained_turns="last")
+    items = [SHORT, chat("a", "one", "b", "two", train=(True, False))]
+    found = prepare(items, last, max_seq_len=64, packing=False)
+    assert (len(found.examples), found.stats.untrained, found.stats.rows) == (1, 1, 2)
+    assert "1 dropped: none of their answers is to be trained" in found.stats.describe()
+
+
 def test_repeats_are_whole_times_and_a_share_that_stays(encoder: ChatEncoder) -> None:
     documents = Documents.of([chat(f"q{n}", f"a{n}") for n in range(40)], encoder)
     contents, numbers = documents.contents(), numpy.arange(40)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,24 @@ def test_several_processes_give_what_one_gives(
     assert said(several) == said(documents_of(Cache(tmp_path / "one", 1), source, encoder))
     names = [sorted(path.name for path in (tmp_path / name).rglob("*.arrow")) for name in ("one", "several")]
     assert names[0] == names[1]
+
+
+def test_workers_that_die_cost_time_alone(
+    encoder: ChatEncoder, written: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dead:
+        def __init__(self, *_: Any) -> None: ...
+
+        def submit(self, *_: Any) -> Any:
+            raise BrokenProcessPool
+
+        def shutdown(self, **_: Any) -> None: ...
+
+    monkeypatch.setattr(room, "ALONE", 1)
+    monkeypatch.setattr(room, "ProcessPoolExecutor", Dead)
+    source = written(lines(80))
+    found = documents_of(Cache(tmp_path / "cache", 2), source, encoder)
+    assert said(found) == said(Documents.of(parse_rows(read_rows(source)), encoder))
 
 
 def test_a_folder_that_cannot_be_written_is_told(

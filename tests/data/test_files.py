@@ -78,6 +78,14 @@ def test_a_torn_or_false_archive_is_one_line(tmp_path: Path, suffix: str) -> Non
     assert "\n" not in message(str(path))
 
 
+def test_hidden_files_are_not_meant_and_a_closed_folder_is_told(folder: Path) -> None:
+    (folder / "._b.jsonl").write_bytes(b"not rows")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "b-checkpoint.jsonl").write_bytes(lines("b1"))
+    assert len(read_rows("rows")) == 4
+    assert message(f"{'y' * 300}.jsonl").startswith("y")
+
+
 def test_urls_go_through_fsspec() -> None:
     system = fsspec.filesystem("memory")
     system.pipe("/bucket/a.jsonl", lines("a1"))
