@@ -8,6 +8,7 @@ is damaged is made anew. The whole folder may be removed at any time.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -41,7 +42,7 @@ from gemma_ft.errors import DiskError
 LAYOUT = 2  # of the files: another number finds none of the older ones
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
-ALONE = 4  # chunks that are encoded here before other processes, which start slowly, are asked to help
+ALONE = 1  # chunks that are encoded here before other processes, which start slowly, are asked to help
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def _start(reading: Reading) -> None:
     global _reading
     _reading = reading
     runtime.one_thread_for_tokens()
+    gc.disable()  # millions of lists and no cycle among them
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

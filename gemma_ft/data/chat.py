@@ -55,6 +55,12 @@ class ChatEncoder:
         self._heads = {role: [self.control.start_of_turn, *ids] for role, ids in heads.items()}
         self._after_turn = self.content.encode(AFTER_TURN)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process that encodes: without the transformers tokenizer, whose libraries take seconds to
+        import and of which nothing is needed to encode.
+        """
+        return {**vars(self), "tokenizer": None}
+
     @property
     def stop_ids(self) -> list[int]:
         """Generation ends at any of these."""
