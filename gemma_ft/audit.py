@@ -50,7 +50,7 @@ def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -
 
 
 def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
-    """Write a cleaned copy of each source of a recipe, and changes.jsonl, to the new folder `out`; it appears complete
+    """Write a cleaned copy of each source of a recipe, and changes.log, to the new folder `out`; it appears complete
     or not at all.
 
     Raises: UserError and its children, also when there is something at `out`.

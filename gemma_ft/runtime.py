@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,15 @@ _ELSEWHERE = (
 
 
 def cache_folder() -> Path:
-    """Where encoded rows are kept: GEMMA_FT_CACHE, else a folder of the user's cache."""
-    named = os.environ.get("GEMMA_FT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-ft"
+    """Where encoded rows are kept: GEMMA_FT_CACHE, else a folder of the user's cache; of one without a home (a number
+    that a cluster made up) one among temporary files.
+    """
+    if named := os.environ.get("GEMMA_FT_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-ft"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"gemma-ft-{os.getuid()}"
 
 
 def processors() -> int:

@@ -60,7 +60,7 @@ def fix(
     """Write cleaned copies of the rows.
 
     Bad rows, exact repetitions, rows with U+FFFD and training rows that are held out as well are left out; byte order
-    marks and CRLF go; all else stays as it was. changes.jsonl has a line for every change.
+    marks and CRLF go; all else stays as it was. changes.log has a line for every change.
     """
     from gemma_ft.recipe.load import load_recipe
 

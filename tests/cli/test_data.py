@@ -140,12 +140,12 @@ def test_fix_and_then_check(write: Write, capsys: pytest.CaptureFixture[str]) ->
         "  1 left out: U+FFFD",
         "  1 left out: bad row",
         "eval.jsonl: 1 rows -> 1 in clean/eval.jsonl",
-        "every change: clean/changes.jsonl",
+        "every change: clean/changes.log",
         "to use them: data.train=clean/train.jsonl data.eval=clean/eval.jsonl",
     ]
     assert sorted(path.name for path in Path().iterdir()) == ["clean", "eval.jsonl", "train.jsonl"]
-    assert sorted(path.name for path in Path("clean").iterdir()) == ["changes.jsonl", "eval.jsonl", "train.jsonl"]
-    assert len(Path("clean/changes.jsonl").read_text().splitlines()) == 4
+    assert sorted(path.name for path in Path("clean").iterdir()) == ["changes.log", "eval.jsonl", "train.jsonl"]
+    assert len(Path("clean/changes.log").read_text().splitlines()) == 4
     assert check("clean/train.jsonl", "--strict", held_out="clean/eval.jsonl") == 0
 
 

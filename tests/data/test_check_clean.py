@@ -40,7 +40,7 @@ def clean(file: File, tmp_path: Path, encoder: ChatEncoder) -> Clean:
 
 
 def changes() -> list[tuple[str, str, str]]:
-    found = [json.loads(text) for text in Path("out/changes.jsonl").read_text().splitlines()]
+    found = [json.loads(text) for text in Path("out/changes.log").read_text().splitlines()]
     assert all(list(one) == ["where", "what", "why"] for one in found)
     return [tuple(one.values()) for one in found]
 

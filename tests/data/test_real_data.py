@@ -28,6 +28,9 @@ def test_gsm8k(real_data: Find, encoder: ChatEncoder) -> None:
     assert stats.documents + stats.dropped == 7473
     assert stats.dropped < 75
     assert stats.fill > 0.9
+    long = prepare(parse_rows(read_rows(source)), encoder, max_seq_len=2048, packing=True).stats
+    assert (long.documents, long.truncated, long.dropped) == (7473, 0, 0)
+    assert long.fill > 0.98
 
 
 def test_seed_tasks(real_data: Find, encoder: ChatEncoder) -> None:

@@ -1,6 +1,6 @@
 """Cleaned copies of sources: rows as they were, without those that are bad, damaged, repeated or held out as well.
 
-Each copy is a .jsonl file; changes.jsonl beside them has a line for every change. What is left out here is what
+Each copy is a .jsonl file; changes.log beside them has a line for every change. What is left out here is what
 survey.py tells, by the same functions.
 """
 
@@ -20,7 +20,7 @@ from gemma_ft.data.files import files_at
 from gemma_ft.data.sources import UTF8_MARK
 from gemma_ft.errors import DataError
 
-CHANGES = "changes.jsonl"
+CHANGES = "changes.log"
 BLOCK = 2**20
 BAD, DAMAGED, HELD_OUT, REPEATED = "bad row", "U+FFFD", "held out as well", "repeats another row"
 Change = Callable[[str, str, str], None]  # where, what, why
@@ -40,7 +40,7 @@ class Copy:
 def copy_clean(
     sources: Sequence[RowSource], folder: Path, progress: Callable[[int], None] = lambda rows: None
 ) -> list[Copy]:
-    """Fills a folder with a copy of each source and changes.jsonl; the copies in the order of their sources.
+    """Fills a folder with a copy of each source and changes.log; the copies in the order of their sources.
 
     Held-out rows are copied first: training rows that are among them are left out.
     Raises: DataError when a source cannot be read to its end, or nothing of it is left.
