@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 from safetensors import safe_open
 
@@ -14,17 +16,20 @@ RELATIVE = 1e-6
 RESULT = {"full": "model/model.safetensors"}
 
 
-def tensors(path: Path) -> dict[str, list[float]]:
+def tensors(path: Path) -> dict[str, Any]:
     """As numpy, so that this process never makes a tensor."""
     with safe_open(str(path), framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def assert_near(one: Path, other: Path, within: float) -> None:
+    """Each tensor as a whole: Adam divides by the gradient's own size, so that a single weight whose gradient is next
+    to nothing goes where rounding sends it.
+    """
     first, second = tensors(one), tensors(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
-        assert abs(value - second[name]).max() <= within * abs(value).max() + 1e-12, name
+        assert numpy.linalg.norm(value - second[name]) <= within * numpy.linalg.norm(value) + 1e-12, name
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
@@ -44,7 +49,7 @@ def test_two_ranks_are_one(train: Train, strategy: str, layout: str) -> None:
         assert mine["canary_loss"] == pytest.approx(theirs["canary_loss"], rel=1e-5)
     assert lines(one, "samples.jsonl") == lines(two, "samples.jsonl")
     result = RESULT.get(strategy, "adapter/adapter_model.safetensors")
-    assert_near(one / result, two / result, 1e-4)
+    assert_near(one / result, two / result, 2e-5)
     for run, ranks, step in ((one, 2, 3), (two, 1, 6)):
         expected = lines(run)
         cut_back(run, step)
