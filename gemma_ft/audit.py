@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from gemma_ft.build import build_tokenizer
-from gemma_ft.build_data import as_described, chunks_of, reading_of
+from gemma_ft.build import build_tokenizer, check_apart
+from gemma_ft.build_data import Described, chunks_of, described
 from gemma_ft.checkpoint import as_json, commit_folder, replace_text
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.check.clean import Copy, copy_clean
@@ -20,7 +20,6 @@ from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.show import show_copies, show_report
 from gemma_ft.data.check.survey import survey
 from gemma_ft.errors import UserError
-from gemma_ft.load import located
 from gemma_ft.recipe.schema import Data, Recipe, Source
 
 
@@ -58,10 +57,7 @@ def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
     place = out.resolve()
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(f"{out}: exists already; choose another --out, or move it away")
-    for _, source in sources_of(recipe):
-        folder = Path(located(source.path))
-        if folder.is_dir() and place.is_relative_to(folder.resolve()):
-            raise UserError(f"{out}: lies in {source.path}, whose files are all read as rows; choose another --out")
+    check_apart(recipe, place, named=str(out), cure="choose another --out")
     sources = row_sources(recipe)
     copies: list[Copy] = []
 
@@ -82,17 +78,12 @@ def row_sources(recipe: Recipe) -> list[RowSource]:
     """The sources of a recipe as the data room takes them. Raises: UserError and its children."""
     data = recipe.data
     encoder = ChatEncoder(build_tokenizer(recipe), data.system, data.trained_turns)
-    found = []
-    for side, source in sources_of(recipe):
-        read_as = source if side == "train" else as_described(source, data)
-        reading, why = reading_of(read_as, data, encoder)
-        found.append(RowSource(side, source.path, partial(chunks_of, source), reading, why))
-    return found
-
-
-def sources_of(recipe: Recipe) -> list[tuple[Side, Source]]:
-    """All that a recipe trains on and holds out."""
-    return [("train", one) for one in recipe.data.train] + [("eval", one) for one in recipe.data.eval or ()]
+    found: list[tuple[Side, Source, Described]] = [("train", one, described(one, data, encoder)) for one in data.train]
+    held_out = data.eval or ()
+    found += [("eval", one, described(one, data, encoder, found[0][2])) for one in held_out]
+    return [
+        RowSource(side, source.path, partial(chunks_of, source), one.reading, one.why) for side, source, one in found
+    ]
 
 
 def _severities(data: Data) -> dict[str, Severity]:

@@ -58,14 +58,14 @@ def sources_of(recipe: Recipe) -> list[Rows]:
     return [*recipe.data.train, *(recipe.data.eval or ())]
 
 
-def check_apart(recipe: Recipe, root: Path) -> None:
-    """Raises: UserError when a run would write into a folder whose files are all read as rows."""
+def check_apart(recipe: Recipe, place: Path, *, named: str, cure: str) -> None:
+    """Raises: UserError, from `named` to `cure`, when what is written to `place` would be read as rows: it lies in a
+    folder that is a source.
+    """
     for source in sources_of(recipe):
         folder = Path(located(source.path))
-        if os.path.isdir(folder) and root.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"output_dir: {root}: lies in {source.path}, whose files are all read as rows; choose another"
-            )
+        if os.path.isdir(folder) and place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{named}: lies in {source.path}, whose files are all read as rows; {cure}")
 
 
 def _files_of(path: str) -> list[DataFile]:

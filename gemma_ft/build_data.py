@@ -92,27 +92,40 @@ def chunks_of(source: Source) -> Iterator[Chunk]:
     return read_chunks(located(source.path), split=source.split, revision=source.revision)
 
 
-def as_described(source: Source, data: Data) -> Source:
-    """A held-out source as it is read: `data.format` and `data.columns` describe data.train, and hold here where rows
-    have the same fields; otherwise (training rows were replaced on the command line, say) the format is detected.
+@dataclass(frozen=True)
+class Described:
+    """How the rows of a source are read, why, and the fields of its first row."""
+
+    reading: Reading
+    why: str
+    fields: frozenset[str]
+
+
+def described(source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None) -> Described:
+    """How a source is read. `train`: of the first training source, for one that is held out: `data.format` and
+    `data.columns` describe data.train, and hold here where rows have the same fields; otherwise (training rows were
+    replaced on the command line, say) the format is detected.
+
+    Raises: DataError when the format cannot be told, or there is no row.
     """
-    if source.format is not None or source.columns is not None:
-        return source
-    alike = _first_rows(source)[0].fields.keys() == _first_rows(data.train[0])[0].fields.keys()
-    return source if alike else source.model_copy(update={"format": "auto", "columns": {}})
-
-
-def reading_of(source: Source, data: Data, encoder: ChatEncoder) -> tuple[Reading, str]:
-    """How the rows of a source are read, and why. Raises: DataError when that cannot be told, or there is no row."""
-    given = data.columns if source.columns is None else source.columns
-    columns = {str(key): template for key, template in given.items()}
-    form, why = str(source.format or data.format), "named in the recipe"
-    check_format(form, columns)
+    if train is None:
+        check_format(*_named(source, data))
     rows = _first_rows(source)
+    fields = frozenset(rows[0].fields)
+    if train is not None and source.format is None and source.columns is None and fields != train.fields:
+        source = source.model_copy(update={"format": "auto", "columns": {}})
+    form, columns = _named(source, data)
+    why = "named in the recipe"
     if form == "auto":
         form, why = detect_format(rows, columns)
-        check_format(form, columns)
-    return Reading(form, columns, encoder), why
+    check_format(form, columns)
+    return Described(Reading(form, columns, encoder), why, fields)
+
+
+def _named(source: Source, data: Data) -> tuple[str, dict[str, str]]:
+    """Format and columns as the recipe has them."""
+    columns = data.columns if source.columns is None else source.columns
+    return str(source.format or data.format), {str(key): template for key, template in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -120,15 +133,19 @@ class ReadSource:
     """One source of training rows, encoded."""
 
     source: Source
-    reading: Reading
-    why: str
+    described: Described
     documents: Documents
+
+    @property
+    def reading(self) -> Reading:
+        """How its rows are read."""
+        return self.described.reading
 
     def told(self, among_others: bool) -> str:
         """Its format and why; among others also its name, and how often its rows are seen."""
         if not among_others:
-            return f"{self.reading.format}: {self.why}"
-        return f"{self.source.path}: {self.count:,} documents, {self.reading.format}: {self.why}"
+            return f"{self.reading.format}: {self.described.why}"
+        return f"{self.source.path}: {self.count:,} documents, {self.reading.format}: {self.described.why}"
 
     @property
     def count(self) -> int:
@@ -143,12 +160,12 @@ def read_source(
 
     Raises: DataError.
     """
-    reading, why = reading_of(source, data, encoder)
+    found = described(source, data, encoder)
     bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
     cache = Cache(runtime.cache_folder(), runtime.processors())
-    documents = cache.documents(chunks_of(source), reading, bad, progress=progress, **more)
+    documents = cache.documents(chunks_of(source), found.reading, bad, progress=progress, **more)
     _settle(bad, documents.items + bad.count, data, skipped)
-    return ReadSource(source, reading, why, documents)
+    return ReadSource(source, found, documents)
 
 
 @dataclass(frozen=True)
@@ -206,7 +223,7 @@ def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[It
 def _items(source: Source, data: Data, sources: Sequence[ReadSource], skipped: BadRows) -> list[Item]:
     """The rows of a held-out source as items."""
     bad = BadRows()
-    reading, _ = reading_of(as_described(source, data), data, sources[0].reading.encoder)
+    reading = described(source, data, sources[0].reading.encoder, sources[0].described).reading
     items: list[Item] = []
     for chunk in chunks_of(source):
         items += [item for _, item in reading.items(chunk, bad)]

@@ -24,7 +24,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,7 +107,7 @@ class Cache:
         parts, count = [], 0
         with contextlib.closing(self._encoded(chunks, reading)) as encoded:
             for chunk, table in encoded:
-                part = Part(table, partial(_where, chunk.source, chunk.unit, chunk.first))
+                part = Part(table, chunk.bare().where)
                 last = table.column("offset")[limit - count - 1].as_py() if len(table) >= limit - count else sys.maxsize
                 for where, reason in part.bad_until(last):
                     bad.add(where, reason)
@@ -186,10 +185,6 @@ def items_at(chunks: Iterable[Chunk], reading: Reading, documents: Documents, wa
         found += [read[kept[row]] for row in rows.get(part, ())]
         part += 1
     return found
-
-
-def _where(source: str, unit: str, first: int, offset: int) -> str:
-    return Chunk(source, first, unit, "").where(offset)
 
 
 _reading: Reading | None = (

@@ -36,6 +36,10 @@ class Chunk:
         """The place of a row, as a user finds it: "path:line", or "path:row N"."""
         return f"{self.source}:{self.unit}{self.first + offset}"
 
+    def bare(self) -> "Chunk":
+        """Without its rows: what their places are counted from, and no more of it is held."""
+        return replace(self, lines=None, numbered=())
+
     def at_origin(self) -> "Chunk":
         """The same rows with places ":0", ":1", ... : what is said of them then holds wherever they lie."""
         return replace(self, source="", first=0, unit="")

@@ -95,7 +95,7 @@ class Part:
         """As `bad`, of rows up to an offset."""
         return [(self.where(offset), reason) for offset, reason in self._told["bad"] if offset <= last]
 
-    @property
+    @functools.cached_property
     def _told(self) -> Any:
         return json.loads(self.table.schema.metadata[b"told"])
 

@@ -10,6 +10,7 @@ from typing import Any
 from gemma_ft.errors import DataError, UserError, first_line
 
 CONNECT_SECONDS = 10
+NOT_REACHED = {"ConnectionError", "TransportError"}  # by name: the second is of the hub's own HTTP library
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -41,6 +42,11 @@ def hub_reason(error: BaseException, name: str, *, kind: str, revision: str | No
     return f"{name}: the {kind} cannot be loaded: {first_line(error)}"
 
 
+def not_reached(error: BaseException) -> bool:
+    """Whether an error says that the hub could not be asked: refused, timed out, no such name, a proxy in between."""
+    return bool({kind.__name__ for kind in type(error).__mro__} & NOT_REACHED)
+
+
 @functools.cache  # a hub that does not answer delays a start once, whatever is asked of it afterwards
 def ask_or_go_offline() -> None:
     """Ask the hub whether it is there; without an answer in CONNECT_SECONDS, huggingface_hub and datasets go into their
@@ -55,7 +61,9 @@ def ask_or_go_offline() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-    except Exception:  # refused, timed out, no such name, a proxy that does not let through: each has its own class
+    except Exception as error:
+        if not not_reached(error):
+            raise
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             import datasets
@@ -71,9 +79,9 @@ def snapshot(name: str, *, revision: str | None, **wanted: Any) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if not wanted.get("local_files_only"):
-        ask_or_go_offline()
     try:
+        if not wanted.get("local_files_only"):
+            ask_or_go_offline()
         return Path(snapshot_download(name, revision=revision, **wanted))
     except Exception as error:  # the hub raises many kinds; each becomes one line for the user
         raise UserError(hub_reason(error, name, kind="model", revision=revision)) from error
@@ -87,8 +95,8 @@ def read_hub_records(source: str, *, split: str, revision: str | None) -> Iterat
     import datasets
 
     name, _, config = source.partition(":")
-    ask_or_go_offline()
     try:
+        ask_or_go_offline()
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:  # the library raises many kinds; each becomes one line for the user
         raise DataError(_hub_fault(error, source, name, split, revision)) from error

@@ -173,8 +173,8 @@ def _load(names: Sequence[str], path: Path | None) -> dict[str, Any]:
         if name not in manager.all_tasks:
             where = f" in {path}, nor" if path is not None else ""
             raise UserError(f"--tasks: {name}: no such task{where} in the harness; `lm-eval ls tasks` lists its own")
-    ask_or_go_offline()
     try:
+        ask_or_go_offline()
         loaded: dict[str, Any] = manager.load(list(names))
     except Exception as error:  # a task file, the data it names and the hub behind it raise anything
         raise UserError(f"--tasks: {', '.join(names)}: cannot be loaded: {first_line(error, kind=True)}") from error

@@ -11,12 +11,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from gemma_ft.data.hub import ask_or_go_offline, hub_reason
+from gemma_ft.data.hub import ask_or_go_offline, hub_reason, not_reached
 from gemma_ft.data.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 
 NOT_ALLOWED = (401, 403)
-NOT_REACHED = {"ConnectionError", "TransportError"}  # by name: the second is of the hub's own HTTP library
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", "adapter_config.json")
 
 
@@ -39,10 +38,10 @@ def push(folder: Path, files: Sequence[str], name: str, *, public: bool = False,
     weights there that these would not replace.
     """
     check_name(name)
-    ask_or_go_offline()
     api = api or HfApi()
     again = f"{folder} is complete: hf upload {name} {shlex.quote(str(folder))}{'' if public else ' --private'}"
     try:
+        ask_or_go_offline()
         address = str(api.create_repo(name, repo_type="model", private=not public, exist_ok=True))
         _check_repository(api, name, files, public)
         operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files]
@@ -72,6 +71,6 @@ def _reason(error: Exception, name: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, LocalTokenNotFoundError) or status in NOT_ALLOWED:
         return f"{name}: the hub does not let you write there; set HF_TOKEN to a token that may, or run `hf auth login`"
-    if {kind.__name__ for kind in type(error).__mro__} & NOT_REACHED:
+    if not_reached(error):
         return f"{name}: the hub cannot be reached"
     return hub_reason(error, name, kind="model").replace("cannot be loaded", "cannot be uploaded")

@@ -84,7 +84,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
     with world.phase("the checks"):
         accumulation(recipe, world.size)
         if world.main:
-            check_apart(recipe, run.root)
+            check_apart(recipe, run.root, named=f"output_dir: {run.root}", cure="choose another")
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
             for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
                 display.say(f"  drift: {told}")

@@ -114,14 +114,13 @@ def spoiled_file(folder: Path, chance: random.Random) -> tuple[Path, bytes]:
 
 def parquet(rows: Any) -> bytes:
     """Rows as a parquet file; the good ones where the spoiled ones are no table."""
-    import pyarrow
     import pyarrow.parquet
 
     sink = io.BytesIO()
     try:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, sink)
-    except Exception:
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):  # values of one column are of two kinds
         sink = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[3]] * 2), sink)
     return sink.getvalue()

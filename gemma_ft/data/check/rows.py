@@ -82,7 +82,7 @@ class Places:
 
     def begin(self, chunk: Chunk) -> None:
         """The rows that follow are of this chunk."""
-        self._chunks.append(Chunk(chunk.source, chunk.first, chunk.unit, ""))
+        self._chunks.append(chunk.bare())
 
     def add(self, offset: int) -> int:
         """The number of one more row."""
