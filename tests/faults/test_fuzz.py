@@ -120,7 +120,7 @@ def parquet(rows: Any) -> bytes:
     try:
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, sink)
-    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):  # values of one column are of two kinds
+    except (pyarrow.ArrowException, AttributeError, LookupError, TypeError, ValueError, OverflowError):  # no table
         sink = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[3]] * 2), sink)
     return sink.getvalue()
