@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_each_example_is_what_it_says(form: str, lines: str) -> None:
     rows = [Row(f"x:{number}", json.loads(line)) for number, line in enumerate(lines.splitlines(), start=1)]
     assert all(detect_format([row])[0] == form for row in rows)
+    assert len(rows) == 5
     assert len(parse_rows(rows)) >= len(rows)
 
 
