@@ -60,6 +60,12 @@ def build_data(
     train = arrange(
         documents, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long, chosen=chosen
     )
+    least, most = train.stats.weights
+    if least < most and recipe.train.global_batch_size == 1 and not data.packing:
+        raise DataError(
+            "data.columns.weight: weights are relative to those of the other rows of a step, and each step has one row "
+            "(train.global_batch_size: 1); raise it, or take the weights out"
+        )
     scored = _scored(recipe, held_out, encoder)
     contents = documents.contents() if held_out.items else []
     seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()

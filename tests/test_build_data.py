@@ -133,6 +133,28 @@ def test_a_source_may_have_its_own_format_and_columns(build: Build) -> None:
     assert per_file(data) == {"a.jsonl": 3, "c.csv": 1}
 
 
+def test_rows_of_weight_0_are_left_out_and_counted(build: Build) -> None:
+    lines = [{"question": f"{n}?", "answer": f"{n}.", "w": n / 2} for n in range(4)]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = build("data.train=a.jsonl", "data.columns={weight: '{w}'}")
+    examples = data.train.examples
+    assert [set(examples[row]["loss_weights"]) for row in range(len(examples))] == [{0.5}, {1.0}, {1.5}]
+    assert data.train.stats.untrained == 1
+    assert "in the loss a row weighs from 0.5 to 1.5" in data.train.stats.describe()
+    plain = build("data.train=a.jsonl").train.examples
+    assert not plain.weighted
+    assert "loss_weights" not in plain[0]
+    assert "one row (train.global_batch_size: 1)" in refused(
+        build, "data.train=a.jsonl", "data.columns={weight: '{w}'}", "train={global_batch_size: 1, micro_batch_size: 1}"
+    )
+
+
+def test_other_weights_are_other_rows(build: Build) -> None:
+    Path("a.csv").write_text("question,answer,w,v\na?,A.,1,2\nb?,B.,3,3\n")
+    found = [build("data.train=a.csv", f"data.columns={{weight: '{{{w}}}'}}").train.examples for w in "wv"]
+    assert found[0].fingerprint() != found[1].fingerprint()
+
+
 def test_held_out_by_hash_over_all_sources(build: Build) -> None:
     write("a.jsonl", 60), write("b.jsonl", 60)
     data = build("data.train=[a.jsonl, {path: b.jsonl, repeats: 2}]", "data.eval_fraction=0.2")

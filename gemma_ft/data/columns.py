@@ -1,5 +1,6 @@
 """`data.columns`: small templates over a row's fields: "{question}", "{meta.title}: {body}", "{turns[0].text}"."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 from gemma_ft.data.items import kind_of, text_fault
 from gemma_ft.errors import DataError
 
-COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected")
+COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight")
+BESIDE = {"system", "weight"}  # keys that say nothing of a row's format
+EXAMPLES = {"messages": "dialog", "weight": "score"}  # of what such a field may be called
+MAX_WEIGHT = 1e6
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
@@ -31,11 +35,12 @@ def check_columns(columns: Mapping[str, str]) -> None:
                     f"data.columns.{key}: cannot read {found[0]!r} in {template!r}; write fields as {{name}}, "
                     "{name.inner} or {name[0].inner}, and braces as {{ }}"
                 )
-    keys = set(columns) - {"system"}
-    if columns and keys not in ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"}):
+    keys = set(columns) - BESIDE
+    known = ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"})
+    if set(columns) - {"weight"} and keys not in known:
         raise DataError(
             f"data.columns: got {', '.join(sorted(columns))}; give prompt and completion, or messages, or text, or "
-            "prompt, chosen and rejected (system goes with all but text)"
+            "prompt, chosen and rejected (weight goes with all, system with all but text)"
         )
     if columns and keys == {"text"} and "system" in columns:
         raise DataError("data.columns: system does not go with text; a plain document has no turns")
@@ -81,9 +86,28 @@ def fill_text(template: str, fields: Mapping[str, Any]) -> str:
     return PART.sub(replace, template)
 
 
-def fill_value(template: str, fields: Mapping[str, Any]) -> Any:
-    """The raw value that a template of exactly one field names (for `messages`). Raises: FieldError."""
+def fill_value(template: str, fields: Mapping[str, Any], key: str = "messages") -> Any:
+    """The raw value that a template of exactly one field names; `key`: of the template. Raises: FieldError."""
     found = PART.fullmatch(template.strip())
     if found is None or found[1] is None:
-        raise FieldError(f"data.columns.messages must be one field such as {{dialog}}, got {template!r}")
+        raise FieldError(f"data.columns.{key} must be one field such as {{{EXAMPLES[key]}}}, got {template!r}")
     return lookup(fields, found[1].strip())
+
+
+def fill_weight(template: str, fields: Mapping[str, Any]) -> float:
+    """The number, 0 to MAX_WEIGHT, in the field that a template names; as text too, which is all that a CSV file has.
+
+    Raises: FieldError for anything else.
+    """
+    value = fill_value(template, fields, "weight")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise FieldError(f"the weight {template} is {kind_of(value)}, expected a number")
+    try:
+        weight = float(value)
+    except ValueError as error:
+        raise FieldError(f"the weight {template} is text, expected a number") from error
+    except OverflowError:
+        weight = math.inf
+    if not 0 <= weight <= MAX_WEIGHT:  # nor is nan
+        raise FieldError(f"the weight {template} is {weight:g}, expected 0 to {MAX_WEIGHT:g}")
+    return weight

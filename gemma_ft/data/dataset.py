@@ -35,12 +35,13 @@ class DataStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut at max_seq_len and still trained on
     dropped: int = 0  # those of which no trained token is left within max_seq_len
-    untrained: int = 0  # chats of which no answer is to be trained (data.trained_turns: last)
+    untrained: int = 0  # their weight is 0, or no answer of them is to be trained (data.trained_turns: last)
     too_long: int = 0  # rows left out for their length (data.too_long: drop)
     dropped_empty: int = 0  # an answer, a question or a whole document is empty
     left_out_turns: int = 0  # leading answers and trailing questions of sharegpt
     dropped_system: int = 0  # system turns left out by the policy "drop"
     terminators: int = 0  # trained <end_of_turn> tokens
+    weights: tuple[float, float] = (1.0, 1.0)  # least and greatest, in the loss, of what is trained
     max_seq_len: int = 0
 
     @property
@@ -58,15 +59,17 @@ class DataStats:
         notes = (
             (self.truncated, "cut at max_seq_len"),
             (self.dropped, "dropped: their answer lies past max_seq_len"),
-            (self.untrained, "dropped: none of their answers is to be trained"),
+            (self.untrained, "dropped: none of their answers is to be trained, or their weight is 0"),
             (self.too_long, "dropped: longer than max_seq_len (data.too_long: drop)"),
             (self.dropped_empty, "dropped: empty question, answer or text"),
             (self.left_out_turns, "turns left out: answers before the first question, questions after the last answer"),
             (self.dropped_system, "system turns left out (data.system: drop)"),
         )
+        if self.weights != (1.0, 1.0):
+            lines.append("in the loss a row weighs from {:g} to {:g}".format(*self.weights))
         return "\n".join(lines + [f"{count:,} {what}" for count, what in notes if count])
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """The counts by name, for a report file."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
@@ -136,6 +139,8 @@ def arrange(
     _refuse_untrainable(stats, int((count["chat"] > 0).sum()), len(pieces))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
+    weights = documents.weights()[pieces[:, 0]]
+    stats.weights = float(weights.min()), float(weights.max())
     stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(rows), sum(lengths)
     return Prepared(Examples(documents, pieces, rows, encoder.control.bos), stats)
 
@@ -182,10 +187,14 @@ def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
     """Raises DataError for data from which nothing, or no end of an answer, would be learnt."""
     limit = f"data.max_seq_len {stats.max_seq_len}"
     if not left:
-        raise DataError(
-            f"none of the {stats.rows} rows can be trained on: {stats.dropped_empty} are empty, "
-            f"{stats.dropped} have their answer past {limit}"
+        why = (
+            (stats.dropped_empty, "are empty"),
+            (stats.dropped, f"have their answer past {limit}"),
+            (stats.untrained, "have the weight 0, or no answer that is to be trained"),
+            (stats.too_long, f"are longer than {limit}"),
         )
+        found = ", ".join(f"{count:,} {what}" for count, what in why if count)
+        raise DataError(f"none of the {stats.rows:,} rows can be trained on: {found}")
     if chats and not stats.terminators:
         raise DataError(f"no {END_OF_TURN} would be trained: every answer is cut at {limit}; raise it")
 

@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("offset", pa.int64()),  # of its row in the chunk
         ("content", pa.binary(32)),  # items.content_hash
+        ("weight", pa.float64()),  # in the loss
         *((name, pa.int32()) for name in COUNTS),
     ]
 )
@@ -47,6 +48,8 @@ def table_of(
     """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata, in which the
     (offset, reason) of each bad row stands as well.
 
+    Nothing is trained of an item whose weight is 0.
+
     Raises: DataError for a system turn under the policy "error".
     """
     kept = without_empty(items)
@@ -58,14 +61,16 @@ def table_of(
     encoded |= zip(texts, encoder.encode_documents(list(texts.values())), strict=True)  # type: ignore[arg-type]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for number in kept:
-        one, chat = encoded[number], chats.get(number)
+        one, chat, weight = encoded[number], chats.get(number), items[number].weight
+        labels = one.labels if weight else [IGNORE] * len(one.labels)
         columns["input_ids"].append(one.input_ids)
-        columns["labels"].append(one.labels)
+        columns["labels"].append(labels)
+        columns["weight"].append(weight)
         columns["offset"].append(offsets[number])
         columns["content"].append(bytes.fromhex(content_hash(items[number])))
         columns["tokens"].append(len(one.input_ids))
-        columns["trained"].append(len(one.labels) - one.labels.count(IGNORE))
-        columns["terminators"].append(one.labels.count(encoder.control.end_of_turn))
+        columns["trained"].append(len(labels) - labels.count(IGNORE))
+        columns["terminators"].append(labels.count(encoder.control.end_of_turn))
         columns["left_out"].append(chat.left_out if isinstance(chat, Conversation) else 0)
         columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
         columns["chat"].append(int(chat is not None))
@@ -135,8 +140,11 @@ class Documents:
 
     def column(self, name: str) -> Any:
         """One of COUNTS for every document: int64 [documents]."""
-        found = [part.table.column(name).to_numpy() for part in self.parts]
-        return numpy.concatenate(found).astype(numpy.int64) if found else numpy.zeros(0, numpy.int64)
+        return self._joined(name, numpy.int64)
+
+    def weights(self) -> Any:
+        """Of every document, in the loss: float64 [documents]."""
+        return self._joined("weight", numpy.float64)
 
     def contents(self) -> list[bytes]:
         """The content hash of each document."""
@@ -159,6 +167,10 @@ class Documents:
         """(number of its part, number within it)."""
         part = bisect_right(self._starts, document) - 1
         return part, document - self._starts[part]
+
+    def _joined(self, name: str, dtype: Any) -> Any:
+        found = [part.table.column(name).to_numpy() for part in self.parts]
+        return numpy.concatenate(found).astype(dtype) if found else numpy.zeros(0, dtype)
 
     def _place(self, document: int) -> tuple[Part, int]:
         part, row = self.place(document)

@@ -13,13 +13,14 @@ import numpy
 from gemma_ft.data.chat import IGNORE
 from gemma_ft.data.documents import Documents
 
-Example = dict[str, list[int]]
+Example = dict[str, list[Any]]
 
 
 class Examples(Sequence[Example]):
     """Rows of pieces. A piece is (document, start, end): those tokens, with BOS in front where it does not begin with
     the document. `example[i]`: input_ids, labels, position_ids, document_ids, lists of equal length; each document's
-    positions start at 0, and its first label is masked.
+    positions start at 0, and its first label is masked. Where not all documents have the weight 1 (`weighted`), also
+    loss_weights: of each token.
     """
 
     def __init__(self, documents: Documents, pieces: Any, rows: Sequence[Sequence[int]], bos: int) -> None:
@@ -27,6 +28,8 @@ class Examples(Sequence[Example]):
         self._flat = numpy.fromiter((piece for row in rows for piece in row), numpy.int64)
         self._starts = numpy.concatenate([[0], numpy.cumsum([len(row) for row in rows])]).astype(numpy.int64)
         sizes = piece_tokens(pieces)[self._flat]
+        self._weights = documents.weights()
+        self.weighted = bool((self._weights[pieces[:, 0]] != 1).any())
         self.lengths = numpy.add.reduceat(sizes, self._starts[:-1]) if len(rows) else sizes  # tokens of each example
 
     def __len__(self) -> int:
@@ -50,11 +53,17 @@ class Examples(Sequence[Example]):
             example["labels"] += labels
             example["position_ids"] += range(len(ids))
             example["document_ids"] += [number] * len(ids)
+            if self.weighted:
+                example.setdefault("loss_weights", []).extend([self.weight(piece[0])] * len(ids))
         return example
 
     def wheres(self, row: int) -> list[str]:
         """Where an example's documents stand in the source."""
         return [self.documents.where(int(document)) for document, _, _ in self.pieces_of(row)]
+
+    def weight(self, document: int) -> float:
+        """Of a document's tokens in the loss."""
+        return float(self._weights[document])
 
     def fingerprint(self) -> str:
         """SHA-256 (hex): equal exactly when the same tokens are trained in the same order."""
@@ -65,6 +74,8 @@ class Examples(Sequence[Example]):
                 ids, labels = self.documents.cut(int(document), int(start), int(end))
                 for part in (numpy.array([start > 0, len(ids)], numpy.int64), ids, labels):
                     digest.update(part.tobytes())
+                if self.weighted:
+                    digest.update(self._weights[document].tobytes())
         return digest.hexdigest()
 
     def pieces_of(self, row: int) -> Any:

@@ -14,10 +14,11 @@ nulls, numbers and lists as content are refused, with the place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.columns import FieldError, check_columns, fill_text, fill_value
+from gemma_ft.data.columns import FieldError, check_columns, fill_text, fill_value, fill_weight
 from gemma_ft.data.items import Conversation, Document, Item, Role, Turn, kind_of, order_fault, text_fault
 from gemma_ft.data.sources import Row
 from gemma_ft.errors import DataError
@@ -100,14 +101,18 @@ def check_format(format: str, columns: Mapping[str, str]) -> None:
         raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
     wanted = {"prompt_completion": "completion", "text": "text", "messages": "messages", "sharegpt": "messages",
               "preference": "chosen"}.get(format)  # fmt: skip
-    if columns and wanted not in columns:
+    if set(columns) - {"weight"} and wanted not in columns:
         raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {format}")
 
 
 def parse_row(row: Row, format: str, columns: Mapping[str, str], bad: BadRows) -> list[Item]:
     """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format."""
     try:
-        return PARSERS[format](row.where, row.fields, columns)
+        items = PARSERS[format](row.where, row.fields, columns)
+        if "weight" not in columns:
+            return items
+        weight = fill_weight(columns["weight"], row.fields)
+        return [replace(item, weight=weight) for item in items]
     except FieldError as fault:
         bad.add(row.where, str(fault))
         return []
@@ -256,10 +261,10 @@ def _prompt_completion(where: str, fields: Fields, columns: Mapping[str, str]) -
 
 def _preference(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
     """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
-    if not columns and isinstance(fields.get("chosen"), list):  # two whole chats
+    if "chosen" not in columns and isinstance(fields.get("chosen"), list):  # two whole chats
         chats = [_messages(where, fields, {"messages": f"{{{name}}}"}) for name in ("chosen", "rejected")]
         return chats[0]
-    if columns:
+    if "chosen" in columns:
         prompt, chosen, rejected = (fill_text(columns[name], fields) for name in PREFERENCE)
     else:
         prompt, chosen, rejected = (_text(fields, name) for name in PREFERENCE)

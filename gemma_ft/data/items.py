@@ -24,19 +24,22 @@ class Conversation:
     """An optional system turn, then user and assistant in turn, ending with an assistant.
 
     `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see formats.py).
+    `weight`: of each of its trained tokens in the loss.
     """
 
     where: str
     turns: tuple[Turn, ...]
     left_out: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text to be continued; nothing in it is a turn."""
+    """A plain text to be continued; nothing in it is a turn. `weight`: of each of its tokens in the loss."""
 
     where: str
     text: str
+    weight: float = 1.0
 
 
 Item = Conversation | Document

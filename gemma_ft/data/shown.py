@@ -60,6 +60,7 @@ class ShownDocument:
     piece: str  # which of a document's tokens these are, where they are not all
     before: Cut | None
     after: Cut | None
+    weight: float  # in the loss
     asked: bool  # for by name
 
     @property
@@ -67,6 +68,7 @@ class ShownDocument:
         """Number, place and size."""
         cut = sum(one.tokens for one in (self.before, self.after) if one)
         facts = [f"document {self.number}", self.where, f"{len(self.ids):,} tokens", self.piece]
+        facts += [f"weight {self.weight:g}" if self.weight != 1 else ""]
         facts += [f"{cut:,} truncated" if cut else "", "◀ asked for" if self.asked else ""]
         return " · ".join(filter(None, facts))
 
@@ -161,6 +163,7 @@ def _document(examples: Examples, number: int, piece: Any, *, asked: bool) -> Sh
         piece="" if whole else f"{start + 1:,} to {start + len(ids):,} of {total:,}",
         before=_cut(examples, document, before, start, last=True),
         after=_cut(examples, document, start + len(ids), after, last=False),
+        weight=examples.weight(document),
         asked=asked,
     )
 

@@ -45,7 +45,7 @@ def prompts_of(
 
     Raises: DataError listing bad rows as `file:line: reason`, or saying why no format fits.
     """
-    columns = dict(columns or {})
+    columns = {key: template for key, template in (columns or {}).items() if key != "weight"}  # of training alone
     if "prompt" in columns:
         columns.setdefault("completion", UNANSWERED)
     if format == "auto":

@@ -225,7 +225,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_weights: Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> GemmaCausalLMOutput:
@@ -235,8 +236,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         document only (packed rows); without it, and without an attention_mask, positions that restart mark the
         documents. labels [B, T] with -100 for what is not trained: the loss is summed over labelled tokens and divided
         by `num_items_in_batch` (default: the labelled tokens of this call), so that it does not depend on how a batch
-        is cut. skip_logits: True leaves `.logits` None and never builds them; the default is True in training mode with
-        labels. logits_to_keep: only the last so many positions (0: all), or the positions of an index tensor.
+        is cut. loss_weights [B, T]: each token's loss is multiplied by its weight; the default divisor is then the
+        weights of labelled tokens, so that a weight of 2 is the same as having the token twice. skip_logits: True
+        leaves `.logits` None and never builds them; the default is True in training mode with labels. logits_to_keep:
+        only the last so many positions (0: all), or the positions of an index tensor.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -251,7 +254,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         result = GemmaCausalLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
         if labels is not None:
-            self._add_loss(result, hidden, labels, num_items_in_batch)
+            self._add_loss(result, hidden, labels, num_items_in_batch, loss_weights)
         if labels is None or not (self.training if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.head_logits(hidden[:, kept])
@@ -262,15 +265,22 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         return softcapped(self.lm_head(hidden), self.model.numerics.final_softcap)
 
     def _add_loss(
-        self, result: GemmaCausalLMOutput, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+        self,
+        result: GemmaCausalLMOutput,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | float | None,
+        loss_weights: Tensor | None,
     ) -> None:
         if type(self.lm_head) is not nn.Linear:
             raise UserError(
                 "lm_head carries an adapter, which the fused loss would not train; remove it from the targets"
             )
-        head = fused_head_loss(hidden, self.lm_head.weight, labels, softcap=self.model.numerics.final_softcap)
-        count = head.token_count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        result.loss = head.loss_sum / count.to(head.loss_sum.device).clamp(min=1)
+        cap = self.model.numerics.final_softcap
+        head = fused_head_loss(hidden, self.lm_head.weight, labels, softcap=cap, loss_weights=loss_weights)
+        divisor = torch.as_tensor(head.weight_sum if num_items_in_batch is None else num_items_in_batch)
+        divisor = divisor.to(head.loss_sum)
+        result.loss = head.loss_sum / torch.where(divisor > 0, divisor, 1)  # nothing labelled: 0
         result.token_count = head.token_count
         result.token_accuracy = head.correct_count / head.token_count.clamp(min=1)
 

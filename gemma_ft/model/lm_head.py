@@ -26,19 +26,27 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What the fused head gives: three scalars on the hidden states' device."""
+    """What the fused head gives: four scalars on the hidden states' device."""
 
-    loss_sum: Tensor  # cross-entropy summed over labelled tokens, float32 or wider, differentiable
+    loss_sum: Tensor  # weighted cross-entropy summed over labelled tokens, float32 or wider, differentiable
+    weight_sum: Tensor  # weights of labelled tokens, summed, in loss_sum's dtype: `token_count` where none is given
     token_count: Tensor  # labelled tokens, int64
     correct_count: Tensor  # labelled tokens whose most likely prediction is the label, int64
 
 
 def fused_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None, chunk_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None,
+    loss_weights: Tensor | None = None,
+    chunk_rows: int | None = None,
 ) -> HeadLoss:
     """Hidden states [B, T, D] and labels [B, T] -> the summed next-token loss of a linear head `weight` [V, D].
 
-    The label at t is predicted from t - 1; rows whose label is -100 are never projected. Logits exist for `chunk_rows`
+    The label at t is predicted from t - 1, and its loss is multiplied by the loss weight at t ([B, T]; None: 1); rows
+    whose label is -100 are never projected. Logits exist for `chunk_rows`
     rows at a time (default: as many as fit CHUNK_BYTES), are capped in float32 or wider, and their gradient is taken at
     once, so that nothing of size V is kept for backward when the head is frozen (a trained head keeps its own gradient,
     [V, D]).
@@ -51,18 +59,26 @@ def fused_head_loss(
         chunk_rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight = rows.detach(), weight.detach()
-    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, targets, softcap, chunk_rows)
-    return HeadLoss(loss_sum, labelled.sum(), correct)
+    each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]  # [M]
+    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, targets, each, softcap, chunk_rows)
+    count = labelled.sum()
+    return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
-    """(rows [M, D], weight [V, D], targets [M]) -> (loss sum, correct count); gradients are ready when forward
-    returns.
+    """(rows [M, D], weight [V, D], targets [M], loss weights [M] or None) -> (loss sum, correct count); gradients are
+    ready when forward returns.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk_rows: int
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None,
+        softcap: float | None,
+        chunk_rows: int,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(rows.dtype, torch.float32)
         head = weight.to(rows.dtype)
@@ -74,7 +90,9 @@ class _FusedHeadLoss(torch.autograd.Function):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = softcapped(part @ head.T, softcap)  # [m, V]
             log_norm = logits.logsumexp(dim=-1)
-            loss_sum += (log_norm - logits.gather(1, target[:, None])[:, 0]).sum()
+            losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
+            each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
+            loss_sum += (losses if each is None else losses * each).sum()
             correct += (logits.argmax(dim=-1) == target).sum()
             if grad_rows is None and grad_weight is None:
                 continue
@@ -82,6 +100,8 @@ class _FusedHeadLoss(torch.autograd.Function):
             grad[torch.arange(len(target), device=rows.device), target] -= 1.0
             if softcap is not None:
                 grad *= 1.0 - (logits / softcap) ** 2  # d cap(z) / dz = 1 - tanh(z / cap)^2
+            if each is not None:
+                grad *= each[:, None]
             grad = grad.to(rows.dtype)
             if grad_rows is not None:
                 grad_rows[start : start + chunk_rows] = grad @ head
@@ -94,10 +114,10 @@ class _FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_rows, grad_weight = ctx.saved_tensors
         if grad_rows is not None:
             grad_rows = (grad_rows * upstream).to(grad_rows.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_rows, grad_weight, None, None, None
+        return grad_rows, grad_weight, None, None, None, None

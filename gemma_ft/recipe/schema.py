@@ -16,7 +16,7 @@ Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Rows = Annotated[int, Field(ge=0, le=10_000_000)]
 Batch = Annotated[int, Field(ge=1, le=65_536)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected"]
+Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -74,7 +74,9 @@ class Data(Section):
     eval: Sources | None = Field(None, description="Held-out rows, likewise")
     eval_fraction: Share = Field(0.0, description="Share of train held out by content hash when eval is not set")
     format: Format = Field("auto", description="How a row is read; auto detects it from the columns")
-    columns: dict[Column, Text] = Field({}, description='Maps other column names: {prompt: "{question}", ...}')
+    columns: dict[Column, Text] = Field(
+        {}, description='Maps other column names: {prompt: "{question}"}; weight: in the loss'
+    )
     trained_turns: Literal["all", "last"] = Field("all", description="Answers of a chat that are trained")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="skip: leave up to 0.1% of the rows out, and write them to bad_rows.jsonl"

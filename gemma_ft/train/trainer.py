@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
+from gemma_ft.data.chat import IGNORE
 from gemma_ft.data.examples import Examples
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.train.batches import DealtRows, placeholder
@@ -138,6 +139,18 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         self._micro = 0
         self.world.enter(f"step {self.state.global_step + 1}")
         return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its labelled tokens on all ranks; where rows have weights, the sum of
+        those, so that a row of weight 2 is the same as the row twice.
+        """
+        if not self.train_examples.weighted:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        own = 0.0
+        for batch in batch_samples:
+            if "loss_weights" in batch:  # not a blank row
+                own += float(batch["loss_weights"][batch["labels"] != IGNORE].double().sum())
+        return torch.tensor(self.world.sum([own])[0], dtype=torch.float64, device=device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """What dropout draws is a function of the seed, the step and the micro-batch, as one rank counts them: the same

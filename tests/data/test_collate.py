@@ -25,6 +25,14 @@ def test_batch_is_padded_at_the_right() -> None:
     assert examples[1]["input_ids"] == [2]
 
 
+def test_weights_are_padded_with_nothing_and_a_blank_row_has_none() -> None:
+    whole = {"input_ids": [2, 7], "labels": [-100, 7], "position_ids": [0, 1], "document_ids": [0, 0]}
+    blank = {"input_ids": [9], "labels": [-100], "position_ids": [0], "document_ids": [-1]}
+    batch = Collator(pad_id=9)([whole | {"loss_weights": [0.5, 0.5]}, blank])
+    assert batch["loss_weights"].tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert batch["loss_weights"].dtype == torch.float32
+
+
 def test_every_prepared_example_comes_back_from_its_batch(encoder: ChatEncoder) -> None:
     items = [Conversation("x:1", (Turn("user", "word " * size), Turn("assistant", "yes"))) for size in (1, 9, 4, 30)]
     examples = prepare(items, encoder, max_seq_len=64, packing=True).examples

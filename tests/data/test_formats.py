@@ -39,6 +39,15 @@ SEED = {"instruction": "a", "instances": [{"input": "", "output": "c"}, {"input"
 PAIR = {"prompt": "a", "completion": "b"}
 QUESTION = {"question": "a", "answer": "b"}
 TEXT = {"text": "a"}
+PREFERENCE = {"prompt": "a", "chosen": "b", "rejected": "c"}
+ONE_OF_EACH = {
+    "messages": MESSAGES,
+    "sharegpt": SHAREGPT,
+    "alpaca": ALPACA,
+    "prompt_completion": PAIR,
+    "text": TEXT,
+    "preference": PREFERENCE,
+}
 
 
 @pytest.mark.parametrize(
@@ -238,12 +247,13 @@ def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list
     [
         (
             {"promt": "{q}"},
-            "data.columns: unknown key 'promt'; use prompt, completion, system, messages, text, chosen, rejected",
+            "data.columns: unknown key 'promt'; use prompt, completion, system, messages, text, chosen, rejected, "
+            "weight",
         ),
         (
             {"prompt": "{q}"},
             "data.columns: got prompt; give prompt and completion, or messages, or text, "
-            "or prompt, chosen and rejected (system goes with all but text)",
+            "or prompt, chosen and rejected (weight goes with all, system with all but text)",
         ),
         ({"text": "{q}", "system": "s"}, "data.columns: system does not go with text; a plain document has no turns"),
         ({"text": "{q"}, "data.columns.text: cannot read '{' in '{q'; " + SYNTAX),
@@ -261,6 +271,43 @@ def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list
 )
 def test_bad_columns(columns: dict[str, str], expected: str) -> None:
     assert message({"q": "x", "n": None, "l": [{"j": 1}]}, columns=columns) == expected
+
+
+@pytest.mark.parametrize(("found", "expected"), [(2, 2.0), (0.25, 0.25), ("0.5", 0.5), (0, 0.0)])
+@pytest.mark.parametrize("form", list(ONE_OF_EACH))
+def test_a_weight_goes_with_every_format(form: str, found: Any, expected: float) -> None:
+    (item,) = parse_rows(rows({**ONE_OF_EACH[form], "w": found}), columns={"weight": "{w}"}, format=form)
+    assert item.weight == expected
+    (item,) = parse_rows(rows({**ONE_OF_EACH[form], "w": found}), columns={"weight": "{w}"})
+    assert item.weight == expected
+
+
+def test_a_field_named_weight_is_none_unless_columns_say_so() -> None:
+    (item,) = parse_rows(rows({**PAIR, "weight": 7}))
+    assert item.weight == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (True, "the weight {w} is true or false, expected a number"),
+        (None, "the weight {w} is null, expected a number"),
+        ("heavy", "the weight {w} is text, expected a number"),
+        ([1], "the weight {w} is a list, expected a number"),
+        (-1, "the weight {w} is -1, expected 0 to 1e+06"),
+        ("nan", "the weight {w} is nan, expected 0 to 1e+06"),
+        (10**400, "the weight {w} is inf, expected 0 to 1e+06"),
+        (1e7, "the weight {w} is 1e+07, expected 0 to 1e+06"),
+    ],
+)
+def test_what_is_no_weight_is_refused(found: Any, expected: str) -> None:
+    assert message({**PAIR, "w": found}, columns={"weight": "{w}"}) == f"a.jsonl:1: {expected}"
+
+
+def test_a_weight_is_one_field() -> None:
+    assert message(PAIR, columns={"weight": "{a} {b}"}) == (
+        "a.jsonl:1: data.columns.weight must be one field such as {score}, got '{a} {b}'"
+    )
 
 
 def test_columns_of_another_format() -> None:

@@ -67,6 +67,36 @@ def test_value_and_gradients_equal_plain_cross_entropy(
     assert upstream == 0 or all(grad.abs().max() > 0.1 for grad in given)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
+def test_weights_multiply_each_tokens_loss(chunk_rows: int) -> None:
+    hidden, weight, labels = inputs()
+    weights = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+    logits = softcapped(hidden[:, :-1] @ weight.T, 30.0)
+    each = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+    expected = (each * weights[:, 1:].flatten()).sum()
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    found = fused_head_loss(hidden, weight, labels, softcap=30.0, loss_weights=weights, chunk_rows=chunk_rows)
+    given = torch.autograd.grad(found.loss_sum, (hidden, weight))
+    torch.testing.assert_close(found.loss_sum, expected, rtol=TOLERANCE, atol=0)
+    for one, two in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(found.weight_sum, weights[:, 1:][labels[:, 1:] != IGNORED].sum(), rtol=1e-14, atol=0)
+    assert found.token_count == (labels[:, 1:] != IGNORED).sum()
+
+
+def test_a_model_divides_by_the_weights_however_small() -> None:
+    """A row of weight 3 counts as the row three times; the scale of all weights together is nothing."""
+    model, ids = ours(SECOND).double().train(), token_rows()[:2]
+    labels = masked_labels(ids)
+    weights = torch.ones_like(ids, dtype=torch.float64)
+    weights[1] = 3.0
+    found = model(ids, labels=labels, loss_weights=weights * 1e-6).loss
+    thrice = [0, 1, 1, 1]
+    expected = model(ids[thrice], labels=labels[thrice]).loss
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=0)
+    assert (found - model(ids, labels=labels).loss).abs() > 1e-3
+
+
 def test_counts_are_of_labelled_tokens() -> None:
     hidden, weight, labels = inputs()
     labels[:, 1] = softcapped(hidden[:, 0] @ weight.T, 30.0).argmax(dim=-1)  # two right answers at least

@@ -148,6 +148,33 @@ def test_fault_27_the_loss_does_not_depend_on_the_cut(recipe_for: RecipeFor) -> 
         assert (weights - results[0][1]).abs().max() <= 1e-10 * results[0][1].abs().max()
 
 
+def test_a_row_of_weight_2_is_the_row_twice_in_any_cut(recipe_for: RecipeFor, tmp_path: Path) -> None:
+    """Steps of whole epochs over weighted rows, against the same rows repeated; in float64."""
+    rows = [{"question": f"{n} + 1?", "answer": f"{n + 1}. " * n} for n in (1, 2, 3)]
+    heavy = [row | {"w": weight} for row, weight in zip(rows, (0.5, 1, 1.5), strict=True)]
+    repeated = [rows[0], *[rows[1]] * 2, *[rows[2]] * 3]
+    results = []
+    for lines, columns, batch, micro in (
+        (repeated, "{}", 6, 6),
+        (heavy, "{weight: '{w}'}", 3, 1),
+        (heavy, "{weight: '{w}'}", 3, 3),
+    ):
+        path = tmp_path / f"{len(results)}.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        batches = [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}", "train.precision=float32"]
+        loaded = recipe_for("strategy=lora", f"data.train={path}", f"data.columns={columns}", *batches)
+        model, _ = build_model(loaded.recipe, build_tokenizer(loaded.recipe))
+        model.to(torch.float64)
+        losses: list[float] = []
+        trainer = make_trainer(loaded, model, on_step=lambda figures, losses=losses: losses.append(figures["loss"]))
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        results.append((losses, weights))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-9, abs=0)
+        assert (weights - results[0][1]).abs().max() <= 1e-9 * results[0][1].abs().max()
+
+
 @pytest.mark.parametrize("kind", ["nf4"])
 def test_evaluation_does_not_cost_gradients(recipe_for: RecipeFor, kind: str) -> None:
     """bitsandbytes repacks 4-bit weights in a no-grad eval forward on some CPUs; after that no gradient passes the
