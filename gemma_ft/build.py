@@ -18,17 +18,18 @@ from gemma_ft.build_data import build_data
 from gemma_ft.data.files import DataFile, files_at
 from gemma_ft.data.preview import Preview, look_at
 from gemma_ft.data.preview_console import show
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.tokenizer import add_tokens, load_tokenizer, pieces_of
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
 from gemma_ft.load import load_base, located, model_source
+from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.schema import Source as Rows
-from gemma_ft.weights import Source, pinned
+from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of, pinned
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
 
@@ -43,14 +44,16 @@ def weights_source(recipe: Recipe) -> Source:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights."""
+    """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights, with `model.added_tokens`."""
     if recipe.model.tokenizer is not None:
         source = model_source(recipe.model.tokenizer, key="model.tokenizer: ")
     elif recipe.model.weights == FRESH:
         raise UserError("model.tokenizer: fresh weights come without a tokenizer; name a folder or hub id")
     else:
         source = weights_source(recipe)
-    return load_tokenizer(source.name, revision=source.revision)
+    tokenizer = load_tokenizer(source.name, revision=source.revision)
+    add_tokens(tokenizer, recipe.model.added_tokens or ())
+    return tokenizer
 
 
 def sources_of(recipe: Recipe) -> list[Rows]:
@@ -135,7 +138,10 @@ def build_model(
         base_of = hollow_base if hollow else load_base
         model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         _check_preset(model.config, recipe.model.preset, source.name)
-    if model.config.vocab_size < len(tokenizer):
+    names = recipe.model.added_tokens or []
+    if names and source is not None:
+        _add_rows(model, tokenizer, names, source)
+    elif model.config.vocab_size < len(tokenizer):
         raise UserError(
             f"model.tokenizer: has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the model's own"
         )
@@ -152,6 +158,22 @@ def build_model(
         base=source.name,
         revision=source.revision,
     ), source
+
+
+def _add_rows(model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], source: Source) -> None:
+    """Give a model the rows of added tokens: each begins as the mean of the rows of what its name was before.
+
+    Raises: UserError when the base has other tokens than its tokenizer.
+    """
+    first = len(tokenizer) - len(names)
+    if model.config.vocab_size != first:
+        raise UserError(
+            f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} tokens; "
+            "tokens can be added where each row has its token"
+        )
+    table = WeightFiles.open(folder_of(source, downloaded=True)).tensor(EMBEDDING)
+    rows = [table[ids].to(torch.float32).mean(dim=0) for ids in pieces_of(tokenizer, names)]
+    model.model.added_rows = AddedRows(first, torch.stack(rows)).to(model.device)
 
 
 def _check_preset(config: Any, preset: str, name: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from gemma_ft.data.hub import snapshot
 from gemma_ft.errors import UserError
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor in every Gemma
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]

@@ -48,6 +48,15 @@ def test_the_recipes_lines_are_valid(block: str, tmp_path: Path) -> None:
     assert yaml.safe_load(block)["data"]
 
 
+def test_the_figures_of_added_tokens_are_measured() -> None:
+    found = json.loads((RESULTS / "added_tokens.json").read_text())
+    ours, peft = (found["figures"][arm]["above_the_built_model_bytes"] / 1e9 for arm in ("ours", "peft"))
+    said = (
+        f"it took {found['peft_over_ours']:.1f} times as long and {peft:.1f} GB above the model instead of {ours:.1f}"
+    )
+    assert said in " ".join(PAGE.split())
+
+
 def test_the_figures_are_measured() -> None:
     both, large = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("encoding", "encoding_large"))
     assert f"{both['times_as_fast']:.1f} times as fast as `datasets.map`" in PAGE

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of
 
 
 def add_adapter(
@@ -27,7 +31,8 @@ def add_adapter(
     """Wrap `model` with a fresh adapter whose output equals the base's (B = 0), all of its weights in float32.
 
     `targets`: "all-linear" (every linear layer but the head) or module names. `base` and `revision` are written to
-    adapter_config.json: a hub id with its commit, or an absolute folder, so that stock PEFT finds the base again.
+    adapter_config.json: a hub id with its commit, or an absolute folder, so that stock PEFT finds the base again. The
+    rows of added tokens are trained with it.
     """
     config = LoraConfig(
         r=rank,
@@ -45,8 +50,33 @@ def add_adapter(
     active.target_modules = sorted(
         active.target_modules
     )  # a set has another order in each process, and so would the file
+    rows = rows_of(wrapped)
+    if rows is not None:  # said after PEFT has wrapped the model, so that it adds no layer of its own for them
+        active.trainable_token_indices = indices(rows.first, len(rows.weight))
+        rows.requires_grad_(True)
     trainables_in_float32(wrapped)
     return wrapped
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base alone while this is open; afterwards every parameter requires a gradient exactly as it did before.
+
+    PEFT's own context freezes the adapter's weights on the way in, and on the way out makes all of them trainable.
+    Added tokens have the rows that they began with.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    rows = rows_of(model)
+    try:
+        if rows is not None:
+            rows.enabled = False
+        with model.disable_adapter():
+            yield
+    finally:
+        if rows is not None:
+            rows.enabled = True
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def trainables_in_float32(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,4 +110,8 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
     `weights`: the model's own by name, where it has no more than slices of them.
     """
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
+    rows = rows_of(model)
+    if rows is not None:
+        name = next(name for name, one in model.named_parameters() if one is rows.weight)
+        add_to_folder(folder, rows.weight if weights is None else weights[name], rows.initial)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

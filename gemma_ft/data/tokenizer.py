@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from gemma_ft.data.hub import snapshot
+from gemma_ft.data.items import text_fault
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
 from gemma_ft.errors import DataError, UserError, first_line
 
@@ -55,13 +56,16 @@ class ControlIds:
 class ContentEncoder:
     """Text -> ids in which no control token can occur, and text that decodes to the same text.
 
-    Newline runs and HTML tags keep their own ids. "\u2581" is SentencePiece's sign for a space and decodes as one.
+    Newline runs and HTML tags keep their own ids, and so do tokens that a user added (`add_tokens`): behind the pieces
+    that the tokenizer was trained with, and not special. "\u2581" is SentencePiece's sign for a space and decodes as
+    one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        added = [token for token in spec["added_tokens"] if not is_text_token(token["content"])]
-        control = {token["content"] for token in added} | set(CONTROL_TOKENS)
+        own = spec["model"]["vocab"]
+        added = [token["content"] for token in spec["added_tokens"] if token["special"] or token["content"] in own]
+        control = {name for name in added if not is_text_token(name)} | set(CONTROL_TOKENS)
         decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
         self.sha256 = hashlib.sha256(json.dumps(decides).encode()).hexdigest()  # of what makes ids of a text
         self.control_ids = frozenset(tokenizer.get_vocab()[name] for name in control)
@@ -80,6 +84,32 @@ class ContentEncoder:
         ids: list[list[int]] = [encoding.ids for encoding in encodings]
         assert all(self.control_ids.isdisjoint(one) for one in ids), "a control token came out of plain text"
         return ids
+
+
+def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
+    """Give a tokenizer tokens of a user's: from then on a text that holds a name has that token in its place, whoever
+    wrote it. So no name is a control token.
+
+    Raises: UserError for a name that is no text, is there twice, or is a token already.
+    """
+    known = tokenizer.get_vocab()
+    for place, name in enumerate(names):
+        fault = text_fault(name)
+        why = f"{name!r} {fault}" if fault else None
+        if why is None and (name != name.strip() or BLANK_RUN.search(name)):
+            why = f"{name!r} holds blanks; a token is found in a text by its exact characters, so write it without"
+        if why is None and (name in names[:place] or name in known):
+            why = f"{name!r} is a token already; take it out"
+        if why is not None:
+            raise UserError(f"model.added_tokens: {why}")
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+
+
+def pieces_of(tokenizer: Any, names: Sequence[str]) -> list[list[int]]:
+    """The ids that added tokens were before they were added: what their names are to the tokenizer without them."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    plain = _without(spec, {*names, *CONTROL_TOKENS})
+    return [encoding.ids for encoding in plain.encode_batch_fast(list(names), add_special_tokens=False)]
 
 
 def is_text_token(name: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.contract import sha256_of
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.collate import Collator
@@ -64,21 +65,6 @@ def _cut(one: Encoded) -> Example:
         "position_ids": list(range(len(ids))),
         "document_ids": [0] * len(ids),
     }
-
-
-@contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The base alone while this is open; afterwards every parameter requires a gradient exactly as it did before.
-
-    PEFT's own context freezes the adapter's weights on the way in, and on the way out makes all of them trainable.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def canary_losses(

@@ -21,7 +21,7 @@ from gemma_ft.data.items import Document, Item
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.statistics import Floats
-from gemma_ft.model.lm_head import HeadLoss, fused_head_loss
+from gemma_ft.model.lm_head import HeadLoss
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,8 @@ def head_loss(model: Any, states: Tensor, labels: Tensor) -> HeadLoss:
     """The summed loss of one row's labels [T], its labelled tokens, and how many of them are the likeliest ones, out of
     the row's final states [T, D].
     """
-    native = _native(model)
-    return fused_head_loss(
-        states[None],
-        native.lm_head.weight,
-        labels[None].to(states.device),
-        softcap=native.model.numerics.final_softcap,
-    )
+    found: HeadLoss = _native(model).head_loss(states[None], labels[None].to(states.device))
+    return found
 
 
 def _native(model: Any) -> Any:

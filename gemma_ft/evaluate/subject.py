@@ -13,20 +13,19 @@ from typing import Any
 import torch
 
 from gemma_ft import runtime
+from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.quantize import keep_trainable
 from gemma_ft.build import FRESH, weights_source
 from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.canary import adapter_off
 from gemma_ft.evaluate.run_files import RunFiles
-from gemma_ft.export.deltas import EMBEDDING
 from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, place_of
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of
 
 BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
 # What was fixed when something was trained: it is read from there, and a setting for it would change nothing.

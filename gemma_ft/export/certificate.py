@@ -17,11 +17,15 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from gemma_ft.adapters.lora import adapter_off
+from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.adapters.token_rows import rows_of
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge import Progress, merge_into
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.export.probes import Probe, probes_for
-from gemma_ft.load import load_base
+from gemma_ft.load import add_rows, load_base
+from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.weights import Source
 
 POSITIONS_AT_ONCE = 64  # of float64 logits: 130 MB for Gemma's vocabulary
@@ -64,22 +68,20 @@ class Distance:
 
 
 @torch.no_grad()
-def distance(
-    live: Any, merged: Any, probes: Sequence[Probe], *, adapter_off: bool = False, on_row: Any = None
-) -> Distance:
+def distance(live: Any, merged: Any, probes: Sequence[Probe], *, without: bool = False, on_row: Any = None) -> Distance:
     """KL(P || Q), logit differences and agreement of two models over the probes, in float64.
 
-    `adapter_off`: P without its adapter. Raises: NonFiniteError, for `max` would let a NaN through as no difference.
+    `without`: P without its adapter. Raises: NonFiniteError, for `max` would let a NaN through as no difference.
     """
     kl_sum = kl_max = dlogit = largest = 0.0
     agreed = count = 0
     for probe in probes:
-        with live.disable_adapter() if adapter_off else contextlib.nullcontext():
+        with adapter_off(live) if without else contextlib.nullcontext():
             hidden_p = _hidden(live, probe)
         hidden_q = _hidden(merged, probe)
         for start in range(0, len(probe.positions), POSITIONS_AT_ONCE):
             rows = slice(start, start + POSITIONS_AT_ONCE)
-            with live.disable_adapter() if adapter_off else contextlib.nullcontext():
+            with adapter_off(live) if without else contextlib.nullcontext():
                 p = _logits(live, hidden_p[rows])
             q = _logits(merged, hidden_q[rows]).to(p.device)
             _check_finite(live=p, merged=q)
@@ -122,7 +124,10 @@ def certify(
     if other is not None:
         del model
         model = _plain(merged.place.base, torch.promote_types(precision, merged.dtype))
-        alone = distance(live, model, chosen.probes, adapter_off=True, on_row=on_row)
+        rows = rows_of(live)
+        if rows is not None:  # the probes may hold their tokens
+            model.model.added_rows = AddedRows(rows.first, rows.initial)
+        alone = distance(live, model, chosen.probes, without=True, on_row=on_row)
         merge_into(model, other)
         beside[other.policy] = asdict(distance(live, model, chosen.probes, on_row=on_row))
         beside["base"] = asdict(alone)
@@ -179,7 +184,9 @@ def live_model(merged: MergedWeights) -> Any:
     wrapped: Any = None
     for name, adapter in zip(names, merged.adapters, strict=True):
         if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=name, is_trainable=False)
+            folder, config = adapter.folder, adapter_config(adapter.folder)
+            add_rows(model, adapter.files, config, folder)
+            wrapped = PeftModel.from_pretrained(model, str(folder), name, config=config, is_trainable=False)
         else:
             wrapped.load_adapter(str(adapter.folder), adapter_name=name, is_trainable=False)
     wrapped.base_model.set_adapter(names)

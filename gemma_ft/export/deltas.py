@@ -16,10 +16,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.adapters.token_rows import INITIAL, TRAINED, added_by
 from gemma_ft.errors import UserError
-from gemma_ft.weights import WeightFiles
+from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIX = "base_model.model."
 _PARTS = {
     ".lora_A.weight": "a",
@@ -34,7 +34,6 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _OTHER_FORMS = (
     "fan_in_fan_out",
     "lora_bias",
-    "trainable_token_indices",
     "megatron_config",
     "use_qalora",
     "use_bdlora",
@@ -74,6 +73,14 @@ class _LowRank:
     scale: float = 0.0
 
 
+@dataclass(frozen=True)
+class Added:
+    """Tokens that an adapter adds: so many, whose ids begin with `first`."""
+
+    first: int
+    count: int
+
+
 class Adapter:
     """One adapter folder on its way into a base: `targets` are the weights of the base that it changes.
 
@@ -84,8 +91,10 @@ class Adapter:
         self.folder, self.files, self.config, self.share = folder, files, config, share
         self._low_rank: dict[str, _LowRank] = {}
         self._whole: dict[str, str] = {}  # trained as a whole (modules_to_save): target -> tensor of the adapter
+        self.added = self._added()
         for name in files.names:
-            self._place(name)
+            if name not in (TRAINED, INITIAL):
+                self._place(name)
         for target, change in self._low_rank.items():
             missing = {"a", "b"} - change.names.keys()
             if missing or (config.use_dora and "magnitude" not in change.names):
@@ -115,7 +124,7 @@ class Adapter:
     @property
     def targets(self) -> set[str]:
         """Names of the base weights that change."""
-        return {*self._low_rank, *self._whole}
+        return {*self._low_rank, *self._whole, *([EMBEDDING] if self.added else [])}
 
     @property
     def kind(self) -> str:
@@ -126,15 +135,19 @@ class Adapter:
 
     @property
     def combines(self) -> bool:
-        """Whether it is a sum that can be weighted: neither magnitudes nor whole weights."""
-        return self.kind != "dora" and not self._whole
+        """Whether it is a sum that can be weighted: neither magnitudes nor whole weights nor tokens of its own."""
+        return self.kind != "dora" and not self._whole and self.added is None
 
     def replaces(self, target: str) -> bool:
         """Whether the base's value of a weight is not needed."""
         return target in self._whole
 
     def apply(self, target: str, weight: Tensor) -> Tensor:
-        """`weight` [O, I] of the base, float32 or wider, changed in place as the adapter says; returned."""
+        """`weight` [O, I] of the base, float32 or wider, changed in place as the adapter says; returned. The embedding
+        grows by the rows of added tokens.
+        """
+        if target == EMBEDDING and self.added is not None:
+            return torch.cat((weight, self.files.tensor(TRAINED).to(weight.dtype)))
         if target in self._whole:
             return weight.copy_(self.files.tensor(self._whole[target]))
         change = self._low_rank.get(target)
@@ -145,7 +158,17 @@ class Adapter:
 
     def check_against(self, shapes: dict[str, tuple[int, ...]], base: str) -> None:
         """Raises UserError naming the first tensor that has no place in a base of these shapes, or does not fit it."""
-        for target in sorted(self.targets):
+        if self.added is not None:
+            rows, width = shapes[EMBEDDING]
+            first, found = self.added.first, self.files.info(TRAINED).shape
+            if first < rows:
+                raise UserError(f"{self.folder}: trains rows that {base} has itself (from id {first}); wrong base?")
+            if first != rows or found[1:] != (width,):
+                raise UserError(
+                    f"{self.folder}: adds tokens from id {first} in rows of {found[-1]}, {base} has {rows} rows of "
+                    f"{width}; wrong base?"
+                )
+        for target in sorted(self.targets - ({EMBEDDING} if self.added else set())):
             change = self._low_rank.get(target)
             names = change.names if change else {"whole": self._whole[target]}
             if target not in shapes:
@@ -161,6 +184,16 @@ class Adapter:
                         f"{self.folder}: {name} is {list(found)}, {base} asks for {list(wanted[part])}; wrong base, or "
                         "a config that is not this adapter's"
                     )
+
+    def _added(self) -> Added | None:
+        """Raises: UserError where the file does not hold the rows that the config speaks of."""
+        said = added_by(self.config, self.folder / "adapter_config.json")
+        if said is None:
+            return None
+        count = self.files.info(TRAINED).shape[0] if TRAINED in self.files.names else 0
+        if count != said[1]:
+            raise UserError(f"{self.folder}: has rows of {count} tokens, the config names {said[1]}; save it again")
+        return Added(*said)
 
     def _place(self, name: str) -> None:
         """Find out which weight a tensor belongs to. Raises: UserError for a tensor that no merge can use."""
@@ -216,7 +249,7 @@ class Adapter:
 
     def _check_values(self) -> None:
         """Raises UserError for values that are not finite, and for an adapter that changes nothing."""
-        does_something = bool(self._whole)
+        does_something = bool(self._whole) or self.added is not None
         for name in self.files.names:
             tensor = self.files.tensor(name)
             if not bool(torch.isfinite(tensor).all()):

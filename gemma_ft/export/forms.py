@@ -19,7 +19,6 @@ from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
 from gemma_ft.export.certificate import BeyondLimit, certify
-from gemma_ft.export.deltas import EMBEDDING
 from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge import FACTS, merge_to_folder, verify
@@ -27,7 +26,7 @@ from gemma_ft.export.merged import MergedWeights, merged_weights
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.export.papers import Papers
 from gemma_ft.load import Place
-from gemma_ft.weights import MAX_SHARD_BYTES, WeightFiles, folder_of, write_shards
+from gemma_ft.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, folder_of, write_shards
 
 AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 PROMPTS = 32  # held-out rows that the certificate of a merge compares
@@ -114,6 +113,7 @@ class HfForm:
             tokenizer_from=str(self.weights.tokenizer_folder),
             contract=self.place.contract,
             dtype=self.weights.dtype,
+            vocab_size=self.weights.vocab_size,
         )
         self.papers.write(folder, "hf", rounded_to=_rounded_to(self.weights))
 

@@ -159,6 +159,7 @@ def write_gguf(
 def gguf_config(weights: MergedWeights) -> PreTrainedConfig:
     """The config of a model that llama.cpp computes as we do. Raises: UserError as `check_for_llama_cpp`."""
     config = AutoConfig.from_pretrained(str(weights.base_folder), trust_remote_code=False)
+    config.vocab_size = weights.vocab_size
     check_for_llama_cpp(config)
     return config
 

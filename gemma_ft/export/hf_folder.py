@@ -77,18 +77,25 @@ def commit_model_folder(out: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_beside_weights(
-    folder: Path, *, base: Path, tokenizer_from: str, contract: Contract | None, dtype: torch.dtype
+    folder: Path,
+    *,
+    base: Path,
+    tokenizer_from: str,
+    contract: Contract | None,
+    dtype: torch.dtype,
+    vocab_size: int,
 ) -> ChatEncoder:
     """Write config.json, generation_config.json, the tokenizer and gemma_ft.json into `folder`.
 
     base: the folder of the model whose config.json is taken over. tokenizer_from: a folder or hub id. contract: what
     was trained; its chat template is written, and gemma_ft.json says that nothing is quantized any more. Without one
-    the tokenizer keeps its own template and there is no gemma_ft.json. dtype: of the weights. Returns the encoder.
+    the tokenizer keeps its own template and there is no gemma_ft.json. dtype, vocab_size: of the weights. Returns the
+    encoder.
     Raises: UserError when the tokenizer is not the one of the contract.
     """
     tokenizer = load_tokenizer(tokenizer_from)
     encoder = contract.encoder(tokenizer, tokenizer_from) if contract is not None else ChatEncoder(tokenizer)
-    write_json(folder / "config.json", config_fields(base, dtype))
+    write_json(folder / "config.json", config_fields(base, dtype) | {"vocab_size": vocab_size})
     write_json(folder / "generation_config.json", generation_fields(base, encoder))
     save_tokenizer(tokenizer, folder, system_policy=contract.system if contract is not None else None)
     if contract is not None:

@@ -76,6 +76,7 @@ def merge_to_folder(
             tokenizer_from=str(merged.tokenizer_folder),
             contract=merged.place.contract,
             dtype=merged.dtype,
+            vocab_size=merged.vocab_size,
         )
         verify(merged, folder)
         facts.append(_facts(merged, folder, certify(merged, folder) if certify is not None else None))
@@ -96,7 +97,12 @@ def merge_into(model: Any, merged: MergedWeights, on_progress: Progress | None =
     parameters = dict(model.named_parameters())
     changed = sorted(merged.changed)
     for done, name in enumerate(changed, start=1):
-        parameters[name].copy_(merged.tensor(name))
+        made = merged.tensor(name)
+        if made.shape == parameters[name].shape:
+            parameters[name].copy_(made)
+        else:  # the embedding, which the head shares, has grown
+            parameters[name].data = made.to(parameters[name])
+            model.model.added_rows = None
         if on_progress is not None:
             on_progress(done, len(changed))
 

@@ -13,13 +13,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft import runtime
 from gemma_ft.contract import Contract
 from gemma_ft.errors import RecipeError, UserError
-from gemma_ft.export.deltas import EMBEDDING, HEAD, Adapter, wide
+from gemma_ft.export.deltas import Adapter, wide
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
 from gemma_ft.load import Place, check_base
 from gemma_ft.model.config import config_in
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.weights import WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles, folder_of
 
 Policy = Literal["original", "dequantized"]
 
@@ -51,6 +51,9 @@ class MergedWeights:
         shapes = {name: shape for name, (_, shape) in self.infos.items()}
         for adapter in adapters:
             adapter.check_against(shapes, place.base.name)
+            if adapter.added is not None:
+                kept, (rows, width) = self.infos[EMBEDDING]
+                self.infos[EMBEDDING] = kept, (rows + adapter.added.count, width)
         self._requantized = quantized_names(config) if policy == "dequantized" else set()
         self.changed = {name for adapter in adapters for name in adapter.targets} | self._requantized
 
@@ -58,6 +61,11 @@ class MergedWeights:
     def dtype(self) -> torch.dtype:
         """The dtype of the merged embedding, which stands for the model's."""
         return self.infos[EMBEDDING][0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the merged embedding."""
+        return self.infos[EMBEDDING][1][0]
 
     @property
     def bytes(self) -> int:
@@ -120,7 +128,8 @@ class MergedWeights:
         """Raises UserError for adapters that cannot be added up, or a policy that this run does not have."""
         for adapter in self.adapters:
             if (len(self.adapters) > 1 or adapter.share != 1.0) and not adapter.combines:
-                what = "a DoRA adapter" if adapter.kind == "dora" else "an adapter that replaces whole weights"
+                what = "an adapter that replaces whole weights, or adds tokens,"
+                what = "a DoRA adapter" if adapter.kind == "dora" else what
                 raise UserError(f"{adapter.folder}: {what} cannot be weighted or combined; merge it alone, weight 1")
         if self.policy == "dequantized" and self.stored is None:
             raise UserError("--base dequantized: the adapter was not trained over a quantized base; leave it out")

@@ -21,11 +21,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
+from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
-from gemma_ft.model.lm_head import fused_head_loss, softcapped
+from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
 
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -70,6 +71,7 @@ class GemmaModel(GemmaPreTrainedModel):
         super().__init__(config)
         self.numerics = GemmaNumerics.from_config(config)
         self.embed_tokens = GemmaScaledEmbedding(config.vocab_size, config.hidden_size)
+        self.added_rows: AddedRows | None = None  # of tokens that the base does not know
         self.layers = nn.ModuleList(
             GemmaDecoderLayer(config, self.numerics, index) for index in range(config.num_hidden_layers)
         )
@@ -92,7 +94,7 @@ class GemmaModel(GemmaPreTrainedModel):
         """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
         # A checkpointed layer runs twice in training and would write its keys to the cache twice.
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
@@ -120,6 +122,11 @@ class GemmaModel(GemmaPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*states, x) if output_hidden_states else None,
         )
+
+    def _embedded(self, input_ids: Any) -> Tensor:
+        added = self.added_rows
+        x: Tensor = self.embed_tokens(input_ids) if added is None else added.embed(input_ids, self.embed_tokens)
+        return x
 
     def _masks(
         self, x: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None, seen: int
@@ -262,7 +269,22 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., D] -> logits [..., V], capped, in float32 or wider."""
-        return softcapped(self.lm_head(hidden), self.model.numerics.final_softcap)
+        logits, added = self.lm_head(hidden), self.model.added_rows
+        if added is not None:
+            logits = torch.cat((logits, nn.functional.linear(hidden, added.rows.to(hidden.dtype))), dim=-1)
+        return softcapped(logits, self.model.numerics.final_softcap)
+
+    def head_loss(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor | None = None) -> HeadLoss:
+        """Final hidden states [B, T, D], labels and loss weights [B, T] -> `fused_head_loss` of this model's head."""
+        added = self.model.added_rows
+        return fused_head_loss(
+            hidden,
+            self.lm_head.weight,
+            labels,
+            softcap=self.model.numerics.final_softcap,
+            loss_weights=loss_weights,
+            added=None if added is None else added.rows,
+        )
 
     def _add_loss(
         self,
@@ -276,8 +298,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             raise UserError(
                 "lm_head carries an adapter, which the fused loss would not train; remove it from the targets"
             )
-        cap = self.model.numerics.final_softcap
-        head = fused_head_loss(hidden, self.lm_head.weight, labels, softcap=cap, loss_weights=loss_weights)
+        head = self.head_loss(hidden, labels, loss_weights)
         divisor = torch.as_tensor(head.weight_sum if num_items_in_batch is None else num_items_in_batch)
         divisor = divisor.to(head.loss_sum)
         result.loss = head.loss_sum / torch.where(divisor > 0, divisor, 1)  # nothing labelled: 0

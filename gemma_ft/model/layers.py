@@ -54,7 +54,10 @@ class GemmaScaledEmbedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = super().forward(input)
+        return self.scaled(super().forward(input))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows [..., D] of the table -> what the first layer is given."""
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)

@@ -1,6 +1,6 @@
 """The LM head fused with its loss: labelled rows in, loss sum out, never the logits of a whole sequence.
 
-Letters: M labelled rows, D hidden, V vocabulary.
+Letters: M labelled rows, D hidden, V vocabulary, A rows added to it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def fused_head_loss(
     *,
     softcap: float | None,
     loss_weights: Tensor | None = None,
+    added: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
-    """Hidden states [B, T, D] and labels [B, T] -> the summed next-token loss of a linear head `weight` [V, D].
+    """Hidden states [B, T, D] and labels [B, T] -> the summed next-token loss of a linear head `weight` [V, D], with
+    the rows `added` [A, D] behind it.
 
     The label at t is predicted from t - 1, and its loss is multiplied by the loss weight at t ([B, T]; None: 1); rows
     whose label is -100 are never projected. Logits exist for `chunk_rows`
@@ -58,16 +60,16 @@ def fused_head_loss(
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
-        rows, weight = rows.detach(), weight.detach()
+        rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
     each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]  # [M]
-    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, targets, each, softcap, chunk_rows)
+    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
     count = labelled.sum()
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
 
 
 class _FusedHeadLoss(torch.autograd.Function):
-    """(rows [M, D], weight [V, D], targets [M], loss weights [M] or None) -> (loss sum, correct count); gradients are
-    ready when forward returns.
+    """(rows [M, D], weight [V, D], added [A, D] or None, targets [M], loss weights [M] or None) -> (loss sum, correct
+    count); gradients are ready when forward returns.
     """
 
     @staticmethod
@@ -75,6 +77,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         weight: Tensor,
+        added: Tensor | None,
         targets: Tensor,
         loss_weights: Tensor | None,
         softcap: float | None,
@@ -82,19 +85,23 @@ class _FusedHeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(rows.dtype, torch.float32)
         head = weight.to(rows.dtype)
+        more = None if added is None else added.to(rows.dtype)
+        known = len(weight)
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_added = torch.zeros_like(added, dtype=wide) if added is not None and ctx.needs_input_grad[2] else None
         loss_sum = torch.zeros((), dtype=wide, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
-            logits = softcapped(part @ head.T, softcap)  # [m, V]
+            logits = part @ head.T  # [m, V + A]
+            logits = softcapped(logits if more is None else torch.cat((logits, part @ more.T), dim=1), softcap)
             log_norm = logits.logsumexp(dim=-1)
             losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
             loss_sum += (losses if each is None else losses * each).sum()
             correct += (logits.argmax(dim=-1) == target).sum()
-            if grad_rows is None and grad_weight is None:
+            if grad_rows is None and grad_weight is None and grad_added is None:
                 continue
             grad = torch.exp(logits - log_norm[:, None])  # softmax
             grad[torch.arange(len(target), device=rows.device), target] -= 1.0
@@ -104,20 +111,24 @@ class _FusedHeadLoss(torch.autograd.Function):
                 grad *= each[:, None]
             grad = grad.to(rows.dtype)
             if grad_rows is not None:
-                grad_rows[start : start + chunk_rows] = grad @ head
+                into = grad_rows[start : start + chunk_rows]
+                torch.mm(grad[:, :known], head, out=into)
+                if more is not None:
+                    into += grad[:, known:] @ more
             if grad_weight is not None:
-                grad_weight += grad.T @ part
-        ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                grad_weight += grad[:, :known].T @ part
+            if grad_added is not None:
+                grad_added += grad[:, known:].T @ part
+        ctx.save_for_backward(grad_rows, grad_weight, grad_added)
+        ctx.dtypes = rows.dtype, weight.dtype, None if added is None else added.dtype
         ctx.mark_non_differentiable(correct)
         return loss_sum, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_rows, grad_weight = ctx.saved_tensors
-        if grad_rows is not None:
-            grad_rows = (grad_rows * upstream).to(grad_rows.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_rows, grad_weight, None, None, None, None
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (
+            None if grad is None else (grad * upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None

@@ -118,6 +118,9 @@ class Model(Section):
     weights: Text | None = Field(None, description="Folder or hub id; not set: the preset's own; random: fresh weights")
     revision: Text | None = Field(None, description="Revision of the hub id")
     tokenizer: Text | None = Field(None, description="Folder or hub id; not set: the one beside the weights")
+    added_tokens: list[Text] | None = Field(
+        None, max_length=1000, description="New tokens: their text becomes a token, and their rows alone are trained"
+    )
     attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="auto takes the fastest that is exact")
 
 

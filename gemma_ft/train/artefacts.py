@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
+from gemma_ft.adapters.token_rows import rows_of
 from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.contract import adapter_hash, contract_of
 from gemma_ft.data.chat import ChatEncoder
@@ -23,7 +24,7 @@ from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.sharding import whole
 from gemma_ft.train.state import trained
 from gemma_ft.train.world import World
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, HEAD, Source, WeightFiles, folder_of
 
 
 def save_result(
@@ -63,11 +64,15 @@ def save_result(
     def write(folder: Path) -> None:
         if full:
             model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
-            model.save_pretrained(str(folder), state_dict=gathered)
-            if gathered is not None:  # the library writes the dtype of the slices, which are float32
+            weights = _in_one_table(model, gathered)
+            rows = rows_of(model)
+            vocab_size = model.config.vocab_size + (0 if rows is None else len(rows.weight))
+            model.save_pretrained(str(folder), state_dict=weights)
+            if weights is not None:  # the library writes the dtype of the slices, float32, and the base's size
                 config = folder / "config.json"
                 fields = json.loads(config.read_text(encoding="utf-8"))
-                write_json(config, fields | {"dtype": str(dtype).removeprefix("torch.")})
+                said = {"dtype": str(dtype).removeprefix("torch."), "vocab_size": vocab_size}
+                write_json(config, fields | said)
         else:
             save_adapter(model, folder, gathered)
         save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
@@ -76,6 +81,20 @@ def save_result(
 
     commit_folder(target, write, manifest=False)
     return target
+
+
+def _in_one_table(model: Any, weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """A fully trained model's weights by name, the rows of added tokens behind those of the embedding; None where its
+    own are what is to be saved.
+    """
+    rows = rows_of(model)
+    if rows is None:
+        return weights
+    found = dict(model.state_dict() if weights is None else weights)
+    added = found.pop(next(name for name, one in model.named_parameters() if one is rows.weight))
+    found[EMBEDDING] = torch.cat((found[EMBEDDING], added.to(found[EMBEDDING])))
+    found.pop(HEAD, None)  # the same
+    return found
 
 
 def base_fingerprint(source: Source | None) -> str | None:

@@ -32,6 +32,8 @@ def outlook(
     }[recipe.strategy]
     choice = resolve_attention(recipe.model.attention, base.model.numerics.attn_softcap)
     train = recipe.train
+    if recipe.model.added_tokens:
+        how += f", rows of {len(recipe.model.added_tokens)} added tokens among them"
     lines = data.train.stats.describe().splitlines()
     rows = [
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),

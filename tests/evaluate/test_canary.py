@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_ft.adapters.lora import add_adapter
+from gemma_ft.adapters.lora import adapter_off, add_adapter
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError
-from gemma_ft.evaluate.canary import ROWS, TOKENS, adapter_off, build_canary, canary_losses, forgetting_note
+from gemma_ft.evaluate.canary import ROWS, TOKENS, build_canary, canary_losses, forgetting_note
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM

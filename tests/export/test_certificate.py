@@ -113,7 +113,7 @@ def test_the_dequantized_float32_merge_of_nf4_is_exact_and_the_original_is_not(b
     source, merged = Source(str(base), None), merged_weights(place)
     quantized = wrap(load_base(source, dtype=torch.float32, quantize="nf4").eval())
     plain = load_base(source, dtype=torch.float32).eval()
-    alone = distance(quantized, plain, probes_for(merged, 2).probes, adapter_off=True)
+    alone = distance(quantized, plain, probes_for(merged, 2).probes, without=True)
     assert found["compared"]["base"] == vars(alone)
 
 

@@ -84,8 +84,13 @@ ONLY = "only LoRA, rsLoRA and DoRA can"
     [
         ({"lora_bias": True}, f"A/adapter_config.json: lora_bias is set, which cannot be merged; {ONLY}"),
         ({"fan_in_fan_out": True}, f"A/adapter_config.json: fan_in_fan_out is set, which cannot be merged; {ONLY}"),
-        ({"trainable_token_indices": [1]},
-         f"A/adapter_config.json: trainable_token_indices is set, which cannot be merged; {ONLY}"),
+        ({"trainable_token_indices": [1]}, "A: has rows of 0 tokens, the config names 1; save it again"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 3]}},
+         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
+         "rows are not supported"),
+        ({"trainable_token_indices": {"lm_head": [1]}},
+         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
+         "rows are not supported"),
         ({"init_lora_weights": "pissa"},
          "A/adapter_config.json: init_lora_weights 'pissa' rewrote the base; save it as a plain LoRA with PEFT's "
          "path_initial_model_for_weight_conversion"),

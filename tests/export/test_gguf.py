@@ -151,9 +151,11 @@ def test_scores_and_kinds_are_those_of_sentencepiece(tmp_path: Path) -> None:
 
 def test_tokens_that_were_added_later_are_kept(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    tokenizer.add_tokens(["<my_tool>"])
+    tokenizer.add_tokens(["<my_tool>"])  # text, which a text may hold
+    tokenizer.add_tokens(["<my_turn>"], special_tokens=True)
     found = read_vocabulary(Path(TINY), tokenizer, rows=2064)
-    assert (found.tokens[2048], found.kinds[2048], found.kinds[2049]) == ("<my_tool>", CONTROL, UNUSED)
+    assert found.tokens[2048:2050] == ["<my_tool>", "<my_turn>"]
+    assert found.kinds[2048:2051] == [USER_DEFINED, CONTROL, UNUSED]
 
 
 def test_a_tensor_is_dropped_before_the_next_one_is_read(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from gemma_ft.train.run import train_recipe
 from tests.forked import fork_ranks, no_survivors
 
 ROOT = Path(__file__).resolve().parents[2]
+ADD = """model.added_tokens=['"day":', '"minutes":']"""
 STRATEGIES = {
     "lora": ["strategy=lora", "adapter.dropout=0.1"],
     "qlora": ["quantize.double_quant=true", "adapter.dropout=0.1"],
     "full": ["strategy=full", "train.learning_rate=0.0003"],
+    "tokens": ["strategy=lora", ADD, "data.columns={weight: '{w}'}"],
+    "full, tokens": ["strategy=full", ADD, "train.learning_rate=0.0003"],
 }
 Train = Callable[..., Path]
 assert train_recipe is not None, "imported here, before the first fork"
@@ -32,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-two conversations of unequal length: epochs of 22 do not go round in steps of 8, or on two ranks."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = (ROOT / "data" / "scheduling_train.jsonl").read_text().splitlines()[:22]
+    found = (ROOT / "data" / "scheduling_train.jsonl").read_text().splitlines()[:22]
+    lines = [json.dumps(json.loads(line) | {"w": 1 + number % 3}) for number, line in enumerate(found)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from tests.ranks.conftest import STRATEGIES, Train, lines
 
 RELATIVE = 1e-6
-RESULT = {"full": "model/model.safetensors"}
+FULL = "model/model.safetensors"
+RESULT = {"full": FULL, "full, tokens": FULL}
 
 
 def tensors(path: Path) -> dict[str, Any]:
