@@ -20,7 +20,7 @@ from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.show import show_copies, show_report
 from gemma_ft.data.check.survey import survey
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.schema import Data, Recipe, Source
+from gemma_ft.recipe.schema import Recipe, Source
 
 
 def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:
@@ -35,7 +35,7 @@ def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -
             row_sources(recipe),
             max_seq_len=recipe.data.max_seq_len,
             too_long=recipe.data.too_long,
-            severities=_severities(recipe.data),
+            severities=_severities(recipe),
             skip_bad_rows=recipe.data.on_bad_row == "skip",
             progress=progress,
         )
@@ -86,10 +86,10 @@ def row_sources(recipe: Recipe) -> list[RowSource]:
     ]
 
 
-def _severities(data: Data) -> dict[str, Severity]:
+def _severities(recipe: Recipe) -> dict[str, Severity]:
     """What weighs otherwise because the recipe says how it is dealt with."""
-    weighed: dict[str, Severity] = {"overlap": "note"} if data.overlap == "allow" else {}
-    return weighed | {"too_long": "error"} if data.too_long == "error" else weighed
+    weighed: dict[str, Severity] = {"overlap": "note"} if recipe.eval.overlap == "allow" else {}
+    return weighed | {"too_long": "error"} if recipe.data.too_long == "error" else weighed
 
 
 @contextlib.contextmanager

@@ -70,10 +70,10 @@ def build_data(
     contents = documents.contents() if held_out.items else []
     seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
     overlap = sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items)
-    if overlap and data.overlap == "error":
+    if overlap and recipe.eval.overlap == "error":
         raise DataError(
             f"data.eval: {overlap:,} held-out rows of {len(held_out.items):,} are training rows too, and their scores "
-            "would mean little; take them out of data.train, or set data.overlap: allow"
+            "would mean little; take them out of data.train, or set eval.overlap: allow"
         )
     return BuiltData(
         encoder=encoder,

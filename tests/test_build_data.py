@@ -175,10 +175,10 @@ def test_held_out_rows_that_are_trained_are_refused(build: Build) -> None:
     Path("e.jsonl").write_text("".join(Path("a.jsonl").read_text().splitlines(True)[:2]))
     assert refused(build, "data.train=a.jsonl", "data.eval=e.jsonl") == (
         "data.eval: 2 held-out rows of 2 are training rows too, and their scores would mean little; take them out of "
-        "data.train, or set data.overlap: allow"
+        "data.train, or set eval.overlap: allow"
     )
-    assert build("data.train=a.jsonl", "data.eval=e.jsonl", "data.overlap=allow").overlap == 2
-    assert build("data.train={path: a.jsonl, max_rows: 1}", "data.eval=e.jsonl", "data.overlap=allow").overlap == 1
+    assert build("data.train=a.jsonl", "data.eval=e.jsonl", "eval.overlap=allow").overlap == 2
+    assert build("data.train={path: a.jsonl, max_rows: 1}", "data.eval=e.jsonl", "eval.overlap=allow").overlap == 1
 
 
 def test_bad_rows_are_left_out_within_a_budget(build: Build) -> None:

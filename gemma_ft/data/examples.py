@@ -27,7 +27,7 @@ class Examples(Sequence[Example]):
         self.documents, self.pieces, self.bos = documents, pieces, bos
         self._flat = numpy.fromiter((piece for row in rows for piece in row), numpy.int64)
         self._starts = numpy.concatenate([[0], numpy.cumsum([len(row) for row in rows])]).astype(numpy.int64)
-        sizes = piece_tokens(pieces)[self._flat]
+        sizes = self.document_lengths = piece_tokens(pieces)[self._flat]  # of each piece, example after example
         self._weights = documents.weights()
         self.weighted = bool((self._weights[pieces[:, 0]] != 1).any())
         self.lengths = numpy.add.reduceat(sizes, self._starts[:-1]) if len(rows) else sizes  # tokens of each example

@@ -111,5 +111,5 @@ def _hub_fault(error: Exception, source: str, name: str, split: str, revision: s
         return f"{source}: name one of its configurations, as {name}:CONFIG{known}"
     if "Unknown split" in text or "Bad split" in text:
         splits = re.search(r"(\[[^\]]*\])", text)
-        return f"{source}: no split {split!r}{'; it has ' + splits[1] if splits else ''}; set data.split"
+        return f"{source}: no split {split!r}{'; it has ' + splits[1] if splits else ''}; set the source's split"
     return hub_reason(error, source, kind="data set", revision=revision)

@@ -81,7 +81,6 @@ class Data(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="skip: leave up to 0.1% of the rows out, and write them to bad_rows.jsonl"
     )
-    overlap: Literal["error", "allow"] = Field("error", description="Held-out rows that are training rows too")
     max_seq_len: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence; longer rows are cut, counted")
     packing: bool = Field(True, description="Fill each sequence with several documents that cannot see each other")
     too_long: Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"] = Field(
@@ -196,6 +195,7 @@ class Eval(Section):
     """How the held-out rows are scored, before and after training and in between."""
 
     every_steps: Steps | None = Field(None, description="Not set: only before and after")
+    overlap: Literal["error", "allow"] = Field("error", description="Held-out rows that are training rows too")
     max_rows: Steps | None = Field(200, description="Rows scored for the loss; null: all")
     generate_rows: Rows = Field(32, description="Rows answered by generation for exact match; 0: none")
     max_new_tokens: int = Field(256, ge=1, le=131_072, description="Longest generated answer")

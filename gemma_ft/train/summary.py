@@ -46,7 +46,7 @@ def summary_of(
             for question, first, last in zip(questions, answers, after.answers, strict=False)
         ],
         "data": train.stats.as_dict(),
-        "lengths": length_histogram(train.examples),
+        "lengths": length_histogram(train.examples.document_lengths),
         "device": runtime.device_name(),
         "versions": runtime.versions(),
     }

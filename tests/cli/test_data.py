@@ -71,7 +71,7 @@ def test_the_exit_code_is_the_worst_severity(write: Write) -> None:
     assert [check(name, "--strict") for name in (note, warning, error)] == [0, 2, 2]
     both = write("held.jsonl", GOOD[0])
     assert check(note, held_out=both) == 2
-    assert check(note, "data.overlap=allow", "--strict", held_out=both) == 0
+    assert check(note, "eval.overlap=allow", "--strict", held_out=both) == 0
     assert check(error, "data.on_bad_row=skip") == 0
 
 

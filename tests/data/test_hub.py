@@ -82,7 +82,7 @@ def test_tokenizer_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception,
         ),
         (
             ValueError("Unknown split \"train\". Should be one of ['test', 'validation']."),
-            "a/b: no split 'train'; it has ['test', 'validation']; set data.split",
+            "a/b: no split 'train'; it has ['test', 'validation']; set the source's split",
         ),
     ],
 )

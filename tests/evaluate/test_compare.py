@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(rows: Path, out: Path, *more: str) -> list[str]:
     return [
-        f"output_dir={out}", f"data.train={rows}", f"data.eval={rows}", "data.overlap=allow",
+        f"output_dir={out}", f"data.train={rows}", f"data.eval={rows}", "eval.overlap=allow",
         "data.max_seq_len=160", "train.max_steps=3",
         "train.learning_rate=0.003", "eval.max_rows=8", "eval.generate_rows=3", "eval.max_new_tokens=40",
         "eval.batch_size=4", "adapter.rank=4", "checkpoint.every_steps=null", *more,
@@ -299,7 +299,7 @@ def test_documents_are_scored_in_windows(tmp_path: Path) -> None:
     subject = find_subject(
         "sft_tiny",
         [f"data.train={text}", "data.eval=null", "data.eval_fraction=0.5", "data.max_seq_len=64", "strategy=lora",
-         "data.overlap=allow", f"output_dir={tmp_path / 'none'}"],
+         "eval.overlap=allow", f"output_dir={tmp_path / 'none'}"],
     )  # fmt: skip
     results, _, err = evaluated(subject, window=64, stride=16)
     base = results["models"]["base"]
@@ -356,7 +356,7 @@ def test_what_cannot_be_evaluated(trained: Run, rows: Path, tmp_path: Path) -> N
     assert refused(str(run), options={"metrics": ["numeric_match"]}) == (
         "--metrics: numeric_match needs a number after '####' in every held-out answer; leave it out"
     )
-    words = [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}", "data.overlap=allow"]
+    words = [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}", "eval.overlap=allow"]
     fresh = find_subject("tiny_base", words)
     with pytest.raises(UserError) as error:
         chosen_models(fresh, None)

@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.report.comparison import write_comparison
 from gemma_ft.evaluate.report.curves import MOST_POINTS, smoothed, thinned
-from gemma_ft.evaluate.report.lengths import READ_AT_MOST, length_histogram
+from gemma_ft.evaluate.report.lengths import length_histogram
 from gemma_ft.evaluate.report.page import write_report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[31mred\x1b[0m\u202egnp"
@@ -32,7 +33,7 @@ SUMMARY = {
     "samples": [{"prompt": "Why?", "expected": "Because.", "before": "No.", "after": "Because."}],
     "data": {"rows": 9, "documents": 8, "packed_rows": 4, "tokens": 700, "trained_tokens": 350, "truncated": 2,
              "max_seq_len": 200},
-    "lengths": {"bin_tokens": 10, "documents": [0, 3, 5], "examples_read": 4, "examples": 4},
+    "lengths": {"bin_tokens": 10, "documents": [0, 3, 5]},
 }  # fmt: skip
 EVALUATION = {
     "rows": 100,
@@ -235,15 +236,11 @@ def test_smoothing_keeps_level_slope_and_steps() -> None:
 
 
 def test_lengths_are_counted_by_document() -> None:
-    packed = {"document_ids": [0] * 3 + [1] * 24 + [2] * 25}
-    assert length_histogram([packed, {"document_ids": [0] * 48}]) == {
+    assert length_histogram(numpy.array([3, 24, 25, 48])) == {
         "bin_tokens": 2,
         "documents": [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
-        "examples_read": 2,
-        "examples": 2,
     }
-    many = length_histogram([{"document_ids": [0]}] * (READ_AT_MOST * 2 + 1))
-    assert (many["examples"], many["examples_read"]) == (READ_AT_MOST * 2 + 1, READ_AT_MOST * 2 // 3 + 1)
+    assert length_histogram(numpy.array([1])) == {"bin_tokens": 1, "documents": [1]}
 
 
 def test_runs_are_compared_by_figures_recipes_and_answers(tmp_path: Path) -> None:

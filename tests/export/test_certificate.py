@@ -203,7 +203,7 @@ def test_a_long_document_is_no_more_probes_than_asked_for(base: Path, tmp_path: 
         tmp_path,
         base,
         "strategy=lora",
-        "data.overlap=allow",
+        "eval.overlap=allow",
         f"data.eval={tmp_path / 'long.jsonl'}",
         f"data.train={tmp_path / 'long.jsonl'}",
     )

@@ -66,7 +66,7 @@ def test_the_job_ends_and_says_why(runs: Runs, figure: Callable[..., None], plac
     out = runs.place()
     begun = time.monotonic()
     children = runs.start(
-        out, "eval.every_steps=1", f"data.eval={runs.rows}", "data.overlap=allow",
+        out, "eval.every_steps=1", f"data.eval={runs.rows}", "eval.overlap=allow",
         "eval.generate_rows=0", "eval.samples=0",
         ranks=2, layout=layout, before=fails(place, how),
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_ranks_that_would_say_different_things_say_what_rank_0_says(runs: Runs) 
     """On unlike GPUs a tie may fall otherwise; a rank that stops earlier would leave the others waiting."""
     alone, out = runs.place(), runs.place()
     asked = ("eval.every_steps=3", "eval.samples=2", "eval.generate_rows=2", "eval.max_new_tokens=6")
-    more = (f"data.eval={runs.rows}", "data.overlap=allow", *asked)
+    more = (f"data.eval={runs.rows}", "eval.overlap=allow", *asked)
 
     def otherwise() -> None:
         import torch

@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(rows: Path, out: Path, *more: str) -> list[str]:
     return [
         "train", str(ROOT / "recipes" / "sft_tiny.yaml"), f"output_dir={out}", f"data.train={rows}",
-        f"data.eval={rows}", "data.overlap=allow",
+        f"data.eval={rows}", "eval.overlap=allow",
         "data.max_seq_len=96", "data.packing=false", "train.max_steps=8", "train.global_batch_size=8",
         "train.micro_batch_size=2", "eval.generate_rows=3", "eval.max_rows=5", "eval.every_steps=4", "eval.samples=2",
         "eval.max_new_tokens=12", "eval.batch_size=2", "checkpoint.every_steps=3", "checkpoint.keep=9",

@@ -71,7 +71,7 @@ def recipe_for(small_gemma: Path, rows: Path, tmp_path: Path) -> Callable[..., L
                 f"output_dir={tmp_path / out}",
                 f"data.train={rows}",
                 f"data.eval={rows}",
-                "data.overlap=allow",
+                "eval.overlap=allow",
                 "data.max_seq_len=48",
                 "data.packing=false",
                 f"model.weights={small_gemma}",

@@ -173,12 +173,9 @@ def _data_blocks(run: RunFacts) -> list[Block]:
     counts = {one.name: data[one.name] for one in fields(DataStats) if isinstance(data.get(one.name), int)}
     blocks: list[Block] = [Note(DataStats(**counts).describe())]
     if isinstance(lengths, dict) and isinstance(documents := lengths.get("documents"), list):
-        width, read, examples = (lengths.get(key) for key in ("bin_tokens", "examples_read", "examples"))
+        width = lengths.get("bin_tokens")
         if documents and isinstance(width, int) and all(is_figure(one) for one in documents):
-            title = "Sequences by length" + (
-                "" if read == examples else f", {count(read)} of {count(examples)} examples"
-            )
-            uri = histogram_picture(documents, width, title=title, x_label="tokens")
+            uri = histogram_picture(documents, width, title="Sequences by length", x_label="tokens")
             blocks.append(Picture(uri, "How many training sequences have how many tokens"))
     return blocks
 
