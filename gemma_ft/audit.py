@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from gemma_ft.build import build_tokenizer, check_apart
-from gemma_ft.build_data import Described, chunks_of, described
+from gemma_ft.build_sources import Described, chunks_of, described
 from gemma_ft.checkpoint import as_json, commit_folder, replace_text
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.check.clean import Copy, copy_clean

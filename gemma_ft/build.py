@@ -103,6 +103,7 @@ def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = 
         row_ids=row_ids,
         held_out={item.where for item in data.held_out_items},
         global_batch_size=loaded.recipe.train.global_batch_size,
+        streamed=data.streamed is not None,
     )
     show(found)
     return found

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft import runtime
+from gemma_ft.build_sources import Progress, ReadSource, chunks_of, described, items_of, read_source
+from gemma_ft.build_stream import streamed_examples
 from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.cache import Cache, Reading, items_at
+from gemma_ft.data.cache import items_at
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chunks import Chunk
 from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, shares, split_by_hash, times
 from gemma_ft.data.documents import Documents
-from gemma_ft.data.formats import check_format, detect_format
+from gemma_ft.data.examples import Examples
 from gemma_ft.data.items import Conversation, Item, content_hash
-from gemma_ft.data.sources import Row, read_chunks, rows_of
+from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.errors import DataError
-from gemma_ft.load import located
 from gemma_ft.recipe.paths import names_of
-from gemma_ft.recipe.schema import Data, Recipe, Source
-
-Progress = Callable[[int], None]
+from gemma_ft.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class BuiltData:
     """
 
     encoder: ChatEncoder
-    train: Prepared
+    train: Prepared  # of what is streamed the first block
     held_out: Prepared | None
     held_out_items: Sequence[Item]
     train_source: str
@@ -42,6 +39,12 @@ class BuiltData:
     eval_source: str | None
     overlap: int  # held-out rows that are training rows too
     skipped: Sequence[tuple[str, str]]  # (where, reason) of bad rows that were left out
+    streamed: StreamedExamples | None = None
+
+    @property
+    def examples(self) -> Examples | StreamedExamples:
+        """What is trained on."""
+        return self.streamed or self.train.examples
 
 
 def build_data(
@@ -55,17 +58,14 @@ def build_data(
     data = recipe.data
     encoder = ChatEncoder(tokenizer, data.system, data.trained_turns)
     skipped = BadRows()
+    if data.streaming:
+        return _streamed(recipe, encoder, skipped)
     sources = [read_source(source, data, encoder, skipped, progress) for source in data.train]
     documents, chosen, held_out = _parted(recipe, sources, encoder, skipped)
     train = arrange(
         documents, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long, chosen=chosen
     )
-    least, most = train.stats.weights
-    if least < most and recipe.train.global_batch_size == 1 and not data.packing:
-        raise DataError(
-            "data.columns.weight: weights are relative to those of the other rows of a step, and each step has one row "
-            "(train.global_batch_size: 1); raise it, or take the weights out"
-        )
+    _refuse_idle_weights(recipe, train)
     scored = _scored(recipe, held_out, encoder)
     contents = documents.contents() if held_out.items else []
     seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
@@ -88,90 +88,45 @@ def build_data(
     )
 
 
+def _streamed(recipe: Recipe, encoder: ChatEncoder, skipped: BadRows) -> BuiltData:
+    """As `build_data`, of rows that are read while they are trained on."""
+    data = recipe.data
+    how = [described(source, data, encoder) for source in data.train]
+    items = [item for source in data.eval or () for item in items_of(source, data, how[0], skipped)]
+    held_out = Held(names_of(data.eval) if data.eval else None, items)
+    examples = streamed_examples(recipe, how, items)
+    skipped.extend(examples.first.bad)
+    train = examples.first.prepared
+    _refuse_idle_weights(recipe, train)
+    several = len(how) > 1
+    told = [f"{one.source.path}: " * several + f"{one.reading.format}: {one.why}" for one in how]
+    return BuiltData(
+        encoder=encoder,
+        train=train,
+        held_out=_scored(recipe, held_out, encoder),
+        held_out_items=items,
+        train_source=f"{names_of(data.train)}, streamed; its first block",
+        train_format="\n".join(told),
+        eval_source=held_out.source,
+        overlap=0,
+        skipped=skipped.rows,
+        streamed=examples,
+    )
+
+
+def _refuse_idle_weights(recipe: Recipe, train: Prepared) -> None:
+    """Raises: DataError where weights would have no effect."""
+    least, most = train.stats.weights
+    if least < most and recipe.train.global_batch_size == 1 and not recipe.data.packing:
+        raise DataError(
+            "data.columns.weight: weights are relative to those of the other rows of a step, and each step has one row "
+            "(train.global_batch_size: 1); raise it, or take the weights out"
+        )
+
+
 def conversations(items: Sequence[Item]) -> list[Conversation]:
     """The conversations among items: those that can be answered by generation."""
     return [item for item in items if isinstance(item, Conversation)]
-
-
-def chunks_of(source: Source) -> Iterator[Chunk]:
-    """The rows of one source, unparsed. Raises: DataError when it cannot be read."""
-    return read_chunks(located(source.path), split=source.split, revision=source.revision)
-
-
-@dataclass(frozen=True)
-class Described:
-    """How the rows of a source are read, why, and the fields of its first row."""
-
-    reading: Reading
-    why: str
-    fields: frozenset[str]
-
-
-def described(source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None) -> Described:
-    """How a source is read. `train`: of the first training source, for one that is held out: `data.format` and
-    `data.columns` describe data.train, and hold here where rows have the same fields; otherwise (training rows were
-    replaced on the command line, say) the format is detected.
-
-    Raises: DataError when the format cannot be told, or there is no row.
-    """
-    if train is None:
-        check_format(*_named(source, data))
-    rows = _first_rows(source)
-    fields = frozenset(rows[0].fields)
-    if train is not None and source.format is None and source.columns is None and fields != train.fields:
-        source = source.model_copy(update={"format": "auto", "columns": {}})
-    form, columns = _named(source, data)
-    why = "named in the recipe"
-    if form == "auto":
-        form, why = detect_format(rows, columns)
-    check_format(form, columns)
-    return Described(Reading(form, columns, encoder), why, fields)
-
-
-def _named(source: Source, data: Data) -> tuple[str, dict[str, str]]:
-    """Format and columns as the recipe has them."""
-    columns = data.columns if source.columns is None else source.columns
-    return str(source.format or data.format), {str(key): template for key, template in columns.items()}
-
-
-@dataclass(frozen=True)
-class ReadSource:
-    """One source of training rows, encoded."""
-
-    source: Source
-    described: Described
-    documents: Documents
-
-    @property
-    def reading(self) -> Reading:
-        """How its rows are read."""
-        return self.described.reading
-
-    def told(self, among_others: bool) -> str:
-        """Its format and why; among others also its name, and how often its rows are seen."""
-        if not among_others:
-            return f"{self.reading.format}: {self.described.why}"
-        return f"{self.source.path}: {self.count:,} documents, {self.reading.format}: {self.described.why}"
-
-    @property
-    def count(self) -> int:
-        """Documents of it that are meant: all, or as many as max_rows."""
-        return min(len(self.documents), self.source.max_rows or len(self.documents))
-
-
-def read_source(
-    source: Source, data: Data, encoder: ChatEncoder, skipped: BadRows, progress: Progress = lambda documents: None
-) -> ReadSource:
-    """The rows of a source, encoded. Bad ones are told, or left out and added to `skipped`, as the recipe says.
-
-    Raises: DataError.
-    """
-    found = described(source, data, encoder)
-    bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
-    cache = Cache(runtime.cache_folder(), runtime.processors())
-    documents = cache.documents(chunks_of(source), found.reading, bad, progress=progress, **more)
-    _settle(bad, documents.items + bad.count, data, skipped)
-    return ReadSource(source, found, documents)
 
 
 @dataclass(frozen=True)
@@ -200,7 +155,7 @@ def _parted(
     numbers = [start + numpy.arange(one.count) for start, one in zip(starts, sources, strict=False)]
     held = Held(None, [])
     if data.eval is not None:
-        items = [item for source in data.eval for item in _items(source, data, sources, skipped)]
+        items = [item for source in data.eval for item in items_of(source, data, sources[0].described, skipped)]
         held = Held(names_of(data.eval), items)
     elif data.eval_fraction:
         out = chosen_by_hash(documents, numpy.concatenate(numbers), data.eval_fraction, recipe.seed)
@@ -226,19 +181,6 @@ def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[It
     return found
 
 
-def _items(source: Source, data: Data, sources: Sequence[ReadSource], skipped: BadRows) -> list[Item]:
-    """The rows of a held-out source as items."""
-    bad = BadRows()
-    reading = described(source, data, sources[0].reading.encoder, sources[0].described).reading
-    items: list[Item] = []
-    for chunk in chunks_of(source):
-        items += [item for _, item in reading.items(chunk, bad)]
-        if source.max_rows is not None and len(items) >= source.max_rows:
-            break
-    _settle(bad, len(items) + bad.count, data, skipped)
-    return items[: source.max_rows]
-
-
 def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | None:
     """The held-out rows whose loss is scored."""
     data = recipe.data
@@ -249,21 +191,3 @@ def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | 
         return prepare(items, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long)
     except DataError as error:
         raise DataError(f"held-out rows, {held_out.source}: {error}") from error
-
-
-def _first_rows(source: Source) -> list[Row]:
-    """The first rows of a source that are whole. Raises: DataError when it holds none."""
-    bad = BadRows()
-    for chunk in chunks_of(source):
-        rows = rows_of(chunk, bad)
-        if rows:
-            return rows
-    bad.raise_if_any()
-    raise DataError(f"{located(source.path)}: holds no rows")
-
-
-def _settle(bad: BadRows, rows: int, data: Data, skipped: BadRows) -> None:
-    if data.on_bad_row == "error":
-        bad.raise_if_any()
-    bad.raise_if_many(rows)
-    skipped.extend(bad)

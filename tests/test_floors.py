@@ -20,6 +20,8 @@ FLOORS = [
     ["contract"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["hollow"],
+    ["build_sources"],
+    ["build_stream"],
     ["build_data"],
     ["build", "checkpoint", "plan"],
     ["audit"],  # of data, before a run

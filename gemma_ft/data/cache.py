@@ -73,15 +73,18 @@ class Reading:
         return found
 
 
-def encode_chunk(reading: Reading, chunk: Chunk, path: Path) -> None:
-    """Encode a chunk and write it to `path`, its bad rows with their reasons.
-
-    Raises: DiskError when it cannot be written.
-    """
+def encoded_chunk(reading: Reading, chunk: Chunk) -> pa.Table:
+    """The documents of a chunk, its bad rows with their reasons."""
     bad = BadRows()
     found = reading.items(chunk.at_origin(), bad)
     offsets = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
-    _write(table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets), path)
+    table = table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets)
+    return table.combine_chunks()
+
+
+def encode_chunk(reading: Reading, chunk: Chunk, path: Path) -> None:
+    """Encode a chunk and write it to `path`. Raises: DiskError when it cannot be written."""
+    _write(encoded_chunk(reading, chunk), path)
 
 
 class Cache:
@@ -217,7 +220,7 @@ def _encode_here(chunk: Chunk, path: Path) -> None:
 def _write(table: pa.Table, path: Path) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table.combine_chunks())
+        stream.write_table(table)
     data = sink.getvalue()
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

@@ -35,6 +35,7 @@ class DataStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut at max_seq_len and still trained on
     dropped: int = 0  # those of which no trained token is left within max_seq_len
+    overlapping: int = 0  # left out, for they are held-out rows as well (data.streaming)
     untrained: int = 0  # their weight is 0, or no answer of them is to be trained (data.trained_turns: last)
     too_long: int = 0  # rows left out for their length (data.too_long: drop)
     dropped_empty: int = 0  # an answer, a question or a whole document is empty
@@ -59,6 +60,7 @@ class DataStats:
         notes = (
             (self.truncated, "cut at max_seq_len"),
             (self.dropped, "dropped: their answer lies past max_seq_len"),
+            (self.overlapping, "left out: they are held-out rows too"),
             (self.untrained, "dropped: none of their answers is to be trained, or their weight is 0"),
             (self.too_long, "dropped: longer than max_seq_len (data.too_long: drop)"),
             (self.dropped_empty, "dropped: empty question, answer or text"),
@@ -69,6 +71,14 @@ class DataStats:
             lines.append("in the loss a row weighs from {:g} to {:g}".format(*self.weights))
         return "\n".join(lines + [f"{count:,} {what}" for count, what in notes if count])
 
+    def add(self, other: "DataStats") -> None:
+        """Count what became of further rows as well."""
+        weights = min(self.weights[0], other.weights[0]), max(self.weights[1], other.weights[1])
+        for one in fields(self):
+            if one.name not in ("weights", "max_seq_len"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        self.weights = weights
+
     def as_dict(self) -> dict[str, Any]:
         """The counts by name, for a report file."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
@@ -76,7 +86,9 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is trained on, or scored, and what became of the rows that it was made from."""
+    """What is trained on, or scored, and what became of the rows that it was made from. Examples that are streamed
+    (data.streamed) have all that a trainer asks of `Examples`.
+    """
 
     examples: Examples
     stats: DataStats
@@ -102,6 +114,8 @@ def arrange(
     packing: bool,
     too_long: TooLong = "auto",
     chosen: Any = None,
+    refuse: bool = True,
+    weighted: bool = False,
 ) -> Prepared:
     """Examples of at most `max_seq_len` tokens: one document each, or several when `packing`. `chosen`: numbers of the
     documents that are meant, a number as often as it is to be seen (None: all of them, once).
@@ -110,7 +124,10 @@ def arrange(
     once, dropped, or refused; "auto" cuts conversations at the right and splits documents. A piece that does not begin
     its document has a BOS of its own; one with no trained token in it is dropped.
 
-    Raises: DataError when nothing is left, no conversation trains its terminator, or a long one is refused.
+    `weighted`: examples tell the weights of their tokens although all may be 1.
+
+    Raises: DataError when a long one is refused, and, to `refuse`, when nothing is left or no conversation trains its
+    terminator.
     """
     assert max_seq_len >= 2, "a sequence holds BOS and one trained token at least"
     chosen = numpy.arange(len(documents)) if chosen is None else numpy.asarray(chosen, numpy.int64)
@@ -136,13 +153,15 @@ def arrange(
     ]
     pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
     pieces = pieces[numpy.lexsort((pieces[:, 1], pieces[:, 0]))]
-    _refuse_untrainable(stats, int((count["chat"] > 0).sum()), len(pieces))
+    if refuse:
+        _refuse_untrainable(stats, int((count["chat"] > 0).sum()), len(pieces))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
     weights = documents.weights()[pieces[:, 0]]
-    stats.weights = float(weights.min()), float(weights.max())
+    if len(pieces):
+        stats.weights = float(weights.min()), float(weights.max())
     stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(rows), sum(lengths)
-    return Prepared(Examples(documents, pieces, rows, encoder.control.bos), stats)
+    return Prepared(Examples(documents, pieces, rows, encoder.control.bos, weighted=weighted), stats)
 
 
 def _policy(too_long: TooLong, chat: int) -> str:
@@ -220,7 +239,7 @@ def times(numbers: Any, repeats: float, contents: Sequence[bytes], seed: int) ->
     chosen = numpy.repeat(numbers, whole)
     if not rest:
         return chosen
-    order = sorted(numbers.tolist(), key=lambda number: (_share(contents[number].hex(), seed), number))
+    order = sorted(numbers.tolist(), key=lambda number: (share_of(contents[number].hex(), seed), number))
     return numpy.sort(numpy.concatenate([chosen, order[: round(rest * len(order))]]).astype(numpy.int64))
 
 
@@ -244,7 +263,7 @@ def split_by_hash(items: Sequence[Item], fraction: float, seed: int) -> tuple[li
 
 def _held_out(contents: Sequence[str], fraction: float, seed: int) -> Any:
     """Whether each of some content hashes is held out: bool array. Raises: DataError when one side would be empty."""
-    marks = [_share(content, seed) for content in contents]
+    marks = [share_of(content, seed) for content in contents]
     limit = max(Fraction(fraction), min(marks, default=Fraction(0)))
     held_out = numpy.array([mark <= limit for mark in marks], bool)
     if held_out.all() or not held_out.any():
@@ -252,7 +271,7 @@ def _held_out(contents: Sequence[str], fraction: float, seed: int) -> Any:
     return held_out
 
 
-def _share(content: str, seed: int) -> Fraction:
+def share_of(content: str, seed: int) -> Fraction:
     """A number in [0, 1) that depends on content and seed alone."""
     digest = hashlib.sha256(f"{seed}:{content}".encode()).digest()
     return Fraction(int.from_bytes(digest[:8], "big"), 2**64)

@@ -100,6 +100,13 @@ class Part:
         """As `bad`, of rows up to an offset."""
         return [(self.where(offset), reason) for offset, reason in self._told["bad"] if offset <= last]
 
+    def sliced(self, start: int, stop: int) -> Part:
+        """Some of its rows; the first ones bring the empty items with them, so that each is counted once."""
+        empty = 0 if start else self.items - len(self.table)
+        told = {"items": stop - start + empty, "bad": []}
+        table = self.table.slice(start, stop - start).replace_schema_metadata({"told": json.dumps(told)})
+        return Part(table, self.where)
+
     @functools.cached_property
     def _told(self) -> Any:
         return json.loads(self.table.schema.metadata[b"told"])

@@ -23,13 +23,18 @@ class Examples(Sequence[Example]):
     loss_weights: of each token.
     """
 
-    def __init__(self, documents: Documents, pieces: Any, rows: Sequence[Sequence[int]], bos: int) -> None:
+    streamed = False  # whoever deals them shuffles them
+
+    def __init__(
+        self, documents: Documents, pieces: Any, rows: Sequence[Sequence[int]], bos: int, weighted: bool = False
+    ) -> None:
         self.documents, self.pieces, self.bos = documents, pieces, bos
         self._flat = numpy.fromiter((piece for row in rows for piece in row), numpy.int64)
         self._starts = numpy.concatenate([[0], numpy.cumsum([len(row) for row in rows])]).astype(numpy.int64)
-        sizes = self.document_lengths = piece_tokens(pieces)[self._flat]  # of each piece, example after example
+        sizes = piece_tokens(pieces)[self._flat]
+        self.length_counts = numpy.bincount(sizes)  # how many pieces have 0, 1, 2, ... tokens
         self._weights = documents.weights()
-        self.weighted = bool((self._weights[pieces[:, 0]] != 1).any())
+        self.weighted = weighted or bool((self._weights[pieces[:, 0]] != 1).any())
         self.lengths = numpy.add.reduceat(sizes, self._starts[:-1]) if len(rows) else sizes  # tokens of each example
 
     def __len__(self) -> int:
@@ -56,6 +61,10 @@ class Examples(Sequence[Example]):
             if self.weighted:
                 example.setdefault("loss_weights", []).extend([self.weight(piece[0])] * len(ids))
         return example
+
+    def longest(self, count: int) -> list[Example]:
+        """The longest examples, so many at most."""
+        return [self[row] for row in numpy.argsort(-self.lengths, kind="stable")[:count].tolist()]
 
     def wheres(self, row: int) -> list[str]:
         """Where an example's documents stand in the source."""

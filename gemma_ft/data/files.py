@@ -30,6 +30,14 @@ class DataFile:
     compression: str  # one of COMPRESSED, or ""
     remote: bool = False
 
+    @property
+    def bytes(self) -> int | None:
+        """Its size; None for one that is not on this machine, or cannot be asked."""
+        try:
+            return None if self.remote else os.path.getsize(self.name)
+        except OSError:
+            return None
+
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """The file's bytes, decompressed. Raises: DataError when they cannot be read, now or on the way."""

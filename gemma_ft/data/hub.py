@@ -87,17 +87,22 @@ def snapshot(name: str, *, revision: str | None, **wanted: Any) -> Path:
         raise UserError(hub_reason(error, name, kind="model", revision=revision)) from error
 
 
-def read_hub_records(source: str, *, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of "owner/name" or "owner/name:config" on the hub, or in its local cache.
+def read_hub_records(
+    source: str, *, split: str, revision: str | None, streaming: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows of "owner/name" or "owner/name:config" on the hub, or in its local cache. `streaming`: where the hub
+    answers, they come one by one and are not put into the cache.
 
     Raises: DataError in one line: what is missing, and what to set.
     """
     import datasets
+    from huggingface_hub import is_offline_mode
 
     name, _, config = source.partition(":")
     try:
         ask_or_go_offline()
-        table = datasets.load_dataset(name, config or None, split=split, revision=revision)
+        more = {"streaming": True} if streaming and not is_offline_mode() else {}
+        table = datasets.load_dataset(name, config or None, split=split, revision=revision, **more)
     except Exception as error:  # the library raises many kinds; each becomes one line for the user
         raise DataError(_hub_fault(error, source, name, split, revision)) from error
     return map(dict, table)

@@ -32,10 +32,16 @@ class Preview:
     lengths: Sequence[int]  # tokens of each example
     faults: Sequence[str]  # none: the data can be trained on
     global_batch_size: int
+    streamed: bool  # figures are of the first block alone
+
+    @property
+    def span(self) -> str:
+        """What the figures are of."""
+        return "the first block of the stream" if self.streamed else "an epoch"
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps of an epoch, or of the first block."""
         return steps_per_epoch(self.stats.packed_rows, self.global_batch_size)
 
     def describe(self) -> str:
@@ -44,7 +50,7 @@ class Preview:
         if cut := self.overview.cut_tokens:
             lines.append(f"{cut:,} tokens are truncated, {self.overview.cut_trained:,} of them to be trained")
         steps = f"{self.steps:,} optimizer step{'s' if self.steps > 1 else ''}"
-        lines.append(f"an epoch: {self.stats.tokens:,} tokens, {steps} of {self.global_batch_size:,} examples")
+        lines.append(f"{self.span}: {self.stats.tokens:,} tokens, {steps} of {self.global_batch_size:,} examples")
         return "\n".join(lines)
 
     def passed(self) -> list[str]:
@@ -65,6 +71,7 @@ def look_at(
     row_ids: Sequence[str] = (),
     held_out: Collection[str] = (),
     global_batch_size: int = 1,
+    streamed: bool = False,
 ) -> Preview:
     """The first `rows` examples, or those that hold the rows named by `row_ids` (the first `rows` for each); figures
     and checks of all examples. `held_out`: where the rows stand that are kept from training.
@@ -85,6 +92,7 @@ def look_at(
         lengths=examples.lengths.tolist(),
         faults=faults_in(counts),
         global_batch_size=global_batch_size,
+        streamed=streamed,
     )
 
 

@@ -53,9 +53,11 @@ def rows_of(chunk: Chunk, bad: BadRows) -> list[Row]:
     return [Row(chunk.where(offset), fields) for offset, fields in chunk.rows(bad)]
 
 
-def read_chunks(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[Chunk]:
+def read_chunks(
+    source: str, *, split: str = "train", revision: str | None = None, streaming: bool = False
+) -> Iterator[Chunk]:
     """The rows of a source as `read_rows` gives them, a chunk at a time: lines of JSON, parquet and hub data sets need
-    not fit into memory.
+    not fit into memory. `streaming`: a hub data set is not downloaded, it comes row by row.
 
     Raises: DataError for what cannot be read; rows that hold no object are found by whoever opens the chunk.
     """
@@ -64,7 +66,7 @@ def read_chunks(source: str, *, split: str = "train", revision: str | None = Non
         for file in files:
             yield from _file_chunks(file)
     elif HUB_ID.fullmatch(source) and not looks_mistyped(source):
-        records = read_hub_records(source, split=split, revision=revision)
+        records = read_hub_records(source, split=split, revision=revision, streaming=streaming)
         yield from row_chunks(f"{source}[{split}]", enumerate(records, start=1), unit="row ")
     else:
         raise DataError(f"{source}: no such file{did_you_mean(source)}")

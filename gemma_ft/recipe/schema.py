@@ -82,6 +82,9 @@ class Data(Section):
         "error", description="skip: leave up to 0.1% of the rows out, and write them to bad_rows.jsonl"
     )
     max_seq_len: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence; longer rows are cut, counted")
+    streaming: bool = Field(
+        False, description="Never read all rows: shuffle within blocks of some 10,000 documents; needs train.max_steps"
+    )
     packing: bool = Field(True, description="Fill each sequence with several documents that cannot see each other")
     too_long: Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"] = Field(
         "auto", description="Rows past max_seq_len; auto: chats are cut at the right, documents split"
@@ -96,6 +99,13 @@ class Data(Section):
         if any(one.repeats != 1 or one.weight is not None for one in sources or ()):
             raise rule("held-out rows are scored once; take repeats and weight out", key="data.eval")
         return sources
+
+    @field_validator("streaming")
+    @classmethod
+    def _held_out_apart(cls, streaming: bool, info: ValidationInfo) -> bool:
+        if streaming and info.data.get("eval_fraction"):
+            raise rule("cannot be held out of rows that are streamed; give data.eval", key="data.eval_fraction")
+        return streaming
 
     @field_validator("train", mode="after")
     @classmethod
@@ -241,6 +251,15 @@ class Recipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+
+    @field_validator("train")
+    @classmethod
+    def _an_end(cls, train: Train, info: ValidationInfo) -> Train:
+        data = info.data.get("data")
+        if data is not None and data.streaming and train.max_steps is None:
+            raise rule("data.streaming: the rows are not counted, so that an epoch has no end; set train.max_steps",
+                       key="train.max_steps")  # fmt: skip
+        return train
 
     @field_validator("checkpoint")
     @classmethod

@@ -42,7 +42,7 @@ class StepBatches(Sampler[list[int]]):
 
     def rows_of_step(self, step: int) -> list[int]:
         """The rows of all ranks in a step of this epoch, counted from 0."""
-        return self._order()[step * self.step_rows : (step + 1) * self.step_rows]
+        return list(self._order()[step * self.step_rows : (step + 1) * self.step_rows])
 
     def __len__(self) -> int:
         full, rest = divmod(self.length, self.step_rows)
@@ -52,18 +52,19 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         for start in range(0, self.length, self.step_rows):
-            rows = order[start : start + self.step_rows]
+            rows = list(order[start : start + self.step_rows])
             if self.tokens is not None:
                 rows.sort(key=lambda row: -self.tokens[row])  # type: ignore[index]  # stable, as on any machine
             cuts = [rows[at : at + self.micro_rows] for at in range(0, len(rows), self.micro_rows)]
             cuts += [[self.length]] * (-len(cuts) % self.ranks)
             yield from cuts[self.rank :: self.ranks]
 
-    def _order(self) -> list[int]:
+    def _order(self) -> Sequence[int]:
         if self.seed is None:
-            return list(range(self.length))
+            return range(self.length)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(self.length, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order
 
 
 class WithBlank(Dataset[Mapping[str, Any]]):
@@ -117,8 +118,8 @@ class DealtRows:
             len(data),
             step_rows=step_rows or max(1, len(data)),
             micro_rows=rows,
-            seed=self.args.seed if step_rows else None,
-            tokens=data.lengths.tolist() if step_rows else None,
+            seed=self.args.seed if step_rows and not data.streamed else None,
+            tokens=data.lengths if step_rows else None,
             rank=self.world.rank,
             ranks=self.world.size,
         )

@@ -16,7 +16,7 @@ from gemma_ft import runtime
 from gemma_ft.build_data import BuiltData
 from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, is_disk_full, replace_text
 from gemma_ft.data.collate import Collator
-from gemma_ft.errors import NonFiniteError, Stopped, UserError
+from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
@@ -65,7 +65,7 @@ class Course:
     stop: StopRequest
 
     def __post_init__(self) -> None:
-        rows = self.data.train.examples.fingerprint()
+        rows = self.data.examples.fingerprint()
         if len(set(self.world.gather(rows))) > 1:
             raise UserError(
                 f"{names_of(self.recipe.data.train)}: ranks read different rows; give every machine the same files"
@@ -113,6 +113,8 @@ class Course:
                 )
             self.display.say(f"  drift: {what}")
         before["inputs"] = now["inputs"]
+        if self.data.streamed and before.get("stream"):
+            self.data.streamed.seek(before["stream"])
         self.display.say(f"  resuming   after step {self.progress.step}, from {checkpoint}")
         if before["total"] != self.total:
             self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
@@ -144,7 +146,8 @@ class Course:
                 compared=compared,
                 questions=self.scorer.questions,
                 result=result.name,
-                train=self.data.train,
+                examples=self.data.examples,
+                rows=self.data.streamed.stats if self.data.streamed else self.data.train.stats,
             )
             with self.world.phase("the summary"):
                 if self.world.main:
@@ -217,6 +220,9 @@ class Course:
                 return
             except torch.OutOfMemoryError as error:
                 recover(self.trainer, error)
+            except DataError:  # of rows that are streamed: what was trained before them is kept
+                self.trainer.keep_step()
+                raise
             step = self.progress.step
             checkpoint = checkpoint_folder(self.run.checkpoints, step) if step else None
             self._say_smaller(f"ran out in step {step + 1}")
@@ -272,7 +278,7 @@ class Course:
     def _not_finite(self, figures: dict[str, Any]) -> None:
         """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
         rows = self.trainer.rows_of_last_step()
-        wheres = [where for row in rows for where in self.data.train.examples.wheres(row)]
+        wheres = [where for row in rows for where in self.data.examples.wheres(row)]
         named = ", ".join(wheres[:ROWS_NAMED]) + (
             f" and {len(wheres) - ROWS_NAMED} more" if wheres[ROWS_NAMED:] else ""
         )
@@ -318,7 +324,7 @@ class Course:
             world=self.world,
             stop=self.stop,
             source=self.source,
-            train_examples=self.data.train.examples,
+            train_examples=self.data.examples,
             eval_examples=held_out.examples if held_out else None,
             collator=Collator(self.data.encoder.control.pad),
             tokenizer=self.tokenizer,

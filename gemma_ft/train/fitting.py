@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gemma_ft.data.examples import Example
 from gemma_ft.errors import UserError
 
 CURES = "set train.gradient_checkpointing=true, lower data.max_seq_len, or --launch fsdp2"
@@ -22,14 +23,14 @@ def fit_micro_batch(trainer: Any) -> int:
     does not fit.
     """
     arguments, world = trainer.args, trainer.world
-    lengths = trainer.train_examples.lengths.tolist()
-    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    longest = trainer.train_examples.longest(arguments.per_device_train_batch_size)
     while True:
         rows = arguments.per_device_train_batch_size
         if not world.any(not _fits(trainer, longest[:rows])):
             return int(rows)
         if rows == 1:
-            raise UserError(f"a single row of {lengths[longest[0]]:,} tokens does not fit into GPU memory; {CURES}")
+            tokens = len(longest[0]["input_ids"])
+            raise UserError(f"a single row of {tokens:,} tokens does not fit into GPU memory; {CURES}")
         halve(arguments)
 
 
@@ -59,17 +60,16 @@ def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if step and trainer.saved_step != step:
-        trainer._save_checkpoint(trainer.model, None)
-        if trainer.saved_step != step:  # no space, which was told
-            raise UserError(
-                f"out of GPU memory in step {step + 1}, and no space for a checkpoint to go on from; free some, then "
-                f"--resume train.micro_batch_size={rows // 2}"
-            ) from error
+    trainer.keep_step()
+    if step and trainer.saved_step != step:  # no space, which was told
+        raise UserError(
+            f"out of GPU memory in step {step + 1}, and no space for a checkpoint to go on from; free some, then "
+            f"--resume train.micro_batch_size={rows // 2}"
+        ) from error
     halve(trainer.args)
 
 
-def _fits(trainer: Any, rows: list[int]) -> bool:
+def _fits(trainer: Any, rows: list[Example]) -> bool:
     """Whether this rank has memory for these rows; gradients are gone afterwards."""
     try:
         _compute(trainer, rows)
@@ -82,14 +82,14 @@ def _fits(trainer: Any, rows: list[int]) -> bool:
     return True
 
 
-def _compute(trainer: Any, rows: list[int]) -> None:
+def _compute(trainer: Any, rows: list[Example]) -> None:
     """Forward and backward over some rows, beside what the first step takes as well: two moments of each trained
     weight, and DDP's copy of the gradients.
     """
     model = trainer.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     reserve = torch.empty((2 + (trainer.world.size > 1)) * trained, dtype=torch.uint8, device=trainer.args.device)
-    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_examples[row] for row in rows]))
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     model.train()
     with trainer.compute_loss_context_manager():
         loss = model(**inputs, use_cache=False).loss

@@ -96,7 +96,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
         canary = None
         if recipe.eval.canary is not None:
             canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
-    total = total_steps(recipe, len(data.train.examples))
+    total = total_steps(recipe, len(data.examples))
     finished = world.gather(run.steps_finished() if mode.resume else None)[0]
     if finished is not None and finished >= total:
         display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
@@ -119,5 +119,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
                 if mode.overwrite:
                     run.clear()
                 run.write_recipe(recipe)
-                run.write_bad_rows(data.skipped)
+                run.write_bad_rows(data.skipped, add=data.streamed is not None and checkpoint is not None)
+                if data.streamed is not None:
+                    data.streamed.on_bad_rows = lambda bad: run.write_bad_rows(bad.rows, add=True)
         return course.go(checkpoint)

@@ -153,9 +153,16 @@ class RunDir(RunFiles):
         except OSError as error:
             raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
 
-    def write_bad_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Write where each row lies that was left out, and why; no file where none was."""
-        lines = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in rows]
+    def write_bad_rows(self, rows: Sequence[tuple[str, str]], *, add: bool = False) -> None:
+        """Write where each row lies that was left out, and why; no file where none was. `add`: to those that are there
+        already, each once.
+        """
+        known = (
+            self.bad_rows.read_text(encoding="utf-8").splitlines(keepends=True)
+            if add and self.bad_rows.is_file()
+            else []
+        )
+        lines = dict.fromkeys(known + [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in rows])
         if lines:
             replace_text(self.bad_rows, "".join(lines))
         else:

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
 from gemma_ft.data.chat import IGNORE
 from gemma_ft.data.examples import Examples
+from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.train.batches import DealtRows, placeholder
 from gemma_ft.train.saving import OwnCheckpoints
@@ -64,7 +65,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         world: World,
         stop: StopRequest,
         source: Source | None,
-        train_examples: Examples,
+        train_examples: Examples | StreamedExamples,
         eval_examples: Examples | None,
         collator: Callable[[Any], dict[str, Tensor]],
         tokenizer: PreTrainedTokenizerBase,
@@ -244,6 +245,8 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         progress, tokens = self.progress, round(counted)
         progress.step, progress.tokens = self.state.global_step, progress.tokens + tokens
         progress.seconds += seconds
+        if self.train_examples.streamed:
+            progress.extra["stream"] = self.train_examples.cursor(progress.step * self._sampler.step_rows)
         if not self.skipped:
             progress.last_loss = loss
         self.on_step(
@@ -293,6 +296,11 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         """Whether any rank was asked to stop; all ranks call it at the same places, and then all stop."""
         self.stopped = self.stopped or self.world.any(self.stop.asked())
         return self.stopped
+
+    def keep_step(self) -> None:
+        """A checkpoint of the last whole step, where there is none yet."""
+        if self.state.global_step and self.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """The end of a step: one that ends the run leaves a checkpoint of itself, whatever the intervals."""

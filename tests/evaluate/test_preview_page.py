@@ -47,10 +47,10 @@ def test_tokens_figures_and_pictures_are_there(encoder: ChatEncoder, tmp_path: P
     stats = found.stats
     for expected in (
         "Preview of mine.yaml recipes/mine.yaml",
-        f"tokens per epoch {stats.tokens} 3 documents",
+        f"tokens in an epoch {stats.tokens} 3 documents",
         f"trained {stats.trained_tokens / stats.tokens:.1%} {stats.trained_tokens} tokens",
         f"packing efficiency {stats.tokens / 128:.1%} 1.5 documents in an example",
-        "optimizer steps per epoch 1 2 examples, 2 in a step",
+        "optimizer steps in an epoch 1 2 examples, 2 in a step",
         f"truncated 1 {found.overview.cut_tokens} tokens cut off",
         "✓ <bos> once in each of 3 sequences, at the start",
         "trained masked control control, trained truncated document boundary ↵ line break",

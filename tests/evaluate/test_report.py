@@ -236,11 +236,11 @@ def test_smoothing_keeps_level_slope_and_steps() -> None:
 
 
 def test_lengths_are_counted_by_document() -> None:
-    assert length_histogram(numpy.array([3, 24, 25, 48])) == {
+    assert length_histogram(numpy.bincount([3, 24, 25, 48])) == {
         "bin_tokens": 2,
         "documents": [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
     }
-    assert length_histogram(numpy.array([1])) == {"bin_tokens": 1, "documents": [1]}
+    assert length_histogram(numpy.bincount([1])) == {"bin_tokens": 1, "documents": [1]}
 
 
 def test_runs_are_compared_by_figures_recipes_and_answers(tmp_path: Path) -> None:

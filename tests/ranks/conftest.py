@@ -19,6 +19,7 @@ STRATEGIES = {
     "qlora": ["quantize.double_quant=true", "adapter.dropout=0.1"],
     "full": ["strategy=full", "train.learning_rate=0.0003"],
     "tokens": ["strategy=lora", ADD, "data.columns={weight: '{w}'}"],
+    "stream": ["strategy=lora", "data.streaming=true", "eval.overlap=allow"],
     "full, tokens": ["strategy=full", ADD, "train.learning_rate=0.0003"],
 }
 Train = Callable[..., Path]

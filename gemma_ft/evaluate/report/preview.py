@@ -68,11 +68,11 @@ def _headline(preview: Preview) -> Block:
     per_example = stats.documents / stats.packed_rows
     return Cards(
         [
-            ("tokens per epoch", count(stats.tokens), f"{count(stats.documents)} documents"),
+            (f"tokens in {preview.span}", count(stats.tokens), f"{count(stats.documents)} documents"),
             ("trained", percent(stats.trained_tokens / stats.tokens), f"{count(stats.trained_tokens)} tokens"),
             ("packing efficiency", percent(stats.fill), f"{per_example:.1f} documents in an example"),
             (
-                "optimizer steps per epoch",
+                f"optimizer steps in {preview.span}",
                 count(preview.steps),
                 f"{count(stats.packed_rows)} examples, {count(preview.global_batch_size)} in a step",
             ),

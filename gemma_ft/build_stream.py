@@ -1,0 +1,48 @@
+"""Sources of a recipe that are read while they are trained on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from gemma_ft.build_sources import Described, chunks_of
+from gemma_ft.data.files import files_at
+from gemma_ft.data.items import Item, content_hash
+from gemma_ft.data.stream import Arranging, Stream, StreamSource
+from gemma_ft.data.streamed import StreamedExamples
+from gemma_ft.load import located
+from gemma_ft.recipe.schema import Recipe, Source
+
+
+def streamed_examples(recipe: Recipe, described: Sequence[Described], held_out: Sequence[Item]) -> StreamedExamples:
+    """The examples of a run over streamed rows, of which the first block is read. `described`: how each source is read.
+    Training rows that are held-out rows too are left out, unless eval.overlap allows them.
+
+    Raises: DataError.
+    """
+    data, batch = recipe.data, recipe.train.global_batch_size
+    refused = held_out if recipe.eval.overlap == "error" else []
+    stream = Stream(
+        [_stream_source(source, one) for source, one in zip(data.train, described, strict=True)],
+        Arranging(data.max_seq_len, data.packing, data.too_long),
+        recipe.seed,
+        frozenset(bytes.fromhex(content_hash(item)) for item in refused),
+        skip_bad_rows=data.on_bad_row == "skip",
+    )
+    assert recipe.train.max_steps is not None, "the recipe is checked"
+    return StreamedExamples(stream, total=recipe.train.max_steps * batch, behind=2 * batch)
+
+
+def _stream_source(source: Source, how: Described) -> StreamSource:
+    """Sources without weights are read at such rates that they end together, as far as the sizes of files tell."""
+    sizes = [file.bytes for file in files_at(located(source.path)) or ()]
+    known = sum(size or 0 for size in sizes) if sizes and None not in sizes else 0
+    return StreamSource(
+        name=source.path,
+        chunks=functools.partial(chunks_of, source, streaming=True),
+        reading=how.reading,
+        most=source.max_rows,
+        repeats=source.repeats,
+        rate=source.weight or (known or 1) * source.repeats,
+        ends_pass=source.weight is not None,
+    )
