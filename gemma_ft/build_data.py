@@ -14,10 +14,10 @@ from gemma_ft.build_stream import streamed_examples
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.cache import items_at
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, shares, split_by_hash, times
+from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, shares, split_document, times
 from gemma_ft.data.documents import Documents
 from gemma_ft.data.examples import Examples
-from gemma_ft.data.items import Conversation, Item, content_hash
+from gemma_ft.data.items import Conversation, Document, Item
 from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.paths import names_of
@@ -69,7 +69,7 @@ def build_data(
     scored = _scored(recipe, held_out, encoder)
     contents = documents.contents() if held_out.items else []
     seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
-    overlap = sum(bytes.fromhex(content_hash(item)) in seen for item in held_out.items)
+    overlap = sum(encoder.content_hash(item) in seen for item in held_out.items)
     if overlap and recipe.eval.overlap == "error":
         raise DataError(
             f"data.eval: {overlap:,} held-out rows of {len(held_out.items):,} are training rows too, and their scores "
@@ -147,7 +147,8 @@ def _parted(
     if data.eval is None and data.eval_fraction and documents.items == 1 and not documents.column("chat").any():
         (one,) = (one for one in sources if one.documents.items)
         (only,) = (item for chunk in chunks_of(one.source) for _, item in one.reading.items(chunk, BadRows()))
-        train, tail = split_by_hash([only], data.eval_fraction, recipe.seed)
+        assert isinstance(only, Document), "it is no chat"
+        train, tail = split_document(only, data.eval_fraction)
         documents = Documents.of(train, encoder)
         chosen = times(numpy.arange(1), one.source.repeats, documents.contents(), recipe.seed)
         return documents, chosen, Held(share, tail)
@@ -169,6 +170,12 @@ def _parted(
         repeats = shares([one.source.weight or 1.0 for one in sources], [len(one) for one in numbers])
     contents = documents.contents() if any(repeat % 1 for repeat in repeats) else []
     chosen = [times(one, repeat, contents, recipe.seed) for one, repeat in zip(numbers, repeats, strict=True)]
+    for one, found, meant in zip(sources, numbers, chosen, strict=True):
+        if len(found) and not len(meant):
+            raise DataError(
+                f"{one.source.path}: of {len(found):,} documents repeats {one.source.repeats:g} leaves none; raise it, "
+                "or take the source out"
+            )
     return documents, numpy.concatenate(chosen), held
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gemma_ft.build_sources import Described, chunks_of
 from gemma_ft.data.files import files_at
-from gemma_ft.data.items import Item, content_hash
+from gemma_ft.data.items import Item
 from gemma_ft.data.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.load import located
@@ -26,7 +26,7 @@ def streamed_examples(recipe: Recipe, described: Sequence[Described], held_out: 
         [_stream_source(source, one) for source, one in zip(data.train, described, strict=True)],
         Arranging(data.max_seq_len, data.packing, data.too_long),
         recipe.seed,
-        frozenset(bytes.fromhex(content_hash(item)) for item in refused),
+        frozenset(described[0].reading.encoder.content_hash(item) for item in refused),
         skip_bad_rows=data.on_bad_row == "skip",
     )
     assert recipe.train.max_steps is not None, "the recipe is checked"

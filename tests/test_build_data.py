@@ -87,6 +87,12 @@ def test_caps_and_repeats(build: Build) -> None:
     assert seen(build("data.train=[{path: a.jsonl, max_rows: 4, repeats: 3}, {path: b.jsonl, repeats: 0.5}]")) == found
 
 
+def test_repeats_that_leave_nothing_are_refused(build: Build) -> None:
+    assert refused(build, f"data.train=[{write('b.jsonl', 9)}, {{path: {write('a.jsonl', 5)}, repeats: 0.01}}]") == (
+        "a.jsonl: of 5 documents repeats 0.01 leaves none; raise it, or take the source out"
+    )
+
+
 def test_weights_are_shares_of_the_rows(build: Build) -> None:
     write("a.jsonl", 90), write("b.jsonl", 20)
     data = build("data.train=[{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1}]")

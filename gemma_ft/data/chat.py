@@ -5,6 +5,7 @@ fold (before the first question, with a blank line between), error (refused), dr
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,6 +71,15 @@ class ChatEncoder:
     def template_hash(self) -> str:
         """SHA-256 (hex) of the template under this policy: a server with another feeds a model what it never saw."""
         return hashlib.sha256(chat_template(self.system_policy).encode()).hexdigest()
+
+    def content_hash(self, item: Item) -> bytes:
+        """SHA-256 of what an item says to a model, whatever its place: turns as they are encoded, the system turn dealt
+        with by the policy, without outer white space. Raises: DataError as `encode`.
+        """
+        if isinstance(item, Document):
+            return hashlib.sha256(json.dumps(item.text).encode()).digest()
+        said = [[turn.role, turn.content] for turn in self.fold(item.turns, item.where)]
+        return hashlib.sha256(json.dumps(said).encode()).digest()
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids and labels of a whole conversation. Raises: DataError for a system turn under the policy "error"."""

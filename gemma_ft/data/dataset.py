@@ -12,14 +12,14 @@ from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.documents import COUNTS, Documents
 from gemma_ft.data.examples import Example, Examples, piece_tokens
-from gemma_ft.data.items import Document, Item, content_hash
+from gemma_ft.data.items import Document, Item
 from gemma_ft.data.packing import best_fit_decreasing
 from gemma_ft.data.template import END_OF_TURN
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError
 
 __all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by_hash", "prepare",
-           "split_by_hash", "split_document"]  # fmt: skip
+           "split_document"]  # fmt: skip
 
 TooLong = Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"]
 
@@ -212,6 +212,8 @@ def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
             (stats.untrained, "have the weight 0, or no answer that is to be trained"),
             (stats.too_long, f"are longer than {limit}"),
         )
+        if not stats.rows:
+            raise DataError("there is no row to train on")
         found = ", ".join(f"{count:,} {what}" for count, what in why if count)
         raise DataError(f"none of the {stats.rows:,} rows can be trained on: {found}")
     if chats and not stats.terminators:
@@ -219,7 +221,11 @@ def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
 
 
 def chosen_by_hash(documents: Documents, numbers: Any, fraction: float, seed: int) -> Any:
-    """Which of some documents are held out, as `split_by_hash` parts items: their numbers. Raises: DataError."""
+    """Which of some documents are held out: their numbers. Each one's side follows from its content and the seed alone,
+    so that equal documents never stand on both sides, and added ones move no other; one at least is held out.
+
+    Raises: DataError when fewer than two distinct documents are there to split.
+    """
     contents = documents.contents()
     return numbers[_held_out([contents[number].hex() for number in numbers.tolist()], fraction, seed)]
 
@@ -241,24 +247,6 @@ def times(numbers: Any, repeats: float, contents: Sequence[bytes], seed: int) ->
         return chosen
     order = sorted(numbers.tolist(), key=lambda number: (share_of(contents[number].hex(), seed), number))
     return numpy.sort(numpy.concatenate([chosen, order[: round(rest * len(order))]]).astype(numpy.int64))
-
-
-def split_by_hash(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(train, eval): each item's side follows from its content and the seed alone.
-
-    So equal rows never stand on both sides, and added rows move no other.
-
-    A single long document is cut near its end, at a line break. At least one row is held out, when fraction > 0.
-
-    Raises: DataError when fewer than two distinct rows are there to split.
-    """
-    if not fraction:
-        return list(items), []
-    if len(items) == 1 and isinstance(items[0], Document):
-        return split_document(items[0], fraction)
-    held_out = _held_out([content_hash(item) for item in items], fraction, seed)
-    train = [item for item, out in zip(items, held_out, strict=True) if not out]
-    return train, [item for item, out in zip(items, held_out, strict=True) if out]
 
 
 def _held_out(contents: Sequence[str], fraction: float, seed: int) -> Any:

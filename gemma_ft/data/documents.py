@@ -14,7 +14,7 @@ import numpy
 import pyarrow as pa
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
-from gemma_ft.data.items import Conversation, Document, Item, content_hash
+from gemma_ft.data.items import Conversation, Document, Item
 
 COUNTS = ("tokens", "trained", "terminators", "left_out", "system", "chat")
 SCHEMA = pa.schema(
@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("offset", pa.int64()),  # of its row in the chunk
-        ("content", pa.binary(32)),  # items.content_hash
+        ("content", pa.binary(32)),  # ChatEncoder.content_hash
         ("weight", pa.float64()),  # in the loss
         *((name, pa.int32()) for name in COUNTS),
     ]
@@ -67,7 +67,7 @@ def table_of(
         columns["labels"].append(labels)
         columns["weight"].append(weight)
         columns["offset"].append(offsets[number])
-        columns["content"].append(bytes.fromhex(content_hash(items[number])))
+        columns["content"].append(encoder.content_hash(items[number]))
         columns["tokens"].append(len(one.input_ids))
         columns["trained"].append(len(labels) - labels.count(IGNORE))
         columns["terminators"].append(labels.count(encoder.control.end_of_turn))

@@ -1,7 +1,5 @@
 """What rows become: conversations of turns, or plain documents. No tokenizer is known here."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,12 +41,6 @@ class Document:
 
 
 Item = Conversation | Document
-
-
-def content_hash(item: Item) -> str:
-    """SHA-256 (hex) of what an item says, whatever its place; outer white space of a turn is none of it."""
-    said = [[turn.role, turn.content.strip()] for turn in item.turns] if isinstance(item, Conversation) else item.text
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def order_fault(turns: Sequence[Turn]) -> str | None:

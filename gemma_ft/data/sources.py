@@ -133,9 +133,10 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, Any] | st
 
 
 def _under_header(source: str, rows: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    header: list[str] = next(rows, [])
+    header: list[str] = next((row for row in rows if any(cell.strip() for cell in row)), [])
     if len(set(header)) < len(header) or not all(name.strip() for name in header):
-        raise DataError(f"{source}:1: the header needs one distinct name for each column, got {', '.join(header)}")
+        named, line = ", ".join(header), rows.line_num or 1
+        raise DataError(f"{source}:{line}: the header needs one distinct name for each column, got {named}")
     line = rows.line_num + 1
     for cells in rows:
         if len(cells) == len(header):

@@ -175,8 +175,13 @@ def _merge(document: Document, over: Document) -> None:
             if isinstance(other, dict) and isinstance(values.get(key), dict):
                 lay(values[key], other, here)
                 continue
-            if isinstance(other, dict) and isinstance(values.get(key), str) and here in SOURCES and "path" not in other:
-                other = {"path": values[key], **other}
+            if isinstance(other, dict) and here in SOURCES and "path" not in other:
+                if isinstance(values.get(key), list):
+                    text = f"there are {len(values[key])} sources, so that this does not say which; give the whole list"
+                    document.faults.append(Fault(over.marks.get(here, Mark(COMMAND_LINE)), dotted(here), text))
+                    continue
+                if isinstance(values.get(key), str):
+                    other = {"path": values[key], **other}
             values[key] = other
             _forget_marks(document, here)
             document.marks.update({at: mark for at, mark in over.marks.items() if at[: len(here)] == here})

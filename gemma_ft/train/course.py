@@ -27,7 +27,7 @@ from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.fitting import fit_micro_batch, recover
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.scoring import Figures, Scorer
-from gemma_ft.train.settings import training_arguments
+from gemma_ft.train.settings import micro_batch, training_arguments
 from gemma_ft.train.state import bytes_of, load_state, load_weights
 from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.summary import summary_of
@@ -240,8 +240,8 @@ class Course:
             return
         with self.world.phase("the longest batch"):
             fitting = fit_micro_batch(self.trainer)
-        if fitting != self.recipe.train.micro_batch_size:
-            self._say_smaller(f"micro_batch_size {self.recipe.train.micro_batch_size} does not fit")
+        if fitting != (wanted := micro_batch(self.recipe, self.world.size)):
+            self._say_smaller(f"micro_batch_size {wanted} does not fit")
 
     def _log(self, path: Path, figures: dict[str, Any]) -> None:
         """Add a line, and those that found no space before it: a full disk ends no run."""

@@ -8,7 +8,7 @@ from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.train.settings import accumulation
+from gemma_ft.train.settings import accumulation, micro_batch
 from gemma_ft.train.world import World
 from gemma_ft.weights import Source
 
@@ -52,10 +52,13 @@ def outlook(
     if data.overlap:
         rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
     devices = "1 device" if world.size == 1 else f"{world.size} devices"
-    cut = f"{train.micro_batch_size} (micro batch) x {accumulation(recipe, world.size)} (accumulation) x {devices}"
+    micro = micro_batch(recipe, world.size)
+    cut = f"{micro} (micro batch) x {accumulation(recipe, world.size)} (accumulation) x {devices}"
     if world.size > 1:
         rows.append(("ranks", f"{world.size}, {sharing(world)}"))
     rows.append(("batch", f"{train.global_batch_size} = {cut}"))
+    if micro < train.micro_batch_size:
+        rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
 

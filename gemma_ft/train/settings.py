@@ -20,24 +20,28 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
 
 
-def accumulation(recipe: Recipe, ranks: int) -> int:
-    """Micro-batches that each rank computes for one optimizer step.
+def micro_batch(recipe: Recipe, ranks: int) -> int:
+    """Rows that each rank computes at a time: as many as the recipe says, or the most below with which the global batch
+    is dealt to all ranks without a rest. It changes memory and not the result.
 
-    Raises: UserError when the global batch cannot be dealt to so many ranks, with what can.
+    Raises: UserError when no number does.
     """
     train = recipe.train
-    dealt = train.micro_batch_size * ranks
-    if train.global_batch_size % dealt == 0:
-        return train.global_batch_size // dealt
-    micro = [size for size in range(1, train.micro_batch_size) if train.global_batch_size % (size * ranks) == 0]
-    counts = [n for n in range(1, ranks) if train.global_batch_size % (train.micro_batch_size * n) == 0]
-    choices = [f"{' or '.join(map(str, counts[-2:]))} device{'s' * (counts[-1] > 1)}"] if counts else []
-    choices += [f"micro_batch_size {micro[-1]}"] if micro else []
-    choices.append(f"global_batch_size {-(-train.global_batch_size // dealt) * dealt}")
+    fitting = [size for size in range(1, train.micro_batch_size + 1) if train.global_batch_size % (size * ranks) == 0]
+    if fitting:
+        return fitting[-1]
+    total = train.global_batch_size
+    fewer = [count for count in range(1, ranks) if total % count == 0][-2:]
+    near = [size for size in (total // ranks * ranks, -(-total // ranks) * ranks) if size]
     raise UserError(
-        f"train.global_batch_size: {ranks} devices x micro_batch_size {train.micro_batch_size} = {dealt} does not "
-        f"divide {train.global_batch_size}; use {', or '.join(choices)}"
+        f"train.global_batch_size: {total} rows cannot be dealt to {ranks} devices; use {' or '.join(map(str, fewer))} "
+        f"device{'s' * (fewer[-1] > 1)}, or global_batch_size {' or '.join(map(str, near))}"
     )
+
+
+def accumulation(recipe: Recipe, ranks: int) -> int:
+    """Micro-batches that each rank computes for one optimizer step. Raises: UserError as `micro_batch`."""
+    return recipe.train.global_batch_size // (micro_batch(recipe, ranks) * ranks)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: World, *, evaluates: bool) -> SFTConfig:
@@ -50,7 +54,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: Wor
         output_dir=str(checkpoints),
         seed=recipe.seed,
         max_steps=total,
-        per_device_train_batch_size=train.micro_batch_size,
+        per_device_train_batch_size=micro_batch(recipe, world.size),
         per_device_eval_batch_size=recipe.eval.batch_size,
         gradient_accumulation_steps=accumulation(recipe, world.size),
         learning_rate=train.learning_rate,

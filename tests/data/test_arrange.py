@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.dataset import TooLong, chosen_by_hash, prepare, shares, times
+from gemma_ft.data.dataset import TooLong, prepare, shares, times
 from gemma_ft.data.documents import Documents
 from gemma_ft.data.items import Conversation, Document, Turn
 from gemma_ft.errors import DataError
@@ -114,12 +114,3 @@ def test_weights_give_shares_of_rows() -> None:
     assert shares([1, 1], [100, 100]) == [1.0, 1.0]
     assert shares([3, 1], [300, 50]) == [0.5, 1.0]
     assert shares([0.7, 0.3], [1000, 1000]) == pytest.approx([1.0, 3 / 7])
-
-
-def test_held_out_documents_are_those_of_the_items(encoder: ChatEncoder) -> None:
-    from gemma_ft.data.dataset import split_by_hash
-
-    items = [chat(f"q{n}", f"a{n}", where=f"x:{n}") for n in range(60)]
-    documents = Documents.of(items, encoder)
-    out = chosen_by_hash(documents, numpy.arange(60), 0.2, 3)
-    assert [f"x:{number}" for number in out] == [item.where for item in split_by_hash(items, 0.2, 3)[1]]

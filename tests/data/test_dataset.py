@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
-from gemma_ft.data.dataset import DataStats, Prepared, prepare, split_by_hash
+from gemma_ft.data.dataset import DataStats, Prepared, chosen_by_hash, prepare, split_document
+from gemma_ft.data.documents import Documents
 from gemma_ft.data.items import Conversation, Document, Turn
 from gemma_ft.errors import DataError
 from tests.data.strategies import conversations, documents
@@ -162,46 +164,63 @@ def test_stats_tell_what_needs_attention() -> None:
 MANY_ITEMS: list[Any] = [chat(f"question {number}", "yes", f"x:{number}") for number in range(400)]
 
 
-def test_split_shares_no_row_and_loses_none() -> None:
-    train, held_out = split_by_hash(MANY_ITEMS, 0.1, seed=1)
+def split(items: list[Any], fraction: float, encoder: ChatEncoder, *, seed: int = 1) -> tuple[list[Any], list[Any]]:
+    """(train, held out)"""
+    out = set(chosen_by_hash(Documents.of(items, encoder), numpy.arange(len(items)), fraction, seed).tolist())
+    return [item for at, item in enumerate(items) if at not in out], [items[at] for at in sorted(out)]
+
+
+def test_split_shares_no_row_and_loses_none(encoder: ChatEncoder) -> None:
+    train, held_out = split(MANY_ITEMS, 0.1, encoder)
     assert sorted((*train, *held_out), key=MANY_ITEMS.index) == MANY_ITEMS
     assert 20 <= len(held_out) <= 60
-    assert split_by_hash(MANY_ITEMS, 0.1, seed=1) == (train, held_out)
-    assert split_by_hash(MANY_ITEMS, 0.1, seed=2) != (train, held_out)
-    assert split_by_hash(MANY_ITEMS, 0.0, seed=1) == (MANY_ITEMS, [])
+    assert split(MANY_ITEMS, 0.1, encoder) == (train, held_out)
+    assert split(MANY_ITEMS, 0.1, encoder, seed=2) != (train, held_out)
 
 
-def test_split_keeps_equal_rows_together() -> None:
+def test_split_keeps_equal_rows_together(encoder: ChatEncoder) -> None:
     again = [Conversation(f"y:{number}", item.turns) for number, item in enumerate(MANY_ITEMS)]
-    train, held_out = split_by_hash([*MANY_ITEMS, *again], 0.1, seed=1)
+    train, held_out = split([*MANY_ITEMS, *again], 0.1, encoder)
     assert not {item.turns for item in train} & {item.turns for item in held_out}
 
 
-def test_added_rows_move_no_other() -> None:
-    before = split_by_hash(MANY_ITEMS[:200], 0.1, seed=1)[1]
-    after = split_by_hash(MANY_ITEMS, 0.1, seed=1)[1]
+def test_rows_are_equal_that_are_encoded_alike(encoders: dict[str, ChatEncoder]) -> None:
+    """A system turn that is dropped makes no other row; one that is folded does."""
+    plain = chat("a", "b")
+    with_system = Conversation("x:2", (Turn("system", "Be brief."), *plain.turns))
+    folded = chat("Be brief.\n\na ", "b")
+    for policy, equal in (("drop", plain), ("fold", folded)):
+        encoder = encoders[policy]
+        assert encoder.content_hash(with_system) == encoder.content_hash(equal)
+        assert encoder.encode(with_system).input_ids == encoder.encode(equal).input_ids
+    assert encoders["fold"].content_hash(with_system) != encoders["fold"].content_hash(plain)
+
+
+def test_added_rows_move_no_other(encoder: ChatEncoder) -> None:
+    before = split(MANY_ITEMS[:200], 0.1, encoder)[1]
+    after = split(MANY_ITEMS, 0.1, encoder)[1]
     assert [item for item in after if item in MANY_ITEMS[:200]] == before
 
 
-def test_split_holds_out_one_row_at_least() -> None:
-    train, held_out = split_by_hash(MANY_ITEMS[:3], 0.001, seed=1)
+def test_split_holds_out_one_row_at_least(encoder: ChatEncoder) -> None:
+    train, held_out = split(MANY_ITEMS[:3], 0.001, encoder)
     assert (len(train), len(held_out)) == (2, 1)
 
 
-def test_split_of_one_row_is_refused() -> None:
+def test_split_of_one_row_is_refused(encoder: ChatEncoder) -> None:
     with pytest.raises(DataError) as caught:
-        split_by_hash([GOOD], 0.5, seed=1)
+        split([GOOD], 0.5, encoder)
     assert str(caught.value) == "data.eval_fraction: 1 rows cannot be split; give data.eval, or more rows"
 
 
 def test_split_cuts_a_single_document_at_a_line() -> None:
     text = "".join(f"line {number}\n" for number in range(100))
-    train, held_out = split_by_hash([Document("d:1", text)], 0.1, seed=1)
+    train, held_out = split_document(Document("d:1", text), 0.1)
     assert train[0].text + held_out[0].text == text  # type: ignore[union-attr]
     assert train[0].text.endswith("\n")  # type: ignore[union-attr]
     assert 5 <= held_out[0].text.count("\n") <= 15  # type: ignore[union-attr]
     with pytest.raises(DataError) as caught:
-        split_by_hash([Document("d:1", "one line only")], 0.1, seed=1)
+        split_document(Document("d:1", "one line only"), 0.1)
     assert str(caught.value) == (
         "data.eval_fraction: a single document without line breaks cannot be split; give data.eval"
     )

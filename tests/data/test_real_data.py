@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Prepared, prepare, split_by_hash
+from gemma_ft.data.dataset import Prepared, prepare, split_document
 from gemma_ft.data.faults import find_faults
 from gemma_ft.data.formats import detect_format, parse_rows
 from gemma_ft.data.items import Document
@@ -54,7 +54,9 @@ def test_tinyshakespeare(real_data: Find, encoder: ChatEncoder) -> None:
     assert detect_format(rows) == ("text", "the rows have text")
     prepared = prepared_file(source, encoder)
     assert prepared.stats.fill > 0.99
-    train, held_out = split_by_hash(parse_rows(rows), 0.1, seed=42)
+    (document,) = parse_rows(rows)
+    assert isinstance(document, Document)
+    train, held_out = split_document(document, 0.1)
     assert isinstance(train[0], Document)
     assert isinstance(held_out[0], Document)
     assert train[0].text + held_out[0].text == rows[0].fields["text"]

@@ -16,7 +16,7 @@ from gemma_ft.data import stream as stream_module
 from gemma_ft.data.cache import Reading
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.items import Conversation, Turn, content_hash
+from gemma_ft.data.items import Conversation, Turn
 from gemma_ft.data.sources import read_chunks
 from gemma_ft.data.stream import Arranging, Block, Cursor, Stream, StreamSource
 from gemma_ft.data.streamed import StreamedExamples
@@ -131,8 +131,8 @@ def test_any_block_is_where_reading_may_begin(write: Write, encoder: ChatEncoder
 
 
 def test_held_out_rows_are_left_out_and_counted(write: Write, encoder: ChatEncoder) -> None:
-    held = {content_hash(Conversation("", (Turn("user", f"a {n}?"), Turn("assistant", f"{n}.")))) for n in (3, 50)}
-    stream = stream_of(source(write("a", 60), encoder), held_out=frozenset(map(bytes.fromhex, held)))
+    held = [Conversation("", (Turn("user", f"a {n}?"), Turn("assistant", f"{n}."))) for n in (3, 50)]
+    stream = stream_of(source(write("a", 60), encoder), held_out=frozenset(map(encoder.content_hash, held)))
     blocks = one_pass(stream)
     assert {f"a.jsonl:{n}" for n in range(1, 61)} - set(wheres(blocks)) == {"a.jsonl:3", "a.jsonl:50"}
     assert sum(block.prepared.stats.overlapping for block in blocks) == 2
@@ -159,7 +159,7 @@ def test_bad_rows_are_skipped_within_the_budget(write: Write, encoder: ChatEncod
 
 
 def test_nothing_to_train_on_is_told(write: Write, encoder: ChatEncoder) -> None:
-    with pytest.raises(DataError, match="none of the 0 rows"):
+    with pytest.raises(DataError, match="there is no row to train on"):
         next(stream_of(source(write("a", 0), encoder)).blocks(Cursor()))
 
 

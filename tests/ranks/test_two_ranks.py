@@ -98,11 +98,10 @@ def test_resumed_on_two_ranks_is_bit_identical(train: Train) -> None:
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(train: Train, tmp_path: Path) -> None:
-    train("odd", "train.global_batch_size=6", ranks=2, code=2)
+    train("odd", "train.global_batch_size=7", "train.micro_batch_size=1", ranks=2, code=2)
     said = [(tmp_path / "odd-said" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0].splitlines()[-1] == (
-        "train.global_batch_size: 2 devices x micro_batch_size 2 = 4 does not divide 6; use 1 device, or "
-        "micro_batch_size 1, or global_batch_size 8"
+        "train.global_batch_size: 7 rows cannot be dealt to 2 devices; use 1 device, or global_batch_size 6 or 8"
     )
     assert said[1] == ""
 

@@ -89,6 +89,14 @@ def test_extends_merges_blocks_and_points_at_the_file_at_fault(write: Write) -> 
     ]
 
 
+def test_a_key_of_one_source_cannot_be_set_where_there_are_several(write: Write) -> None:
+    path = write("extends: sft_tiny\ndata: {train: [a.jsonl, b.jsonl]}\n")
+    assert refusal(path, "data.train.max_rows=5") == [
+        "command line: data.train: there are 2 sources, so that this does not say which; give the whole list"
+    ]
+    assert load_recipe(path, ["data.train=c.jsonl", "data.train.max_rows=5"]).recipe.data.train[0].max_rows == 5
+
+
 def test_a_fault_is_where_the_value_in_force_was_written(write: Write) -> None:
     path = write(GOOD + "train:\n  global_batch_size: 30\n")
     text = "train.global_batch_size: {} is not a multiple of micro_batch_size 4; use micro_batch_size {}"

@@ -103,7 +103,7 @@ def _copy(copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: C
             where = chunk.where(row.offset)
             if where in bad:  # one of its items could not be read
                 continue
-            digests = row.digests()
+            digests = row.digests(copy.source.reading.encoder)
             fault = known.fault(row, digests)
             if fault is not None:
                 copy.left_out[fault[0]] += 1

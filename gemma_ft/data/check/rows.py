@@ -10,8 +10,9 @@ from typing import Literal
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.cache import Reading
+from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.items import Conversation, Item, content_hash
+from gemma_ft.data.items import Conversation, Item
 
 Side = Literal["train", "eval"]
 
@@ -34,9 +35,9 @@ class CheckedRow:
     offset: int
     items: Sequence[Item]
 
-    def digests(self) -> list[bytes]:
+    def digests(self, encoder: ChatEncoder) -> list[bytes]:
         """The content hash of each item."""
-        return [bytes.fromhex(content_hash(item)) for item in self.items]
+        return [encoder.content_hash(item) for item in self.items]
 
     def texts(self) -> list[str]:
         """All that it says."""

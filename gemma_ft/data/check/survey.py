@@ -147,7 +147,7 @@ class _Look:
 
     def _is_new(self, source: RowSource, row: CheckedRow, number: int, where: str) -> bool:
         """Whether the row says something that no earlier row did; told where it does not."""
-        digests, seen = row.digests(), self.seen[source.side]
+        digests, seen = row.digests(source.reading.encoder), self.seen[source.side]
         first = repeats(digests, seen)
         trained = [self.seen["train"][digest] for digest in digests if digest in self.seen["train"]]
         if first is not None:
