@@ -95,10 +95,10 @@ def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = 
     for note in loaded.notes:
         print(f"note: {note}")
     data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
-    print(f"format: {data.train_format}")
     found = look_at(
         data.train,
         data.encoder,
+        format=data.train_format,
         rows=rows,
         row_ids=row_ids,
         held_out={item.where for item in data.held_out_items},

@@ -25,6 +25,7 @@ class Preview:
     """What there is to show of a data set."""
 
     encoder: ChatEncoder
+    format: str  # of the rows, and why; of several sources a line each
     stats: DataStats
     shown: Sequence[ShownExample]
     notes: Sequence[str]  # on what is shown
@@ -67,6 +68,7 @@ def look_at(
     prepared: Prepared,
     encoder: ChatEncoder,
     *,
+    format: str = "",
     rows: int = 3,
     row_ids: Sequence[str] = (),
     held_out: Collection[str] = (),
@@ -74,7 +76,8 @@ def look_at(
     streamed: bool = False,
 ) -> Preview:
     """The first `rows` examples, or those that hold the rows named by `row_ids` (the first `rows` for each); figures
-    and checks of all examples. `held_out`: where the rows stand that are kept from training.
+    and checks of all examples. `format`: what is said of it. `held_out`: where the rows stand that are kept from
+    training.
 
     Raises: DataError for a row that is not there.
     """
@@ -85,6 +88,7 @@ def look_at(
     counts = count_pieces(examples, encoder.control)
     return Preview(
         encoder=encoder,
+        format=format,
         stats=prepared.stats,
         shown=[shown_example(examples, row, named) for row in wanted],
         notes=notes,

@@ -35,6 +35,8 @@ def show(preview: Preview, console: Console | None = None) -> None:
     """Prints legend, examples as coloured tokens, counts and checks."""
     console = console or Console()
     marks = console.color_system is None
+    if preview.format:
+        console.print(Text(f"format: {preview.format}"))
     console.print(_legend(marks))
     for example in preview.shown:
         console.print(Rule(Text(example.title, style="bold cyan"), align="left", style="cyan"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.build_data import BuiltData
-from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, is_disk_full, replace_text
+from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, replace_text
 from gemma_ft.data.collate import Collator
 from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
@@ -25,13 +24,14 @@ from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.fitting import fit_micro_batch, recover
-from gemma_ft.train.run_dir import RunDir, append_line
+from gemma_ft.train.run_dir import RunDir
+from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.scoring import Figures, Scorer
 from gemma_ft.train.settings import micro_batch, training_arguments
 from gemma_ft.train.state import bytes_of, load_state, load_weights
 from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.summary import summary_of
-from gemma_ft.train.trackers import Tracker, build_trackers
+from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
 from gemma_ft.train.world import World
 from gemma_ft.weights import Source
@@ -78,8 +78,7 @@ class Course:
             "base": base_fingerprint(self.source),
         }
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
-        self.trackers: list[Tracker] = []
-        self.unwritten: dict[Path, list[dict[str, Any]]] = {}  # lines of logs that found no space yet
+        self.log = RunLog(self.run, self.world.main, self.display.say)
         self.trainer = self._trainer()
         self.scorer = Scorer(
             self.recipe.eval,
@@ -137,7 +136,7 @@ class Course:
                 round_weights(self.model, runtime.dtype_by_name(self.recipe.train.precision), self.world)
             after = self._score()
             compared = self.scorer.compared(after.loss)
-            self._track(self.progress.step, {**after.figures(), **compared})
+            self.log.scores(self.progress.step, {**after.figures(), **compared})
             self._sample(self.progress.step, after.answers)
             result = self._save()
             summary = summary_of(
@@ -153,8 +152,7 @@ class Course:
                 if self.world.main:
                     replace_text(self.run.summary, as_json(summary))
         finally:
-            for tracker in self.trackers:
-                tracker.close()
+            self.log.close()
         if self.world.main:
             show_summary(self.display.console, summary, self.run, self._report())
         return 0
@@ -164,7 +162,7 @@ class Course:
         self.run.cut_logs(self.progress.step)
         for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
             said_at_the_end.unlink(missing_ok=True)
-        self.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
+        self.log.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
 
     def _save(self) -> Path:
         with self.world.phase("the result's save"):
@@ -180,7 +178,7 @@ class Course:
         self.scorer.remember_base()
         kept = max(SAMPLES_KEPT, self.recipe.eval.samples)
         self.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
-        self._track(0, score.figures())
+        self.log.scores(0, score.figures())
         self._sample(0, score.answers)
 
     def _report(self) -> Path | None:
@@ -243,37 +241,9 @@ class Course:
         if fitting != (wanted := micro_batch(self.recipe, self.world.size)):
             self._say_smaller(f"micro_batch_size {wanted} does not fit")
 
-    def _log(self, path: Path, figures: dict[str, Any]) -> None:
-        """Add a line, and those that found no space before it: a full disk ends no run."""
-        waiting = self.unwritten.setdefault(path, [])
-        waiting.append(figures)
-        with self._disk_may_be_full(path.name):
-            while waiting:
-                append_line(path, waiting[0])
-                waiting.pop(0)
-
-    @contextlib.contextmanager
-    def _disk_may_be_full(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            self.display.say(f"  no space left for {name}; free some: the run goes on")
-
-    def _track(self, step: int, figures: Figures) -> None:
-        known = {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items() if value is not None}
-        for tracker in self.trackers:
-            tracker.log(step, known)
-
     def _sample(self, step: int, answers: Sequence[str]) -> None:
         """Log what the model answers at `step` to the questions that are sampled."""
-        lines = sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples])
-        if self.world.main:
-            with self._disk_may_be_full("samples.jsonl"):
-                self.run.write_samples(step, lines)
-        for tracker in self.trackers:
-            tracker.samples(step, lines)
+        self.log.samples(step, sample_lines(step, self.scorer.questions, answers[: self.recipe.eval.samples]))
 
     def _not_finite(self, figures: dict[str, Any]) -> None:
         """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
@@ -301,18 +271,14 @@ class Course:
         def on_step(figures: dict[str, Any]) -> None:
             if self.trainer.skipped:
                 self._not_finite(figures)
-            if self.world.main and (figures["step"] % every == 0 or figures["step"] == self.total):
-                self._log(self.run.metrics, figures)
-                for tracker in self.trackers:
-                    tracker.log(figures["step"], {key: value for key, value in figures.items() if key != "step"})
+            if figures["step"] % every == 0 or figures["step"] == self.total:
+                self.log.step(figures)
             self.display.step(figures)
 
         def on_eval(step: int, loss: float | None) -> None:
             self.display.eval_loss = loss
             figures: Figures = {"eval_loss": loss, **self.scorer.compared(loss)}
-            if self.world.main:
-                self._log(self.run.evals, {"step": step, **figures})
-            self._track(step, figures)
+            self.log.evaluation(step, figures)
             if step < self.total:  # the last answers are those of the model that is saved
                 answers = self.scorer.sampled_answers(self.trainer.stop_now)
                 if not self.trainer.stopped:

@@ -55,7 +55,7 @@ def write_preview(preview: Preview, out: Path, *, recipe: Path) -> Path:
 def sections_of(preview: Preview) -> list[Section]:
     """The sections of the page, in reading order."""
     return [
-        Section("", [_headline(preview), Note(preview.describe())]),
+        Section("", [_headline(preview), Note(f"format: {preview.format}"), Note(preview.describe())]),
         Section("Checks", _checks(preview)),
         Section("Examples, token by token", _examples(preview)),
         Section("Documents and examples", _pictures(preview)),
