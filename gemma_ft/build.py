@@ -14,22 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import add_adapter
+from gemma_ft.added_tokens import begin_rows
 from gemma_ft.build_data import build_data
 from gemma_ft.data.files import DataFile, files_at
 from gemma_ft.data.preview import Preview, look_at
 from gemma_ft.data.preview_console import show
-from gemma_ft.data.tokenizer import add_tokens, load_tokenizer, pieces_of
+from gemma_ft.data.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
 from gemma_ft.load import load_base, located, model_source
-from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.schema import Source as Rows
-from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of, pinned
+from gemma_ft.weights import Source, pinned
 
 FRESH = "random"  # model.weights: start from fresh weights of the preset's shape
 
@@ -140,8 +140,14 @@ def build_model(
         model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         _check_preset(model.config, recipe.model.preset, source.name)
     names = recipe.model.added_tokens or []
+    first = len(tokenizer) - len(names)
+    if names and source is not None and model.config.vocab_size != first:
+        raise UserError(
+            f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} tokens; "
+            "tokens can be added where each row has its token"
+        )
     if names and source is not None:
-        _add_rows(model, tokenizer, names, source)
+        begin_rows(model, tokenizer, source)
     elif model.config.vocab_size < len(tokenizer):
         raise UserError(
             f"model.tokenizer: has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the model's own"
@@ -159,22 +165,6 @@ def build_model(
         base=source.name,
         revision=source.revision,
     ), source
-
-
-def _add_rows(model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], source: Source) -> None:
-    """Give a model the rows of added tokens: each begins as the mean of the rows of what its name was before.
-
-    Raises: UserError when the base has other tokens than its tokenizer.
-    """
-    first = len(tokenizer) - len(names)
-    if model.config.vocab_size != first:
-        raise UserError(
-            f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} tokens; "
-            "tokens can be added where each row has its token"
-        )
-    table = WeightFiles.open(folder_of(source, downloaded=True)).tensor(EMBEDDING)
-    rows = [table[ids].to(torch.float32).mean(dim=0) for ids in pieces_of(tokenizer, names)]
-    model.model.added_rows = AddedRows(first, torch.stack(rows)).to(model.device)
 
 
 def _check_preset(config: Any, preset: str, name: str) -> None:

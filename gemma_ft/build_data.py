@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -189,12 +189,12 @@ def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[It
 
 
 def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | None:
-    """The held-out rows whose loss is scored."""
+    """The held-out rows whose loss is scored, each token once."""
     data = recipe.data
     if not held_out.items:
         return None
     try:
-        items = held_out.items[: recipe.eval.max_rows]
+        items = [replace(item, weight=1.0) for item in held_out.items[: recipe.eval.max_rows]]
         return prepare(items, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long)
     except DataError as error:
         raise DataError(f"held-out rows, {held_out.source}: {error}") from error

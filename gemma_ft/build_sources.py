@@ -45,7 +45,7 @@ def described(source: Source, data: Data, encoder: ChatEncoder, train: Described
     """
     if train is None:
         check_format(*_named(source, data))
-    rows = _first_rows(source)
+    rows = _first_rows(source, streaming=data.streaming and train is None)
     fields = frozenset(rows[0].fields)
     if train is not None and source.format is None and source.columns is None and fields != train.fields:
         source = source.model_copy(update={"format": "auto", "columns": {}})
@@ -116,10 +116,10 @@ def items_of(source: Source, data: Data, train: Described, skipped: BadRows) -> 
     return items[: source.max_rows]
 
 
-def _first_rows(source: Source) -> list[Row]:
+def _first_rows(source: Source, *, streaming: bool) -> list[Row]:
     """The first rows of a source that are whole. Raises: DataError when it holds none."""
     bad = BadRows()
-    for chunk in chunks_of(source):
+    for chunk in chunks_of(source, streaming=streaming):
         rows = rows_of(chunk, bad)
         if rows:
             return rows

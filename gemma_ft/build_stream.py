@@ -22,8 +22,15 @@ def streamed_examples(recipe: Recipe, described: Sequence[Described], held_out: 
     """
     data, batch = recipe.data, recipe.train.global_batch_size
     refused = held_out if recipe.eval.overlap == "error" else []
+    sizes = [_bytes_of(source) for source in data.train]
+    known = None not in sizes and all(sizes)
+    rates = [
+        source.weight or (float(size or 0) if known else 1.0) * source.repeats
+        for source, size in zip(data.train, sizes, strict=True)
+    ]
+    sources = zip(data.train, described, rates, strict=True)
     stream = Stream(
-        [_stream_source(source, one) for source, one in zip(data.train, described, strict=True)],
+        [_stream_source(source, how, rate / sum(rates)) for source, how, rate in sources],
         Arranging(data.max_seq_len, data.packing, data.too_long),
         recipe.seed,
         frozenset(described[0].reading.encoder.content_hash(item) for item in refused),
@@ -33,16 +40,21 @@ def streamed_examples(recipe: Recipe, described: Sequence[Described], held_out: 
     return StreamedExamples(stream, total=recipe.train.max_steps * batch, behind=2 * batch)
 
 
-def _stream_source(source: Source, how: Described) -> StreamSource:
-    """Sources without weights are read at such rates that they end together, as far as the sizes of files tell."""
+def _bytes_of(source: Source) -> int | None:
+    """The size of a source, where its files tell. Sources without weights are read at such rates that they end
+    together; where one size is unknown, all alike.
+    """
     sizes = [file.bytes for file in files_at(located(source.path)) or ()]
-    known = sum(size or 0 for size in sizes) if sizes and None not in sizes else 0
+    return sum(size or 0 for size in sizes) if sizes and None not in sizes else None
+
+
+def _stream_source(source: Source, how: Described, rate: float) -> StreamSource:
     return StreamSource(
         name=source.path,
         chunks=functools.partial(chunks_of, source, streaming=True),
         reading=how.reading,
         most=source.max_rows,
         repeats=source.repeats,
-        rate=source.weight or (known or 1) * source.repeats,
-        ends_pass=source.weight is not None,
+        rate=rate,
+        endless=source.weight is not None,
     )

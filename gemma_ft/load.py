@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
 from gemma_ft.adapters.saved import adapter_config
-from gemma_ft.adapters.token_rows import INITIAL, TRAINED, added_by
+from gemma_ft.adapters.token_rows import INITIAL, TRAINED
+from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError, first_line
-from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
@@ -243,7 +243,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
     config = adapter_config(folder)
     files = WeightFiles.open(folder, "adapter_model")
-    add_rows(model, files, config, folder)
+    take_rows(model, files, config, folder)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
     except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
@@ -255,29 +255,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         what = f"has no tensor {lost[0]}" if lost else f"{foreign[0]} belongs to no layer of its base"
         raise UserError(f"{folder}/{ADAPTER_WEIGHTS}: {what}; the adapter is not whole, or another base's")
     return wrapped
-
-
-def add_rows(model: Any, files: WeightFiles, config: Any, folder: Path) -> None:
-    """Give `model` the rows of the tokens that an adapter adds, and take them from what PEFT is to do.
-
-    Raises: UserError where they do not go with this base.
-    """
-    said, known = added_by(config, folder / "adapter_config.json"), model.config.vocab_size
-    if said is None or said[0] < known:  # rows of the base's own: PEFT's layer
-        return
-    first, count = said
-    rows = [files.tensor(name) for name in (TRAINED, INITIAL) if name in files.names]
-    width = model.config.hidden_size
-    if first != known or TRAINED not in files.names or any(tuple(one.shape) != (count, width) for one in rows):
-        raise UserError(
-            f"{folder}: adds {count} tokens from id {first}, but its base has {known} tokens of width {width}, or the "
-            "rows are not in it; the adapter is not whole, or another base's"
-        )
-    added = AddedRows(first, rows[-1])
-    with torch.no_grad():
-        added.weight.copy_(rows[0])
-    model.model.added_rows = added.requires_grad_(False).to(model.device)
-    config.trainable_token_indices = None
 
 
 def checked_folder(source: Source) -> Path:

@@ -147,6 +147,9 @@ def test_rows_of_weight_0_are_left_out_and_counted(build: Build) -> None:
     assert [set(examples[row]["loss_weights"]) for row in range(len(examples))] == [{0.5}, {1.0}, {1.5}]
     assert data.train.stats.untrained == 1
     assert "in the loss a row weighs from 0.5 to 1.5" in data.train.stats.describe()
+    scored = build("data.train=a.jsonl", "data.eval=a.jsonl", "eval.overlap=allow", "data.columns={weight: '{w}'}")
+    assert scored.held_out is not None
+    assert (scored.held_out.stats.documents, scored.held_out.examples.weighted) == (4, False), "each token once"
     plain = build("data.train=a.jsonl").train.examples
     assert not plain.weighted
     assert "loss_weights" not in plain[0]

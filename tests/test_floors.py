@@ -17,7 +17,7 @@ FLOORS = [
     ["kernels"],
     ["data", "model", "adapters"],
     ["weights"],
-    ["contract"],
+    ["contract", "added_tokens"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["hollow"],
     ["build_sources"],

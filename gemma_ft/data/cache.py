@@ -111,7 +111,7 @@ class Cache:
         with contextlib.closing(self._encoded(chunks, reading)) as encoded:
             for chunk, table in encoded:
                 part = Part(table, chunk.bare().where)
-                last = table.column("offset")[limit - count - 1].as_py() if len(table) >= limit - count else sys.maxsize
+                last = part.offset(limit - count - 1) if len(table) >= limit - count else sys.maxsize
                 for where, reason in part.bad_until(last):
                     bad.add(where, reason)
                 parts.append(part)

@@ -11,7 +11,7 @@ from gemma_ft.errors import DataError
 COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight")
 BESIDE = {"system", "weight"}  # keys that say nothing of a row's format
 EXAMPLES = {"messages": "dialog", "weight": "score"}  # of what such a field may be called
-MAX_WEIGHT = 1e6
+LEAST_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
@@ -95,7 +95,8 @@ def fill_value(template: str, fields: Mapping[str, Any], key: str = "messages") 
 
 
 def fill_weight(template: str, fields: Mapping[str, Any]) -> float:
-    """The number, 0 to MAX_WEIGHT, in the field that a template names; as text too, which is all that a CSV file has.
+    """The number, 0 or LEAST_WEIGHT to MAX_WEIGHT, in the field that a template names; as text too, which is all that a
+    CSV file has.
 
     Raises: FieldError for anything else.
     """
@@ -108,6 +109,6 @@ def fill_weight(template: str, fields: Mapping[str, Any]) -> float:
         raise FieldError(f"the weight {template} is text, expected a number") from error
     except OverflowError:
         weight = math.inf
-    if not 0 <= weight <= MAX_WEIGHT:  # nor is nan
-        raise FieldError(f"the weight {template} is {weight:g}, expected 0 to {MAX_WEIGHT:g}")
+    if weight and not LEAST_WEIGHT <= weight <= MAX_WEIGHT:  # nor is nan
+        raise FieldError(f"the weight {template} is {weight:g}, expected 0, or {LEAST_WEIGHT:g} to {MAX_WEIGHT:g}")
     return weight

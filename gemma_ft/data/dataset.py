@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError
 
 __all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by_hash", "prepare",
-           "split_document"]  # fmt: skip
+           "refuse_without_ends", "split_document", "untrainable"]  # fmt: skip
 
 TooLong = Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"]
 
@@ -154,7 +154,9 @@ def arrange(
     pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
     pieces = pieces[numpy.lexsort((pieces[:, 1], pieces[:, 0]))]
     if refuse:
-        _refuse_untrainable(stats, int((count["chat"] > 0).sum()), len(pieces))
+        if not len(pieces):
+            raise DataError(untrainable(stats, max_seq_len))
+        refuse_without_ends(stats, chats=bool(count["chat"].any()))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
     weights = documents.weights()[pieces[:, 0]]
@@ -202,22 +204,28 @@ def _refuse_long(documents: Documents, numbers: Any, tokens: Any, limit: int) ->
     bad.raise_if_any()
 
 
-def _refuse_untrainable(stats: DataStats, chats: int, left: int) -> None:
-    """Raises DataError for data from which nothing, or no end of an answer, would be learnt."""
-    limit = f"data.max_seq_len {stats.max_seq_len}"
-    if not left:
-        why = (
-            (stats.dropped_empty, "are empty"),
-            (stats.dropped, f"have their answer past {limit}"),
-            (stats.untrained, "have the weight 0, or no answer that is to be trained"),
-            (stats.too_long, f"are longer than {limit}"),
-        )
-        if not stats.rows:
-            raise DataError("there is no row to train on")
-        found = ", ".join(f"{count:,} {what}" for count, what in why if count)
-        raise DataError(f"none of the {stats.rows:,} rows can be trained on: {found}")
+def untrainable(stats: DataStats, max_seq_len: int) -> str:
+    """Why nothing of some rows is left to train on."""
+    if not stats.rows:
+        return "there is no row to train on"
+    limit = f"data.max_seq_len {max_seq_len}"
+    why = (
+        (stats.dropped_empty, "are empty"),
+        (stats.dropped, f"have their answer past {limit}"),
+        (stats.untrained, "have the weight 0, or no answer that is to be trained"),
+        (stats.too_long, f"are longer than {limit}"),
+        (stats.overlapping, "are held-out rows"),
+    )
+    found = ", ".join(f"{count:,} {what}" for count, what in why if count)
+    return f"none of the {stats.rows + stats.overlapping:,} rows can be trained on: {found}"
+
+
+def refuse_without_ends(stats: DataStats, *, chats: bool) -> None:
+    """Raises DataError for chats from which no end of an answer would be learnt."""
     if chats and not stats.terminators:
-        raise DataError(f"no {END_OF_TURN} would be trained: every answer is cut at {limit}; raise it")
+        raise DataError(
+            f"no {END_OF_TURN} would be trained: every answer is cut at data.max_seq_len {stats.max_seq_len}; raise it"
+        )
 
 
 def chosen_by_hash(documents: Documents, numbers: Any, fraction: float, seed: int) -> Any:
@@ -271,4 +279,4 @@ def split_document(document: Document, fraction: float) -> tuple[list[Item], lis
     head, tail = document.text[:at], document.text[at:]
     if not head.strip() or not tail.strip():
         raise DataError("data.eval_fraction: a single document without line breaks cannot be split; give data.eval")
-    return [Document(document.where, head)], [Document(document.where, tail)]
+    return [replace(document, text=head)], [replace(document, text=tail)]

@@ -100,6 +100,10 @@ class Part:
         """As `bad`, of rows up to an offset."""
         return [(self.where(offset), reason) for offset, reason in self._told["bad"] if offset <= last]
 
+    def offset(self, row: int) -> int:
+        """Of a row of it in the chunk."""
+        return int(self.table.column("offset")[row].as_py())
+
     def sliced(self, start: int, stop: int) -> Part:
         """Some of its rows; the first ones bring the empty items with them, so that each is counted once."""
         empty = 0 if start else self.items - len(self.table)

@@ -48,7 +48,9 @@ class DataFile:
             raise
         except EOFError as error:
             raise DataError(f"{self.name}: ends in the middle of its compressed data; fetch it again") from error
-        except (OSError, zlib.error) as error:
+        except Exception as error:
+            if not self.remote and not isinstance(error, OSError | zlib.error):
+                raise  # of a URL any: each package has its own kinds
             why = getattr(error, "strerror", None) or first_line(error)
             raise DataError(f"{self.name}: cannot be read: {why}") from error
 

@@ -103,9 +103,9 @@ def read_hub_records(
         ask_or_go_offline()
         more = {"streaming": True} if streaming and not is_offline_mode() else {}
         table = datasets.load_dataset(name, config or None, split=split, revision=revision, **more)
+        yield from map(dict, table)  # of a stream each one may fail
     except Exception as error:  # the library raises many kinds; each becomes one line for the user
         raise DataError(_hub_fault(error, source, name, split, revision)) from error
-    return map(dict, table)
 
 
 def _hub_fault(error: Exception, source: str, name: str, split: str, revision: str | None) -> str:

@@ -133,7 +133,7 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, Any] | st
 
 
 def _under_header(source: str, rows: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    header: list[str] = next((row for row in rows if any(cell.strip() for cell in row)), [])
+    header: list[str] = next((row for row in rows if len(row) > 1 or "".join(row).strip()), [])
     if len(set(header)) < len(header) or not all(name.strip() for name in header):
         named, line = ", ".join(header), rows.line_num or 1
         raise DataError(f"{source}:{line}: the header needs one distinct name for each column, got {named}")

@@ -18,11 +18,11 @@ import numpy
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.cache import Reading, encoded_chunk
 from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.dataset import Prepared, TooLong, arrange, share_of
+from gemma_ft.data.dataset import DataStats, Prepared, TooLong, arrange, refuse_without_ends, share_of, untrainable
 from gemma_ft.data.documents import Documents, Part
 from gemma_ft.errors import DataError
 
-BLOCK_DOCUMENTS = 10_000  # what is shuffled together, and in memory twice: a block is read while another is trained on
+BLOCK_DOCUMENTS = 10_000  # what is shuffled together; some four blocks are in memory at a time
 BLOCK_TOKENS = 2**23
 GRAB = 100  # documents of a source that follow each other before they are shuffled
 
@@ -37,7 +37,7 @@ class StreamSource:
     most: int | None  # documents of it that are meant
     repeats: float  # how often in a pass; of a fraction those documents whose content hash says so
     rate: float  # how fast it is read beside the others
-    ends_pass: bool  # a pass is over when this source is, not when all are
+    endless: bool  # it begins again by itself when it was read, as those with weights do: there is one pass then
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Block:
     prepared: Prepared
     order: Sequence[int]
     bad: BadRows  # that were left out
+    chats: bool  # whether any document is one
 
     @property
     def end(self) -> int:
@@ -112,20 +113,27 @@ class Stream:
         Raises: DataError for rows that are bad (or too many of them are), and for a pass of which nothing is trained.
         """
         at, found = cursor, cursor.block > 0
+        unused = DataStats()
         while True:
             lanes = [_Lane(one, place) for one, place in zip(self.sources, at.places or self._begin(), strict=True)]
             while not self._over(lanes):
                 places = tuple(lane.place for lane in lanes)
                 here = replace(at, places=places)
-                block = self._block(here, lanes, first=not found)
+                block = self._block(here, lanes)
                 rows, bad = at.rows + block.prepared.stats.rows + block.bad.count, at.bad + block.bad.count
                 at = Cursor(at.passed, at.block + 1, block.end, rows, bad)
                 if block.order:
+                    if not found:
+                        refuse_without_ends(block.prepared.stats, chats=bool(block.chats))
                     found = True
                     yield block
+                elif not found:
+                    unused.add(block.prepared.stats)
+                    if all(lane.place.repetition for lane in lanes):  # all was read, though it would begin again
+                        break
             if not found:
                 names = ", ".join(one.name for one in self.sources)
-                raise DataError(f"{names}: no row can be trained on: all are empty, too long, or held out")
+                raise DataError(f"{names}: {untrainable(unused, self.arranging.max_seq_len)}")
             at, found = Cursor(at.passed + 1, first=at.first), False
 
     def fingerprint(self) -> str:
@@ -133,18 +141,19 @@ class Stream:
         first rows of each source.
         """
         told: list[Any] = [asdict(self.arranging), self.seed, sorted(one.hex() for one in self.held_out)]
+        told.append([one.rate for one in self.sources])  # what is mixed with what: of one source nothing
         for one in self.sources:
             first = next(one.chunks(), None)
-            told += [one.name, one.most, one.repeats, one.rate, one.reading.key(first) if first is not None else None]
+            told += [one.name, one.most, one.repeats, one.reading.key(first) if first is not None else None]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _begin(self) -> tuple[Place, ...]:
         return (Place(),) * len(self.sources)
 
     def _over(self, lanes: Sequence[_Lane]) -> bool:
-        return all(lane.over for lane in lanes) or any(lane.over and lane.source.ends_pass for lane in lanes)
+        return all(lane.over for lane in lanes)
 
-    def _block(self, cursor: Cursor, lanes: Sequence[_Lane], *, first: bool) -> Block:
+    def _block(self, cursor: Cursor, lanes: Sequence[_Lane]) -> Block:
         bad, parts = BadRows(), []
         chosen: list[Any] = []
         documents = tokens = overlap = 0
@@ -160,18 +169,19 @@ class Stream:
                 documents += len(contents)
                 tokens += int(part.table.column("tokens").to_numpy().sum())
         self._settle(cursor, bad, sum(part.items for part in parts))
+        whole = Documents(parts)
         prepared = arrange(
-            Documents(parts),
+            whole,
             self.sources[0].reading.encoder,
             **vars(self.arranging),
             chosen=numpy.concatenate([numpy.zeros(0, numpy.int64), *chosen]),
-            refuse=first,
+            refuse=False,
             weighted=any("weight" in one.reading.columns for one in self.sources),
         )
         prepared.stats.overlapping = overlap
         order = list(range(len(prepared.examples)))
         random.Random(f"{self.seed}:{cursor.passed}:{cursor.block}").shuffle(order)
-        return Block(cursor, prepared, order, bad)
+        return Block(cursor, prepared, order, bad, chats=bool(whole.column("chat").any()))
 
     def _settle(self, cursor: Cursor, bad: BadRows, items: int) -> None:
         """Raises: DataError where bad rows are not to be skipped, or are too many of those that a pass has read."""
@@ -194,20 +204,22 @@ class _Lane:
     @property
     def over(self) -> bool:
         """Whether it gives no more in this pass."""
-        return self.place.repetition >= self.source.repeats
+        return not self.source.endless and self.place.repetition >= self.source.repeats
 
     def take(self, count: int, bad: BadRows) -> Iterator[tuple[Part, float]]:
         """Some further documents, fewer at the end, and which share of them is meant in this repetition."""
         while count and not self.over:
             part, place = self._opened(bad), self.place
             if part is None or place.read == self.source.most:
+                if self.source.endless and not place.read:
+                    raise DataError(f"{self.source.name}: has a weight, and no document that can be read; take it out")
                 self.place = Place(place.repetition + 1, dealt=place.dealt)
                 self._chunks = self._part = None
                 continue
             left = len(part.table) - place.document
             taken = min(count, left, (self.source.most or sys.maxsize) - place.read)
             if taken:
-                share = min(1.0, self.source.repeats - place.repetition)
+                share = 1.0 if self.source.endless else min(1.0, self.source.repeats - place.repetition)
                 yield part.sliced(place.document, place.document + taken), share
             read, dealt = place.read + taken, place.dealt + taken
             if taken == left:
@@ -227,6 +239,9 @@ class _Lane:
         if chunk is None:
             return None
         self._part = Part(encoded_chunk(self.source.reading, chunk), chunk.bare().where)
-        for where, reason in self._part.bad if not (self.place.document or self.place.repetition) else ():
-            bad.add(where, reason)
+        if not (self.place.document or self.place.repetition):
+            meant = (self.source.most or sys.maxsize) - self.place.read
+            last = self._part.offset(meant - 1) if len(self._part.table) >= meant else sys.maxsize
+            for where, reason in self._part.bad_until(last):
+                bad.add(where, reason)
         return self._part

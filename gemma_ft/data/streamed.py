@@ -4,9 +4,11 @@ block read while one is trained on.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 import numpy
@@ -16,12 +18,15 @@ from gemma_ft.data.dataset import DataStats
 from gemma_ft.data.examples import Example
 from gemma_ft.data.stream import Block, Cursor, Stream
 
+ASK_SECONDS = 0.5  # between two questions whether to go on waiting for a block
+
 
 class StreamedExamples(Sequence[Example]):
     """`total` examples of a stream. Those asked for go forward; of those behind, the blocks of the last `behind` are
     kept, and what lies before them is read again from where this began.
 
-    `stats` counts what was read so far. `on_bad_rows` hears of rows that were left out, a block at a time.
+    `on_bad_rows` hears of rows that were left out, a block at a time; `waiting` is called while a block is awaited, and
+    may raise.
     """
 
     streamed = True  # shuffled as they come: whoever deals them takes them in order
@@ -29,18 +34,18 @@ class StreamedExamples(Sequence[Example]):
     def __init__(self, stream: Stream, *, total: int, behind: int) -> None:
         self.stream, self.total, self.behind = stream, total, behind
         self.on_bad_rows: Callable[[BadRows], None] = lambda rows: None
+        self.waiting: Callable[[], None] = lambda: None
         self.weighted = any("weight" in one.reading.columns for one in stream.sources)
         self.lengths = _Lengths(self)
-        self._pool = ThreadPoolExecutor(1, "stream")
+        self.counts = self._origin = self._read_so_far = Counts(DataStats(), numpy.zeros(1, numpy.int64))
+        self._counted = 0  # examples that `counts` are of
+        self._before: dict[int, Counts] = {}  # of what came before a block, by the number of its first example
         self._began = Cursor()
         self._read: Iterator[Block] = iter(())
         self._coming: Future[Block] | None = None
         self._blocks: list[Block] = []
-        self.seek(Cursor())
+        self._restart(self._began, self._origin)
         self.first = self._blocks[0]
-        self.stats: DataStats = replace(self.first.prepared.stats)
-        self.length_counts: Any = self.first.prepared.examples.length_counts
-        self._counted = self._blocks[0].end
 
     def __len__(self) -> int:
         return self.total
@@ -77,46 +82,112 @@ class StreamedExamples(Sequence[Example]):
         """SHA-256 (hex), as `Stream.fingerprint`: not all of the data is known."""
         return self.stream.fingerprint()
 
-    def cursor(self, row: int) -> dict[str, Any]:
-        """Where reading begins for a run that goes on with an example, as `seek` takes it up."""
-        return self._block(row).cursor.as_dict() if row < self.total else {}
+    def state(self, row: int) -> dict[str, Any]:
+        """Where reading begins for a run that goes on with an example, and what was counted until there, for JSON."""
+        block = self._block(min(row, self.total - 1))
+        return {"cursor": block.cursor.as_dict(), **self._before[block.cursor.first].as_dict()}
 
-    def seek(self, cursor: Cursor | dict[str, Any]) -> None:
-        """Go on from where a block begins. Raises: DataError as `Stream.blocks`, now or when more is asked for."""
-        self._began = Cursor.from_dict(cursor) if isinstance(cursor, dict) else cursor
-        self._restart(self._began)
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave. Raises: DataError as `Stream.blocks`, now or when more is asked for."""
+        self._began, self._origin = Cursor.from_dict(state["cursor"]), Counts.from_dict(state)
+        self._counted, self.counts = self._began.first, self._origin
+        self._restart(self._began, self._origin)
 
-    def _restart(self, cursor: Cursor) -> None:
-        if self._coming is not None:
-            self._coming.exception()  # it is read to its end, and forgotten
-            self._coming = None
+    @property
+    def stats(self) -> DataStats:
+        """What became of the rows that were read, before a resume as well."""
+        return self.counts.stats
+
+    @property
+    def length_counts(self) -> Any:
+        """How many documents that were read have 0, 1, 2, ... tokens."""
+        return self.counts.lengths
+
+    def _restart(self, cursor: Cursor, before: Counts) -> None:
+        self._read_so_far, self._before = before, {}
+        self._coming = None  # what is on its way is read to its end, and forgotten
         self._read, self._blocks = self.stream.blocks(cursor), []
-        self._blocks = [next(self._read)]
+        self._took(next(self._read))
 
     def _block(self, row: int) -> Block:
         if row < self._blocks[0].cursor.first:
-            self._restart(self._began if self._began.first <= row else Cursor())
+            again = self._began.first <= row
+            nothing = Counts(DataStats(), numpy.zeros(1, numpy.int64))
+            self._restart(*((self._began, self._origin) if again else (Cursor(), nothing)))
         while row >= self._blocks[-1].end:
-            self._advance()
+            self._took(self._awaited(self._coming or self._ahead()))
         newest = self._blocks[-1]
-        if row > newest.cursor.first and self._coming is None:
-            self._coming = self._pool.submit(next, self._read)
+        if newest.cursor.first < row and newest.end < self.total and self._coming is None:
+            self._coming = self._ahead()
         return next(block for block in reversed(self._blocks) if block.cursor.first <= row)
 
-    def _advance(self) -> None:
-        coming = self._coming or self._pool.submit(next, self._read)
-        self._coming = None
-        block = coming.result()
+    def _ahead(self) -> Future[Block]:
+        """The next block, read by a thread that ends with the process."""
+        future: Future[Block] = Future()
+        read = self._read
+
+        def work() -> None:
+            try:
+                future.set_result(next(read))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True, name="stream").start()
+        return future
+
+    def _awaited(self, coming: Future[Block]) -> Block:
+        self._coming = coming
+        while True:
+            try:
+                block = coming.result(ASK_SECONDS)
+            except NotYet:
+                if coming.done():  # it is the stream's own
+                    raise
+                self.waiting()
+            else:
+                self._coming = None
+                return block
+
+    def _took(self, block: Block) -> None:
         kept = [one for one in self._blocks if one.end > block.cursor.first - self.behind]
         self._blocks = [*kept, block]
-        if block.end <= self._counted:  # read a second time
-            return
-        self._counted = block.end
-        self.stats.add(block.prepared.stats)
-        counts = (self.length_counts, block.prepared.examples.length_counts)
-        self.length_counts = sum(numpy.pad(one, (0, max(map(len, counts)) - len(one))) for one in counts)
-        if block.bad.count:
-            self.on_bad_rows(block.bad)
+        self._before = {one.cursor.first: self._before[one.cursor.first] for one in kept}
+        self._before[block.cursor.first] = self._read_so_far
+        self._read_so_far = self._read_so_far.and_of(block)
+        if block.end > self._counted:  # not read a second time
+            self._counted, self.counts = block.end, self._read_so_far
+            if block.bad.count:
+                self.on_bad_rows(block.bad)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows that were read, and how many documents have 0, 1, 2, ... tokens."""
+
+    stats: DataStats
+    lengths: Any
+
+    def and_of(self, block: Block) -> Counts:
+        """With those of a further block."""
+        stats, more = replace(block.prepared.stats), block.prepared.examples.length_counts
+        if self.stats.rows or self.stats.overlapping:
+            stats.add(self.stats)
+        size = max(len(self.lengths), len(more))
+        padded = [numpy.pad(one, (0, size - len(one))) for one in (self.lengths, more)]
+        return Counts(stats, padded[0] + padded[1])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        sizes = numpy.flatnonzero(self.lengths).tolist()
+        return {"stats": asdict(self.stats), "lengths": {str(size): int(self.lengths[size]) for size in sizes}}
+
+    @classmethod
+    def from_dict(cls, said: dict[str, Any]) -> Counts:
+        """What `as_dict` gave, out of JSON."""
+        found = {int(size): count for size, count in said["lengths"].items()}
+        lengths = numpy.zeros(max(found, default=0) + 1, numpy.int64)
+        lengths[list(found)] = list(found.values())
+        return cls(DataStats(**{**said["stats"], "weights": tuple(said["stats"]["weights"])}), lengths)
 
 
 class _Lengths(Sequence[int]):

@@ -29,6 +29,7 @@ HTML_TAG = re.compile(
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+ADDED_BY_USER = "text_tokens"  # the setting of a tokenizer that names them
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -56,15 +57,14 @@ class ControlIds:
 class ContentEncoder:
     """Text -> ids in which no control token can occur, and text that decodes to the same text.
 
-    Newline runs and HTML tags keep their own ids, and so do tokens that a user added (`add_tokens`): behind the pieces
-    that the tokenizer was trained with, and not special. "\u2581" is SentencePiece's sign for a space and decodes as
-    one.
+    Newline runs and HTML tags keep their own ids, and so do tokens that a user added (`add_tokens`). "\u2581" is
+    SentencePiece's sign for a space and decodes as one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        own = spec["model"]["vocab"]
-        added = [token["content"] for token in spec["added_tokens"] if token["special"] or token["content"] in own]
+        text = set(_added_by_user(tokenizer))
+        added = {token["content"] for token in spec["added_tokens"]} - text
         control = {name for name in added if not is_text_token(name)} | set(CONTROL_TOKENS)
         decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
         self.sha256 = hashlib.sha256(json.dumps(decides).encode()).hexdigest()  # of what makes ids of a text
@@ -93,6 +93,7 @@ def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
     Raises: UserError for a name that is no text, is there twice, or is a token already.
     """
     known = tokenizer.get_vocab()
+    control = tokenizer.convert_ids_to_tokens(sorted(ContentEncoder(tokenizer).control_ids))
     for place, name in enumerate(names):
         fault = text_fault(name)
         why = f"{name!r} {fault}" if fault else None
@@ -100,9 +101,19 @@ def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
             why = f"{name!r} holds blanks; a token is found in a text by its exact characters, so write it without"
         if why is None and (name in names[:place] or name in known):
             why = f"{name!r} is a token already; take it out"
+        if why is None and (inner := next((one for one in control if one in name), None)):
+            why = f"{name!r} holds {inner}, which other libraries would find in it; choose another name"
         if why is not None:
             raise UserError(f"model.added_tokens: {why}")
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    if names:
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+        tokenizer.init_kwargs[ADDED_BY_USER] = [*_added_by_user(tokenizer), *names]  # saved in tokenizer_config.json
+
+
+def _added_by_user(tokenizer: Any) -> list[str]:
+    """Names of `add_tokens`, now or before the tokenizer was saved; other added tokens are control tokens."""
+    found = getattr(tokenizer, "init_kwargs", {}).get(ADDED_BY_USER, [])
+    return [name for name in found if isinstance(name, str) and not any(one in name for one in CONTROL_TOKENS)]
 
 
 def pieces_of(tokenizer: Any, names: Sequence[str]) -> list[list[int]]:

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
-from gemma_ft.build import build_tokenizer
 from gemma_ft.build_data import BuiltData, build_data
 from gemma_ft.checkpoint import as_json, replace_text
 from gemma_ft.errors import DiskError, UserError
@@ -24,7 +23,6 @@ from gemma_ft.evaluate.measured import Measured, Scored, differences_of, estimat
 from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.evaluate.subject import BASE, Subject, check_base, chosen_models, with_each
-from gemma_ft.load import load_tokenizer
 from gemma_ft.model.config import PRESETS
 from gemma_ft.recipe.schema import Recipe
 
@@ -201,13 +199,13 @@ class _Work:
 def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _Work:
     """Read rows and tasks, and say what is worth knowing about them. Raises: UserError."""
     recipe = _recipe(subject, options)
-    tokenizer = _tokenizer(subject, recipe)
+    tokenizer = subject.tokenizer()
     settings = _settings(subject, options, recipe)
     data = build_data(recipe, tokenizer)
     if data.held_out is None and not options.tasks:
         raise UserError(
-            f"{subject.source}: no held-out rows; set data.eval to a file of them, or data.eval_fraction to a share of "
-            "data.train such as 0.1"
+            f"{subject.source}: no held-out rows; set data.eval to a file of them"
+            + ("" if recipe.data.streaming else ", or data.eval_fraction to a share of data.train such as 0.1")
         )
     settings["data"] = data.eval_source
     items = data.held_out_items[: recipe.eval.max_rows]
@@ -236,17 +234,6 @@ def _recipe(subject: Subject, options: EvalOptions) -> Recipe:
         told = recipe.data.model_copy(update={"system": subject.contract.system})
         recipe = recipe.model_copy(update={"data": told})
     return recipe
-
-
-def _tokenizer(subject: Subject, recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with what was trained, else the recipe's. Raises: UserError when it was changed."""
-    trained = subject.tuned or (subject.place.adapter if subject.place is not None else None)
-    if trained is None or not (trained / "tokenizer_config.json").is_file():
-        return build_tokenizer(recipe)
-    tokenizer = load_tokenizer(trained)
-    if subject.contract is not None:
-        subject.contract.encoder(tokenizer, trained)
-    return tokenizer
 
 
 def _context(recipe: Recipe) -> int:

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.quantize import keep_trainable
-from gemma_ft.build import FRESH, weights_source
+from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.adapters.token_rows import added_by
+from gemma_ft.added_tokens import begin_rows
+from gemma_ft.build import FRESH, build_tokenizer, weights_source
 from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
-from gemma_ft.load import Place, load_base, load_model, place_of
+from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of
@@ -65,6 +69,18 @@ class Subject:
         if self.place is not None and self.place.contract is not None:
             return self.place.contract
         return Contract.read(self.tuned) if self.tuned is not None else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved with what was trained, else the recipe's. Raises: UserError when it was
+        changed.
+        """
+        trained = self.tuned or (self.place.adapter if self.place is not None else None)
+        if trained is None or not (trained / "tokenizer_config.json").is_file():
+            return build_tokenizer(self.recipe)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(trained)
+        if self.contract is not None:
+            self.contract.encoder(tokenizer, trained)
+        return tokenizer
 
     @property
     def quantize(self) -> tuple[str | None, bool]:
@@ -129,6 +145,9 @@ def _check_merged(merged: Path, place: Place) -> None:
     Raises: UserError where it says otherwise; a folder that does not say is taken as it is.
     """
     rows = [WeightFiles.open(folder).info(EMBEDDING).shape[0] for folder in (merged, folder_of(place.base))]
+    if place.adapter is not None:
+        added = added_by(adapter_config(place.adapter), place.adapter / "adapter_config.json")
+        rows[1] = max(rows[1], sum(added or (0, 0)))
     if rows[0] != rows[1]:
         raise UserError(f"--merged {merged}: has {rows[0]} tokens, {place.base.name} {rows[1]}; give a merge of it")
     contract = Contract.read(merged)
@@ -234,6 +253,7 @@ def _load_live(subject: Subject) -> Any:
         model = load_model(place.adapter, dtype=subject.dtype, quantize=kind)
     else:
         model = load_base(place.base, dtype=subject.dtype, quantize=kind, double_quant=double_quant)
+        begin_rows(model, subject.tokenizer(), place.base)
     # weights packed for speed are computed with in bf16: the loss would not be the one that training reported
     keep_trainable(model)
     return model

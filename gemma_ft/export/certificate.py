@@ -20,11 +20,12 @@ from torch import Tensor
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import rows_of
+from gemma_ft.added_tokens import take_rows
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge import Progress, merge_into
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.export.probes import Probe, probes_for
-from gemma_ft.load import add_rows, load_base
+from gemma_ft.load import load_base
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.weights import Source
 
@@ -185,7 +186,7 @@ def live_model(merged: MergedWeights) -> Any:
     for name, adapter in zip(names, merged.adapters, strict=True):
         if wrapped is None:
             folder, config = adapter.folder, adapter_config(adapter.folder)
-            add_rows(model, adapter.files, config, folder)
+            take_rows(model, adapter.files, config, folder)
             wrapped = PeftModel.from_pretrained(model, str(folder), name, config=config, is_trainable=False)
         else:
             wrapped.load_adapter(str(adapter.folder), adapter_name=name, is_trainable=False)

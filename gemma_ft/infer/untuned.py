@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from gemma_ft.adapters.lora import adapter_off
+from gemma_ft.added_tokens import begin_rows
 from gemma_ft.contract import CONTRACT
 from gemma_ft.errors import UserError
 from gemma_ft.infer.engine import Engine
@@ -66,7 +67,6 @@ class Untuned:
                 raise UserError(f"{base.name}: is not the base that {tuned.name} was tuned from any more ({CONTRACT})")
         dtype: torch.dtype = tuned.model.get_input_embeddings().weight.dtype
         model = load_model(folder_of(base), dtype=dtype, quantize=self._quantize, device=tuned.engine.device)
-        if model.config.vocab_size < len(tuned.tokenizer):
-            raise UserError(f"{base.name}: does not know the tokens that were added to {tuned.name}; it cannot answer")
+        begin_rows(model, tuned.tokenizer, base)
         engine = Engine(model, stop_ids=tuned.encoder.stop_ids, max_batch=1, max_seq_len=tuned.engine.max_seq_len)
         return replace(tuned, name=base.name, model=model, engine=engine)

@@ -22,7 +22,8 @@ class StepBatches(Sampler[list[int]]):
     A step's rows are cut into micro-batches as on one rank, which are dealt to the ranks in turn. Every rank gets as
     many: where they do not go round in the last step of an epoch, a blank row (number `length`) fills in, which has no
     label and so changes nothing. `seed`: None keeps the rows in order. `tokens`: the lengths of the rows, where those
-    of a step are to be cut longest first, so that little is padded; which rows are in a step stays as it is.
+    of a step are to be cut longest first, so that little is padded; which rows are in a step stays as it is. Those of
+    steps before `first_step`, which a resumed run passes over, need not be known.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class StepBatches(Sampler[list[int]]):
         rank: int = 0,
         ranks: int = 1,
         tokens: Sequence[int] | None = None,
+        first_step: int = 0,
     ) -> None:
         assert seed is None or step_rows % (micro_rows * ranks) == 0, "a step is dealt without a rest"
         self.length, self.step_rows, self.micro_rows, self.seed = length, step_rows, micro_rows, seed
-        self.rank, self.ranks, self.epoch, self.tokens = rank, ranks, 0, tokens
+        self.rank, self.ranks, self.epoch, self.tokens, self.first_step = rank, ranks, 0, tokens, first_step
 
     def rows_of_step(self, step: int) -> list[int]:
         """The rows of all ranks in a step of this epoch, counted from 0."""
@@ -53,7 +55,7 @@ class StepBatches(Sampler[list[int]]):
         order = self._order()
         for start in range(0, self.length, self.step_rows):
             rows = list(order[start : start + self.step_rows])
-            if self.tokens is not None:
+            if self.tokens is not None and start >= self.first_step * self.step_rows:
                 rows.sort(key=lambda row: -self.tokens[row])  # type: ignore[index]  # stable, as on any machine
             cuts = [rows[at : at + self.micro_rows] for at in range(0, len(rows), self.micro_rows)]
             cuts += [[self.length]] * (-len(cuts) % self.ranks)
@@ -95,6 +97,7 @@ class DealtRows:
     world: Any
     train_examples: Any
     eval_examples: Any
+    progress: Any
     processing_class: Any
     data_collator: Any
 
@@ -120,6 +123,7 @@ class DealtRows:
             micro_rows=rows,
             seed=self.args.seed if step_rows and not data.streamed else None,
             tokens=data.lengths if step_rows else None,
+            first_step=self.progress.step if data.streamed else 0,
             rank=self.world.rank,
             ranks=self.world.size,
         )

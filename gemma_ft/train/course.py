@@ -78,6 +78,8 @@ class Course:
             "base": base_fingerprint(self.source),
         }
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
+        if self.data.streamed:
+            self.data.streamed.waiting = self._while_waiting
         self.log = RunLog(self.run, self.world.main, self.display.say)
         self.trainer = self._trainer()
         self.scorer = Scorer(
@@ -113,7 +115,7 @@ class Course:
             self.display.say(f"  drift: {what}")
         before["inputs"] = now["inputs"]
         if self.data.streamed and before.get("stream"):
-            self.data.streamed.seek(before["stream"])
+            self.data.streamed.go_on(before["stream"])
         self.display.say(f"  resuming   after step {self.progress.step}, from {checkpoint}")
         if before["total"] != self.total:
             self.display.say(f"  note: the learning rate now runs over {self.total} steps, was {before['total']}")
@@ -210,6 +212,13 @@ class Course:
             error.told = not self.world.main
             raise error
 
+    def _while_waiting(self) -> None:
+        """A source that gives nothing is not waited for when the run was asked to stop. (Of several ranks each waits:
+        one alone cannot save. They leave at the second signal.)
+        """
+        if self.world.size == 1 and self.stop.asked():
+            raise Stopped(f"stopped by {self.stop.reason} while rows were awaited; --resume goes on")
+
     def _train_on(self, checkpoint: Path | None) -> None:
         """Train to the end; where memory runs out, go on after the last whole step with smaller micro-batches."""
         while True:
@@ -218,7 +227,7 @@ class Course:
                 return
             except torch.OutOfMemoryError as error:
                 recover(self.trainer, error)
-            except DataError:  # of rows that are streamed: what was trained before them is kept
+            except (DataError, Stopped):  # over rows that are streamed: what was trained before them is kept
                 self.trainer.keep_step()
                 raise
             step = self.progress.step

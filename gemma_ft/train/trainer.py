@@ -246,7 +246,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         progress.step, progress.tokens = self.state.global_step, progress.tokens + tokens
         progress.seconds += seconds
         if self.train_examples.streamed:
-            progress.extra["stream"] = self.train_examples.cursor(progress.step * self._sampler.step_rows)
+            progress.extra["stream"] = self.train_examples.state(progress.step * self._sampler.step_rows)
         if not self.skipped:
             progress.last_loss = loss
         self.on_step(

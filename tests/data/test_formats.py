@@ -294,10 +294,11 @@ def test_a_field_named_weight_is_none_unless_columns_say_so() -> None:
         (None, "the weight {w} is null, expected a number"),
         ("heavy", "the weight {w} is text, expected a number"),
         ([1], "the weight {w} is a list, expected a number"),
-        (-1, "the weight {w} is -1, expected 0 to 1e+06"),
-        ("nan", "the weight {w} is nan, expected 0 to 1e+06"),
-        (10**400, "the weight {w} is inf, expected 0 to 1e+06"),
-        (1e7, "the weight {w} is 1e+07, expected 0 to 1e+06"),
+        (-1, "the weight {w} is -1, expected 0, or 1e-06 to 1e+06"),
+        ("nan", "the weight {w} is nan, expected 0, or 1e-06 to 1e+06"),
+        (10**400, "the weight {w} is inf, expected 0, or 1e-06 to 1e+06"),
+        (1e-50, "the weight {w} is 1e-50, expected 0, or 1e-06 to 1e+06"),
+        (1e7, "the weight {w} is 1e+07, expected 0, or 1e-06 to 1e+06"),
     ],
 )
 def test_what_is_no_weight_is_refused(found: Any, expected: str) -> None:

@@ -1,5 +1,6 @@
 """What a user reads when the hub refuses or cannot be reached. No network: the libraries' own exceptions are raised."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.data.sources import Row, read_chunks, read_rows
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError, UserError
 
@@ -91,6 +92,23 @@ def test_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, 
     with pytest.raises(DataError) as caught:
         read_rows("a/b")
     assert str(caught.value) == expected
+
+
+def test_a_hub_that_goes_away_on_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is streamed may fail at any row."""
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionError("Couldn't reach 'a/b'")
+
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("gemma_ft.data.hub.ask_or_go_offline", lambda: None)
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **more: asked.append(more) or rows())
+    with pytest.raises(DataError) as caught:
+        list(read_chunks("a/b", streaming=True))
+    assert str(caught.value) == f"a/b: {CUT_OFF}"
+    assert asked[0]["streaming"] is True
 
 
 def test_rows_of_the_hub_know_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_csv_with_quotes_line_breaks_and_crlf(file: File) -> None:
 
 
 def test_blank_lines_before_the_header_are_skipped(file: File) -> None:
-    assert read_rows(file("a.csv", "\n,\nquestion,answer\na,b\n")) == [Row("a.csv:4", {"question": "a", "answer": "b"})]
+    assert read_rows(file("a.csv", "\n \nquestion,answer\na,b\n")) == [Row("a.csv:4", {"question": "a", "answer": "b"})]
 
 
 def test_csv_takes_fields_longer_than_the_modules_default(file: File) -> None:
@@ -116,7 +116,8 @@ def test_csv_takes_fields_longer_than_the_modules_default(file: File) -> None:
         ("a,b\n1,2\n1,2,3\n1\n", "a.csv:3: has 3 cells, the header has 2\na.csv:4: has 1 cells, the header has 2"),
         ("a,a\n1,2\n", "a.csv:1: the header needs one distinct name for each column, got a, a"),
         ('a,b\n1,"2\n3,4\n', "a.csv:3: not valid CSV: unexpected end of data"),
-        ("\n , \na,a\n1,2\n", "a.csv:3: the header needs one distinct name for each column, got a, a"),
+        ("\n \na,a\n1,2\n", "a.csv:3: the header needs one distinct name for each column, got a, a"),
+        (",\na,b\n1,2\n", "a.csv:1: the header needs one distinct name for each column, got , "),
         ("a,b\n", "a.csv: holds no rows"),
         ("", "a.csv: holds no rows"),
     ],

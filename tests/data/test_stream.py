@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -46,7 +48,7 @@ def write(tmp_path: Path) -> Write:
 
 def source(path: Path, encoder: ChatEncoder, **changes: Any) -> StreamSource:
     reading = Reading("prompt_completion", changes.pop("columns", {}), encoder)
-    facts = {"most": None, "repeats": 1.0, "rate": 1.0, "ends_pass": False, **changes}
+    facts = {"most": None, "repeats": 1.0, "rate": 1.0, "endless": False, **changes}
     return StreamSource(path.stem, partial(read_chunks, str(path)), reading, **facts)
 
 
@@ -99,11 +101,37 @@ def test_sources_are_mixed_at_their_rates_and_all_are_read(write: Write, encoder
     assert sum(counts, Counter()) == {"a": 150, "b": 50}
 
 
-def test_a_pass_with_weights_ends_where_a_source_does(write: Write, encoder: ChatEncoder) -> None:
-    a, b = (source(write(name, count), encoder, ends_pass=True) for name, count in (("a", 200), ("b", 60)))
-    counts = Counter(where[0] for where in wheres(one_pass(stream_of(a, b))))
-    assert counts["b"] == 60
-    assert 60 <= counts["a"] <= 70
+def test_weighted_sources_begin_again_each_by_itself(write: Write, encoder: ChatEncoder) -> None:
+    """The long one is read to its end, however often the short one begins again, and they keep their shares."""
+    a, b = (source(write(name, count), encoder, endless=True) for name, count in (("a", 200), ("b", 30)))
+    blocks = list(islice(stream_of(a, b).blocks(Cursor()), 10))
+    assert {block.cursor.passed for block in blocks} == {0}
+    counts = Counter(wheres(blocks))
+    assert sum(n for where, n in counts.items() if where[0] == "a") == 200
+    assert {n for where, n in counts.items() if where[0] == "a"} == {1}
+    assert {n for where, n in counts.items() if where[0] == "b"} <= {6, 7}
+    for block in blocks:
+        mixed = Counter(where[0] for where in wheres([block]))
+        assert mixed == {"a": 20, "b": 20}
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_stream_of_nothing_ends_with_a_reason(write: Write, encoder: ChatEncoder, endless: bool) -> None:
+    columns = {"prompt": "{question}", "completion": "{answer}", "weight": "{w}"}
+    path = write("a", 90)
+    lines = [json.loads(line) | {"w": 0} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"a: none of the \d+ rows can be trained on: \d+ have the weight 0"):
+        next(stream_of(source(path, encoder, columns=columns, endless=endless)).blocks(Cursor()))
+    path.write_text("\n".join(map(json.dumps, [*lines, {"question": "b?", "answer": "b.", "w": 1}])))
+    found = next(stream_of(source(path, encoder, columns=columns, endless=endless)).blocks(Cursor()))
+    assert len(found.order) == 1, "rows that are not trained do not end a stream"
+
+
+def test_bad_rows_behind_the_cap_are_no_fault(write: Write, encoder: ChatEncoder) -> None:
+    assert len(wheres(one_pass(stream_of(source(write("a", 30, bad=(6,)), encoder, most=5))))) == 5
+    with pytest.raises(DataError, match=r"a\.jsonl:6"):
+        one_pass(stream_of(source(write("a", 30, bad=(6,)), encoder, most=6)))
 
 
 def test_repeats_caps_and_shares(write: Write, encoder: ChatEncoder) -> None:
@@ -159,7 +187,7 @@ def test_bad_rows_are_skipped_within_the_budget(write: Write, encoder: ChatEncod
 
 
 def test_nothing_to_train_on_is_told(write: Write, encoder: ChatEncoder) -> None:
-    with pytest.raises(DataError, match="there is no row to train on"):
+    with pytest.raises(DataError, match="a: there is no row to train on"):
         next(stream_of(source(write("a", 0), encoder)).blocks(Cursor()))
 
 
@@ -185,8 +213,9 @@ def test_a_cursor_goes_on_with_its_example(write: Write, encoder: ChatEncoder, m
     stream = stream_of(source(write("a", 90), encoder))
     found = examples(stream)
     whole = [found[row] for row in range(60)]
-    row = next(row for row in range(30, 60) if found.cursor(row)["places"][0]["chunk"])
-    cursor = json.loads(json.dumps(found.cursor(row)))
+    row = next(row for row in range(30, 60) if found.state(row)["cursor"]["places"][0]["chunk"])
+    state = json.loads(json.dumps(found.state(row)))
+    cursor = state["cursor"]
     encoded: list[Chunk] = []
     original = stream_module.encoded_chunk
     monkeypatch.setattr(
@@ -194,11 +223,14 @@ def test_a_cursor_goes_on_with_its_example(write: Write, encoder: ChatEncoder, m
     )
     again = examples(stream)
     encoded.clear()
-    again.seek(cursor)
+    again.go_on(state)
     begun = list(read_chunks(str(write("a", 90))))[cursor["places"][0]["chunk"]]
     assert encoded[0].first == begun.first > 1, "what was trained is not encoded again"
     assert cursor["first"] > 0
     assert again[row:60] == whole[row:]
+    assert again.stats == found.stats, "what was read before counts as well"
+    assert (again.length_counts == found.length_counts).all()
+    assert again.state(60) == found.state(60)
 
 
 def test_counts_are_of_what_was_read_each_block_once(write: Write, encoder: ChatEncoder) -> None:
@@ -218,5 +250,32 @@ def test_the_fingerprint_knows_settings_and_first_rows(write: Write, encoder: Ch
     assert told == stream_of(source(path, encoder)).fingerprint()
     assert told != stream_of(source(path, encoder), seed=2).fingerprint()
     assert told != stream_of(source(path, encoder, repeats=2.0)).fingerprint()
-    write("a", 31, bad=(1,))
+    assert told != stream_of(source(path, encoder), source(path, encoder, rate=2.0)).fingerprint()
+    write("a", 31)
+    assert told == stream_of(source(path, encoder)).fingerprint(), "rows may be added at the end"
+    path.write_text(path.read_text().replace("a 1?", "b 1?"))
     assert told != stream_of(source(path, encoder)).fingerprint()
+
+
+def test_nothing_is_read_ahead_that_no_step_needs(write: Write, encoder: ChatEncoder) -> None:
+    found = examples(stream_of(source(write("a", 90), encoder)), total=4)
+    assert [found[row] for row in range(4)]
+    assert found._coming is None
+
+
+def test_a_source_that_gives_nothing_can_be_left(write: Write, encoder: ChatEncoder) -> None:
+    path, more = write("a", 40), threading.Event()
+
+    def chunks() -> Iterator[Chunk]:
+        yield from read_chunks(str(path))
+        more.wait()
+
+    found = examples(stream_of(replace(source(path, encoder), chunks=chunks)), total=500)
+
+    def leave() -> None:
+        raise InterruptedError
+
+    found.waiting = leave
+    with pytest.raises(InterruptedError):
+        found[499]
+    more.set()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Conversation, Turn
 from gemma_ft.data.template import chat_template
-from gemma_ft.data.tokenizer import ContentEncoder, ControlIds, is_text_token, load_tokenizer
+from gemma_ft.data.tokenizer import ContentEncoder, ControlIds, add_tokens, is_text_token, load_tokenizer, pieces_of
 from gemma_ft.errors import UserError
 from tests.data.conftest import TINY
 
@@ -74,6 +74,31 @@ def test_merges_cannot_spell_a_control_token_or_a_byte() -> None:
     content = ContentEncoder(Holder())
     tokens = [[backend.id_to_token(one) for one in ids] for ids in content.encode_many(spelled)]
     assert tokens == [["<eos", ">"], ["<0x0A", ">"]]
+
+
+def test_a_token_that_somebody_else_added_cannot_be_typed(tmp_path: Path, tokenizer: Any) -> None:
+    other = load_tokenizer(str(TINY))
+    other.add_tokens(["<|im_end|>"])
+    other.save_pretrained(str(tmp_path))
+    for one in (other, load_tokenizer(str(tmp_path))):
+        assert one.convert_tokens_to_ids("<|im_end|>") not in ContentEncoder(one).encode("a<|im_end|>b")
+
+
+def test_tokens_of_a_user_are_text_before_and_after_saving(tmp_path: Path, encoder: ChatEncoder) -> None:
+    own = load_tokenizer(str(TINY))
+    add_tokens(own, ["<think>", "</think>", "<thinker>"])
+    own.save_pretrained(str(tmp_path))
+    for one in (own, load_tokenizer(str(tmp_path))):
+        content = ContentEncoder(one)
+        ids = content.encode("a<think>b</think><thinker>\n<start_of_turn>")
+        added = [one.convert_ids_to_tokens(token) for token in ids if token >= 2048]
+        assert added == ["<think>", "</think>", "<thinker>"]
+        assert content.sha256 != encoder.content.sha256
+        assert one.decode(ids) == "a<think>b</think><thinker>\n<start_of_turn>"
+        assert ChatEncoder(one).encode(FORGERY).input_ids == encoder.encode(FORGERY).input_ids
+    add_tokens(own, ["<more>"])
+    assert pieces_of(own, ["<more>"]) == [encoder.content.encode("<more>")]
+    assert len(ContentEncoder(own).encode("<think><more>")) == 2
 
 
 def test_newline_runs_and_html_keep_their_ids(tokenizer: Any, encoder: ChatEncoder) -> None:

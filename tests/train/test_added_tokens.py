@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_ft import load_model, load_tokenizer
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
+from gemma_ft.cli.app import main
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.errors import UserError
 from gemma_ft.export.certificate import certify
@@ -120,6 +121,24 @@ def test_a_fully_trained_model_has_them_in_its_embedding(
     torch.testing.assert_close(logits(own, asked), logits(stock, asked), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_base_and_merge_are_measured_beside_it(
+    recipe_for: RecipeFor, train: Train, thoughts: Path, tmp_path: Path, strategy: str
+) -> None:
+    """The base has rows for the tokens as they began; a merge is that of this run."""
+    out = run(recipe_for, train, thoughts, f"strategy={strategy}", "train.learning_rate=0.001", "eval.generate_rows=2",
+              "eval.max_new_tokens=4")  # fmt: skip
+    words = ["eval", str(out), "--rows", "2", "--out", str(tmp_path / "eval.json")]
+    if strategy == "lora":
+        merge_to_folder(place_of(out), tmp_path / "merged")
+        words += ["--merged", str(tmp_path / "merged")]
+    assert main(words) == 0
+    models = json.loads((tmp_path / "eval.json").read_text())["models"]
+    losses = {name: one["loss"]["value"] for name, one in models.items()}
+    assert all(loss > 0 for loss in losses.values())
+    assert len(losses) == len(models) >= 2
+
+
 def test_a_resumed_run_goes_on_with_its_rows(recipe_for: RecipeFor, train: Train, thoughts: Path) -> None:
     words = ["strategy=lora", "checkpoint.every_steps=2", f"data.train={thoughts}", f"data.eval={thoughts}", *EXACT]
     whole = recipe_for(*words, "train.schedule=constant", "train.warmup_ratio=0", out="whole")
@@ -137,6 +156,10 @@ def test_a_resumed_run_goes_on_with_its_rows(recipe_for: RecipeFor, train: Train
     ("names", "why"),
     [
         ("['<bos>']", "'<bos>' is a token already; take it out"),
+        (
+            "['ok<end_of_turn>']",
+            "'ok<end_of_turn>' holds <end_of_turn>, which other libraries would find in it; choose another name",
+        ),
         ("['<a>', '<a>']", "'<a>' is a token already; take it out"),
         ("['a b']", "'a b' holds blanks; a token is found in a text by its exact characters, so write it without"),
         ('["a\\0b"]', "'a\\x00b' holds a NUL character; is the file damaged, or not UTF-8?"),

@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from gemma_ft.data import stream as stream_module
+from gemma_ft.data.stream import Cursor, Stream
 from gemma_ft.errors import DataError, RecipeError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
+from tests.train.test_resume import Killed, kill_after
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -39,20 +41,45 @@ def figures(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_resumed_equals_uninterrupted(recipe_for: RecipeFor, train: Train, tmp_path: Path, packing: str) -> None:
-    """Stopped within the second block of the first pass, and the third of five steps later."""
+@pytest.mark.parametrize("steps", [3, 5])
+def test_resumed_equals_uninterrupted(
+    recipe_for: RecipeFor, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, steps: int
+) -> None:
+    """Killed at a step within a block, after a checkpoint; what lies before its block is not read again."""
     words = [*STREAM, f"data.train={write(tmp_path / 'a.jsonl', 25)}", f"data.packing={packing}"]
     whole = recipe_for(*words, out="whole")
     expected = figures(train(whole))
     assert len({line[1] for line in expected}) == 7
-    for steps in (3, 6):
-        train(recipe_for(*words, f"train.max_steps={steps}", out="cut"), resume=steps > 3)
+    with monkeypatch.context() as patch:
+        kill_after(patch, steps)
+        with pytest.raises(Killed):
+            train(recipe_for(*words, out="cut"))
+    begun: list[Cursor] = []
+    original = Stream.blocks
+
+    def watched(self: Stream, cursor: Cursor) -> Any:
+        begun.append(cursor)
+        return original(self, cursor)
+
+    monkeypatch.setattr(Stream, "blocks", watched)
     resumed = recipe_for(*words, out="cut")
     assert figures(train(resumed, resume=True)) == expected
-    one, other = (
-        load_file(Path(r.recipe.output_dir) / "adapter" / "adapter_model.safetensors") for r in (whole, resumed)
-    )
+    assert len(begun) == 2, "the first block, for the outlook, and where the checkpoint says"
+    assert begun[1].first <= (steps - steps % 2) * 4
+    assert steps == 3 or packing == "true" or begun[1].first > 0
+    summaries = [json.loads((Path(r.recipe.output_dir) / "summary.json").read_text()) for r in (whole, resumed)]
+    for key in ("data", "lengths"):
+        assert summaries[0][key] == summaries[1][key]
+    folders = (Path(loaded.recipe.output_dir) / "adapter" for loaded in (whole, resumed))
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_finished_run_goes_on_from_where_it_was(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
+    words = [*STREAM, f"data.train={write(tmp_path / 'a.jsonl', 25)}", "data.packing=false"]
+    expected = figures(train(recipe_for(*words, out="whole")))
+    train(recipe_for(*words, "train.max_steps=5", out="cut"))
+    assert figures(train(recipe_for(*words, out="cut"), resume=True)) == expected
 
 
 def test_a_bad_row_on_the_way_costs_no_step(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
@@ -88,7 +115,8 @@ def test_held_out_rows_are_never_trained(recipe_for: RecipeFor, train: Train, tm
 def test_other_first_rows_are_told_on_a_resume(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
     words = [*STREAM, f"data.train={write(tmp_path / 'a.jsonl', 25)}", "data.packing=false"]
     train(recipe_for(*words, "train.max_steps=2"))
-    write(tmp_path / "a.jsonl", 24)
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(rows.read_text().replace('"1?', '"7?', 1))
     with pytest.raises(UserError, match="gives other training rows than before"):
         train(recipe_for(*words), resume=True)
 
