@@ -16,7 +16,28 @@ from gemma_ft.data.documents import Documents
 Example = dict[str, list[Any]]
 
 
-class Examples(Sequence[Example]):
+class ExampleRows(Sequence[Example]):
+    """What a trainer takes examples from: by number, or several at once."""
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+
+    def __getitem__(self, row: int | slice) -> Example | list[Example]:
+        if isinstance(row, slice):
+            return [self.example(number) for number in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return self.example(row % len(self))
+
+    def example(self, row: int) -> Example:
+        """One of them, counted from 0."""
+        raise NotImplementedError
+
+
+class Examples(ExampleRows):
     """Rows of pieces. A piece is (document, start, end): those tokens, with BOS in front where it does not begin with
     the document. `example[i]`: input_ids, labels, position_ids, document_ids, lists of equal length; each document's
     positions start at 0, and its first label is masked. Where not all documents have the weight 1 (`weighted`), also
@@ -40,19 +61,10 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, row: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[Example]: ...
-
-    def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
+    def example(self, row: int) -> Example:
+        """See the class."""
         example: Example = {"input_ids": [], "labels": [], "position_ids": [], "document_ids": []}
-        for number, piece in enumerate(self.pieces_of(row % len(self))):
+        for number, piece in enumerate(self.pieces_of(row)):
             ids, labels = self._tokens(piece)
             example["input_ids"] += ids
             example["labels"] += labels

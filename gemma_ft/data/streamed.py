@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import asdict, dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.dataset import DataStats
-from gemma_ft.data.examples import Example
+from gemma_ft.data.examples import Example, ExampleRows
 from gemma_ft.data.stream import Block, Cursor, Stream
 
 ASK_SECONDS = 0.5  # between two questions whether to go on waiting for a block
 
 
-class StreamedExamples(Sequence[Example]):
+class StreamedExamples(ExampleRows):
     """`total` examples of a stream. Those asked for go forward; of those behind, the blocks of the last `behind` are
     kept, and what lies before them is read again from where this began.
 
@@ -50,17 +50,8 @@ class StreamedExamples(Sequence[Example]):
     def __len__(self) -> int:
         return self.total
 
-    @overload
-    def __getitem__(self, row: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[Example]: ...
-
-    def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not 0 <= row < self.total:
-            raise IndexError(row)
+    def example(self, row: int) -> Example:
+        """See the class."""
         block = self._block(row)
         return block.prepared.examples[block.order[row - block.cursor.first]]
 

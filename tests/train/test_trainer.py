@@ -129,20 +129,24 @@ def test_position_and_document_ids_reach_the_model(recipe_for: RecipeFor) -> Non
     assert seen
 
 
+def trained_in_float64(loaded: LoadedRecipe) -> tuple[list[float], torch.Tensor]:
+    """(losses of the steps, all trained weights afterwards)"""
+    model, _ = build_model(loaded.recipe, build_tokenizer(loaded.recipe))
+    model.to(torch.float64)
+    losses: list[float] = []
+    make_trainer(loaded, model, on_step=lambda figures: losses.append(figures["loss"])).train()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    assert weights.dtype == torch.float64
+    return losses, weights
+
+
 def test_fault_27_the_loss_does_not_depend_on_the_cut(recipe_for: RecipeFor) -> None:
     """Every cut of a step of 4 rows into micro-batches gives the same losses and weights, in float64; also in the last,
     partial step of an epoch (10 rows)."""
     results = []
     for micro in (1, 2, 4):
         loaded = recipe_for("strategy=lora", f"train.micro_batch_size={micro}", "train.precision=float32", "seed=3")
-        model, _ = build_model(loaded.recipe, build_tokenizer(loaded.recipe))
-        model.to(torch.float64)
-        losses: list[float] = []
-        trainer = make_trainer(loaded, model, on_step=lambda figures, losses=losses: losses.append(figures["loss"]))
-        trainer.train()
-        weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-        assert weights.dtype == torch.float64
-        results.append((losses, weights))
+        results.append(trained_in_float64(loaded))
     for losses, weights in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-10, abs=0)
         assert (weights - results[0][1]).abs().max() <= 1e-10 * results[0][1].abs().max()
@@ -163,13 +167,7 @@ def test_a_row_of_weight_2_is_the_row_twice_in_any_cut(recipe_for: RecipeFor, tm
         path.write_text("\n".join(map(json.dumps, lines)))
         batches = [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}", "train.precision=float32"]
         loaded = recipe_for("strategy=lora", f"data.train={path}", f"data.columns={columns}", *batches)
-        model, _ = build_model(loaded.recipe, build_tokenizer(loaded.recipe))
-        model.to(torch.float64)
-        losses: list[float] = []
-        trainer = make_trainer(loaded, model, on_step=lambda figures, losses=losses: losses.append(figures["loss"]))
-        trainer.train()
-        weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-        results.append((losses, weights))
+        results.append(trained_in_float64(loaded))
     for losses, weights in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-9, abs=0)
         assert (weights - results[0][1]).abs().max() <= 1e-9 * results[0][1].abs().max()
