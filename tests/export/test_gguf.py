@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_ft.contract import Contract, contract_of
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
 from gemma_ft.export.gguf_file import GGUF_TYPES, GgufType, check_for_llama_cpp, write_gguf
@@ -151,8 +151,8 @@ def test_scores_and_kinds_are_those_of_sentencepiece(tmp_path: Path) -> None:
 
 def test_tokens_that_were_added_later_are_kept(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    tokenizer.add_tokens(["<my_tool>"])  # text, which a text may hold
-    tokenizer.add_tokens(["<my_turn>"], special_tokens=True)
+    add_tokens(tokenizer, ["<my_tool>"])  # text, which a text may hold
+    tokenizer.add_tokens(["<my_turn>"])
     found = read_vocabulary(Path(TINY), tokenizer, rows=2064)
     assert found.tokens[2048:2050] == ["<my_tool>", "<my_turn>"]
     assert found.kinds[2048:2051] == [USER_DEFINED, CONTROL, UNUSED]
