@@ -1,5 +1,5 @@
-"""Attention behind one small interface: (query, key, value, visible) -> out; the masks; and the resolver that picks a
-backend.
+"""Attention behind one small interface: (query, key, value, visible) -> out; what is visible; and the resolver that
+picks a backend.
 
 Letters: B batch, T query tokens, S key tokens, N query heads, K key/value heads, H head dim.
 """
@@ -8,14 +8,64 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
+from gemma_ft.kernels.blockwise_attention import blockwise_attention
 
 Attend = Callable[..., Tensor]
+
+
+class Visible:
+    """Which keys the queries of a layer see; each form of it is made when a backend asks, and once."""
+
+    def __init__(self, mask: Callable[[], Tensor], low: Callable[[], Tensor | None] = lambda: None) -> None:
+        self._mask, self._low = mask, low
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B or 1, 1, T, S], True = visible."""
+        return self._mask()
+
+    @cached_property
+    def low(self) -> Tensor | None:
+        """[B or 1, T]: query t sees the keys low[t] .. t. None where that is not all that can be said."""
+        return self._low()
+
+
+def first_visible(
+    tokens: int, *, window_tokens: int | None, key_is_real: Tensor | None = None, document: Tensor | None = None
+) -> Tensor | None:
+    """`Visible.low` of a sequence without a cache: what `visible_keys` says of every query that is no padding. A query
+    of padding sees itself at least.
+
+    None where a document, or what is real, is not in one piece.
+    """
+    places = torch.arange(tokens, device=_device_of(key_is_real, document))
+    low = torch.zeros_like(places)[None]
+    if document is not None:
+        begins = torch.ones_like(document, dtype=torch.bool)
+        begins[:, 1:] = document[:, 1:] != document[:, :-1]
+        if any(len(row.unique()) != int(runs) for row, runs in zip(document, begins.sum(dim=1), strict=True)):
+            return None
+        low = torch.where(begins, places, 0).cummax(dim=1).values
+    if key_is_real is not None:
+        rises = key_is_real[:, 0].long() + (key_is_real[:, 1:] & ~key_is_real[:, :-1]).sum(dim=1)
+        if bool((rises > 1).any()):
+            return None
+        low = torch.maximum(low, key_is_real.long().argmax(dim=1, keepdim=True))
+    if window_tokens is not None:
+        low = torch.maximum(low, places - window_tokens + 1)
+    return torch.minimum(low, places)
+
+
+def _device_of(*tensors: Tensor | None) -> torch.device | None:
+    return next((one.device for one in tensors if one is not None), None)
 
 
 def visible_keys(
@@ -106,8 +156,30 @@ def sdpa_attention(
     )
 
 
-BACKENDS: dict[str, Attend] = {"eager": eager_attention, "sdpa": sdpa_attention}
-_NO_CAP = "attention: {name} cannot compute Gemma 2's soft-cap and would drop it; use auto or eager"
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
+    """The blocks on a CPU, where queries see runs of keys; else every score written out."""
+    dropout_p = options.pop("dropout_p", 0.0)
+    fits = query.device.type == "cpu" and query.shape[2] == key.shape[2] and not dropout_p
+    if fits and visible.low is not None:
+        return blockwise_attention(query, key, value, visible.low, **options)
+    return eager_attention(query, key, value, visible.mask, dropout_p=dropout_p, **options)
+
+
+def _masked(attend: Attend) -> Attend:
+    """A backend that takes a mask."""
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
+        return attend(query, key, value, visible.mask, **options)
+
+    return attended
+
+
+BACKENDS: dict[str, Attend] = {
+    "blockwise": _blockwise,
+    "eager": _masked(eager_attention),
+    "sdpa": _masked(sdpa_attention),
+}
+_NO_CAP = "attention: {name} cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"
 
 
 @dataclass(frozen=True)
@@ -126,9 +198,10 @@ def resolve_attention(requested: str | None, softcap: float | None) -> Attention
     if requested in (None, "auto"):
         if softcap is None:
             return AttentionChoice("sdpa", "this Gemma has no soft-cap")
-        return AttentionChoice("eager", "the soft-cap needs it")
+        return AttentionChoice("blockwise", "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices")
     if requested not in BACKENDS:
-        raise UserError(f"attention: unknown backend {requested!r}; use auto, {' or '.join(BACKENDS)}")
-    if requested != "eager" and softcap is not None:
+        *names, last = BACKENDS
+        raise UserError(f"attention: unknown backend {requested!r}; use auto, {', '.join(names)} or {last}")
+    if requested == "sdpa" and softcap is not None:
         raise UserError(_NO_CAP.format(name=requested))
     return AttentionChoice(str(requested), "asked for")

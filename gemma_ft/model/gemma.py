@@ -7,6 +7,7 @@ Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabular
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.added_rows import AddedRows
-from gemma_ft.model.attention import resolve_attention, visible_keys
+from gemma_ft.model.attention import Visible, first_visible, resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
@@ -130,15 +131,15 @@ class GemmaModel(GemmaPreTrainedModel):
 
     def _masks(
         self, x: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None, seen: int
-    ) -> dict[int | None, Tensor]:
-        """One visibility mask per kind of layer: window -> bool [B or 1, 1, T, S]."""
+    ) -> dict[int | None, Visible]:
+        """What is visible, for each kind of layer: by its window."""
         tokens = x.shape[1]
         if document_ids is not None and seen:
             raise ValueError("document_ids cannot be combined with a filled cache")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
         query_index = torch.arange(tokens, device=x.device) + seen
-        masks: dict[int | None, Tensor] = {}
+        masks: dict[int | None, Visible] = {}
         for index, window in enumerate(self.numerics.window_tokens):
             if window in masks:
                 continue
@@ -149,7 +150,8 @@ class GemmaModel(GemmaPreTrainedModel):
                 # A static cache is longer than what has been said so far: its empty places are no keys.
                 missing = max(offset + length - attention_mask.shape[1], 0)
                 key_is_real = nn.functional.pad(attention_mask, (0, missing))[:, offset : offset + length].bool()
-            masks[window] = visible_keys(
+            mask = partial(
+                visible_keys,
                 query_index,
                 torch.arange(offset, offset + length, device=x.device),
                 window_tokens=window,
@@ -157,13 +159,17 @@ class GemmaModel(GemmaPreTrainedModel):
                 query_document=document_ids,
                 key_document=document_ids,
             )
+            runs = partial(first_visible, tokens, window_tokens=window, key_is_real=key_is_real, document=document_ids)
+            masks[window] = Visible(mask, runs) if cache is None else Visible(mask)
         return masks
 
-    def _masks_of_pass(self, one: KVPass) -> dict[int | None, Tensor]:
+    def _masks_of_pass(self, one: KVPass) -> dict[int | None, Visible]:
         """As `_masks`, for rows that each stand at their own position."""
         windows = self.numerics.window_tokens
         return {
-            window: visible_keys(one.position_ids, one.key_positions(windows.index(window)), window_tokens=window)
+            window: Visible(
+                partial(visible_keys, one.position_ids, one.key_positions(windows.index(window)), window_tokens=window)
+            )
             for window in set(windows)
         }
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gemma_ft.model.attention import BACKENDS
+from gemma_ft.model.attention import BACKENDS, Visible
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.kv_cache import KVPass
 
@@ -113,7 +113,7 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | KVPass | None = None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Visible, cache: Cache | KVPass | None = None
     ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
@@ -154,7 +154,7 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | KVPass | None = None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Visible, cache: Cache | KVPass | None = None
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, visible, cache)
         if not self.sandwich_norms:

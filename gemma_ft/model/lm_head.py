@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # torch's and transformers' label for "not trained"
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
+CPU_ROWS, CPU_BYTES = 256, 32 * 2**20  # on a CPU so many rows, or as many as its cache may hold
 
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
@@ -59,6 +60,8 @@ def fused_head_loss(
     targets = targets[labelled]
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+        if weight.device.type == "cpu":
+            chunk_rows = min(chunk_rows, max(CPU_ROWS, CPU_BYTES // (4 * weight.shape[0])))
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
     each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]  # [M]
@@ -95,7 +98,11 @@ class _FusedHeadLoss(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = part @ head.T  # [m, V + A]
-            logits = softcapped(logits if more is None else torch.cat((logits, part @ more.T), dim=1), softcap)
+            logits = (logits if more is None else torch.cat((logits, part @ more.T), dim=1)).to(wide)
+            tanh = None
+            if softcap is not None:
+                tanh = logits.div_(softcap).tanh_()  # in place from here on: memory is the limit
+                logits = tanh * softcap
             log_norm = logits.logsumexp(dim=-1)
             losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
@@ -103,10 +110,10 @@ class _FusedHeadLoss(torch.autograd.Function):
             correct += (logits.argmax(dim=-1) == target).sum()
             if grad_rows is None and grad_weight is None and grad_added is None:
                 continue
-            grad = torch.exp(logits - log_norm[:, None])  # softmax
+            grad = logits.sub_(log_norm[:, None]).exp_()  # softmax
             grad[torch.arange(len(target), device=rows.device), target] -= 1.0
-            if softcap is not None:
-                grad *= 1.0 - (logits / softcap) ** 2  # d cap(z) / dz = 1 - tanh(z / cap)^2
+            if tanh is not None:
+                grad *= tanh.square_().neg_().add_(1.0)  # d cap(z) / dz = 1 - tanh(z / cap)^2
             if each is not None:
                 grad *= each[:, None]
             grad = grad.to(rows.dtype)

@@ -130,7 +130,9 @@ class Model(Section):
     added_tokens: list[Text] | None = Field(
         None, max_length=1000, description="New tokens: their text becomes a token, and their rows alone are trained"
     )
-    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="auto takes the fastest that is exact")
+    attention: Literal["auto", "blockwise", "eager", "sdpa"] = Field(
+        "auto", description="auto takes the fastest that is exact"
+    )
 
 
 class Quantize(Section):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import (
     AttentionChoice,
     eager_attention,
+    first_visible,
     resolve_attention,
     sdpa_attention,
     visible_keys,
@@ -16,7 +19,10 @@ from gemma_ft.model.attention import (
 from gemma_ft.model.gemma import GemmaForCausalLM, documents_of
 from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours, relative, tiny_config, token_rows
 
-NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto or eager"
+NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"
+
+UNKNOWN = "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa"
+BLOCKS = "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices"
 
 
 def as_text(mask: torch.Tensor) -> list[str]:
@@ -44,6 +50,42 @@ def test_padding_and_documents_hide_keys() -> None:
     documents = torch.tensor([[0, 0, 1, 1]])
     visible = visible_keys(index, index, query_document=documents, key_document=documents)
     assert as_text(visible[0, 0]) == ["x...", "xx..", "..x.", "..xx"]
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """Documents of two rows, in one piece each; what is real of them; a window or none."""
+    tokens = draw(st.integers(1, 12))
+    rows = [sorted(draw(st.lists(st.integers(0, 3), min_size=tokens, max_size=tokens))) for _ in range(2)]
+    ends = [sorted(draw(st.tuples(st.integers(0, tokens), st.integers(0, tokens)))) for _ in range(2)]
+    real = torch.tensor([[first <= place < last for place in range(tokens)] for first, last in ends])
+    return torch.tensor(rows), real, draw(st.sampled_from([None, 1, 3, 20]))
+
+
+@settings(deadline=None, max_examples=200)
+@given(sequences(), st.booleans(), st.booleans())
+def test_runs_of_keys_are_those_of_the_mask(
+    drawn: tuple[torch.Tensor, torch.Tensor, int | None], with_documents: bool, with_padding: bool
+) -> None:
+    documents, real, window = drawn
+    index = torch.arange(documents.shape[1])
+    mine, padded = documents if with_documents else None, real if with_padding else None
+    mask = visible_keys(
+        index, index, window_tokens=window, key_is_real=padded, query_document=mine, key_document=mine
+    ).expand(2, 1, -1, -1)[:, 0]
+    low = first_visible(len(index), window_tokens=window, key_is_real=padded, document=mine)
+    assert low is not None
+    low = low.expand(2, -1)
+    assert bool((low <= index).all())
+    assert bool((low >= 0).all())
+    runs = (index[None, None] >= low[:, :, None]) & (index[None, None] <= index[None, :, None])
+    asks = real if with_padding else torch.ones_like(real)
+    assert torch.equal(runs[asks], mask[asks])
+
+
+def test_what_is_in_pieces_is_no_run() -> None:
+    assert first_visible(4, window_tokens=None, document=torch.tensor([[0, 1, 0, 0]])) is None
+    assert first_visible(4, window_tokens=2, key_is_real=torch.tensor([[True, False, True, True]])) is None
 
 
 def test_documents_begin_where_positions_do_not_go_on() -> None:
@@ -78,22 +120,23 @@ def test_fault_12_a_query_without_any_key_never_reaches_sdpa() -> None:
 
 
 @pytest.mark.parametrize("shape", ["gemma-2b", "gemma-7b"])
-def test_gemma_1_is_the_same_on_sdpa_and_eager(shape: str) -> None:
+def test_gemma_1_is_the_same_on_all_backends(shape: str) -> None:
     ids = token_rows()
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     labels = masked_labels(ids).where(mask.bool(), torch.tensor(-100))
     labels[0, 6] = -100  # it would be predicted from padding, whose output means nothing
     logits, grads = {}, {}
-    for name in ("sdpa", "eager"):
+    for name in ("sdpa", "eager", "blockwise"):
         model = ours(shape, dtype=torch.float64)
         model.set_attn_implementation(name)
         assert model.config._attn_implementation == name
         logits[name] = model(ids, attention_mask=mask).logits[mask.bool()]
         model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
         grads[name] = gradients(model)
-    assert relative(logits["sdpa"], logits["eager"]) <= 1e-11
-    assert all(relative(grads["sdpa"][name], grads["eager"][name]) <= 1e-10 for name in grads["eager"])
+    for name in ("sdpa", "blockwise"):
+        assert relative(logits[name], logits["eager"]) <= 1e-11
+        assert all(relative(grads[name][one], grads["eager"][one]) <= 1e-10 for one in grads["eager"])
 
 
 def test_dropout_of_attention_acts_in_training_only() -> None:
@@ -110,7 +153,12 @@ def test_dropout_of_attention_acts_in_training_only() -> None:
     [
         (None, None, AttentionChoice("sdpa", "this Gemma has no soft-cap")),
         ("auto", None, AttentionChoice("sdpa", "this Gemma has no soft-cap")),
-        ("auto", 50.0, AttentionChoice("eager", "the soft-cap needs it")),
+        (
+            "auto",
+            50.0,
+            AttentionChoice("blockwise", "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices"),
+        ),
+        ("blockwise", None, AttentionChoice("blockwise", "asked for")),
         ("eager", 50.0, AttentionChoice("eager", "asked for")),
         ("sdpa", None, AttentionChoice("sdpa", "asked for")),
     ],
@@ -125,8 +173,16 @@ def test_the_resolver_chooses_and_says_why(
     ("requested", "softcap", "message"),
     [
         ("sdpa", 50.0, NO_CAP),
-        ("flash_attention_2", None, "attention: unknown backend 'flash_attention_2'; use auto, eager or sdpa"),
-        ("flash_attention_2", 50.0, "attention: unknown backend 'flash_attention_2'; use auto, eager or sdpa"),
+        (
+            "flash_attention_2",
+            None,
+            "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa",
+        ),
+        (
+            "flash_attention_2",
+            50.0,
+            "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa",
+        ),
     ],
 )
 def test_the_resolver_refuses_in_one_line(requested: str, softcap: float | None, message: str) -> None:
@@ -147,4 +203,4 @@ def test_fault_11_sdpa_that_drops_the_cap_is_refused_everywhere() -> None:
         with pytest.raises(UserError) as raised:
             attempt()
         assert str(raised.value) == NO_CAP
-    assert ours(SECOND).config._attn_implementation == "eager"
+    assert ours(SECOND).config._attn_implementation == "blockwise"

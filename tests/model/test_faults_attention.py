@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_ft.model.attention import BACKENDS, eager_attention
+from gemma_ft.model.attention import BACKENDS, Visible, eager_attention
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import SECOND, SHAPES, SHRINK, TOKENS, WINDOW, ours, relative, tiny_config, token_rows
 
@@ -19,7 +19,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, model: GemmaForCausalLM) -> list[dict
     name = model.config._attn_implementation
     backend = BACKENDS[name]
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **options: Any) -> Tensor:
+    def spy(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
         asked.append({"visible": visible, **options})
         return backend(query, key, value, visible, **options)
 
@@ -98,7 +98,7 @@ def test_fault_09_odd_layers_see_everything(cached: bool) -> None:
 
 def test_fault_09_even_layers_are_the_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = spied(monkeypatch, ours(SECOND, num_hidden_layers=5))
-    widest = [int(layer["visible"].sum(dim=-1).max()) for layer in asked]
+    widest = [int(layer["visible"].mask.sum(dim=-1).max()) for layer in asked]
     assert widest == [WINDOW, TOKENS, WINDOW, TOKENS, WINDOW]
     config = tiny_config(SECOND, num_hidden_layers=5)
     kinds = ["sliding_attention", "full_attention"]

@@ -1,0 +1,295 @@
+"""Training steps on the CPU, side by side: ours, and transformers + PEFT + TRL at their defaults and at their best.
+
+    .venv/bin/python -m benchmarks.train_cpu              the grid, to benchmarks/results/train_cpu.json
+    .venv/bin/python -m benchmarks.train_cpu NAME ...     some lines of it
+
+All arms have the same Gemma 2 of 100M parameters (random weights at a realistic scale), adapter, ids, labels, order,
+AdamW and clipping, and compute in bf16. An arm is a process of its own that trains with its own trainer; arms take
+turns, forwards and backwards, and the ratio is the median over the turns.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import write_result
+
+ARMS = ("ours", "stock", "stock_best")
+SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 256}  # fmt: skip
+RANK, STEPS, WARM, TURNS = 16, 5, 1, 2
+LABELLED = 0.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the grid."""
+
+    tokens: int  # of a row
+    rows: int  # in a step
+    vocabulary: int = 32_000
+    quantize: str | None = None
+    padded: bool = False  # rows of unequal length; else full rows of several documents
+
+
+GRID = {
+    "lora_512": Line(512, 4),
+    "lora_2048": Line(2048, 1),
+    "qlora_2048": Line(2048, 1, quantize="nf4"),
+    "lora_1024": Line(1024, 2),
+    "lora_1024_padded": Line(1024, 2, padded=True),
+    "lora_1024_256k": Line(1024, 2, vocabulary=256_000),
+    "qlora_512": Line(512, 4, quantize="nf4"),
+}
+
+
+def write_base(folder: Path, line: Line) -> None:
+    """Random weights at the scale of trained ones, and a LoRA start that all arms share."""
+    from peft import LoraConfig, get_peft_model
+
+    from gemma_ft.model.config import PRESETS
+    from gemma_ft.model.gemma import GemmaForCausalLM
+
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(PRESETS["gemma-2-2b"].config(vocab_size=line.vocabulary, **SHAPE))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.3 if "norm" in name else 1.0 / weight.shape[-1] ** 0.5)
+    model.to(torch.bfloat16).save_pretrained(str(folder / "base"))
+    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+
+
+def rows_of(line: Line) -> list[dict[str, list[int]]]:
+    """The rows of all steps, the same for every arm."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(line.rows * STEPS):
+        size = line.tokens if not line.padded or number % 2 == 0 else line.tokens * (2 + number % 3) // 5
+        cuts = [size] if line.padded else [size // 2, size // 3, size - size // 2 - size // 3]
+        ids = torch.randint(4, line.vocabulary, (size,), generator=draw).tolist()
+        labelled = (torch.rand(size, generator=draw) < LABELLED).tolist()
+        starts = {sum(cuts[:index]) for index in range(len(cuts))}
+        labels = [
+            one if on and at not in starts else -100 for at, (one, on) in enumerate(zip(ids, labelled, strict=True))
+        ]
+        found.append({
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": [place for cut in cuts for place in range(cut)],
+            "document_ids": [document for document, cut in enumerate(cuts) for _ in range(cut)],
+        })  # fmt: skip
+    return found
+
+
+class Rows(list):  # type: ignore[type-arg]
+    """Rows as our trainer takes them."""
+
+    streamed, weighted = True, False  # in order, as the others have them
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one["input_ids"]) for one in self]
+
+    def state(self, row: int) -> dict[str, Any]:
+        return {}
+
+
+def arguments(folder: Path, line: Line, **changes: Any) -> Any:
+    """What all arms share of TRL's settings."""
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(folder / "out"), seed=0, max_steps=STEPS, per_device_train_batch_size=line.rows,
+        learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused",
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, log_level="error", use_cpu=True,
+        remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **changes,
+    )  # fmt: skip
+
+
+def our_trainer(folder: Path, line: Line) -> Any:
+    from peft import PeftModel
+
+    from gemma_ft.data.collate import Collator
+    from gemma_ft.load import load_base
+    from gemma_ft.train.stop import StopRequest
+    from gemma_ft.train.trainer import GemmaTrainer, Progress
+    from gemma_ft.train.world import World
+    from gemma_ft.weights import Source
+
+    base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    settings = arguments(folder, line, bf16=False, gradient_checkpointing=False, ddp_find_unused_parameters=False)
+    settings._n_gpu = 0
+    return GemmaTrainer(
+        model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(rows_of(line)),
+        eval_examples=None, collator=Collator(0), tokenizer=tokenizer(), schedule="constant", warmup_ratio=0.0,
+        autocast=None, keep_checkpoints=1, keep_best=False, progress=Progress(), on_step=lambda figures: None,
+        on_eval=lambda step, loss: None, on_fault=lambda line: None,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def stock_trainer(folder: Path, line: Line, *, best: bool) -> Any:
+    import datasets
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from trl import SFTTrainer
+
+    from gemma_ft.adapters.quantize import quantization_config
+
+    more: dict[str, Any] = {}
+    if line.quantize:
+        more["quantization_config"] = quantization_config("nf4", double_quant=True, compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        str(folder / "base"), dtype=torch.bfloat16, attn_implementation="eager", **more
+    )
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    changes = {"gradient_checkpointing": False} if best else {}
+    rows = [{key: one[key] for key in ("input_ids", "labels", "position_ids")} for one in rows_of(line)]
+    trainer = SFTTrainer(
+        model=model, args=arguments(folder, line, **changes), train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=padded_by_mask if line.padded else stacked, processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+def stacked(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Full rows; positions that restart tell transformers the documents."""
+    return {key: torch.tensor([one[key] for one in rows]) for key in rows[0]}
+
+
+def padded_by_mask(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(one["input_ids"]) for one in rows)
+    pads = {"input_ids": 0, "labels": -100}
+    batch = {
+        key: torch.tensor([one[key] + [pad] * (longest - len(one[key])) for one in rows]) for key, pad in pads.items()
+    }
+    sizes = torch.tensor([len(one["input_ids"]) for one in rows])
+    return {**batch, "attention_mask": (torch.arange(longest)[None] < sizes[:, None]).long()}
+
+
+def tokenizer() -> Any:
+    from gemma_ft.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"))
+
+
+def one_arm(arm: str, name: str, folder: Path) -> None:
+    """Train and print seconds of each step, losses and memory."""
+    from transformers import TrainerCallback
+
+    from gemma_ft import runtime
+
+    runtime.quiet_libraries()
+    line = GRID[name]
+    trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    trainer.add_callback(Clock())
+    built = _rss()
+    trainer.train()
+    tokens = sum(len(one["input_ids"]) for one in rows_of(line)[WARM * line.rows :])
+    print(json.dumps({"seconds": times[WARM:], "tokens": tokens, "losses": losses, "above_the_model": _rss() - built}))
+
+
+def _rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gemm_rate() -> float:
+    """FLOP/s of a bf16 product of the shape of an MLP, the best of several: the limit of this machine."""
+    one, other = torch.randn(2048, 768).bfloat16(), torch.randn(3072, 768).bfloat16()
+    best = 0.0
+    for _ in range(30):
+        begun = time.perf_counter()
+        one @ other.T
+        best = max(best, 2 * 2048 * 768 * 3072 / (time.perf_counter() - begun))
+    return best
+
+
+def flops_per_token(line: Line) -> float:
+    """4N + 6P + 3.5 A + 4 E f, for documents of half, a third and a sixth of a row (docs/performance.md)."""
+    d, f, heads, kv, h = (SHAPE[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                                 "num_key_value_heads", "head_dim"))  # fmt: skip
+    layers, window = SHAPE["num_hidden_layers"], SHAPE["sliding_window"]
+    linear = layers * (2 * d * heads * h + 2 * d * kv * h + 3 * d * f)
+    adapter = layers * RANK * (2 * (d + heads * h) + 2 * (d + kv * h) + 3 * (d + f))
+    cuts = [line.tokens] if line.padded else [line.tokens // 2, line.tokens // 3, line.tokens // 6]
+
+    def seen(limit: int) -> float:  # keys of an average query
+        return sum(cut * (cut / 2 if cut <= limit else limit - limit**2 / (2 * cut)) for cut in cuts) / sum(cuts)
+
+    attention = layers / 2 * 4 * heads * h * (seen(line.tokens) + seen(window))
+    return 4 * linear + 6 * adapter + 3.5 * attention + 4 * line.vocabulary * d * LABELLED
+
+
+def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
+    """One line of the grid: all arms in turns."""
+    line, found = GRID[name], {arm: [] for arm in ARMS}
+    rates: list[float] = []
+    with tempfile.TemporaryDirectory() as place:
+        write_base(Path(place), line)
+        for turn in range(turns):
+            rates.append(gemm_rate())
+            for arm in ARMS if turn % 2 == 0 else reversed(ARMS):
+                told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place],
+                                      check=True, capture_output=True, text=True)  # fmt: skip
+                found[arm].append(json.loads(told.stdout.splitlines()[-1]))
+    speed = {arm: [one["tokens"] / sum(one["seconds"]) for one in ones] for arm, ones in found.items()}
+    return {
+        "tokens_per_second": {arm: round(statistics.median(ones), 1) for arm, ones in speed.items()},
+        "ours_over": {
+            arm: round(statistics.median(a / b for a, b in zip(speed["ours"], speed[arm], strict=True)), 2)
+            for arm in ARMS[1:]
+        },
+        "above_the_model_mib": {
+            arm: round(min(one["above_the_model"] for one in ones) / 2**20) for arm, ones in found.items()
+        },
+        "losses": {arm: ones[0]["losses"] for arm, ones in found.items()},
+        "gemm_gflops": round(max(rates) / 1e9),
+        "of_the_limit": round(statistics.median(speed["ours"]) * flops_per_token(line) / max(rates), 3),
+    }  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    """Some lines of the grid, or all, and the result file."""
+    chosen = [name for name in GRID if name in names] or list(GRID)
+    lines = {}
+    for name in chosen:
+        lines[name] = measured(name)
+        print(name, json.dumps(lines[name], indent=2), flush=True)
+    command = " ".join(["python -m benchmarks.train_cpu", *names])
+    grid = {name: vars(GRID[name]) for name in chosen}
+    write_result("train_cpu", also=("peft", "trl"), command=command, shape=SHAPE, rank=RANK,
+                 threads=torch.get_num_threads(), turns=TURNS, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] in ARMS:
+        one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    else:
+        main(sys.argv[1:])
