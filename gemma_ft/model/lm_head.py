@@ -70,6 +70,15 @@ def fused_head_loss(
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """`softcapped`, and the tanh that did it, in as few passes over memory as there can be: it is what limits a CPU."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is None:
+        return wide, None
+    tanh = wide.div_(softcap).tanh_()
+    return tanh * softcap, tanh
+
+
 class _FusedHeadLoss(torch.autograd.Function):
     """(rows [M, D], weight [V, D], added [A, D] or None, targets [M], loss weights [M] or None) -> (loss sum, correct
     count); gradients are ready when forward returns.
@@ -97,12 +106,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
-            logits = part @ head.T  # [m, V + A]
-            logits = (logits if more is None else torch.cat((logits, part @ more.T), dim=1)).to(wide)
-            tanh = None
-            if softcap is not None:
-                tanh = logits.div_(softcap).tanh_()  # in place from here on: memory is the limit
-                logits = tanh * softcap
+            raw = part @ head.T  # [m, V + A]
+            logits, tanh = _capped(raw if more is None else torch.cat((raw, part @ more.T), dim=1), softcap)
             log_norm = logits.logsumexp(dim=-1)
             losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
