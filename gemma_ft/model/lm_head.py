@@ -21,8 +21,18 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap), in float32 or wider; `cap` None changes nothing but the dtype. Source:
     arXiv:2408.00118.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if cap is None else cap * torch.tanh(wide / cap)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return _capped(logits.to(wide, copy=cap is not None), cap)[0]
+
+
+def _capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The same of logits that are wide already and may be written over, and the tanh that did it: in as few passes over
+    memory as there can be, for it is what limits a CPU.
+    """
+    if cap is None:
+        return wide, None
+    tanh = wide.div_(cap).tanh_()
+    return tanh * cap, tanh
 
 
 @dataclass(frozen=True)
@@ -70,15 +80,6 @@ def fused_head_loss(
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
 
 
-def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """`softcapped`, and the tanh that did it, in as few passes over memory as there can be: it is what limits a CPU."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is None:
-        return wide, None
-    tanh = wide.div_(softcap).tanh_()
-    return tanh * softcap, tanh
-
-
 class _FusedHeadLoss(torch.autograd.Function):
     """(rows [M, D], weight [V, D], added [A, D] or None, targets [M], loss weights [M] or None) -> (loss sum, correct
     count); gradients are ready when forward returns.
@@ -106,8 +107,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
-            raw = part @ head.T  # [m, V + A]
-            logits, tanh = _capped(raw if more is None else torch.cat((raw, part @ more.T), dim=1), softcap)
+            raw = part @ head.T if more is None else torch.cat((part @ head.T, part @ more.T), dim=1)  # [m, V + A]
+            logits, tanh = _capped(raw.to(wide), softcap)
             log_norm = logits.logsumexp(dim=-1)
             losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
