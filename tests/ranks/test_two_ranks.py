@@ -46,8 +46,9 @@ def test_two_ranks_are_one(train: Train, strategy: str, layout: str) -> None:
             theirs["step"], theirs["tokens"], theirs["learning_rate"]
         )  # fmt: skip
     for mine, theirs in zip(lines(one, "evals.jsonl"), lines(two, "evals.jsonl"), strict=True):
-        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
-        assert mine["canary_loss"] == pytest.approx(theirs["canary_loss"], rel=1e-5)
+        # of adapters that are 1e-6 apart, in bf16: here and there an activation is rounded the other way
+        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
+        assert mine["canary_loss"] == pytest.approx(theirs["canary_loss"], rel=1e-4)
     assert lines(one, "samples.jsonl") == lines(two, "samples.jsonl")
     result = RESULT.get(strategy, "adapter/adapter_model.safetensors")
     assert_near(one / result, two / result, 2e-5)
