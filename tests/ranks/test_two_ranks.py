@@ -41,14 +41,14 @@ def test_two_ranks_are_one(train: Train, strategy: str, layout: str) -> None:
     one, two = train("one", *overrides), train("two", *overrides, ranks=2, layout=layout)
     for mine, theirs in zip(lines(one), lines(two), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=RELATIVE)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        # of equal weights at first, then of weights that are 1e-6 apart: in bf16 an activation is rounded the other way
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=RELATIVE if mine["step"] == 1 else 1e-4)
         assert (mine["step"], mine["tokens"], mine["learning_rate"]) == (
             theirs["step"], theirs["tokens"], theirs["learning_rate"]
         )  # fmt: skip
     for mine, theirs in zip(lines(one, "evals.jsonl"), lines(two, "evals.jsonl"), strict=True):
-        # of adapters that are 1e-6 apart, in bf16: here and there an activation is rounded the other way
-        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
-        assert mine["canary_loss"] == pytest.approx(theirs["canary_loss"], rel=1e-4)
+        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+        assert mine["canary_loss"] == pytest.approx(theirs["canary_loss"], rel=1e-5)
     assert lines(one, "samples.jsonl") == lines(two, "samples.jsonl")
     result = RESULT.get(strategy, "adapter/adapter_model.safetensors")
     assert_near(one / result, two / result, 2e-5)
