@@ -33,17 +33,16 @@ def take_rows(model: Any, files: WeightFiles, config: Any, folder: Path) -> None
     Raises: UserError where they do not go with this base.
     """
     said, known = added_by(config, folder / "adapter_config.json"), model.config.vocab_size
-    if said is None or said[0] < known:  # rows of the base's own: PEFT's layer
+    if said is None or said.first < known:  # rows of the base's own: PEFT's layer
         return
-    first, count = said
     rows = [files.tensor(name) for name in (TRAINED, INITIAL) if name in files.names]
-    width = model.config.hidden_size
-    if first != known or TRAINED not in files.names or any(tuple(one.shape) != (count, width) for one in rows):
+    shape = (said.count, model.config.hidden_size)
+    if said.first != known or TRAINED not in files.names or any(tuple(one.shape) != shape for one in rows):
         raise UserError(
-            f"{folder}: adds {count} tokens from id {first}, but its base has {known} tokens of width {width}, or the "
-            "rows are not in it; the adapter is not whole, or another base's"
+            f"{folder}: adds {said.count} tokens from id {said.first}, but its base has {known} tokens of width "
+            f"{shape[1]}, or the rows are not in it; the adapter is not whole, or another base's"
         )
-    added = AddedRows(first, rows[-1])
+    added = AddedRows(said.first, rows[-1])
     with torch.no_grad():
         added.weight.copy_(rows[0])
     model.model.added_rows = added.requires_grad_(False).to(model.device)

@@ -141,12 +141,12 @@ def build_model(
         _check_preset(model.config, recipe.model.preset, source.name)
     names = recipe.model.added_tokens or []
     first = len(tokenizer) - len(names)
-    if names and source is not None and model.config.vocab_size != first:
-        raise UserError(
-            f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} tokens; "
-            "tokens can be added where each row has its token"
-        )
     if names and source is not None:
+        if model.config.vocab_size != first:
+            raise UserError(
+                f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} "
+                "tokens; tokens can be added where each row has its token"
+            )
         begin_rows(model, tokenizer, source)
     elif model.config.vocab_size < len(tokenizer):
         raise UserError(

@@ -9,19 +9,19 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft.build_sources import Progress, ReadSource, chunks_of, described, items_of, read_source
+from gemma_ft.build_sources import Described, Progress, ReadSource, chunks_of, described, items_of, read_source
 from gemma_ft.build_stream import streamed_examples
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.cache import items_at
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Prepared, arrange, chosen_by_hash, prepare, shares, split_document, times
+from gemma_ft.data.dataset import DataStats, Prepared, arrange, chosen_by_hash, prepare, shares, split_document, times
 from gemma_ft.data.documents import Documents
 from gemma_ft.data.examples import Examples
 from gemma_ft.data.items import Conversation, Document, Item
 from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.paths import names_of
-from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.schema import Data, Recipe
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class BuiltData:
     @property
     def examples(self) -> Examples | StreamedExamples:
         """What is trained on."""
-        return self.streamed or self.train.examples
+        return self.train.examples if self.streamed is None else self.streamed
+
+    @property
+    def stats(self) -> DataStats:
+        """What became of the training rows that were read so far."""
+        return self.train.stats if self.streamed is None else self.streamed.stats
 
 
 def build_data(
@@ -92,19 +97,18 @@ def _streamed(recipe: Recipe, encoder: ChatEncoder, skipped: BadRows) -> BuiltDa
     """As `build_data`, of rows that are read while they are trained on."""
     data = recipe.data
     how = [described(source, data, encoder) for source in data.train]
-    items = [item for source in data.eval or () for item in items_of(source, data, how[0], skipped)]
-    held_out = Held(names_of(data.eval) if data.eval else None, items)
-    examples = streamed_examples(recipe, how, items)
+    held_out = _given(data, how[0], skipped)
+    examples = streamed_examples(recipe, how, held_out.items)
     skipped.extend(examples.first.bad)
     train = examples.first.prepared
     _refuse_idle_weights(recipe, train)
     several = len(how) > 1
-    told = [f"{one.source.path}: " * several + f"{one.reading.format}: {one.why}" for one in how]
+    told = [f"{one.source.path}: " * several + one.told for one in how]
     return BuiltData(
         encoder=encoder,
         train=train,
         held_out=_scored(recipe, held_out, encoder),
-        held_out_items=items,
+        held_out_items=held_out.items,
         train_source=f"{names_of(data.train)}, streamed; its first block",
         train_format="\n".join(told),
         eval_source=held_out.source,
@@ -137,6 +141,12 @@ class Held:
     items: Sequence[Item]
 
 
+def _given(data: Data, train: Described, skipped: BadRows) -> Held:
+    """The rows of `data.eval`; none where it is not set. `train`: how the first training source is read."""
+    items = [item for source in data.eval or () for item in items_of(source, data, train, skipped)]
+    return Held(names_of(data.eval) if data.eval is not None else None, items)
+
+
 def _parted(
     recipe: Recipe, sources: Sequence[ReadSource], encoder: ChatEncoder, skipped: BadRows
 ) -> tuple[Documents, Any, Held]:
@@ -154,11 +164,8 @@ def _parted(
         return documents, chosen, Held(share, tail)
     starts = numpy.cumsum([0, *(len(one.documents) for one in sources)])
     numbers = [start + numpy.arange(one.count) for start, one in zip(starts, sources, strict=False)]
-    held = Held(None, [])
-    if data.eval is not None:
-        items = [item for source in data.eval for item in items_of(source, data, sources[0].described, skipped)]
-        held = Held(names_of(data.eval), items)
-    elif data.eval_fraction:
+    held = _given(data, sources[0].described, skipped)
+    if data.eval is None and data.eval_fraction:
         out = chosen_by_hash(documents, numpy.concatenate(numbers), data.eval_fraction, recipe.seed)
         held = Held(share, _held_items(sources, starts, out))
         numbers = [numpy.setdiff1d(one, out) for one in numbers]

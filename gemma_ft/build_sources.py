@@ -35,6 +35,11 @@ class Described:
     why: str
     fields: frozenset[str]
 
+    @property
+    def told(self) -> str:
+        """Its format, and why."""
+        return f"{self.reading.format}: {self.why}"
+
 
 def described(source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None) -> Described:
     """How a source is read. `train`: of the first training source, for one that is held out: `data.format` and
@@ -67,9 +72,13 @@ def _named(source: Source, data: Data) -> tuple[str, dict[str, str]]:
 class ReadSource:
     """One source of training rows, encoded."""
 
-    source: Source
     described: Described
     documents: Documents
+
+    @property
+    def source(self) -> Source:
+        """As the recipe has it."""
+        return self.described.source
 
     @property
     def reading(self) -> Reading:
@@ -79,8 +88,8 @@ class ReadSource:
     def told(self, among_others: bool) -> str:
         """Its format and why; among others also its name, and how often its rows are seen."""
         if not among_others:
-            return f"{self.reading.format}: {self.described.why}"
-        return f"{self.source.path}: {self.count:,} documents, {self.reading.format}: {self.described.why}"
+            return self.described.told
+        return f"{self.source.path}: {self.count:,} documents, {self.described.told}"
 
     @property
     def count(self) -> int:
@@ -99,8 +108,8 @@ def read_source(
     bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
     cache = Cache(runtime.cache_folder(), runtime.processors())
     documents = cache.documents(chunks_of(source), found.reading, bad, progress=progress, **more)
-    settle(bad, documents.items + bad.count, data, skipped)
-    return ReadSource(source, found, documents)
+    _settle(bad, documents.items + bad.count, data, skipped)
+    return ReadSource(found, documents)
 
 
 def items_of(source: Source, data: Data, train: Described, skipped: BadRows) -> list[Item]:
@@ -112,7 +121,7 @@ def items_of(source: Source, data: Data, train: Described, skipped: BadRows) -> 
         items += [item for _, item in reading.items(chunk, bad)]
         if source.max_rows is not None and len(items) >= source.max_rows:
             break
-    settle(bad, len(items) + bad.count, data, skipped)
+    _settle(bad, len(items) + bad.count, data, skipped)
     return items[: source.max_rows]
 
 
@@ -127,7 +136,7 @@ def _first_rows(source: Source, *, streaming: bool) -> list[Row]:
     raise DataError(f"{located(source.path)}: holds no rows")
 
 
-def settle(bad: BadRows, rows: int, data: Data, skipped: BadRows) -> None:
+def _settle(bad: BadRows, rows: int, data: Data, skipped: BadRows) -> None:
     if data.on_bad_row == "error":
         bad.raise_if_any()
     bad.raise_if_many(rows)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of
+from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of, weight_name
 
 
 def add_adapter(
@@ -112,6 +112,6 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
     rows = rows_of(model)
     if rows is not None:
-        name = next(name for name, one in model.named_parameters() if one is rows.weight)
-        add_to_folder(folder, rows.weight if weights is None else weights[name], rows.initial)
+        trained = rows.weight if weights is None else weights[weight_name(model, rows)]
+        add_to_folder(folder, trained, rows.initial)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

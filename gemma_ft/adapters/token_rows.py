@@ -7,6 +7,7 @@ of that size (docs/data.md says what that costs).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,21 @@ def indices(first: int, count: int) -> dict[str, list[int]]:
     return {LAYER: list(range(first, first + count))}
 
 
-def added_by(config: Any, path: Path) -> tuple[int, int] | None:
-    """(id of the first, how many) of the tokens whose rows an adapter trains, by its PEFT config; None where there are
-    none.
+@dataclass(frozen=True)
+class Added:
+    """Tokens whose rows an adapter trains: so many, whose ids begin with `first`."""
+
+    first: int
+    count: int
+
+
+def weight_name(model: Any, rows: Any) -> str:
+    """The name that the trained rows have among the parameters of a model, within PEFT's wrapper or without."""
+    return next(name for name, one in model.named_parameters() if one is rows.weight)
+
+
+def added_by(config: Any, path: Path) -> Added | None:
+    """The tokens whose rows an adapter trains, by its PEFT config; None where there are none.
 
     Raises: UserError where their ids are not one run, for the embedding.
     """
@@ -43,13 +56,13 @@ def added_by(config: Any, path: Path) -> tuple[int, int] | None:
     if not found:
         return None
     ids: Any = found.get(LAYER) if isinstance(found, dict) and len(found) == 1 else found
-    numbers = isinstance(ids, list) and all(type(one) is int and 0 <= one < 2**31 for one in ids)
+    numbers = isinstance(ids, list) and ids and all(type(one) is int and 0 <= one < 2**31 for one in ids)
     if not numbers or ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError(
             f"{path}: trainable_token_indices: expected ids of {LAYER}, one after the other; other rows are not "
             "supported"
         )
-    return ids[0], len(ids)
+    return Added(ids[0], len(ids))
 
 
 def add_to_folder(folder: Path, trained: Tensor, initial: Tensor) -> None:

@@ -76,9 +76,11 @@ class ChatEncoder:
         """SHA-256 of what an item says to a model, whatever its place: turns as they are encoded, the system turn dealt
         with by the policy, without outer white space. Raises: DataError as `encode`.
         """
-        if isinstance(item, Document):
-            return hashlib.sha256(json.dumps(item.text).encode()).digest()
-        said = [[turn.role, turn.content] for turn in self.fold(item.turns, item.where)]
+        said: Any = (
+            item.text
+            if isinstance(item, Document)
+            else [[turn.role, turn.content] for turn in self.fold(item.turns, item.where)]
+        )
         return hashlib.sha256(json.dumps(said).encode()).digest()
 
     def encode(self, conversation: Conversation) -> Encoded:

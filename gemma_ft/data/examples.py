@@ -5,6 +5,7 @@ so that a data set need not fit into memory.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -32,9 +33,9 @@ class ExampleRows(Sequence[Example]):
             raise IndexError(row)
         return self.example(row % len(self))
 
+    @abstractmethod
     def example(self, row: int) -> Example:
         """One of them, counted from 0."""
-        raise NotImplementedError
 
 
 class Examples(ExampleRows):

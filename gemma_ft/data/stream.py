@@ -124,7 +124,7 @@ class Stream:
                 at = Cursor(at.passed, at.block + 1, block.end, rows, bad)
                 if block.order:
                     if not found:
-                        refuse_without_ends(block.prepared.stats, chats=bool(block.chats))
+                        refuse_without_ends(block.prepared.stats, chats=block.chats)
                     found = True
                     yield block
                 elif not found:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -37,7 +37,7 @@ class StreamedExamples(ExampleRows):
         self.waiting: Callable[[], None] = lambda: None
         self.weighted = any("weight" in one.reading.columns for one in stream.sources)
         self.lengths = _Lengths(self)
-        self.counts = self._origin = self._read_so_far = Counts(DataStats(), numpy.zeros(1, numpy.int64))
+        self.counts = self._origin = self._read_so_far = Counts()
         self._counted = 0  # examples that `counts` are of
         self._before: dict[int, Counts] = {}  # of what came before a block, by the number of its first example
         self._began = Cursor()
@@ -103,8 +103,7 @@ class StreamedExamples(ExampleRows):
     def _block(self, row: int) -> Block:
         if row < self._blocks[0].cursor.first:
             again = self._began.first <= row
-            nothing = Counts(DataStats(), numpy.zeros(1, numpy.int64))
-            self._restart(*((self._began, self._origin) if again else (Cursor(), nothing)))
+            self._restart(*((self._began, self._origin) if again else (Cursor(), Counts())))
         while row >= self._blocks[-1].end:
             self._took(self._awaited(self._coming or self._ahead()))
         newest = self._blocks[-1]
@@ -155,8 +154,8 @@ class StreamedExamples(ExampleRows):
 class Counts:
     """What became of the rows that were read, and how many documents have 0, 1, 2, ... tokens."""
 
-    stats: DataStats
-    lengths: Any
+    stats: DataStats = field(default_factory=DataStats)
+    lengths: Any = field(default_factory=lambda: numpy.zeros(1, numpy.int64))
 
     def and_of(self, block: Block) -> Counts:
         """With those of a further block."""

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from gemma_ft.adapters.saved import adapter_config
-from gemma_ft.adapters.token_rows import INITIAL, TRAINED, added_by
+from gemma_ft.adapters.token_rows import INITIAL, TRAINED, Added, added_by
 from gemma_ft.errors import UserError
 from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles
 
@@ -71,14 +71,6 @@ class _LowRank:
     names: dict[str, str] = field(default_factory=dict)  # a, b, magnitude -> tensor of the adapter
     rank: int = 0
     scale: float = 0.0
-
-
-@dataclass(frozen=True)
-class Added:
-    """Tokens that an adapter adds: so many, whose ids begin with `first`."""
-
-    first: int
-    count: int
 
 
 class Adapter:
@@ -191,9 +183,9 @@ class Adapter:
         if said is None:
             return None
         count = self.files.info(TRAINED).shape[0] if TRAINED in self.files.names else 0
-        if count != said[1]:
-            raise UserError(f"{self.folder}: has rows of {count} tokens, the config names {said[1]}; save it again")
-        return Added(*said)
+        if count != said.count:
+            raise UserError(f"{self.folder}: has rows of {count} tokens, the config names {said.count}; save it again")
+        return said
 
     def _place(self, name: str) -> None:
         """Find out which weight a tensor belongs to. Raises: UserError for a tensor that no merge can use."""

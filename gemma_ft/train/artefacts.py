@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
-from gemma_ft.adapters.token_rows import rows_of
+from gemma_ft.adapters.token_rows import rows_of, weight_name
 from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.contract import adapter_hash, contract_of
 from gemma_ft.data.chat import ChatEncoder
@@ -91,7 +91,7 @@ def _in_one_table(model: Any, weights: dict[str, Tensor] | None) -> dict[str, Te
     if rows is None:
         return weights
     found = dict(model.state_dict() if weights is None else weights)
-    added = found.pop(next(name for name, one in model.named_parameters() if one is rows.weight))
+    added = found.pop(weight_name(model, rows))
     found[EMBEDDING] = torch.cat((found[EMBEDDING], added.to(found[EMBEDDING])))
     found.pop(HEAD, None)  # the same
     return found

@@ -147,8 +147,7 @@ class Course:
                 compared=compared,
                 questions=self.scorer.questions,
                 result=result.name,
-                examples=self.data.examples,
-                rows=self.data.streamed.stats if self.data.streamed else self.data.train.stats,
+                data=self.data,
             )
             with self.world.phase("the summary"):
                 if self.world.main:

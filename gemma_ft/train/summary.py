@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_ft import runtime
-from gemma_ft.data.dataset import DataStats
-from gemma_ft.data.examples import Examples
-from gemma_ft.data.streamed import StreamedExamples
+from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import forgetting_note
 from gemma_ft.evaluate.held_out import Question, Score
 from gemma_ft.evaluate.report.lengths import length_histogram
@@ -23,12 +21,11 @@ def summary_of(
     compared: Figures,
     questions: Sequence[Question],
     result: str,
-    examples: Examples | StreamedExamples,
-    rows: DataStats,
+    data: BuiltData,
 ) -> dict[str, Any]:
     """The figures before and after, what was gained and forgotten, speed, memory, samples, data and environment.
 
-    `result`: the folder in the run that holds what was trained. `rows`: what became of those that were read.
+    `result`: the folder in the run that holds what was trained.
     """
     before = dict(progress.extra["before"])
     answers = before.pop("answers")
@@ -48,8 +45,8 @@ def summary_of(
             {"prompt": question.prompt, "expected": question.answer, "before": first, "after": last}
             for question, first, last in zip(questions, answers, after.answers, strict=False)
         ],
-        "data": rows.as_dict(),
-        "lengths": length_histogram(examples.length_counts),
+        "data": data.stats.as_dict(),
+        "lengths": length_histogram(data.examples.length_counts),
         "device": runtime.device_name(),
         "versions": runtime.versions(),
     }

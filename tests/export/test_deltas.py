@@ -88,6 +88,9 @@ ONLY = "only LoRA, rsLoRA and DoRA can"
         ({"trainable_token_indices": {"embed_tokens": [1, 3]}},
          "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
          "rows are not supported"),
+        ({"trainable_token_indices": {"embed_tokens": []}},
+         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
+         "rows are not supported"),
         ({"trainable_token_indices": {"lm_head": [1]}},
          "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
          "rows are not supported"),
