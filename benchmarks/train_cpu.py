@@ -119,8 +119,9 @@ def arguments(folder: Path, line: Line, **changes: Any) -> Any:
 
 
 def our_trainer(folder: Path, line: Line) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    from gemma_ft.adapters.fused_lora import with_fused_layers
     from gemma_ft.data.collate import Collator
     from gemma_ft.load import load_base
     from gemma_ft.train.stop import StopRequest
@@ -129,7 +130,8 @@ def our_trainer(folder: Path, line: Line) -> Any:
     from gemma_ft.weights import Source
 
     base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    start = with_fused_layers(PeftConfig.from_pretrained(str(folder / "adapter")))
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True, config=start)
     settings = arguments(folder, line, bf16=False, gradient_checkpointing=False, ddp_find_unused_parameters=False)
     settings._n_gpu = 0
     return GemmaTrainer(

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft import runtime
+from gemma_ft.adapters.fused_lora import with_fused_layers
 from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
@@ -245,7 +246,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     files = WeightFiles.open(folder, "adapter_model")
     take_rows(model, files, config, folder)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+        wrapped = PeftModel.from_pretrained(model, str(folder), config=with_fused_layers(config), is_trainable=False)
     except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
         raise UserError(f"{folder}: does not fit its base: {first_line(error)}") from error
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()

@@ -30,6 +30,11 @@ def debug_enabled() -> bool:
     return os.environ.get("GEMMA_FT_DEBUG", "") not in ("", "0")
 
 
+def own_kernels_wanted() -> bool:
+    """Whether operations may be built in C++ for this CPU: GEMMA_FT_KERNELS=off says no."""
+    return os.environ.get("GEMMA_FT_KERNELS", "").lower() not in ("off", "0", "false")
+
+
 def dtype_by_name(name: str) -> torch.dtype:
     """The torch dtype of a recipe's `precision`: bf16 or float32."""
     import torch

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from gemma_ft.adapters.fused_lora import with_fused_layers
 from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of, weight_name
 
 
@@ -44,7 +45,7 @@ def add_adapter(
         init_lora_weights=True if init == "default" else init,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)
+    wrapped = get_peft_model(model, with_fused_layers(config))
     active = wrapped.peft_config["default"]
     active.base_model_name_or_path, active.revision = base, revision
     active.target_modules = sorted(

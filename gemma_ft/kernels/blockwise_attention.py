@@ -6,14 +6,16 @@ Letters: B batch, T tokens, N query heads, K key/value heads, G = N / K, H head 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemma_ft.kernels import native
+
 BLOCK_QUERIES = 256
-SAFE_CAP = 60.0  # exp of it, summed over any number of keys, is far from float32's ends
 
 
 def blockwise_attention(
@@ -36,22 +38,14 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, low: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
-        out = torch.empty_like(query)  # [B, N, T, H]
+        out = torch.empty(query.shape, dtype=query.dtype)  # [B, N, T, H]
         log_sum = torch.empty(query.shape[:3], dtype=wide)  # [B, N, T]
         for row, queries, keys in _blocks(low):
             q, k, v = _grouped(query[row, :, queries], key.shape[1]), key[row, :, keys], value[row, :, keys]
-            scores, _ = _scores(q, k, scale, softcap)  # [K, G, Q, S]
-            hidden = _hidden(low[row], queries, keys)
-            if softcap is not None and softcap <= SAFE_CAP:  # its exponential overflows nowhere
-                top = torch.zeros(())
-            else:
-                top = scores.masked_fill_(hidden, float("-inf")).amax(dim=-1, keepdim=True)
-                scores.sub_(top)
-            weights = scores.exp_().masked_fill_(hidden, 0.0)
-            total = weights.sum(dim=-1, keepdim=True)
-            log_sum[row, :, queries] = (top + total.log()).flatten(0, 1)[..., 0]
-            said = weights.div_(total).to(query.dtype).flatten(1, 2) @ v  # [K, G Q, H]
-            out[row, :, queries] = said.view(-1, q.shape[2], q.shape[3])
+            flat = q.flatten(1, 2)  # [K, G Q, H]
+            block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
+            weights, log_sum[row, :, queries] = block.weights(flat @ k.transpose(1, 2))
+            out[row, :, queries] = (weights @ v).view(-1, q.shape[2], q.shape[3])
         ctx.save_for_backward(query, key, value, low, log_sum)
         ctx.scale, ctx.softcap = scale, softcap
         return out
@@ -61,26 +55,86 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, low, log_sum = ctx.saved_tensors
         wide, kv_heads = log_sum.dtype, key.shape[1]
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(one, dtype=wide) for one in (key, value))
+        grad_query = torch.empty(query.shape, dtype=query.dtype)
+        grad_key, grad_value = (torch.zeros(one.shape, dtype=wide) for one in (key, value))
         for row, queries, keys in _blocks(low):
             q, k, v = _grouped(query[row, :, queries], kv_heads), key[row, :, keys], value[row, :, keys]
-            given = _grouped(upstream[row, :, queries], kv_heads)  # [K, G, Q, H]
-            scores, tanh = _scores(q, k, ctx.scale, ctx.softcap)  # [K, G, Q, S]
-            weights = scores.sub_(_grouped(log_sum[row, :, queries, None], kv_heads)).exp_()
-            weights.masked_fill_(_hidden(low[row], queries, keys), 0.0)
-            narrow = weights.to(query.dtype).flatten(1, 2)
-            flat = given.flatten(1, 2)  # [K, G Q, H]
-            grad_value[row, :, keys] += narrow.transpose(1, 2) @ flat
-            grad = (flat @ v.transpose(1, 2)).to(wide).view_as(weights)
-            # not from `out`, as flash attention has it: rounded to bf16, it would not cancel what it is to cancel
-            grad.sub_(torch.linalg.vecdot(weights, grad)[..., None]).mul_(weights)
-            if tanh is not None:  # d cap tanh(s / cap) / ds = 1 - tanh^2
-                grad.mul_(torch.rsub(tanh.square_(), 1.0))
-            grads = grad.mul_(ctx.scale).to(query.dtype).flatten(1, 2)  # [K, G Q, S]
-            grad_query[row, :, queries] = (grads @ k).view(-1, given.shape[2], given.shape[3])
-            grad_key[row, :, keys] += grads.transpose(1, 2) @ q.flatten(1, 2)
+            given = _grouped(upstream[row, :, queries], kv_heads).flatten(1, 2)  # [K, G Q, H]
+            flat = q.flatten(1, 2)
+            block = _Block(
+                low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], ctx.scale, ctx.softcap
+            )
+            weights, grads = block.gradients(
+                flat @ k.transpose(1, 2), given @ v.transpose(1, 2), log_sum[row, :, queries]
+            )  # [K, G Q, S]
+            grad_value[row, :, keys] += weights.transpose(1, 2) @ given
+            grad_query[row, :, queries] = (grads @ k).view(-1, q.shape[2], q.shape[3])
+            grad_key[row, :, keys] += grads.transpose(1, 2) @ flat
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What happens to the scores of a block between its matrix products. Scores and results are [K, G Q, S] in the
+    products' dtype; query i of the block sees its keys low[i] .. last + i. In C++ where that serves.
+    """
+
+    low: Tensor  # [Q]
+    last: int
+    shape: tuple[int, ...]  # K, G, Q
+    scale: float
+    softcap: float | None
+
+    def weights(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, which may be written over -> weights, and log of their sum [N, Q]."""
+        if native.serves(raw):
+            log_sum = torch.empty(self._heads, self.shape[2])
+            native.call("attend", raw, self.low, log_sum, *self._sizes(raw), of=raw.dtype)
+            return raw, log_sum
+        scores, _ = self._scores(raw)  # [K, G, Q, S]
+        hidden = self._hidden(raw.shape[-1])
+        top = scores.masked_fill_(hidden, float("-inf")).amax(dim=-1, keepdim=True)
+        weights = scores.sub_(top).exp_().masked_fill_(hidden, 0.0)
+        total = weights.sum(dim=-1, keepdim=True)
+        log_sum = (top + total.log()).flatten(0, 1)[..., 0]
+        return weights.div_(total).to(raw.dtype).flatten(1, 2), log_sum
+
+    def gradients(self, raw: Tensor, grad: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and the gradient of the weights, which may be written over -> weights, gradient of the scores."""
+        if native.serves(raw, grad):
+            native.call("attend_backward", raw, grad, self.low, log_sum.contiguous(), *self._sizes(raw), of=raw.dtype)
+            return raw, grad
+        scores, tanh = self._scores(raw)
+        weights = scores.sub_(log_sum.view(*self.shape, 1)).exp_()
+        weights.masked_fill_(self._hidden(raw.shape[-1]), 0.0)
+        narrow = weights.to(raw.dtype).flatten(1, 2)
+        slope = grad.to(scores.dtype).view_as(weights)
+        # not from the output, as flash attention has it: rounded to bf16, it would not cancel what it is to cancel
+        slope = slope.sub_(torch.linalg.vecdot(weights, slope)[..., None]).mul_(weights)
+        if tanh is not None:  # d cap tanh(s / cap) / ds = 1 - tanh^2
+            slope.mul_(torch.rsub(tanh.square_(), 1.0))
+        return narrow, slope.mul_(self.scale).to(raw.dtype).flatten(1, 2)
+
+    @property
+    def _heads(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def _sizes(self, raw: Tensor) -> tuple[int, int, int, int, float, float]:
+        """As cpu_ops.cpp takes them; a cap of 0 is none."""
+        return self._heads, self.shape[2], raw.shape[-1], self.last, self.scale, self.softcap or 0.0
+
+    def _scores(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Capped scores [K, G, Q, S], wide, and the tanh that capped them."""
+        scores = raw.to(torch.promote_types(raw.dtype, torch.float32)).view(*self.shape, -1)
+        if self.softcap is None:
+            return scores.mul_(self.scale), None
+        tanh = scores.mul_(self.scale / self.softcap).tanh_()
+        return tanh * self.softcap, tanh
+
+    def _hidden(self, keys: int) -> Tensor:
+        """Which keys of the block its queries do not see: bool [Q, S]."""
+        places = torch.arange(keys)
+        return (places < self.low[:, None]) | (places > self.last + torch.arange(self.shape[2])[:, None])
 
 
 def _blocks(low: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -89,22 +143,6 @@ def _blocks(low: Tensor) -> Iterator[tuple[int, slice, slice]]:
         for start in range(0, len(firsts), BLOCK_QUERIES):
             stop = min(start + BLOCK_QUERIES, len(firsts))
             yield row, slice(start, stop), slice(int(firsts[start:stop].min()), stop)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Capped scores [K, G, Q, S], wide, and the tanh that capped them."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).to(wide).view(*q.shape[:3], -1)
-    if softcap is None:
-        return scores.mul_(scale), None
-    tanh = scores.mul_(scale / softcap).tanh_()
-    return tanh * softcap, tanh
-
-
-def _hidden(low: Tensor, queries: slice, keys: slice) -> Tensor:
-    """Which keys of a block its queries do not see: bool [Q, S]."""
-    places = torch.arange(keys.start, keys.stop)
-    return (places < low[queries, None]) | (places > torch.arange(queries.start, queries.stop)[:, None])
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:

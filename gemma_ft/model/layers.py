@@ -7,12 +7,14 @@ feed-forward. "wide" is float32 or wider: nothing is ever narrowed, so the laws 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gemma_ft.kernels.geglu import geglu
+from gemma_ft.kernels.rms_norm import rms_norm
+from gemma_ft.kernels.rotary import rotate
 from gemma_ft.model.attention import BACKENDS, Visible
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.kv_cache import KVPass
@@ -24,21 +26,15 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 class GemmaRMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), over the last dimension: computed in float32 or wider, returned in x.dtype.
-
-    Gemma stores weight - 1 and multiplies before the cast back to x.dtype (Llama casts first).
-    Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
-    """
+    """`rms_norm` with a weight: [..., D] -> [..., D], added to a residual where one is given."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(wide_dtype(x))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -75,15 +71,8 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, T, H] by its positions; computed in the angles' dtype, returned in x.dtype."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
 class GemmaMLP(nn.Module):
-    """gelu_tanh(gate(x)) * up(x), projected down: [B, T, D] -> [B, T, D]. Source: arXiv:2002.05202 (GEGLU)."""
+    """gelu_tanh(gate(x)) * up(x), projected down: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -92,7 +81,7 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class GemmaAttention(nn.Module):
@@ -160,5 +149,5 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
         if not self.sandwich_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.post_attention_layernorm(attended, x)
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemma_ft.kernels.head_rows import capped, head_rows
+
 IGNORED = -100  # torch's and transformers' label for "not trained"
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
-CPU_ROWS, CPU_BYTES = 256, 32 * 2**20  # on a CPU so many rows, or as many as its cache may hold
+CPU_ROWS, CPU_BYTES = 256, 64 * 2**20  # on a CPU so many rows, or more of a small vocabulary: it is read for each chunk
 
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
@@ -22,17 +24,7 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     arXiv:2408.00118.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return _capped(logits.to(wide, copy=cap is not None), cap)[0]
-
-
-def _capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The same of logits that are wide already and may be written over, and the tanh that did it: in as few passes over
-    memory as there can be, for it is what limits a CPU.
-    """
-    if cap is None:
-        return wide, None
-    tanh = wide.div_(cap).tanh_()
-    return tanh * cap, tanh
+    return capped(logits.to(wide, copy=cap is not None), cap)[0]
 
 
 @dataclass(frozen=True)
@@ -103,26 +95,18 @@ class _FusedHeadLoss(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_added = torch.zeros_like(added, dtype=wide) if added is not None and ctx.needs_input_grad[2] else None
+        with_grad = any(one is not None for one in (grad_rows, grad_weight, grad_added))
         loss_sum = torch.zeros((), dtype=wide, device=rows.device)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
             raw = part @ head.T if more is None else torch.cat((part @ head.T, part @ more.T), dim=1)  # [m, V + A]
-            logits, tanh = _capped(raw.to(wide), softcap)
-            log_norm = logits.logsumexp(dim=-1)
-            losses = log_norm - logits.gather(1, target[:, None])[:, 0]  # [m]
-            each = None if loss_weights is None else loss_weights[start : start + chunk_rows].to(losses.dtype)
-            loss_sum += (losses if each is None else losses * each).sum()
-            correct += (logits.argmax(dim=-1) == target).sum()
-            if grad_rows is None and grad_weight is None and grad_added is None:
+            each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
+            losses, hits, grad = head_rows(raw, target, each, softcap, with_grad=with_grad)
+            loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
+            correct += hits.sum()
+            if grad is None:
                 continue
-            grad = logits.sub_(log_norm[:, None]).exp_()  # softmax
-            grad[torch.arange(len(target), device=rows.device), target] -= 1.0
-            if tanh is not None:
-                grad *= tanh.square_().neg_().add_(1.0)  # d cap(z) / dz = 1 - tanh(z / cap)^2
-            if each is not None:
-                grad *= each[:, None]
-            grad = grad.to(rows.dtype)
             if grad_rows is not None:
                 into = grad_rows[start : start + chunk_rows]
                 torch.mm(grad[:, :known], head, out=into)

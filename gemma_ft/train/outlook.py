@@ -6,6 +6,7 @@ from typing import Any
 
 from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
+from gemma_ft.kernels import native
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.settings import accumulation, micro_batch
@@ -38,6 +39,7 @@ def outlook(
     rows = [
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
         ("attention", f"{choice.name}: {choice.reason}"),
+        *([("kernels", native.operations().reason)] if base.device.type == "cpu" else []),
         ("data", f"{data.train_source}: {lines[0]}"),
         *(("", line) for line in lines[1:]),
         *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),

@@ -38,7 +38,7 @@ def test_every_line_of_code_named_on_the_page_exists() -> None:
     assert len(rows) > 10
     for cell in rows:
         file = ""
-        for name in re.findall(r"`([\w.]+)`", cell):
+        for name in re.findall(r"`([\w./]+)`", cell):
             if name.endswith(".py"):
                 file = (ROOT / "gemma_ft" / "model" / name).read_text(encoding="utf-8")
                 continue

@@ -1,0 +1,79 @@
+"""The slowest ten operations of a training step on the CPU, of each arm of train_cpu.
+
+    .venv/bin/python -m benchmarks.profile_cpu [before | after]
+
+`before` and `after` name the place of the figures in benchmarks/results/profile_cpu.json; the other is kept. The arms
+are processes of their own; each trains the rows of `lora_512` and of `qlora_2048`, and its third step is profiled.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import ROOT, write_result
+from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer, write_base
+
+LINES, STEP, SHOWN = ("lora_512", "qlora_2048"), 3, 10
+
+
+def one_arm(arm: str, name: str, folder: Path) -> None:
+    """Train, and print the operations of one step by the time that they themselves take."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    from gemma_ft import runtime
+
+    runtime.quiet_libraries()
+    line = GRID[name]
+    trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
+    watch = profile(activities=[ProfilerActivity.CPU])
+
+    class Window(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == STEP - 1:
+                watch.start()
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == STEP:
+                watch.stop()
+
+    trainer.add_callback(Window())
+    trainer.train()
+    found = sorted(watch.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    whole = sum(one.self_cpu_time_total for one in found)
+    shown = [
+        {"operation": one.key, "ms": round(one.self_cpu_time_total / 1e3, 1), "calls": one.count,
+         "share": round(one.self_cpu_time_total / whole, 3)}
+        for one in found[:SHOWN]
+    ]  # fmt: skip
+    print(json.dumps({"step_ms": round(whole / 1e3), "slowest": shown}))
+
+
+def main(place: str) -> None:
+    """All arms, and the result file."""
+    arms: dict[str, Any] = {}
+    for name in LINES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_base(Path(folder), GRID[name])
+            for arm in ARMS:
+                told = subprocess.run([sys.executable, "-m", "benchmarks.profile_cpu", arm, name, folder],
+                                      check=True, capture_output=True, text=True)  # fmt: skip
+                arms.setdefault(name, {})[arm] = json.loads(told.stdout.splitlines()[-1])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    target = ROOT / "benchmarks" / "results" / "profile_cpu.json"
+    known = json.loads(target.read_text()) if target.exists() else {}
+    kept = {key: known[key] for key in ("before", "after") if key in known}
+    write_result("profile_cpu", also=("peft", "trl"), command="python -m benchmarks.profile_cpu before | after",
+                 **(kept | {place: {"commit": commit.strip(), "lines": arms}}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    else:
+        main(sys.argv[1] if len(sys.argv) > 1 else "after")

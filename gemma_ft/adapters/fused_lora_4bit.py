@@ -1,0 +1,31 @@
+"""The fused LoRA layer over bitsandbytes' 4-bit weights; apart, because PEFT has its layer only where that is
+installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.bnb import Linear4bit
+from torch import Tensor
+
+from gemma_ft.adapters.fused_lora import fused_lora, only_adapter
+
+
+class FusedLinear4bit(Linear4bit):
+    """PEFT's LoRA on a Linear4bit: the weight is dequantized once in forward and once in backward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name, base = only_adapter(self, x, args, kwargs), self.base_layer
+        state = getattr(base.weight, "quant_state", None) or base.quant_state
+        if name is None or state is None or getattr(state, "packing_format_for_cpu", False) or self._will_pack(x):
+            return super().forward(x, *args, **kwargs)
+        if base.compute_dtype is not None and base.compute_dtype != x.dtype:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return fused_lora(x, base.weight, state, a, b, self.scaling[name])
+
+    def _will_pack(self, x: Tensor) -> bool:
+        """Whether bitsandbytes would pack the weight in this forward: its layer decides (adapters/quantize.py)."""
+        base = self.base_layer
+        return x.device.type == "cpu" and base.support_avx512bf16_for_cpu and not base.training and not x.requires_grad

@@ -1,0 +1,137 @@
+"""Row operations in C++ (cpu_ops.cpp) for CPUs: built where they run, when they are first needed, and kept in the
+user's cache. Nothing needs them: without a compiler the plain-torch references run, and a run says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_ft import runtime
+
+SOURCE = Path(__file__).with_name("cpu_ops.cpp")
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
+         "-fopenmp", "-shared", "-fPIC")  # fmt: skip
+SECONDS = 120  # a compiler that takes longer hangs
+P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of threads
+    "rms_norm": (P, P, P, P, P, I64, I64, F32),
+    "rms_norm_backward": (P, P, P, P, P, I64, I64),
+    "rotate": (P, P, P, P, I64, I64, I64, I64, P, P, I64, F32),
+    "geglu": (P, P, P, I64),
+    "geglu_backward": (P, P, P, P, P, I64),
+    "attend": (P, P, P, I64, I64, I64, I64, F32, F32),
+    "attend_backward": (P, P, P, P, I64, I64, I64, I64, F32, F32),
+    "head_rows": (P, P, P, P, P, I64, I64, F32, INT),
+    "nf4": (P, P, P, P, P, F32, P, P, I64, I64, I64),
+}
+SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that were built, or why there are none, in words for the user."""
+
+    functions: dict[str, Any]
+    reason: str
+
+
+@cache
+def operations() -> Operations:
+    """Built and opened once in a process; a later process finds them built."""
+    if not runtime.own_kernels_wanted():
+        return Operations({}, "plain torch, as GEMMA_FT_KERNELS=off asks")
+    names = [asked] if (asked := runtime.from_environment("CXX")) else COMPILERS
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Operations({}, "plain torch: no C++ compiler; with g++ installed steps are faster")
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+        return Operations(_functions(library), f"C++, built with {Path(compiler).name} for this processor")
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Operations({}, f"plain torch: {Path(compiler).name} could not build the C++ ones ({_why(error)})")
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the C++ operations take these tensors: real ones on the CPU, all of one dtype that they know."""
+    given = [one for one in tensors if one is not None]
+    first = given[0]
+    return (
+        first.dtype in SUFFIXES
+        and all(type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" for one in given)
+        and all(one.dtype == first.dtype for one in given)
+        and not torch.compiler.is_compiling()
+        and bool(operations().functions)
+    )
+
+
+def call(name: str, *arguments: Tensor | float | int | ctypes.Array[Any] | None, of: torch.dtype) -> None:
+    """One operation on tensors of dtype `of`; tensors are given by address, and must be laid out as it expects."""
+    given = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
+    operations().functions[f"{name}_{SUFFIXES[of]}"](*given, torch.get_num_threads())
+
+
+def _functions(library: ctypes.CDLL) -> dict[str, Any]:
+    found = {}
+    for name, parameters in PARAMETERS.items():
+        for suffix in SUFFIXES.values():
+            function = found[f"{name}_{suffix}"] = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = (*parameters, INT), None
+    return found
+
+
+def _built(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor. Raises: OSError, SubprocessError."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
+    named = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor())
+    key = hashlib.sha256(b"\0".join(hashlib.sha256(one).digest() for one in named)).hexdigest()[:16]
+    folder = runtime.cache_folder() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not all(_ours(place) for place in (folder, folder.parent)):
+        raise OSError(f"{folder} can be written by others")  # what lies there would be run
+    library = folder / f"cpu_ops-{key}.so"
+    if not library.exists():
+        handle, draft = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(handle)
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", draft], capture_output=True, check=True, timeout=SECONDS
+            )
+            os.replace(draft, library)  # whole, or not there: ranks build at the same time
+        finally:
+            Path(draft).unlink(missing_ok=True)
+    return library
+
+
+def _ours(place: Path) -> bool:
+    """Whether nobody but this user (and root) can put files into a folder."""
+    if not hasattr(os, "getuid"):
+        return True
+    known = place.stat()
+    return known.st_uid in (os.getuid(), 0) and not known.st_mode & 0o002
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a cache may be shared by machines that are not alike."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    return platform.machine().encode() + flags
+
+
+def _why(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error).encode()
+    return said.decode(errors="replace").strip().splitlines()[0][:120] if said.strip() else type(error).__name__

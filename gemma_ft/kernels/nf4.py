@@ -1,0 +1,54 @@
+"""NF4 weights as bitsandbytes stores them -> numbers, bit for bit as bitsandbytes makes them.
+
+On a CPU it takes many times as long for it as reading the result takes (benchmarks/results/nf4_dequantize.json); the
+operation in C++ looks each number up in its block's sixteen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_ft.kernels import native
+
+
+def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
+    """Packed bytes and bitsandbytes' QuantState -> the weight [out features, in features] in state.dtype.
+
+    `out`: where to put it, contiguous and of that dtype and shape. Source: arXiv:2305.14314; bitsandbytes functional.py
+    dequantize_4bit.
+    """
+    if not _serves(packed, state):
+        from bitsandbytes.functional import dequantize_4bit
+
+        found: Tensor = dequantize_4bit(packed, state, out=out)
+        return found
+    weight = torch.empty(state.shape, dtype=state.dtype) if out is None else out
+    nested = state.state2 if state.nested else None
+    if nested is None:
+        scales = (state.absmax, None, None, None, 0.0)
+        block2 = 1
+    else:
+        scales = (None, state.absmax, nested.code, nested.absmax, float(state.offset))
+        block2 = nested.blocksize
+    native.call("nf4", packed, *scales, state.code, weight, weight.numel(), state.blocksize, block2, of=state.dtype)
+    return weight
+
+
+def _serves(packed: Tensor, state: Any) -> bool:
+    """Whether the C++ operation reads this weight: on the CPU, in its usual form, in whole blocks."""
+    numbers = [state.code, state.absmax] if not state.nested else [state.code, state.state2.code, state.state2.absmax]
+    return (
+        packed.device.type == "cpu"
+        and packed.is_contiguous()
+        and state.quant_type == "nf4"
+        and state.dtype in native.SUFFIXES
+        and not getattr(state, "packing_format_for_cpu", False)
+        and len(state.shape) == 2
+        and state.shape[1] % state.blocksize == 0  # else bitsandbytes starts a block anew in each row
+        and state.blocksize % 32 == 0
+        and all(one.dtype == torch.float32 for one in numbers)
+        and native.serves(*numbers)
+    )

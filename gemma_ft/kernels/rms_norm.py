@@ -1,0 +1,66 @@
+"""RMSNorm, alone or added to a residual: one pass over a row, and its input is all that backward keeps.
+
+Letters: D the size of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gemma_ft.kernels import native
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """x / rms(x) * (1 + weight) over the last dimension, plus `residual` where one is given.
+
+    x and residual [..., D], weight [D] -> [..., D] in x.dtype; computed in float32 or wider. Gemma stores weight - 1
+    and multiplies before the cast back to x.dtype (Llama casts first).
+    Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
+    """
+    if native.serves(x, residual) and (residual is None or residual.shape == x.shape) and type(weight) in PLAIN:
+        out: Tensor = _RMSNorm.apply(x, weight, eps, residual)
+        return out
+    return rms_norm_reference(x, weight, eps, residual)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The same in plain torch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+    return normed if residual is None else residual + normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        size = x.shape[-1]
+        gain, out = 1.0 + weight.detach().float(), torch.empty_like(x)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        native.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), size, eps, of=x.dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = None, None
+        given = upstream.contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            gain = 1.0 + weight.float()
+            native.call("rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype)
+        if ctx.needs_input_grad[1]:
+            each = given.float() * x.float() * rstd[..., None]
+            grad_weight = each.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return grad_x, grad_weight, None, upstream if ctx.needs_input_grad[3] else None
