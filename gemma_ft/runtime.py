@@ -31,7 +31,7 @@ def debug_enabled() -> bool:
 
 
 def own_kernels_wanted() -> bool:
-    """Whether operations may be built in C++ for this CPU: GEMMA_FT_KERNELS=off says no."""
+    """Whether fast paths of ours may run for operations and layers of libraries: GEMMA_FT_KERNELS=off says no."""
     return os.environ.get("GEMMA_FT_KERNELS", "").lower() not in ("off", "0", "false")
 
 

@@ -19,11 +19,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gemma_ft import runtime
 from gemma_ft.kernels.nf4 import dequantize_nf4
 
 
 def with_fused_layers(config: LoraConfig) -> LoraConfig:
-    """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers."""
+    """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers;
+    unchanged where the user asks for plain ones.
+    """
+    if not runtime.own_kernels_wanted():
+        return config
     config._register_custom_module({nn.Linear: _layer})
     return config
 

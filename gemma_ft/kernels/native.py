@@ -53,7 +53,7 @@ class Operations:
 def operations() -> Operations:
     """Built and opened once in a process; a later process finds them built."""
     if not runtime.own_kernels_wanted():
-        return Operations({}, "plain torch, as GEMMA_FT_KERNELS=off asks")
+        return Operations({}, "plain torch and PEFT, as GEMMA_FT_KERNELS=off asks")
     names = [asked] if (asked := runtime.from_environment("CXX")) else COMPILERS
     compiler = next((found for name in names if (found := shutil.which(name))), None)
     if compiler is None:

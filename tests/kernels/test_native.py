@@ -216,7 +216,7 @@ def test_without_them_plain_torch_runs_and_says_why(
         (tmp_path / "cache" / "kernels").mkdir(parents=True)
         os.chmod(tmp_path / "cache" / "kernels", 0o777)
     said = {
-        "off": "plain torch, as GEMMA_FT_KERNELS=off asks",
+        "off": "plain torch and PEFT, as GEMMA_FT_KERNELS=off asks",
         "none": "plain torch: no C++ compiler; with g++ installed steps are faster",
         "broken": "plain torch: no-cxx could not build the C++ ones (omp.h: not found)",
         "open": f"{tmp_path}/cache/kernels can be written by others",
