@@ -13,10 +13,11 @@ import torch
 from gemma_ft import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(os.environ.get("BENCH_OUT") or ROOT / "benchmarks" / "results")  # BENCH_OUT: a trial, not to be kept
 
 
 def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> None:
-    """Write benchmarks/results/`name`.json and say so. `also`: further packages whose versions matter."""
+    """Write `name`.json into RESULTS and say so. `also`: further packages whose versions matter."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     result = {
@@ -25,9 +26,10 @@ def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> N
         "commit": commit.strip(),
         **measured,
     }
-    target = ROOT / "benchmarks" / "results" / f"{name}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target = RESULTS / f"{name}.json"
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(target.relative_to(ROOT))
+    print(os.path.relpath(target))
 
 
 def processor() -> str:
