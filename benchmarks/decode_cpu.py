@@ -58,7 +58,7 @@ def by_engine(model: Any, asked: list[list[int]], new: int) -> Answered:
     """Our engine, to the end of all answers."""
     from gemma_ft.infer.engine import Engine, Request
 
-    engine = Engine(model, stop_ids=(), max_batch=len(asked), max_seq_len=PROMPT + new)
+    engine = Engine(model, stop_ids=(), max_batch=len(asked), max_seq_len=max(map(len, asked)) + new)
     begun = time.perf_counter()
     rows = {engine.submit(Request(one, new)): row for row, one in enumerate(asked)}
     ids: list[list[int]] = [[] for _ in asked]
@@ -80,9 +80,9 @@ def by_generate(model: Any, asked: list[list[int]], new: int, **options: Any) ->
     class Clock(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             times.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    ids = torch.tensor(asked)
+    ids = torch.tensor(asked, device=model.device)
     begun = time.perf_counter()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                          eos_token_id=None, pad_token_id=0, stopping_criteria=StoppingCriteriaList([Clock()]),
@@ -149,7 +149,7 @@ def main(names: list[str], *, new: int = NEW, turns: int = TURNS) -> None:
     chosen = [name for name in LINES if name in names] or list(LINES)
     lines = {}
     with tempfile.TemporaryDirectory() as place:
-        write_base(Path(place))
+        write_base(Path(place), lively=True)
         for quantize in dict.fromkeys(LINES[name][0] for name in chosen):
             arms = arms_of(Path(place), quantize)
             for name in (name for name in chosen if LINES[name][0] == quantize):

@@ -34,11 +34,18 @@ def gemma(vocabulary: int = VOCABULARY) -> Any:
     return PRESETS["gemma-2-2b"].config(vocab_size=vocabulary, **SHAPE)
 
 
-def write_base(folder: Path, vocabulary: int = VOCABULARY) -> None:
-    """folder/base and a LoRA start on it, folder/adapter, which all arms share."""
+def write_base(folder: Path, vocabulary: int = VOCABULARY, *, lively: bool = False) -> None:
+    """folder/base and a LoRA start on it, folder/adapter, which all arms share.
+
+    `lively`: for answers; a random tied head repeats the last token for ever unless the final norm turns the states
+    away from it.
+    """
     from peft import LoraConfig, get_peft_model
 
     model = random_gemma(gemma(vocabulary))
+    if lively:
+        with torch.no_grad():
+            model.model.norm.weight.normal_(-1, 1)  # 1 + w: either sign
     model.save_pretrained(str(folder / "base"))
     wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""Arms side by side: in turns, forwards and backwards, and ratios by pairs, so that a machine's mood meets all alike."""
+"""Arms in turns, forwards and backwards, and ratios by pairs, so that a machine's mood meets all alike."""
 
 from __future__ import annotations
 
