@@ -166,12 +166,19 @@ class GemmaModel(GemmaPreTrainedModel):
     def _masks_of_pass(self, one: KVPass) -> dict[int | None, Visible]:
         """As `_masks`, for rows that each stand at their own position."""
         windows = self.numerics.window_tokens
-        return {
-            window: Visible(
-                partial(visible_keys, one.position_ids, one.key_positions(windows.index(window)), window_tokens=window)
-            )
-            for window in set(windows)
-        }
+
+        def visible(window: int | None) -> Visible:
+            layer = windows.index(window)
+
+            def mask() -> Tensor:
+                return visible_keys(one.position_ids, one.key_positions(layer), window_tokens=window)
+
+            def runs() -> Tensor | None:  # padding at the end of a row hides itself from those before it
+                return first_visible(one.tokens, window_tokens=window) if one.fresh else None
+
+            return Visible(mask, runs, everything=one.sees_all(layer, window))
+
+        return {window: visible(window) for window in set(windows)}
 
 
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
