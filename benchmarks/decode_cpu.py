@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.hundred_million import SHAPE, VOCABULARY, write_base
 from benchmarks.record import write_result
-from benchmarks.turns import in_turns, paired
+from benchmarks.turns import QUICK, in_turns, paired
 
 PROMPT, NEW, TURNS = 512, 64, 3
 LINES = {"bf16_1": (None, 1), "nf4_1": ("nf4", 1), "bf16_8": (None, 8), "nf4_8": ("nf4", 8)}  # quantize, sequences
@@ -160,4 +160,7 @@ def main(names: list[str], *, new: int = NEW, turns: int = TURNS) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if QUICK in sys.argv:
+        main([name for name in sys.argv[1:] if name != QUICK], new=4, turns=1)
+    else:
+        main(sys.argv[1:])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, write_result
+from benchmarks.turns import QUICK
 
 ARMS = {
     "qlora nf4 (make demo)": [],
@@ -62,4 +63,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if QUICK in sys.argv:
+        ARMS = {name: [*arm, "train.max_steps=2", "eval.max_rows=8"] for name, arm in ARMS.items()}
+    main([name for name in sys.argv[1:] if name != QUICK])

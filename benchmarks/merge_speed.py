@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.hundred_million import SHAPE, tokenizer, write_base
 from benchmarks.record import write_result
-from benchmarks.turns import in_turns, paired
+from benchmarks.turns import QUICK, in_turns, paired
 
 TURNS = 4
 
@@ -95,4 +96,4 @@ def main(turns: int = TURNS) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(1 if QUICK in sys.argv else TURNS)

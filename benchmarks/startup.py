@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.record import ROOT, write_result
-from benchmarks.turns import in_turns, paired
+from benchmarks.turns import QUICK, in_turns, paired
 
 TURNS = 3
 PYTHON = sys.executable
@@ -69,4 +69,4 @@ def main(turns: int = TURNS) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(1 if QUICK in sys.argv else TURNS)

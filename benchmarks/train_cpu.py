@@ -26,7 +26,7 @@ import torch
 from benchmarks.hundred_million import RANK, SHAPE, VOCABULARY, gemma, tokenizer, write_base
 from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.record import write_result
-from benchmarks.turns import order, paired
+from benchmarks.turns import QUICK, order, paired
 
 ARMS = ("ours", "stock", "stock_best")
 STEPS, WARM, TURNS = 5, 1, 2
@@ -229,21 +229,21 @@ def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], turns: int = TURNS) -> None:
     """Some lines of the grid, or all, and the result file."""
     chosen = [name for name in GRID if name in names] or list(GRID)
     lines = {}
     for name in chosen:
-        lines[name] = measured(name)
+        lines[name] = measured(name, turns)
         print(name, json.dumps(lines[name], indent=2), flush=True)
     command = " ".join(["python -m benchmarks.train_cpu", *names])
     grid = {name: vars(GRID[name]) for name in chosen}
     write_result("train_cpu", also=("peft", "trl"), command=command, shape=SHAPE, rank=RANK,
-                 threads=torch.get_num_threads(), turns=TURNS, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
+                 threads=torch.get_num_threads(), turns=turns, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4 and sys.argv[1] in ARMS:
         one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     else:
-        main(sys.argv[1:])
+        main([name for name in sys.argv[1:] if name != QUICK], 1 if QUICK in sys.argv else TURNS)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 Found = TypeVar("Found")
+QUICK = "--quick"  # an argument of every part: one turn and little work, to see that it runs
 
 
 def order(arms: Sequence[str], turns: int) -> Iterator[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from benchmarks.__main__ import PARTS, main
 from benchmarks.record import PUBLISHED
-from benchmarks.tables import MARKED, PAGE, made
+from benchmarks.tables import MARKED, PAGE, TABLES, made
 
 
 def test_the_tables_are_what_was_measured() -> None:
@@ -23,3 +26,11 @@ def test_the_losses_are_those_of_the_others() -> None:
     for arm in json.loads((PUBLISHED / "train_cpu.json").read_text(encoding="utf-8"))["arms"].values():
         for ours, theirs in zip(arm["losses"]["ours"], arm["losses"]["stock_best"], strict=True):
             assert abs(ours - theirs) < 2e-3 * theirs
+
+
+def test_every_part_has_a_table_and_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert PARTS.keys() == TABLES.keys()
+    assert main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
+    assert main(["startup", "trian_cpu"]) == 2
+    assert capsys.readouterr().err == f"trian_cpu: no such part; there are {', '.join(PARTS)}\n"
