@@ -111,6 +111,20 @@ def arms_of(folder: Path, quantize: str | None) -> dict[str, Callable[..., Answe
     }
 
 
+@torch.no_grad()
+def logit_errors(folder: Path, quantize: str | None, arms: dict[str, Any]) -> dict[str, float]:
+    """How far the logits of a prompt are from those computed in float32 on the same stored weights, relative to their
+    norm: answers part where two tokens are nearly as likely, and neither is to be less exact.
+    """
+    from gemma_ft.load import load_base
+    from gemma_ft.weights import Source
+
+    ids = torch.tensor(prompts(1))
+    truth = load_base(Source(str(folder / "base"), None), dtype=torch.float32, quantize=quantize).eval()(ids).logits
+    found = {name: run.args[0](ids).logits.float() for name, run in arms.items() if name != "stock_static"}
+    return {name: round(float((one - truth).norm() / truth.norm()), 5) for name, one in found.items()}
+
+
 def measured(arms: dict[str, Callable[..., Answered]], rows: int, new: int, turns: int) -> dict[str, Any]:
     """One line: each arm warmed up, then all in turns."""
     asked = prompts(rows)
@@ -147,16 +161,19 @@ def main(names: list[str], *, new: int = NEW, turns: int = TURNS) -> None:
 
     runtime.quiet_libraries()
     chosen = [name for name in LINES if name in names] or list(LINES)
-    lines = {}
+    lines: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         write_base(Path(place), lively=True)
         for quantize in dict.fromkeys(LINES[name][0] for name in chosen):
             arms = arms_of(Path(place), quantize)
+            errors[quantize or "bf16"] = logit_errors(Path(place), quantize, arms)
             for name in (name for name in chosen if LINES[name][0] == quantize):
                 lines[name] = measured(arms, LINES[name][1], new, turns)
                 print(name, json.dumps(lines[name]), flush=True)
     write_result("decode_cpu", command=" ".join(["python -m benchmarks.decode_cpu", *names]), shape=SHAPE,
-                 threads=torch.get_num_threads(), prompt=PROMPT, new_tokens=new, turns=turns, lines=lines)  # fmt: skip
+                 threads=torch.get_num_threads(), prompt=PROMPT, new_tokens=new, turns=turns, lines=lines,
+                 logit_errors_against_float32=errors)  # fmt: skip
 
 
 if __name__ == "__main__":
