@@ -4,7 +4,7 @@
                                                       have a result file already
     python -m benchmarks.gpu PART ...                 parts by name
     python -m benchmarks.gpu --list
-    python -m benchmarks.gpu --dry-run [PART ...]     every part with tiny shapes on the CPU, nothing is written
+    python -m benchmarks.gpu --dry-run [PART ...]     one part of each kind with tiny shapes on the CPU; writes nothing
     python -m benchmarks.gpu --python unsloth=/path/to/python PART ...      an arm in an environment of its own
 
 Each part writes gpu_PART.json. Weights are random at a realistic scale, from configs alone: nothing is downloaded.
@@ -13,6 +13,7 @@ Each part writes gpu_PART.json. Weights are random at a realistic scale, from co
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 import time
@@ -55,6 +56,11 @@ def parts() -> dict[str, tuple[Part, int]]:
     return found
 
 
+# what a dry run takes of them: one of each kind, in both families and layouts
+DRY = ("gemm", "attention", "head", "train:gemma-2-2b:lora:2048:packed", "train:gemma-2b:qlora:512:natural",
+       "decode:gemma-2-2b:bf16", "decode:gemma-2b:nf4", "longest:gemma-2-2b:qlora:24")  # fmt: skip
+
+
 def file_of(part: str) -> str:
     return "gpu_" + re.sub(r"[^\w.-]", "_", part)
 
@@ -62,12 +68,21 @@ def file_of(part: str) -> str:
 def chosen(names: list[str], setup: Setup) -> list[str]:
     """Parts by name or by the beginning of one; without names those that were not measured yet."""
     known = parts()
+    if not names and setup.dry:
+        return list(DRY)
     if not names:
-        return [name for name in known if setup.dry or not (RESULTS / f"{file_of(name)}.json").exists()]
+        return [name for name in known if not (RESULTS / f"{file_of(name)}.json").exists()]
     unknown = [one for one in names if not any(name == one or name.startswith(one + ":") for name in known)]
     if unknown:
         raise SystemExit(f"{unknown[0]}: no such part; --list names them")
     return [name for name in known if any(name == one or name.startswith(one + ":") for one in names)]
+
+
+def release() -> None:
+    """Leave the device's memory to the processes of the next part."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -100,6 +115,7 @@ def main(given: list[str]) -> int:
         found = part(setup)
         seconds = time.perf_counter() - started
         print(f"{name}: {seconds:.0f} s", flush=True)
+        release()
         if not setup.dry:
             command = f"python -m benchmarks.gpu {name}"
             write_result(file_of(name), command=command, seconds=round(seconds, 1), measured=found)

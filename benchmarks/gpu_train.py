@@ -104,7 +104,8 @@ def _process(setup: Setup, spec: Spec) -> dict[str, Any]:
                           capture_output=True, text=True)  # fmt: skip
     lines = told.stdout.splitlines()
     if told.returncode or not lines:
-        return {"skipped": f"exit code {told.returncode}: {told.stderr[-300:]}"}
+        last = (told.stderr.strip().splitlines() or ["without a word"])[-1]
+        return {"skipped": f"exit code {told.returncode}: {last[:300]}"}
     return dict(json.loads(lines[-1]))
 
 

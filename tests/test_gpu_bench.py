@@ -81,6 +81,8 @@ def test_parts_have_names_and_files() -> None:
     names = list(gpu.parts())
     assert len({gpu.file_of(name) for name in names}) == len(names) == 3 + 48 + 6 + 2
     assert gpu.chosen(["longest"], DRY) == ["longest:gemma-2-2b:qlora:24", "longest:gemma-2-2b:qlora:48"]
+    assert gpu.chosen([], DRY) == list(gpu.DRY)
+    assert {name.split(":")[0] for name in gpu.DRY} == {name.split(":")[0] for name in names}
     with pytest.raises(SystemExit, match="no such part"):
         gpu.chosen(["trian"], DRY)
 
