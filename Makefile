@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-ranks faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-ranks bench faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -55,6 +55,11 @@ test: setup  ## run the whole suite
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks
+
+# writes benchmarks/results/*.json and the tables of docs/performance.md; PARTS="startup tiny" runs some of it
+bench: setup  ## measure speed on the CPU against transformers, PEFT and TRL, in a quarter of an hour
+	$(OFFLINE) $(BIN)/python -m benchmarks $(PARTS)
+	$(BIN)/python -m benchmarks.tables
 
 faults-short: setup  ## kills, damage, full disks, signals, lost ranks: a few of each
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults -n 2

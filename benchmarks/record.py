@@ -13,21 +13,29 @@ import torch
 from gemma_ft import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("BENCH_OUT") or PUBLISHED)  # BENCH_OUT: a trial, or a machine that keeps another folder
 
 
 def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> None:
-    """Write benchmarks/results/`name`.json and say so. `also`: further packages whose versions matter."""
+    """Write `name`.json into RESULTS and say so. `also`: further packages whose versions matter."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     result = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "accelerator": accelerator},
         "versions": runtime.versions() | {package: metadata.version(package) for package in also},
-        "commit": commit.strip(),
+        "commit": commit(),
         **measured,
     }
-    target = ROOT / "benchmarks" / "results" / f"{name}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target = RESULTS / f"{name}.json"
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(target.relative_to(ROOT))
+    print(os.path.relpath(target))
+
+
+def commit() -> str | None:
+    """The commit that is checked out; None in a copy without its history."""
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
 
 
 def processor() -> str:

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.hundred_million import RANK, SHAPE, VOCABULARY, gemma, tokenizer, write_base
+from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.record import write_result
+from benchmarks.turns import QUICK, order, paired
 
 ARMS = ("ours", "stock", "stock_best")
-SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 256}  # fmt: skip
-RANK, STEPS, WARM, TURNS = 16, 5, 1, 2
+STEPS, WARM, TURNS = 5, 1, 2
 LABELLED = 0.5
 
 
@@ -38,7 +39,7 @@ class Line:
 
     tokens: int  # of a row
     rows: int  # in a step
-    vocabulary: int = 32_000
+    vocabulary: int = VOCABULARY
     quantize: str | None = None
     padded: bool = False  # rows of unequal length; else full rows of several documents
 
@@ -52,23 +53,6 @@ GRID = {
     "lora_1024_256k": Line(1024, 2, vocabulary=256_000),
     "qlora_512": Line(512, 4, quantize="nf4"),
 }
-
-
-def write_base(folder: Path, line: Line) -> None:
-    """Random weights at the scale of trained ones, and a LoRA start that all arms share."""
-    from peft import LoraConfig, get_peft_model
-
-    from gemma_ft.model.config import PRESETS
-    from gemma_ft.model.gemma import GemmaForCausalLM
-
-    torch.manual_seed(0)
-    model = GemmaForCausalLM(PRESETS["gemma-2-2b"].config(vocab_size=line.vocabulary, **SHAPE))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(0, 0.3 if "norm" in name else 1.0 / weight.shape[-1] ** 0.5)
-    model.to(torch.bfloat16).save_pretrained(str(folder / "base"))
-    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
 
 
 def rows_of(line: Line) -> list[dict[str, list[int]]]:
@@ -182,12 +166,6 @@ def padded_by_mask(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": (torch.arange(longest)[None] < sizes[:, None]).long()}
 
 
-def tokenizer() -> Any:
-    from gemma_ft.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(str(Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"))
-
-
 def one_arm(arm: str, name: str, folder: Path) -> None:
     """Train and print seconds of each step, losses and memory."""
     from transformers import TrainerCallback
@@ -222,31 +200,10 @@ def _rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def gemm_rate() -> float:
-    """FLOP/s of a bf16 product of the shape of an MLP, the best of several: the limit of this machine."""
-    one, other = torch.randn(2048, 768).bfloat16(), torch.randn(3072, 768).bfloat16()
-    best = 0.0
-    for _ in range(30):
-        begun = time.perf_counter()
-        one @ other.T
-        best = max(best, 2 * 2048 * 768 * 3072 / (time.perf_counter() - begun))
-    return best
-
-
-def flops_per_token(line: Line) -> float:
-    """4N + 6P + 3.5 A + 4 E f, for documents of half, a third and a sixth of a row (docs/performance.md)."""
-    d, f, heads, kv, h = (SHAPE[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                                 "num_key_value_heads", "head_dim"))  # fmt: skip
-    layers, window = SHAPE["num_hidden_layers"], SHAPE["sliding_window"]
-    linear = layers * (2 * d * heads * h + 2 * d * kv * h + 3 * d * f)
-    adapter = layers * RANK * (2 * (d + heads * h) + 2 * (d + kv * h) + 3 * (d + f))
+def flops_of(line: Line) -> float:
+    """FLOPs of a token, for documents of half, a third and a sixth of a row (limits.flops_per_token)."""
     cuts = [line.tokens] if line.padded else [line.tokens // 2, line.tokens // 3, line.tokens // 6]
-
-    def seen(limit: int) -> float:  # keys of an average query
-        return sum(cut * (cut / 2 if cut <= limit else limit - limit**2 / (2 * cut)) for cut in cuts) / sum(cuts)
-
-    attention = layers / 2 * 4 * heads * h * (seen(line.tokens) + seen(window))
-    return 4 * linear + 6 * adapter + 3.5 * attention + 4 * line.vocabulary * d * LABELLED
+    return flops_per_token(gemma(line.vocabulary), cuts, rank=RANK, labelled=LABELLED)
 
 
 def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
@@ -254,44 +211,41 @@ def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
     line, found = GRID[name], {arm: [] for arm in ARMS}
     rates: list[float] = []
     with tempfile.TemporaryDirectory() as place:
-        write_base(Path(place), line)
-        for turn in range(turns):
-            rates.append(gemm_rate())
-            for arm in ARMS if turn % 2 == 0 else reversed(ARMS):
-                told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place],
-                                      check=True, capture_output=True, text=True)  # fmt: skip
-                found[arm].append(json.loads(told.stdout.splitlines()[-1]))
+        write_base(Path(place), line.vocabulary)
+        for arm in order(ARMS, turns):
+            if arm == "ours":
+                rates.append(gemm_rate(2048, SHAPE["hidden_size"], SHAPE["intermediate_size"]))  # of the MLP
+            told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place],
+                                  check=True, capture_output=True, text=True)  # fmt: skip
+            found[arm].append(json.loads(told.stdout.splitlines()[-1]))
     speed = {arm: [one["tokens"] / sum(one["seconds"]) for one in ones] for arm, ones in found.items()}
     return {
         "tokens_per_second": {arm: round(statistics.median(ones), 1) for arm, ones in speed.items()},
-        "ours_over": {
-            arm: round(statistics.median(a / b for a, b in zip(speed["ours"], speed[arm], strict=True)), 2)
-            for arm in ARMS[1:]
-        },
+        "ours_over": {arm: round(paired(speed["ours"], speed[arm])["median"], 2) for arm in ARMS[1:]},
         "above_the_model_mib": {
             arm: round(min(one["above_the_model"] for one in ones) / 2**20) for arm, ones in found.items()
         },
         "losses": {arm: ones[0]["losses"] for arm, ones in found.items()},
         "gemm_gflops": round(max(rates) / 1e9),
-        "of_the_limit": round(statistics.median(speed["ours"]) * flops_per_token(line) / max(rates), 3),
+        "of_the_limit": round(statistics.median(speed["ours"]) * flops_of(line) / max(rates), 3),
     }  # fmt: skip
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], turns: int = TURNS) -> None:
     """Some lines of the grid, or all, and the result file."""
     chosen = [name for name in GRID if name in names] or list(GRID)
     lines = {}
     for name in chosen:
-        lines[name] = measured(name)
+        lines[name] = measured(name, turns)
         print(name, json.dumps(lines[name], indent=2), flush=True)
     command = " ".join(["python -m benchmarks.train_cpu", *names])
     grid = {name: vars(GRID[name]) for name in chosen}
     write_result("train_cpu", also=("peft", "trl"), command=command, shape=SHAPE, rank=RANK,
-                 threads=torch.get_num_threads(), turns=TURNS, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
+                 threads=torch.get_num_threads(), turns=turns, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4 and sys.argv[1] in ARMS:
         one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     else:
-        main(sys.argv[1:])
+        main([name for name in sys.argv[1:] if name != QUICK], 1 if QUICK in sys.argv else TURNS)

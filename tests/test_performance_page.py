@@ -1,36 +1,36 @@
-"""docs/performance.md: every figure is of a result file."""
+"""docs/performance.md: every figure is of a result file, every table what benchmarks/tables.py makes of it."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-RESULT = json.loads((ROOT / "benchmarks" / "results" / "train_cpu.json").read_text(encoding="utf-8"))
+import pytest
+
+from benchmarks.__main__ import PARTS, main
+from benchmarks.record import PUBLISHED
+from benchmarks.tables import MARKED, PAGE, TABLES, made
 
 
-def test_the_table_is_what_was_measured() -> None:
-    rows = {cells[0].strip(" `"): [one.strip() for one in cells[1:]] for cells in _rows()}
-    assert rows.keys() == RESULT["arms"].keys()
-    for name, cells in rows.items():
-        arm = RESULT["arms"][name]
-        speed, memory, over = arm["tokens_per_second"], arm["above_the_model_mib"], arm["ours_over"]
-        assert cells == [
-            *(f"{speed[one]:,.0f}" for one in ("ours", "stock", "stock_best")),
-            f"{over['stock']:.1f}x",
-            f"{over['stock_best']:.1f}x",
-            f"{memory['ours'] / memory['stock_best']:.2f}",
-            f"{arm['of_the_limit']:.0%}",
-        ]
+def test_the_tables_are_what_was_measured() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert "train_cpu" in MARKED.findall(page)
+    assert made(page) == page, "python -m benchmarks.tables writes them anew"
+
+
+def test_every_table_stands_between_marks() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert "\n|" not in MARKED.sub("", page)
 
 
 def test_the_losses_are_those_of_the_others() -> None:
-    for arm in RESULT["arms"].values():
+    for arm in json.loads((PUBLISHED / "train_cpu.json").read_text(encoding="utf-8"))["arms"].values():
         for ours, theirs in zip(arm["losses"]["ours"], arm["losses"]["stock_best"], strict=True):
             assert abs(ours - theirs) < 2e-3 * theirs
 
 
-def _rows() -> list[list[str]]:
-    return [line.strip("| ").split("|") for line in PAGE.splitlines() if re.match(r"\| `\w+` \|", line)]
+def test_every_part_has_a_table_and_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert PARTS.keys() == TABLES.keys()
+    assert main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
+    assert main(["startup", "trian_cpu"]) == 2
+    assert capsys.readouterr().err == f"trian_cpu: no such part; there are {', '.join(PARTS)}\n"

@@ -25,6 +25,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import Visible, first_visible, resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics, read_config
+from gemma_ft.model.few_rows import few_rows_linear
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
@@ -166,12 +167,19 @@ class GemmaModel(GemmaPreTrainedModel):
     def _masks_of_pass(self, one: KVPass) -> dict[int | None, Visible]:
         """As `_masks`, for rows that each stand at their own position."""
         windows = self.numerics.window_tokens
-        return {
-            window: Visible(
-                partial(visible_keys, one.position_ids, one.key_positions(windows.index(window)), window_tokens=window)
-            )
-            for window in set(windows)
-        }
+
+        def visible(window: int | None) -> Visible:
+            layer = windows.index(window)
+
+            def mask() -> Tensor:
+                return visible_keys(one.position_ids, one.key_positions(layer), window_tokens=window)
+
+            def runs() -> Tensor | None:  # padding at the end of a row hides itself from those before it
+                return first_visible(one.tokens, window_tokens=window) if one.fresh else None
+
+            return Visible(mask, runs, everything=one.sees_all(layer, window))
+
+        return {window: visible(window) for window in set(windows)}
 
 
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
@@ -275,7 +283,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., D] -> logits [..., V], capped, in float32 or wider."""
-        logits, added = self.lm_head(hidden), self.model.added_rows
+        logits, added = few_rows_linear(self.lm_head, hidden), self.model.added_rows
         if added is not None:
             logits = torch.cat((logits, nn.functional.linear(hidden, added.rows.to(hidden.dtype))), dim=-1)
         return softcapped(logits, self.model.numerics.final_softcap)

@@ -10,6 +10,7 @@ Letters: B rows of a pass, T new tokens, S keys, K key/value heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -102,9 +103,22 @@ class KVPass:
         """The last position that any row holds after this pass."""
         return max(start + count for start, count in zip(self.starts, self.counts, strict=True)) - 1
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the rows hold nothing before this pass: its keys are then the new tokens', in their order."""
+        return not any(self.starts)
+
     def key_positions(self, layer: int) -> Tensor:
         """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
         return self._plans[self.cache.limits[layer]].key_positions
+
+    def sees_all(self, layer: int, window_tokens: int | None) -> bool:
+        """Whether the one new token of every row sees all keys that `update` gives for this layer: no row is shorter
+        than what is read of the ring, and that is no more than the window.
+        """
+        needed = self._plans[self.cache.limits[layer]].needed
+        within = window_tokens is None or needed <= window_tokens
+        return self.single and within and min(self.starts) + 1 >= needed
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values [B, K, T, H]; returns those to attend over, [B, K, S, H]."""
@@ -136,18 +150,26 @@ class _Plan:
         self.wraps = not one.single and self.end > limit
         self.needed = min(limit, one.newest + 1 if one.single else self.end)
         self.old = min(limit, begin)
-        places = torch.arange(self.needed, device=starts.device)
-        after = _held(places, ends, limit)  # [B, needed]
+        self.limit, self.starts, self.ends, self.new = limit, starts, ends, one.position_ids
         if self.wraps:
-            before = _held(places[: self.old], starts, limit)
-            self.key_positions = torch.cat((before, one.position_ids), dim=1)
-            source = (after - starts)[:, None, :, None]  # the new token that a place takes; negative: none
+            source = (self._after - starts)[:, None, :, None]  # the new token that a place takes; negative: none
             self.takes, self.source = source >= 0, source.clamp(min=0)
-        else:
-            self.key_positions = after
         if one.single:
             self.row = torch.arange(len(one.counts), device=starts.device)
             self.place = starts[:, 0] % limit
+
+    @cached_property
+    def _after(self) -> Tensor:
+        """The positions [B, needed] that the places hold once the new tokens are stored."""
+        return _held(torch.arange(self.needed, device=self.starts.device), self.ends, self.limit)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """See `KVPass.key_positions`; made only for those who need a mask."""
+        if not self.wraps:
+            return self._after
+        before = _held(torch.arange(self.old, device=self.starts.device), self.starts, self.limit)
+        return torch.cat((before, self.new), dim=1)
 
     def store(self, kept: Tensor, fresh: Tensor) -> None:
         """Write the new tokens' [B, K, T, H] into the places [B, K, needed, H] of their rows."""

@@ -1,0 +1,104 @@
+"""The tables of docs/performance.md, out of result files; each lies between two marks that name it.
+
+.venv/bin/python -m benchmarks.tables        write the page anew
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import PUBLISHED, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
+Rows = list[list[str]]  # the first is the head
+
+
+def train_cpu(result: dict[str, Any]) -> Rows:
+    rows = [["", "ours tok/s", "stock tok/s", "stock_best tok/s", "over stock", "over stock_best",
+             "memory above the model, to stock_best", "of the GEMM limit"]]  # fmt: skip
+    for name, arm in result["arms"].items():
+        over, memory = arm["ours_over"], arm["above_the_model_mib"]
+        rows.append([
+            f"`{name}`",
+            *(f"{arm['tokens_per_second'][one]:,.0f}" for one in ("ours", "stock", "stock_best")),
+            *(f"{over[one]:.1f}x" for one in ("stock", "stock_best")),
+            f"{memory['ours'] / memory['stock_best']:.2f}",
+            f"{arm['of_the_limit']:.0%}",
+        ])  # fmt: skip
+    return rows
+
+
+def decode_cpu(result: dict[str, Any]) -> Rows:
+    rows = [["", "ours tok/s", "stock tok/s", "stock_static tok/s", "over stock", "over stock_static",
+             "first token, ours s", "stock s", "equal tokens"]]  # fmt: skip
+    for name, line in result["lines"].items():
+        first, same = line["first_token_seconds"], line["tokens_equal_to_ours"]
+        rows.append([
+            f"`{name}`",
+            *(f"{line['tokens_per_second'][one]:,.1f}" for one in ("ours", "stock", "stock_static")),
+            *(f"{line['ours_over'][one]['median']:.2f}x" for one in ("stock", "stock_static")),
+            f"{first['ours']:.2f}",
+            f"{first['stock']:.2f}",
+            f"{same['stock']} of {line['tokens']}",
+        ])  # fmt: skip
+    return rows
+
+
+def startup(result: dict[str, Any]) -> Rows:
+    return [["until it ends, or the first step is made", "s"],
+            *([name, f"{seconds:.2f}"] for name, seconds in result["seconds"].items())]  # fmt: skip
+
+
+def merge_speed(result: dict[str, Any]) -> Rows:
+    speed = result["megabytes_per_second"]
+    return [["", "ours MB/s", "PEFT MB/s", "over PEFT", "largest difference, of the largest change"],
+            ["100M, bf16", f"{speed['ours']:.0f}", f"{speed['peft']:.0f}", f"{result['ours_over']['median']:.1f}x",
+             f"{result['largest_difference_over_largest_change']:.1%}"]]  # fmt: skip
+
+
+def tiny(result: dict[str, Any]) -> Rows:
+    return [["recipes/sft_tiny.yaml", "end to end s", "of it training s", "tok/s", "loss", "exact match"],
+            *([name, f"{arm['seconds_end_to_end']:.0f}", f"{arm['seconds']:.0f}", f"{arm['tokens_per_second']:,.0f}",
+               f"{arm['eval_after']['loss']:.4f}", f"{arm['eval_after']['exact_match']:.0%}"]
+              for name, arm in result["arms"].items())]  # fmt: skip
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "train_cpu": train_cpu,
+    "decode_cpu": decode_cpu,
+    "merge_speed": merge_speed,
+    "startup": startup,
+    "tiny": tiny,
+}
+
+
+def rows_of(name: str, folder: Path = PUBLISHED) -> Rows:
+    """The table of a result file."""
+    return TABLES[name](json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def markdown(rows: Rows) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def columns(rows: Rows) -> str:
+    """The same for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def made(page: str) -> str:
+    """The page with every table as the result files have it."""
+    return MARKED.sub(
+        lambda found: f"<!-- table: {found[1]} -->\n{markdown(rows_of(found[1]))}\n<!-- end of table -->", page
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(made(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
