@@ -76,6 +76,10 @@ def load_base(
         raise
     except (*LOAD_ERRORS, ImportError) as error:
         raise UserError(hub_reason(error, source.name, kind="model", revision=source.revision)) from error
+    if quantize == "nf4":
+        from gemma_ft.adapters.unpacked import keep_unpacked
+
+        keep_unpacked(model)
     if trainable:
         keep_trainable(model)
     elif quantize == "nf4":

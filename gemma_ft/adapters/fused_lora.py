@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft import runtime
-from gemma_ft.kernels.nf4 import dequantize_nf4
+from gemma_ft.adapters.frozen_linear import frozen_product, plain
 
 
 def with_fused_layers(config: LoraConfig) -> LoraConfig:
@@ -48,7 +48,7 @@ class _FusedLora(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [M, I]
         low = rows @ lora_a.to(x.dtype).T  # [M, R]
-        out = rows @ _plain(weight, state, x.dtype).T  # [M, O]
+        out = frozen_product(rows, weight, state)  # [M, O]
         out.addmm_(low, lora_b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
         ctx.state, ctx.scaling = state, scaling
@@ -63,18 +63,13 @@ class _FusedLora(torch.autograd.Function):
         grad_low = (given @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, R]
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = given @ _plain(weight, ctx.state, x.dtype)
+            grad_x = given @ plain(weight, ctx.state, x.dtype)
             grad_x = grad_x.addmm_(grad_low, lora_a.to(x.dtype)).view_as(x)
         if ctx.needs_input_grad[3]:
             grad_a = (grad_low.T @ rows).to(lora_a.dtype)
         if ctx.needs_input_grad[4]:
             grad_b = (low.T @ given).T.to(lora_b.dtype).mul_(ctx.scaling)
         return grad_x, None, None, grad_a, grad_b, None
-
-
-def _plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] in `dtype`; one in 4 bits is dequantized for this use, and gone after it."""
-    return (weight if state is None else dequantize_nf4(weight, state)).to(dtype)
 
 
 class FusedLinear(Linear):

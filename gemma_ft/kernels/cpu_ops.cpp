@@ -285,34 +285,103 @@ void head_rows(T* logits, const i64* targets, const float* weights, float* losse
 
 // ---- NF4 (nf4.py): packed [count / 2], a scale for each block, itself in 8 bits where code2 is given ----
 
+struct Packed {
+    const std::uint8_t* bytes;
+    const float* scales;
+    const std::uint8_t* scales8;
+    const float *code2, *scales2;
+    float offset;
+    const float* code;
+    i64 block, block2;
+};
+
+template <class T> inline void unpack_block(const Packed& p, i64 at, T* to) {
+    // two roundings, as bitsandbytes has them: volatile keeps the compiler from making one of them
+    volatile float product = p.code2 ? p.code2[p.scales8[at]] * p.scales2[at / p.block2] : 0.0f;
+    const float scale = p.code2 ? product + p.offset : p.scales[at];
+    alignas(64) T table[32];
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) table[i] = narrow<T>(p.code[i] * scale);
+    const std::uint8_t* in = p.bytes + at * p.block / 2;
+#ifdef __AVX512BW__
+    if constexpr (sizeof(T) == 2) {
+        const __m512i values = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
+        for (i64 i = 0; i < p.block / 2; i += 16) {  // 16 bytes are 32 numbers, the high half of a byte first
+            const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+            const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
+            const __m512i places = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), low);
+            _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(places, values));
+        }
+        return;
+    }
+#endif
+    for (i64 i = 0; i < p.block / 2; ++i) {
+        to[2 * i] = table[in[i] >> 4];
+        to[2 * i + 1] = table[in[i] & 15];
+    }
+}
+
 template <class T>
 void nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2, const float* scales2,
          float offset, const float* code, T* out, i64 count, i64 block, i64 block2, int threads) {
-    const i64 blocks = count / block;
+    const Packed p{packed, scales, scales8, code2, scales2, offset, code, block, block2};
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > SMALL)
-    for (i64 at = 0; at < blocks; ++at) {
-        // two roundings, as bitsandbytes has them: volatile keeps the compiler from making one of them
-        volatile float product = code2 ? code2[scales8[at]] * scales2[at / block2] : 0.0f;
-        const float scale = code2 ? product + offset : scales[at];
-        alignas(64) T table[32];
-        for (int i = 0; i < 32; ++i) table[i] = narrow<T>(code[i & 15] * scale);
-        const std::uint8_t* in = packed + at * block / 2;
-        T* to = out + at * block;
-#ifdef __AVX512BW__
-        if constexpr (sizeof(T) == 2) {
-            const __m512i values = _mm512_load_si512(table);
-            for (i64 i = 0; i < block / 2; i += 16) {  // 16 bytes are 32 numbers, the high half of a byte first
-                const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-                const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
-                const __m512i places = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), low);
-                _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(places, values));
-            }
-            continue;
+    for (i64 at = 0; at < count / block; ++at) unpack_block(p, at, out + at * block);
+}
+
+// ---- a linear layer on few rows (few_rows.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w ----
+
+constexpr int TOGETHER = 4;  // rows of w that are read at the same time
+
+template <class T> inline void dots(const T* w, const T* x, i64 I, float* sums) {
+    for (int row = 0; row < TOGETHER; ++row) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (i64 i = 0; i < I; ++i) sum += wide(w[row * I + i]) * wide(x[i]);
+        sums[row] = sum;
+    }
+}
+
+#ifdef __AVX512BF16__
+template <> inline void dots<bf16>(const bf16* w, const bf16* x, i64 I, float* sums) {
+    __m512 kept[TOGETHER] = {};
+    for (i64 i = 0; i < I; i += 32) {
+        const auto part = (__m512bh)_mm512_loadu_si512(x + i);
+        for (int row = 0; row < TOGETHER; ++row) {
+            const bf16* from = w + row * I + i;
+            _mm_prefetch(reinterpret_cast<const char*>(from + TOGETHER * I), _MM_HINT_T0);
+            kept[row] = _mm512_dpbf16_ps(kept[row], (__m512bh)_mm512_loadu_si512(from), part);
         }
+    }
+    for (int row = 0; row < TOGETHER; ++row) sums[row] = _mm512_reduce_add_ps(kept[row]);
+}
 #endif
-        for (i64 i = 0; i < block / 2; ++i) {
-            to[2 * i] = table[in[i] >> 4];
-            to[2 * i + 1] = table[in[i] & 15];
+
+template <class T> inline void few_rows_of(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, i64 at) {
+    for (i64 m = 0; m < M; ++m) {
+        float sums[TOGETHER];
+        dots(w, x + m * I, I, sums);
+        for (int row = 0; row < TOGETHER; ++row) out[m * O + at + row] = narrow<T>(sums[row]);
+    }
+}
+
+template <class T> void few_rows(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (O * I > SMALL)
+    for (i64 at = 0; at < O; at += TOGETHER) few_rows_of(w + at * I, x, out, M, O, I, at);
+}
+
+template <class T>
+void few_rows_nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2,
+                  const float* scales2, float offset, const float* code, const T* x, T* out, i64 M, i64 O, i64 I, i64 block,
+                  i64 block2, int threads) {
+    const Packed p{packed, scales, scales8, code2, scales2, offset, code, block, block2};
+#pragma omp parallel num_threads(threads) if (O * I > SMALL)
+    {
+        const std::unique_ptr<T[]> rows(new T[TOGETHER * I]);
+#pragma omp for schedule(static)
+        for (i64 at = 0; at < O; at += TOGETHER) {
+            for (i64 i = 0; i < TOGETHER * I; i += block) unpack_block(p, (at * I + i) / block, rows.get() + i);
+            few_rows_of(rows.get(), x, out, M, O, I, at);
         }
     }
 }
@@ -341,3 +410,7 @@ BOTH(attend_backward, P_ATTEND_B, (a, b, c, d, e, f, g, h, i, j, k))
 BOTH(head_rows, P_HEAD, (a, b, c, d, e, f, g, h, i, j))
 #define P_NF4(T) (const std::uint8_t* a, const float* b, const std::uint8_t* c, const float* d, const float* e, float f, const float* g, T* h, i64 i, i64 j, i64 k, int l)
 BOTH(nf4, P_NF4, (a, b, c, d, e, f, g, h, i, j, k, l))
+#define P_FEW(T) (const T* a, const T* b, T* c, i64 d, i64 e, i64 f, int g)
+BOTH(few_rows, P_FEW, (a, b, c, d, e, f, g))
+#define P_FEW_NF4(T) (const std::uint8_t* a, const float* b, const std::uint8_t* c, const float* d, const float* e, float f, const float* g, const T* h, T* i, i64 j, i64 k, i64 l, i64 m, i64 n, int o)
+BOTH(few_rows_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))

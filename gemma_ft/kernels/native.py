@@ -37,6 +37,8 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "attend_backward": (P, P, P, P, I64, I64, I64, I64, F32, F32),
     "head_rows": (P, P, P, P, P, I64, I64, F32, INT),
     "nf4": (P, P, P, P, P, F32, P, P, I64, I64, I64),
+    "few_rows": (P, P, P, I64, I64, I64),
+    "few_rows_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
 }
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

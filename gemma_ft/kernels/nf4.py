@@ -20,24 +20,37 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Ten
     `out`: where to put it, contiguous and of that dtype and shape. Source: arXiv:2305.14314; bitsandbytes functional.py
     dequantize_4bit.
     """
-    if not _serves(packed, state):
+    if not serves_nf4(packed, state):
         from bitsandbytes.functional import dequantize_4bit
 
         found: Tensor = dequantize_4bit(packed, state, out=out)
         return found
     weight = torch.empty(state.shape, dtype=state.dtype) if out is None else out
-    nested = state.state2 if state.nested else None
-    if nested is None:
-        scales = (state.absmax, None, None, None, 0.0)
-        block2 = 1
-    else:
-        scales = (None, state.absmax, nested.code, nested.absmax, float(state.offset))
-        block2 = nested.blocksize
-    native.call("nf4", packed, *scales, state.code, weight, weight.numel(), state.blocksize, block2, of=state.dtype)
+    scales, blocks = _scales(state)
+    native.call("nf4", packed, *scales, weight, weight.numel(), *blocks, of=state.dtype)
     return weight
 
 
-def _serves(packed: Tensor, state: Any) -> bool:
+def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+    """x [M, I] times the weight transposed -> [M, O], for as few rows as decoding has: the weight is unpacked within
+    the product. Only where `serves_nf4`, x is of state.dtype, and `few_rows.fits`.
+    """
+    out = torch.empty(len(x), state.shape[0], dtype=x.dtype)
+    scales, blocks = _scales(state)
+    native.call("few_rows_nf4", packed, *scales, x, out, len(x), *state.shape, *blocks, of=x.dtype)
+    return out
+
+
+def _scales(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    """How cpu_ops.cpp takes the scales and the sixteen numbers, and the sizes of the blocks."""
+    if not state.nested:
+        return (state.absmax, None, None, None, 0.0, state.code), (state.blocksize, 1)
+    nested = state.state2
+    scales = (None, state.absmax, nested.code, nested.absmax, float(state.offset), state.code)
+    return scales, (state.blocksize, nested.blocksize)
+
+
+def serves_nf4(packed: Tensor, state: Any) -> bool:
     """Whether the C++ operation reads this weight: on the CPU, in its usual form, in whole blocks."""
     numbers = [state.code, state.absmax] if not state.nested else [state.code, state.state2.code, state.state2.absmax]
     return (

@@ -1,0 +1,65 @@
+"""bitsandbytes' 4-bit layer with our product on the CPU. Imported only where a model has such layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.kernels import native
+from gemma_ft.kernels.nf4 import serves_nf4
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.state = state
+        return frozen_product(x.reshape(-1, x.shape[-1]), weight, state).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return upstream @ plain(weight, ctx.state, upstream.dtype), None, None
+
+
+class UnpackedLinear4bit(Linear4bit):
+    """bitsandbytes' layer whose weight stays as it was quantized: it can be asked, trained through and merged at any
+    time, and is faster in all of it on a CPU than packed or dequantized by bitsandbytes (benchmarks/results).
+    """
+
+    def __init__(self, layer: Linear4bit) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)
+        self.support_avx512bf16_for_cpu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        if self.bias is not None or self.compute_dtype not in (None, state.dtype):
+            found: Tensor = super().forward(x)
+            return found
+        out: Tensor = _Frozen.apply(x.to(state.dtype), self.weight, state)
+        return out.to(x.dtype)
+
+
+def keep_unpacked(model: nn.Module) -> int:
+    """Give the NF4 layers of a model on the CPU the product above, where its operations could be built; returns how
+    many got it.
+    """
+    if not native.operations().functions:
+        return 0
+    found = [(name, one) for name, one in model.named_modules() if type(one) is Linear4bit and _suits(one)]
+    for name, layer in found:
+        model.set_submodule(name, UnpackedLinear4bit(layer))
+    return len(found)
+
+
+def _suits(layer: Linear4bit) -> bool:
+    weight = layer.weight
+    known = isinstance(weight, Params4bit) and weight.quant_state is not None
+    return known and serves_nf4(weight.data, weight.quant_state)

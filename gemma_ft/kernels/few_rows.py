@@ -1,0 +1,33 @@
+"""A linear layer's product for as few rows as decoding has: limited by the reading of the weight.
+
+Letters: M rows, I input and O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_ft.kernels import native
+
+MOST_ROWS = 16
+TOGETHER, LANES = 4, 32  # rows of the weight, and numbers of a row, that cpu_ops.cpp takes at a time
+
+
+def fits(rows: int, shape: tuple[int, ...] | torch.Size) -> bool:
+    """Whether so many rows and a weight [O, I] are what the operation takes."""
+    return 0 < rows <= MOST_ROWS and shape[0] % TOGETHER == 0 and shape[1] % LANES == 0
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, I] and weight [O, I] in bf16 on the CPU -> x weightᵀ [M, O], without a gradient.
+
+    torch takes a third longer with x first in the product, and in either order for one row than the C++ does
+    (benchmarks/results/decode_cpu.json).
+    """
+    rows = len(x)
+    if fits(rows, weight.shape) and native.serves(x, weight) and weight.is_contiguous():
+        out = torch.empty(rows, len(weight), dtype=x.dtype)
+        native.call("few_rows", weight, x.contiguous(), out, rows, *weight.shape, of=x.dtype)
+        return out
+    return torch.mv(weight, x[0])[None] if rows == 1 else (weight @ x.T).T
