@@ -51,9 +51,21 @@ def test_every_gradient_of_packed_rows_equals_transformers(shape: str) -> None:
     labels = masked_labels(ids)
     labels[:, 13] = -100  # the first token of the second document is predicted from another document
     positions = torch.cat([torch.arange(13), torch.arange(TOKENS - 13)]).expand(2, -1)
-    found = trained(ours(shape), ids, labels=labels, position_ids=positions)
-    expected = trained(reference(shape), ids, labels=labels, position_ids=positions, use_cache=False)
-    assert_equal_gradients(found, expected)
+    inputs = {"labels": labels, "position_ids": positions, "use_cache": False}
+    expected = trained(reference(shape), ids, **inputs)
+    assert_equal_gradients(trained(ours(shape, dtype=torch.float64), ids, **inputs), expected, 2 * TOLERANCE)
+    assert_near_the_truth(shape, trained(ours(shape), ids, **inputs), expected, ids, **inputs)
+
+
+def assert_near_the_truth(
+    shape: str, found: dict[str, Tensor], expected: dict[str, Tensor], ids: Tensor, **inputs: Any
+) -> None:
+    """Loud weights make gradients of float32 some 1e-5 uncertain, transformers' too: ours may be as far from those of
+    float64 as transformers' are.
+    """
+    truth = trained(ours(shape, dtype=torch.float64), ids, **inputs)
+    off, allowed = (max(relative(grads[name], one) for name, one in truth.items()) for grads in (found, expected))
+    assert off <= max(TOLERANCE, allowed)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
