@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft import runtime
-from gemma_ft.adapters.fused_lora import with_fused_layers
 from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
@@ -245,6 +244,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     no place: PEFT would go on without it.
     """
     from peft import PeftModel, get_peft_model_state_dict
+
+    from gemma_ft.adapters.fused_lora import with_fused_layers
 
     config = adapter_config(folder)
     files = WeightFiles.open(folder, "adapter_model")

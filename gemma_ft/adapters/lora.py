@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
-from gemma_ft.adapters.fused_lora import with_fused_layers
 from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of, weight_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def add_adapter(
@@ -35,6 +36,10 @@ def add_adapter(
     adapter_config.json: a hub id with its commit, or an absolute folder, so that stock PEFT finds the base again. The
     rows of added tokens are trained with it.
     """
+    from peft import LoraConfig, get_peft_model  # seconds, which verbs without an adapter need not wait for
+
+    from gemma_ft.adapters.fused_lora import with_fused_layers
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

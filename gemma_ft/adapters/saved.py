@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
-
 from gemma_ft.errors import UserError, first_line
 
 
@@ -20,6 +17,8 @@ def adapter_config(adapter: Path) -> Any:
     Raises: UserError for other kinds, whose work is done by PEFT's wrapper around the model, and would be lost; and for
     ranks and alphas that are none, which PEFT takes as they are.
     """
+    from peft import LoraConfig, PeftConfig
+
     path = adapter / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(adapter))
@@ -59,6 +58,8 @@ def _pattern_fault(key: str, patterns: Any, fault_of: Callable[[str, Any], str |
     """What is wrong with the ranks or alphas of single modules, or None."""
     if not isinstance(patterns, dict):
         return f"{key}: expected a pattern of names for each value, got {patterns!r}"
+    from peft.utils.other import get_pattern_key
+
     for pattern, value in patterns.items():
         try:
             get_pattern_key([pattern], "")  # compiles what PEFT makes of it

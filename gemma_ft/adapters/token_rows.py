@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,6 +66,8 @@ def added_by(config: Any, path: Path) -> Added | None:
 
 def add_to_folder(folder: Path, trained: Tensor, initial: Tensor) -> None:
     """Put rows into the weights of an adapter folder that PEFT has written."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
     path = folder / SAFETENSORS_WEIGHTS_NAME
     rows = {TRAINED: trained, INITIAL: initial}
     whole = load_file(path) | {name: one.detach().cpu().contiguous() for name, one in rows.items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
@@ -151,7 +150,11 @@ def _native(model: Any) -> Any:
     """
     native = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = native.lm_head
-    if type(head.original_module if isinstance(head, ModulesToSaveWrapper) else head) is not nn.Linear:
+    if hasattr(head, "original_module"):
+        from peft.utils import ModulesToSaveWrapper  # takes seconds, which a model without one need not wait for
+
+        head = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+    if type(head) is not nn.Linear:
         raise UserError("lm_head carries an adapter, which cannot be scored; merge the adapter first")
     return native
 
