@@ -45,6 +45,7 @@ class Arm:
     accumulation: int = 1
     precision: str = "bf16"
     preset: str = "gemma-2-2b"
+    attention: str = "auto"
 
 
 NF4 = {"strategy": "qlora", "quantize": "nf4"}
@@ -54,6 +55,7 @@ ARMS = {
     "lora, all layers": Arm(checkpointed=8),
     "lora, 4 x 512 tokens": Arm(tokens=512, rows=4),
     "lora, float32": Arm(tokens=512, precision="float32"),
+    "lora, eager attention": Arm(tokens=1024, attention="eager"),
     "lora, Gemma 1": Arm(tokens=1024, preset="gemma-2b"),
     "nf4": Arm(**NF4, tokens=1024),
     "nf4, all layers": Arm(**NF4, checkpointed=8),
@@ -81,7 +83,7 @@ def planned(arm: Arm) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of("auto", softcap=shape.second, device="cpu"), eval_rows=arm.rows, new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}
@@ -216,7 +218,11 @@ def one_arm(name: str, folder: Path) -> None:
     work = partial(merge, folder)
     loaded = 0
     if arm.phase != "merge":
-        model = load_base(Source(str(base), None), dtype=dtype, quantize=arm.quantize, trainable=arm.phase == "train")
+        attention = None if arm.attention == "auto" else arm.attention
+        model = load_base(
+            Source(str(base), None), dtype=dtype, quantize=arm.quantize, attention=attention,
+            trainable=arm.phase == "train",
+        )  # fmt: skip
         loaded = memory("VmHWM") - before
         own_memory(model)
         model = model if arm.strategy == "full" else adapter(model, str(base))

@@ -118,7 +118,9 @@ def checkpointed_bytes(at: Layer) -> int:
 
 def workspace_bytes(at: Layer) -> int:
     """Bytes for each token that come and go in a layer's backward, beside what it kept: gradients of the MLP's product
-    and of its parts, and the residual's; in adapters also their wide copies.
+    and of its parts, in adapters also their wide copies, or gradients of scores that are written out; and the
+    residual's.
     """
     ffn = at.shape.ffn * (at.element * 2 if at.full or at.wide else at.element * 2 + WIDE)
-    return ffn + 3 * at.shape.hidden * WIDE
+    scores = 3 * WIDE * at.shape.heads * at.tokens if _scores(at) else 0
+    return max(ffn, scores) + 3 * at.shape.hidden * WIDE
