@@ -1,4 +1,4 @@
-"""The generated tables of docs/memory.md, from the planner and from benchmarks/results/plan.json.
+"""The generated tables of docs/memory.md: what is planned now, and what benchmarks/results/plan.json measured.
 
 .venv/bin/python -m benchmarks.memory_page       write them into the page
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 
+from benchmarks.plan import ARMS, planned
 from benchmarks.record import ROOT
 from gemma_ft.plan.inference import PUBLISHED
 from gemma_ft.plan.show import inference_lines, training_lines
@@ -36,11 +37,11 @@ def with_tables(page: str) -> str:
 def _measured() -> str:
     arms = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
     rows = ["| | tokens | planned MiB | measured MiB | error |", "|---|---|---|---|---|"]
-    for name, arm in arms["arms"].items():
-        grid = arms["grid"][name]
-        tokens = f"{grid['rows']} x {grid['tokens']:,}" if grid["phase"] != "merge" else ""
-        sizes = f"{arm['planned'] / 2**20:,.0f} | {arm['measured'] / 2**20:,.0f}"
-        rows.append(f"| {name} | {tokens} | {sizes} | {arm['error']:+.1%} |")
+    for name, arm in ARMS.items():
+        measured, plan = arms["arms"][name]["measured"], sum(planned(arm).values())
+        tokens = f"{arm.rows} x {arm.tokens:,}" if arm.phase != "merge" else ""
+        sizes = f"{plan / 2**20:,.0f} | {measured / 2**20:,.0f}"
+        rows.append(f"| {name} | {tokens} | {sizes} | {plan / measured - 1:+.1%} |")
     return "\n".join(rows)
 
 

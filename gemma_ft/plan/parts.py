@@ -91,14 +91,14 @@ def head(run: Run, *, backward: bool = True) -> int:
     """The fused head over all tokens as if all were labelled: states around the final norm, rows picked out, their
     gradient, and a chunk of logits; a trained head also has its own gradient and copy of itself.
     """
-    shape, tokens = run.shape, run.rows * run.tokens
+    shape, tokens, element = run.shape, run.rows * run.tokens, run.element
     chunk = max(16, CHUNK_BYTES // (WIDE * shape.vocabulary))
     if run.device == "cpu":
         chunk = min(chunk, max(CPU_ROWS, CPU_BYTES // (WIDE * shape.vocabulary)))
     around = tokens * shape.hidden * (WIDE + 3 * run.element + (run.element if backward else 0))
     total = around + min(chunk, tokens) * shape.vocabulary * logit_bytes(shape, run.element)
-    if run.full and backward:
-        total += WIDE * shape.embedding
+    if run.full and backward:  # its gradient, and what one chunk adds to it
+        total += (WIDE + element) * shape.embedding
     return total
 
 
