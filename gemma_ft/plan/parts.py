@@ -66,15 +66,25 @@ def optimizer(run: Run) -> int:
 
 def activations(run: Run) -> int:
     """What layers keep for backward when a forward pass is over, and the angles that they share."""
-    layer, tokens = run.layer, run.rows * run.tokens
+    layer = run.layer
     kept = run.shape.layers - run.checkpointed
-    angles = 2 * run.shape.head_dim * WIDE
-    return tokens * (angles + run.checkpointed * checkpointed_bytes(layer) + kept * saved_bytes(layer))
+    return (
+        run.rows
+        * run.tokens
+        * (_angles(run.shape) + run.checkpointed * checkpointed_bytes(layer) + kept * saved_bytes(layer))
+    )
 
 
 def recomputed(run: Run) -> int:
-    """What a checkpointed layer keeps while it alone goes backward."""
-    return run.rows * run.tokens * saved_bytes(run.layer) if run.checkpointed else 0
+    """What is kept while a single layer is left that is not checkpointed, or is being computed again: the inputs of
+    checkpointed ones, as if all were (to take the last one as well is then never more), and all of its own.
+    """
+    inputs = run.shape.layers * checkpointed_bytes(run.layer) if run.checkpointed else 0
+    return run.rows * run.tokens * (_angles(run.shape) + inputs + saved_bytes(run.layer))
+
+
+def _angles(shape: Shape) -> int:
+    return 2 * shape.head_dim * WIDE
 
 
 def workspace(run: Run) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gemma_ft.plan import parts
-from gemma_ft.plan.activations import WIDE, checkpointed_bytes, saved_bytes
+from gemma_ft.plan.activations import WIDE
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.storage import BYTES, weight_bytes
 
@@ -45,8 +45,6 @@ def train_moments(run: Run) -> list[Phase]:
     begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
     copies = parts.narrow_copies(run)
     alive = copies * (run.shape.layers - run.checkpointed) // run.shape.layers
-    one = run.rows * run.tokens * saved_bytes(run.layer)
-    last = run.rows * run.tokens * run.shape.layers * checkpointed_bytes(run.layer)
 
     def at(gradients: int, activations: int, head: int = 0) -> Phase:
         found = {"gradients": gradients, "activations": activations, "head": head, "overhead": parts.overhead(run)}
@@ -54,8 +52,8 @@ def train_moments(run: Run) -> list[Phase]:
 
     return [
         at(former, kept + copies, parts.head(run)),
-        at(begun, kept + alive + parts.recomputed(run) + parts.workspace(run)),
-        at(gradients, min(kept, last) + one + parts.workspace(run)),
+        at(begun, kept + alive + parts.workspace(run)),
+        at(gradients, parts.recomputed(run) + parts.workspace(run)),
         at(gradients, 0),
     ]
 
