@@ -4,6 +4,7 @@ os.environ.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import logging
@@ -173,6 +174,46 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes() -> tuple[int, int]:
+    """What this process holds now of the memory that it trains in, and what it could still take: of its GPU, where
+    torch's allocator counts; else of the machine, where files that are mapped are not held.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        held, (free, _) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
+        return held, int(free + torch.cuda.memory_reserved() - held)
+    return _system_bytes("/proc/self/status", "RssAnon:") or 0, _free_ram()
+
+
+def _free_ram() -> int:
+    """What the system says is available without swapping, and no more than a container is allowed, where it is one."""
+    free = _system_bytes("/proc/meminfo", "MemAvailable:")
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # "max": no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        files = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])  # given up when asked
+        free = min(free, limit - used + files)
+    return max(free, 0)
+
+
+def _system_bytes(file: str, key: str) -> int | None:
+    """A line in kB of one of the system's accounts, in bytes; None where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            if line.startswith(key):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def ranks_on_this_machine(ranks: int) -> int:
+    """How many of so many ranks share this machine's memory."""
+    return min(ranks, _number("LOCAL_WORLD_SIZE", ranks))
 
 
 def give_memory_back() -> None:

@@ -23,6 +23,7 @@ from gemma_ft.cli import (
     export,
     generate,
     merge,
+    plan,
     preview,
     recipes,
     report,
@@ -34,7 +35,7 @@ from gemma_ft.cli import eval as evaluation
 from gemma_ft.errors import DiskError, UserError, first_line
 
 CRASHED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-LESS_MEMORY = "lower train.micro_batch_size and eval.batch_size, or set train.gradient_checkpointing=true"
+LESS_MEMORY = "gemma-ft plan RECIPE --gpu SIZE names the settings that fit"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -109,6 +110,7 @@ def build_app() -> typer.Typer:
     app.command("train")(train.train)
     app.command("checkpoints")(checkpoints.checkpoints)
     app.command("preview")(preview.preview)
+    app.command("plan")(plan.plan)
     app.add_typer(data.build_app(), name="data")
     app.add_typer(recipes.build_app(), name="recipes")
     app.command("schema")(schema.schema)

@@ -1,4 +1,4 @@
-"""What a Gemma is, as data: the published sizes, and the numbers a config.json decides.
+"""What a Gemma is: the published sizes (presets.py), and the numbers a config.json decides.
 
 transformers' GemmaConfig and Gemma2Config stay the only configuration classes; `GemmaNumerics` reads from either what
 the layers need, so that no layer asks which family it belongs to.
@@ -10,13 +10,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, Gemma2Config, GemmaConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.errors import UserError, first_line
+from gemma_ft.model.presets import PRESETS as PRESETS
+from gemma_ft.model.presets import Preset as Preset
 
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
 
@@ -26,55 +28,6 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemm
 GELU_NAMES = frozenset({"gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 
 _UNREADABLE = "cannot be read as a Gemma's"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One published size: its family, where its weights live, and the config fields that differ from transformers'
-    defaults.
-    """
-
-    model_type: Literal["gemma", "gemma2"]
-    weights: str  # hub id, or a folder that ships with the project
-    fields: dict[str, Any]
-
-    def config(self, **overrides: Any) -> PreTrainedConfig:
-        """A fresh transformers config of this size; `overrides` replace single fields."""
-        return CONFIG_CLASSES[self.model_type](**{**self.fields, **overrides})
-
-
-def _fields(
-    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int = 256, **rest: Any
-) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        **rest,
-    }
-
-
-_TINY_WINDOW = {"sliding_window": 64, "max_position_embeddings": 2048, "initializer_range": 0.06}
-
-# Source: google/gemma_pytorch gemma/config.py, and the config.json of each hub id.
-PRESETS: dict[str, Preset] = {
-    "gemma-2b": Preset("gemma", "google/gemma-2b", _fields(18, 2048, 16384, 8, 1)),
-    "gemma-7b": Preset("gemma", "google/gemma-7b", _fields(28, 3072, 24576, 16, 16)),
-    "gemma-2-2b": Preset("gemma2", "google/gemma-2-2b", _fields(26, 2304, 9216, 8, 4, query_pre_attn_scalar=256)),
-    "gemma-2-9b": Preset("gemma2", "google/gemma-2-9b", _fields(42, 3584, 14336, 16, 8, query_pre_attn_scalar=256)),
-    "gemma-2-27b": Preset(
-        "gemma2", "google/gemma-2-27b", _fields(46, 4608, 36864, 32, 16, 128, query_pre_attn_scalar=144)
-    ),
-    # The tiny Gemma that ships with the project: all of Gemma 2, small enough to learn on two CPU cores. Its vocabulary
-    # is that of its tokenizer, so a fresh one is built with `config(vocab_size=len(tokenizer))`.
-    # Fresh weights of a model so narrow learn faster from a wider start than transformers' 0.02.
-    "gemma-tiny": Preset(
-        "gemma2", "data/gemma-tiny", {**_fields(6, 128, 512, 4, 2, 32, query_pre_attn_scalar=32), **_TINY_WINDOW}
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,9 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Gradient clipping; 0: none")
     precision: Literal["bf16", "float32"] = Field("bf16", description="dtype of frozen weights and activations")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: slower, less memory")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="Layers that recompute their activations in backward: as many as memory asks for, all, none"
+    )
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -186,6 +188,13 @@ class Train(Section):
         if value in ("float16", "fp16", "half"):
             raise rule("{got} overflows in Gemma, whose activations pass 65504; use bf16 or float32", got=value)
         return value
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _one_of_three(cls, value: Any) -> Any:
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise rule("expected auto, true or false, got {got}", got=value)
 
     @field_validator("micro_batch_size")
     @classmethod

@@ -22,6 +22,7 @@ from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
+from gemma_ft.train.checkpointing import Checkpointing, checkpoint_layers
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.fitting import fit_micro_batch, recover
 from gemma_ft.train.run_dir import RunDir
@@ -63,8 +64,10 @@ class Course:
     total: int
     world: World
     stop: StopRequest
+    checkpointing: Checkpointing
 
     def __post_init__(self) -> None:
+        checkpoint_layers(self.model, self.checkpointing.run.checkpointed)
         rows = self.data.examples.fingerprint()
         if len(set(self.world.gather(rows))) > 1:
             raise UserError(
@@ -82,6 +85,7 @@ class Course:
             self.data.streamed.waiting = self._while_waiting
         self.log = RunLog(self.run, self.world.main, self.display.say)
         self.trainer = self._trainer()
+        self.trainer.checkpointing = self.checkpointing
         self.scorer = Scorer(
             self.recipe.eval,
             self.data,
@@ -234,9 +238,10 @@ class Course:
             self._say_smaller(f"ran out in step {step + 1}")
 
     def _say_smaller(self, what: str) -> None:
-        arguments = self.trainer.args
+        arguments, plan = self.trainer.args, self.trainer.checkpointing
+        more = "all layers recomputing their activations, " if plan is not self.checkpointing else ""
         self.display.say(
-            f"  memory     {what}; going on with micro_batch_size {arguments.per_device_train_batch_size} and "
+            f"  memory     {what}; going on with {more}micro_batch_size {arguments.per_device_train_batch_size} and "
             f"{arguments.gradient_accumulation_steps} accumulations: the steps stay the same"
         )
 
@@ -246,7 +251,8 @@ class Course:
             return
         with self.world.phase("the longest batch"):
             fitting = fit_micro_batch(self.trainer)
-        if fitting != (wanted := micro_batch(self.recipe, self.world.size)):
+        wanted = micro_batch(self.recipe, self.world.size)
+        if fitting != wanted or self.trainer.checkpointing is not self.checkpointing:
             self._say_smaller(f"micro_batch_size {wanted} does not fit")
 
     def _sample(self, step: int, answers: Sequence[str]) -> None:

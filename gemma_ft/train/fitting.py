@@ -10,14 +10,22 @@ import torch
 
 from gemma_ft.data.examples import Example
 from gemma_ft.errors import UserError
+from gemma_ft.train.checkpointing import checkpoint_layers
 
 CURES = "set train.gradient_checkpointing=true, lower data.max_seq_len, or --launch fsdp2"
 
 
+def cures_of(trainer: Any) -> str:
+    """What to do where memory is too small: the planner's change, where it has one, or other ways."""
+    rows = trainer.args.per_device_train_batch_size
+    cure = trainer.checkpointing.cure(rows) if trainer.checkpointing is not None else ""
+    return f"set {cure}, or --launch fsdp2" if cure else CURES
+
+
 def fit_micro_batch(trainer: Any) -> int:
-    """Compute the longest micro-batch once, forward and backward, and halve it until no rank runs out of memory;
-    accumulation grows by as much, so that each step trains the same rows over the same count of tokens. Returns the
-    micro-batch, which the trainer now has.
+    """Compute the longest micro-batch once, forward and backward; where memory runs out on any rank, first checkpoint
+    all layers, where the recipe leaves that to us, then halve it until it fits; accumulation grows by as much, so that
+    each step trains the same rows over the same count of tokens. Returns the micro-batch, which the trainer now has.
 
     The model is not wrapped for several ranks yet: none waits for another inside. Raises: UserError when a single row
     does not fit.
@@ -28,10 +36,24 @@ def fit_micro_batch(trainer: Any) -> int:
         rows = arguments.per_device_train_batch_size
         if not world.any(not _fits(trainer, longest[:rows])):
             return int(rows)
+        if recompute_all(trainer):
+            continue
         if rows == 1:
             tokens = len(longest[0]["input_ids"])
-            raise UserError(f"a single row of {tokens:,} tokens does not fit into GPU memory; {CURES}")
+            raise UserError(f"a single row of {tokens:,} tokens does not fit into GPU memory; {cures_of(trainer)}")
         halve(arguments)
+
+
+def recompute_all(trainer: Any) -> bool:
+    """Checkpoint all layers, where that is ours to choose and not all are; returns whether any was added. It changes no
+    number, and comes before smaller micro-batches.
+    """
+    more = trainer.checkpointing.of_all() if trainer.checkpointing is not None else None
+    if more is None:
+        return False
+    trainer.checkpointing = more
+    checkpoint_layers(trainer.model, more.run.checkpointed)
+    return True
 
 
 def halve(arguments: Any) -> None:
@@ -45,8 +67,8 @@ def halve(arguments: Any) -> None:
 
 
 def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
-    """After memory ran out within a step: gradients are dropped, a checkpoint is made of the last whole step, and the
-    micro-batch is halved. The trainer can then train on from that checkpoint.
+    """After memory ran out within a step: gradients are dropped, a checkpoint is made of the last whole step, and all
+    layers are checkpointed or the micro-batch is halved. The trainer can then train on from that checkpoint.
 
     Raises: `error` where weights may have changed already (the optimizer ran out), UserError where nothing is left to
     halve, or other ranks are in the same step: they would wait for this one.
@@ -54,8 +76,10 @@ def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
     step, rows = trainer.state.global_step, trainer.args.per_device_train_batch_size
     if not trainer.computing:
         raise error
-    if trainer.world.size > 1 or rows == 1:
-        cure = CURES if rows == 1 else f"--resume train.micro_batch_size={rows // 2} goes on, or {CURES}"
+    more = trainer.world.size == 1 and recompute_all(trainer)
+    if trainer.world.size > 1 or (rows == 1 and not more):
+        cures = cures_of(trainer)
+        cure = cures if rows == 1 else f"--resume train.micro_batch_size={rows // 2} goes on, or {cures}"
         raise UserError(f"out of GPU memory in step {step + 1}, micro-batches of {rows} rows; {cure}") from error
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
@@ -64,9 +88,10 @@ def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
     if step and trainer.saved_step != step:  # no space, which was told
         raise UserError(
             f"out of GPU memory in step {step + 1}, and no space for a checkpoint to go on from; free some, then "
-            f"--resume train.micro_batch_size={rows // 2}"
+            f"--resume train.micro_batch_size={max(rows // 2, 1)}"
         ) from error
-    halve(trainer.args)
+    if not more:
+        halve(trainer.args)
 
 
 def _fits(trainer: Any, rows: list[Example]) -> bool:

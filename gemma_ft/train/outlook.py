@@ -9,6 +9,7 @@ from gemma_ft.evaluate.canary import Canary
 from gemma_ft.kernels import native
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.checkpointing import Checkpointing
 from gemma_ft.train.settings import accumulation, micro_batch
 from gemma_ft.train.world import World
 from gemma_ft.weights import Source
@@ -22,6 +23,7 @@ def outlook(
     source: Source | None,
     total: int,
     world: World,
+    checkpointing: Checkpointing,
 ) -> list[tuple[str, str]]:
     """What is about to happen, in lines a person can check."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -61,6 +63,7 @@ def outlook(
     rows.append(("batch", f"{train.global_batch_size} = {cut}"))
     if micro < train.micro_batch_size:
         rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
+    rows.append(("memory", checkpointing.describe()))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
 

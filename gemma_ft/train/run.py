@@ -15,11 +15,12 @@ from gemma_ft.checkpoint import newest_valid
 from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import build_canary
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.checkpointing import choose_checkpointing
 from gemma_ft.train.course import Course
 from gemma_ft.train.display import Display
 from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir
-from gemma_ft.train.settings import accumulation, total_steps
+from gemma_ft.train.settings import accumulation, micro_batch, total_steps
 from gemma_ft.train.stop import StopNow, StopRequest
 from gemma_ft.train.world import World, join_world, lost_a_rank
 
@@ -107,8 +108,12 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
                 held.enter_context(run.locked())
         with world.phase("the model"):
             model, source = build_model(recipe, tokenizer, hollow=world.layout == "fsdp2")
-        display.plan(outlook(recipe, data, canary, model, source, total, world))
-        course = Course(recipe, run, display, tokenizer, data, canary, model, source, total, world, stop)
+        with world.phase("the plan"):
+            longest = int(max(data.train.examples.lengths)) if data.streamed is None else recipe.data.max_seq_len
+            rows = micro_batch(recipe, world.size)
+            chosen = choose_checkpointing(recipe, rows=rows, tokens=longest, world=world)
+        display.plan(outlook(recipe, data, canary, model, source, total, world, chosen))
+        course = Course(recipe, run, display, tokenizer, data, canary, model, source, total, world, stop, chosen)
         with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
             newest = newest_valid(run.checkpoints, display.say) if mode.resume and world.main else None
         checkpoint: Path | None = world.gather(newest)[0]

@@ -62,8 +62,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: Wor
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=False,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        gradient_checkpointing=False,  # Trainer knows all layers or none; train.checkpointing takes some
         logging_steps=1,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,  # every trained weight is used in every step

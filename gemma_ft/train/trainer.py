@@ -27,6 +27,7 @@ from gemma_ft.data.examples import Examples
 from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.train.batches import DealtRows, placeholder
+from gemma_ft.train.checkpointing import Checkpointing
 from gemma_ft.train.saving import OwnCheckpoints
 from gemma_ft.train.schedule import learning_rate_factor
 from gemma_ft.train.sharding import reshard, shard, whole
@@ -85,6 +86,7 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         self.skipped = 0  # updates left out in a row, for they were not finite
         self.computing = False  # forward and backward, in which no weight changes
         self.saved_step = -1
+        self.checkpointing: Checkpointing | None = None  # the plan, where the caller has one
         self.former_best: dict[str, Any] | None = None
         self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
         self.keep_checkpoints, self.keep_best, self.progress = keep_checkpoints, keep_best, progress

@@ -29,6 +29,7 @@ SURFACE = {
     ],
     "gemma-ft checkpoints": ["RUN", "--verify", "--prune", "--help"],
     "gemma-ft preview": ["RECIPE", "KEY=VALUE", "--rows", "--row-id", "--html", "--help"],
+    "gemma-ft plan": ["RECIPE_OR_PRESET", "KEY=VALUE", "--gpu", "--launch", "--nproc", "--help"],
     "gemma-ft data": ["--help"],
     "gemma-ft data check": ["RECIPE", "KEY=VALUE", "--out", "--strict", "--help"],
     "gemma-ft data fix": ["RECIPE", "--out", "KEY=VALUE", "--help"],
@@ -165,10 +166,21 @@ def test_the_surface_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["chat", "--help"], ["recipes"], ["--version"]], ids=" ".join
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["chat", "--help"],
+        ["recipes"],
+        ["--version"],
+        ["plan"],
+        ["plan", "gemma-2-9b", "--gpu", "24"],
+        ["plan", "sft_2b", "--launch", "ddp"],
+    ],
+    ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    heavy = HEAVY[:8] if arguments == ["recipes"] else HEAVY
+    heavy = HEAVY[:8] if arguments[0] in ("recipes", "plan") and "--help" not in arguments else HEAVY
     script = (
         "import sys; from gemma_ft.cli.app import main; code = main(sys.argv[1:]); "
         f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
@@ -218,8 +230,7 @@ def test_misuse_is_one_line_and_exit_code_2(
         (LockedError("l"), 6, "l\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2,
-         "out of GPU memory; lower train.micro_batch_size and eval.batch_size, "
-         "or set train.gradient_checkpointing=true\n"),
+         "out of GPU memory; gemma-ft plan RECIPE --gpu SIZE names the settings that fit\n"),
         (KeyError("x"), 1,
          "a fault of gemma-ft, not of yours: KeyError: 'x' (GEMMA_FT_DEBUG=1 shows the traceback)\n"),
         (RuntimeError("first\nsecond"), 1,

@@ -1,0 +1,49 @@
+"""The generated tables of docs/memory.md: what is planned now, and what benchmarks/results/plan.json measured.
+
+.venv/bin/python -m benchmarks.memory_page       write them into the page
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from benchmarks.plan import ARMS, planned
+from benchmarks.record import ROOT
+from gemma_ft.plan.inference import PUBLISHED
+from gemma_ft.plan.show import inference_lines, training_lines
+
+PAGE = ROOT / "docs" / "memory.md"
+
+
+def tables() -> dict[str, str]:
+    """The text of each table, by the name of its place in the page."""
+    training = ["\n".join([name, *training_lines(name)[:-1]]) for name in PUBLISHED]
+    return {
+        "answers": "```\n" + "\n".join(inference_lines(PUBLISHED)) + "\n```",
+        "training": "```\n" + "\n\n".join(training) + "\n```",
+        "measured": _measured(),
+    }
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables as they are now."""
+    for name, text in tables().items():
+        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page,
+                      flags=re.DOTALL)  # fmt: skip
+    return page
+
+
+def _measured() -> str:
+    arms = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
+    rows = ["| | tokens | planned MiB | measured MiB | error |", "|---|---|---|---|---|"]
+    for name, arm in ARMS.items():
+        measured, plan = arms["arms"][name]["measured"], sum(planned(arm).values())
+        tokens = f"{arm.rows} x {arm.tokens:,}" if arm.phase != "merge" else ""
+        sizes = f"{plan / 2**20:,.0f} | {measured / 2**20:,.0f}"
+        rows.append(f"| {name} | {tokens} | {sizes} | {plan / measured - 1:+.1%} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

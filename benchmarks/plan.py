@@ -1,0 +1,295 @@
+"""What the planner says against what was measured: training steps, evaluation, answers, a load and a merge of random
+Gemmas on a CPU, each in its own process, to benchmarks/results/plan.json.
+
+    .venv/bin/python -m benchmarks.plan              all arms
+    .venv/bin/python -m benchmarks.plan NAME ...     some of them; nothing is written
+
+A process's peak resident memory is compared, above what it held before it had a model: that is the planner's overhead.
+The C library is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are measured and not
+what an allocator keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import ROOT, write_result
+
+SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32_000}  # fmt: skip
+FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES}
+WITHIN = 0.10
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One process: what it does, and with what."""
+
+    phase: str = "train"
+    strategy: str = "lora"
+    quantize: str | None = None
+    tokens: int = 2048
+    rows: int = 1
+    checkpointed: int = 0
+    accumulation: int = 1
+    precision: str = "bf16"
+    preset: str = "gemma-2-2b"
+    attention: str = "auto"
+
+
+NF4 = {"strategy": "qlora", "quantize": "nf4"}
+ARMS = {
+    "lora": Arm(),
+    "lora, half of the layers": Arm(checkpointed=4),
+    "lora, all layers": Arm(checkpointed=8),
+    "lora, 4 x 512 tokens": Arm(tokens=512, rows=4),
+    "lora, float32": Arm(tokens=512, precision="float32"),
+    "lora, eager attention": Arm(tokens=1024, attention="eager"),
+    "lora, Gemma 1": Arm(tokens=1024, preset="gemma-2b"),
+    "nf4": Arm(**NF4, tokens=1024),
+    "nf4, all layers": Arm(**NF4, checkpointed=8),
+    "int8": Arm(strategy="qlora", quantize="int8", tokens=1024),
+    "full": Arm(strategy="full", tokens=1024),
+    "full, half of the layers": Arm(strategy="full", checkpointed=4, tokens=1024),
+    "full, all layers, 2 accumulations": Arm(strategy="full", checkpointed=8, accumulation=2, tokens=512),
+    "evaluate": Arm("evaluate", rows=2),
+    "generate": Arm("generate", rows=4, tokens=1024),
+    "generate, nf4": Arm("generate", rows=4, tokens=1024, **NF4),
+    "merge": Arm("merge"),
+}
+
+
+def planned(arm: Arm) -> dict[str, int]:
+    """What the planner says of an arm, by part, without its overhead."""
+    from gemma_ft.plan.phases import phases
+    from gemma_ft.plan.run import Run, attention_of
+    from gemma_ft.plan.shape import preset_shape, shape_of
+
+    preset = preset_shape(arm.preset)
+    sizes = FAMILIES[arm.preset]
+    model_type = "gemma2" if preset.second else "gemma"
+    shape = shape_of(arm.preset, {"model_type": model_type, "max_position_embeddings": 8192, **sizes})
+    run = Run(
+        shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
+        checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
+        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), eval_rows=arm.rows, new_tokens=16,
+    )  # type: ignore[arg-type]  # fmt: skip
+    phase = next(one for one in phases(run) if one.name == arm.phase)
+    found = {name: size for name, size in phase.device.items() if name != "overhead"}
+    if arm.phase == "merge":
+        found = {"shard and tensor": phase.host}
+    elif arm.phase != "train":  # a model that is asked, which was never trained
+        del found["optimizer"]
+    return {name: size for name, size in found.items() if size}
+
+
+def write_base(folder: Path, preset: str) -> None:
+    """A Gemma of random weights at the scale of trained ones, in bf16."""
+    from gemma_ft.data.tokenizer_files import save_tokenizer
+    from gemma_ft.model.config import PRESETS
+    from gemma_ft.model.gemma import GemmaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = GemmaForCausalLM(PRESETS[preset].config(**FAMILIES[preset]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.3 if "norm" in name else 1.0 / weight.shape[-1] ** 0.5)
+    model.save_pretrained(str(folder))
+    torch.set_default_dtype(torch.float32)
+    save_tokenizer(_tokenizer(), folder, system_policy="fold")
+
+
+def _tokenizer() -> Any:
+    from gemma_ft.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(ROOT / "data" / "gemma-tiny"))
+
+
+class Rows(list):  # type: ignore[type-arg]
+    """Rows as our trainer takes them."""
+
+    streamed, weighted = True, False  # in order
+
+    def __init__(self, arm: Arm) -> None:
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(arm.rows * arm.accumulation * STEPS):
+            ids = torch.randint(4, SIZES["vocab_size"], (arm.tokens,), generator=draw).tolist()
+            places = list(range(arm.tokens))
+            self.append({"input_ids": ids, "labels": ids, "position_ids": places, "document_ids": [0] * arm.tokens})
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one["input_ids"]) for one in self]
+
+    def state(self, row: int) -> dict[str, Any]:
+        return {}
+
+
+def adapter(model: Any, base: str) -> Any:
+    from gemma_ft.adapters.lora import add_adapter
+
+    return add_adapter(model, rank=16, alpha=32.0, dropout=0.0, targets="all-linear", rslora=False, dora=False,
+                       init="default", base=base, revision=None)  # fmt: skip
+
+
+def trainer_of(arm: Arm, model: Any, folder: Path) -> Any:
+    from trl import SFTConfig
+
+    from gemma_ft.data.collate import Collator
+    from gemma_ft.train.checkpointing import checkpoint_layers
+    from gemma_ft.train.stop import StopRequest
+    from gemma_ft.train.trainer import GemmaTrainer, Progress
+    from gemma_ft.train.world import World
+
+    settings = SFTConfig(
+        output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=arm.rows,
+        gradient_accumulation_steps=arm.accumulation, learning_rate=1e-4, lr_scheduler_type="constant",
+        optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        log_level="error", use_cpu=True, remove_unused_columns=False, max_length=None, bf16=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
+    )  # fmt: skip
+    checkpoint_layers(model, arm.checkpointed)
+    narrow = arm.strategy == "full" and arm.precision == "bf16"
+    return GemmaTrainer(
+        model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(arm),
+        eval_examples=None, collator=Collator(0), tokenizer=_tokenizer(), schedule="constant", warmup_ratio=0.0,
+        autocast=torch.bfloat16 if narrow else None, keep_checkpoints=1, keep_best=False, progress=Progress(),
+        on_step=lambda figures: None, on_eval=lambda step, loss: None, on_fault=lambda line: None,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def evaluate(arm: Arm, model: Any) -> None:
+    from gemma_ft.data.collate import Collator
+    from gemma_ft.evaluate.held_out import held_out_loss
+
+    rows = Rows(arm)[: arm.rows]
+    held_out_loss(model, [Collator(0)(rows)])
+
+
+def generate(arm: Arm, model: Any) -> None:
+    from gemma_ft.infer.generate import generate_answers
+
+    prompts = [one["input_ids"] for one in Rows(arm)[: arm.rows]]
+    generate_answers(model, prompts, stop_ids=[1], max_new_tokens=16, batch_size=arm.rows)
+
+
+def merge(folder: Path) -> None:
+    from gemma_ft.export.merge import merge_to_folder
+    from gemma_ft.load import place_of
+
+    merge_to_folder(place_of(folder / "adapter"), folder / "merged")
+
+
+def one_arm(name: str, folder: Path) -> None:
+    """Do what an arm is for, and print what the process held before and at its peak, in bytes."""
+    from gemma_ft import runtime
+    from gemma_ft.adapters.lora import save_adapter
+    from gemma_ft.load import load_base
+    from gemma_ft.weights import Source
+
+    runtime.quiet_libraries()
+    arm, base = ARMS[name], folder / ARMS[name].preset
+    dtype = torch.float32 if arm.strategy == "full" else runtime.dtype_by_name(arm.precision)
+    for library in ("bitsandbytes", "trl", "gemma_ft.train.trainer", "gemma_ft.export.merge"):
+        __import__(library)
+    if arm.phase == "merge":
+        with torch.no_grad():
+            model = adapter(load_base(Source(str(base), None), dtype=dtype), str(base))
+            for weight in (one for one in model.parameters() if one.requires_grad):
+                weight.normal_(0, 0.01)  # as if it had been trained
+            save_adapter(model, folder / "adapter")
+        del model
+        runtime.give_memory_back()
+    first_use()
+    runtime.give_memory_back()
+    before = memory("VmRSS")
+    work = partial(merge, folder)
+    loaded = 0
+    if arm.phase != "merge":
+        attention = None if arm.attention == "auto" else arm.attention
+        model = load_base(
+            Source(str(base), None), dtype=dtype, quantize=arm.quantize, attention=attention,
+            trainable=arm.phase == "train",
+        )  # fmt: skip
+        loaded = memory("VmHWM") - before
+        own_memory(model)
+        model = model if arm.strategy == "full" else adapter(model, str(base))
+        if arm.phase == "train":
+            work = trainer_of(arm, model, folder).train
+        else:
+            work = partial({"evaluate": evaluate, "generate": generate}[arm.phase], arm, model)
+    runtime.give_memory_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    print(json.dumps({"before": before, "load": loaded, "peak": memory("VmHWM") - before}))
+
+
+def first_use() -> None:
+    """A forward and a backward of next to nothing: what kernels and libraries set up once is not the model's."""
+    from gemma_ft.model.config import PRESETS
+    from gemma_ft.model.gemma import GemmaForCausalLM
+
+    tiny = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=256, num_hidden_layers=2)).to(torch.bfloat16)
+    ids = torch.arange(64)[None]
+    tiny(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+@torch.no_grad()
+def own_memory(model: Any) -> None:
+    """Weights that lie in a file that is mapped, copied into memory: the pages of a mapped file that were read once
+    count as resident, though the system may take them back.
+    """
+    for weight in model.parameters():
+        if type(weight) is torch.nn.Parameter:
+            weight.data = weight.data.clone()
+    model.tie_weights()
+
+
+def memory(key: str) -> int:
+    """A line of this process's status, in bytes: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def main(names: list[str]) -> int:
+    """Some arms, or all and the result file; 1 where a plan is not within 10%."""
+    found: dict[str, Any] = {}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    with tempfile.TemporaryDirectory() as place:
+        for preset in {ARMS[name].preset for name in names or ARMS}:
+            write_base(Path(place) / preset, preset)
+        for name in names or ARMS:
+            told = subprocess.run([sys.executable, "-m", "benchmarks.plan", "--arm", name, place], cwd=ROOT,
+                                  env=environment, check=True, capture_output=True, text=True)  # fmt: skip
+            measured, plan = json.loads(told.stdout.splitlines()[-1]), planned(ARMS[name])
+            error = sum(plan.values()) / measured["peak"] - 1
+            found[name] = {
+                "planned": sum(plan.values()), "measured": measured["peak"], "error": round(error, 3),
+                "before": measured["before"], "loaded": measured["load"], "parts": plan,
+            }  # fmt: skip
+            shown = ", ".join(f"{key} {size / 2**20:.0f}" for key, size in plan.items())
+            sizes = f"{sum(plan.values()) / 2**20:6.0f} planned {measured['peak'] / 2**20:6.0f} measured"
+            print(f"{name:34} {sizes} MiB {error:+6.1%}  ({shown}; loaded {measured['load'] / 2**20:.0f})", flush=True)
+    if not names:
+        write_result("plan", command="python -m benchmarks.plan", sizes=SIZES, threads=torch.get_num_threads(),
+                     grid={name: asdict(arm) for name, arm in ARMS.items()}, arms=found)  # fmt: skip
+    return int(any(abs(one["error"]) > WITHIN for one in found.values()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--arm"]:
+        one_arm(sys.argv[2], Path(sys.argv[3]))
+    else:
+        sys.exit(main(sys.argv[1:]))

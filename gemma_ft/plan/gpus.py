@@ -1,0 +1,37 @@
+"""Sizes of GPUs, in words and in bytes."""
+
+from __future__ import annotations
+
+import re
+
+from gemma_ft.errors import UserError
+
+GIB = 2**30
+USABLE = 0.9  # of a device's nominal size: the rest goes to driver, ECC and what an allocator cannot join
+# nominal GiB of common GPUs, and some that have so much
+GPUS = {
+    8: "RTX 4060, RTX 3070",
+    12: "RTX 3060, RTX 4070",
+    16: "T4, V100, RTX 4080",
+    24: "RTX 3090, RTX 4090, A10, L4",
+    32: "RTX 5090, V100",
+    40: "A100",
+    48: "L40S, RTX A6000",
+    80: "A100, H100",
+    94: "H100 NVL",
+    141: "H200",
+}
+
+
+def gpu_bytes(text: str) -> int:
+    """The bytes of `24GiB`, `24 GB`, `24` (GiB: what is sold as GB of a GPU are GiB). Raises: UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip(), re.IGNORECASE)
+    size = float(match.group(1)) if match else 0.0
+    if not 1 <= size <= 10_000:
+        raise UserError(f"--gpu: {text!r} is no size of a GPU; give it as 24GiB")
+    return int(size * GIB)
+
+
+def smallest_gpu(needed: int) -> int | None:
+    """Nominal GiB of the smallest of GPUS that has room for so many bytes; None where none has."""
+    return next((size for size in GPUS if needed <= USABLE * size * GIB), None)

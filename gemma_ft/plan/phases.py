@@ -1,0 +1,151 @@
+"""The phases of a run, each with what it takes of one device, of its host, and of the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemma_ft.plan import parts
+from gemma_ft.plan.activations import WIDE
+from gemma_ft.plan.run import Run
+from gemma_ft.plan.storage import BYTES, weight_bytes
+
+MAX_SHARD_BYTES = 5 * 10**9  # gemma_ft.weights', of which a merge holds one (a test compares them)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase takes at its peak: of one device by part, and of the host's memory for one rank, in bytes.
+
+    On a CPU the device is the host: `host` is then what comes on top.
+    """
+
+    name: str
+    device: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device."""
+        return sum(self.device.values())
+
+
+def train_phase(run: Run) -> Phase:
+    """An optimizer step at the largest of its moments."""
+    return max(train_moments(run), key=lambda phase: phase.total)
+
+
+def train_moments(run: Run) -> list[Phase]:
+    """A step's moments: at the head, forward being over; a layer's backward, first and last; the optimizer.
+
+    Gradients of a first micro-batch are there while a second one is computed.
+    """
+    always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
+    gradients, kept = parts.gradients(run), parts.activations(run)
+    former = gradients if run.accumulation > 1 else 0
+    begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
+    copies = parts.narrow_copies(run)
+    alive = copies * (run.shape.layers - run.checkpointed) // run.shape.layers
+
+    def at(gradients: int, activations: int, head: int = 0) -> Phase:
+        found = {"gradients": gradients, "activations": activations, "head": head, "overhead": parts.overhead(run)}
+        return Phase("train", always | found, host=_rank_host(run))
+
+    return [
+        at(former, kept + copies, parts.head(run)),
+        at(begun, kept + alive + parts.workspace(run)),
+        at(gradients, parts.recomputed(run) + parts.workspace(run)),
+        at(gradients, 0),
+    ]
+
+
+def phases(run: Run) -> list[Phase]:
+    """All phases of a run, in order; those after training are those of its result."""
+    resident = {
+        "weights": parts.weights(run), "adapters": parts.trained(run), "overhead": parts.overhead(run)
+    }  # fmt: skip
+    held = resident | {"optimizer": parts.optimizer(run)}
+    layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
+    head = parts.head(run.changed(rows=run.eval_rows), backward=False)
+    scored = {"activations": layer} if layer > head else {"head": head}  # one after the other
+    found = [_load(run)]
+    if run.kind in ("nf4", "int8"):
+        found.append(_quantize(run))
+    found += [
+        train_phase(run),
+        Phase("evaluate", held | scored, _rank_host(run)),
+    ]
+    if run.answers:
+        answers = {"activations": parts.prefill(run), "cache": parts.cache(run)}
+        found.append(Phase("generate", held | answers, _rank_host(run)))
+    if not run.full:
+        found.append(_merge(run))
+    return found
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk."""
+
+    download: int
+    checkpoints: int
+    result: int
+    merged: int
+
+
+def disk(run: Run) -> Disk:
+    """Weights as published (bf16), checkpoints (weights that are trained, and two moments), the result, a merge."""
+    published = BYTES["bf16"] * run.shape.parameters
+    return Disk(
+        download=published,
+        checkpoints=run.checkpoints * 3 * WIDE * run.trained,
+        result=run.element * run.shape.parameters if run.full else WIDE * run.trained,
+        merged=0 if run.full else published,
+    )
+
+
+def _load(run: Run) -> Phase:
+    """Weights on their way to the device: a file is mapped, and read tensor by tensor; what was read stays in the page
+    cache, which the system takes back. Under FSDP rank 0 reads, and has one tensor and its copy for the others.
+    """
+    tensor = max(run.shape.embedding, run.shape.largest_linear)
+    device = {"weights": parts.weights(run), "overhead": parts.overhead(run)}
+    if run.kind in ("nf4", "int8"):
+        device["weights"] = (run.shape.embedding + run.shape.norm_weights) * run.rest
+    copies = 2 * tensor * run.rest if run.ranks.cut > 1 else tensor * run.rest
+    return Phase("load", device, host=copies + _process(run))
+
+
+def _quantize(run: Run) -> Phase:
+    """The largest linear layer in 16 bits, and wide, beside what is quantized already."""
+    linear = run.shape.largest_linear
+    device = {"weights": parts.weights(run), "activations": linear * (run.element + WIDE)}
+    return Phase("quantize", device | {"overhead": parts.overhead(run)}, host=linear * run.element + _process(run))
+
+
+def _merge(run: Run) -> Phase:
+    """A shard as it is written, and one tensor in float32; the certificate has the trained model and the merged one
+    side by side on the device.
+    """
+    published = BYTES["bf16"] * run.shape.parameters
+    shard = min(MAX_SHARD_BYTES, published)
+    tensor = WIDE * run.shape.largest_linear
+    device = {
+        "weights": weight_bytes(run.shape, run.kind, double_quant=run.double_quant, rest=run.precision) + published,
+        "adapters": WIDE * run.trained,
+        "overhead": parts.overhead(run),
+    }
+    return Phase("merge", device, host=shard + tensor + _process(run))
+
+
+def _process(run: Run) -> int:
+    """A process of the host; on a CPU it is counted as the device's overhead."""
+    return parts.CPU_PROCESS if run.device == "cuda" else 0
+
+
+def _rank_host(run: Run) -> int:
+    """Host memory of one rank in training: its process; offloaded, also its slices of weights, gradients, moments."""
+    if not run.ranks.offload:
+        return _process(run)
+    whole = weight_bytes(run.shape, run.kind, double_quant=run.double_quant, rest=run.precision)
+    extra = 0 if run.full else WIDE * run.trained
+    return _process(run) + -(-(whole + extra + 3 * WIDE * run.trained) // run.ranks.cut)

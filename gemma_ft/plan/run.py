@@ -1,0 +1,183 @@
+"""A run in the numbers that its memory follows from, and how they come out of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gemma_ft.errors import UserError
+from gemma_ft.plan.activations import Attention, Layer
+from gemma_ft.plan.shape import Shape, preset_shape, shape_in
+from gemma_ft.plan.storage import BYTES, Kind
+from gemma_ft.recipe.paths import locate
+from gemma_ft.recipe.schema import Recipe
+
+Device = Literal["cuda", "cpu"]
+Layout = Literal["one device", "ddp", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many devices share the work, and how; the fields of train.world.World that memory depends on."""
+
+    size: int = 1
+    layout: Layout = "one device"
+    reshard_after_forward: bool = True
+    offload: bool = False
+
+    @property
+    def cut(self) -> int:
+        """Into how many slices weights, gradients and optimizer are cut."""
+        return self.size if self.layout == "fsdp2" else 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. Sizes are those of one rank: `rows` sequences of `tokens` tokens at a time."""
+
+    shape: Shape
+    strategy: Literal["full", "lora", "qlora"]
+    rows: int
+    tokens: int
+    accumulation: int = 1
+    precision: Literal["bf16", "float32"] = "bf16"
+    quantize: Literal["nf4", "int8"] | None = None
+    double_quant: bool = True
+    rank: int = 16
+    targets: frozenset[str] | None = None  # None: all linear layers
+    dora: bool = False
+    dropout: bool = False
+    device: Device = "cuda"
+    attention: Attention = "scores"
+    ranks: Ranks = Ranks()
+    checkpointed: int = 0  # layers that recompute their activations
+    eval_rows: int = 8
+    new_tokens: int = 256
+    answers: bool = True  # evaluations generate
+    checkpoints: int = 3  # on the disk at once
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights are trained."""
+        return self.strategy == "full"
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return BYTES[self.precision]
+
+    @property
+    def kind(self) -> Kind:
+        """How the linear layers lie in memory; all weights that are trained are float32."""
+        return "float32" if self.full else self.quantize or self.precision
+
+    @property
+    def rest(self) -> int:
+        """Bytes of a weight that is not in a linear layer."""
+        return BYTES["float32" if self.full else self.precision]
+
+    @property
+    def trained(self) -> int:
+        """Weights that are trained."""
+        return self.shape.parameters if self.full else self.shape.adapter(self.rank, self.targets, dora=self.dora)
+
+    @property
+    def layer(self) -> Layer:
+        """What decides how much a layer saves."""
+        targets = frozenset(self.shape.linears if self.targets is None else self.targets)
+        return Layer(
+            shape=self.shape,
+            tokens=self.tokens,
+            element=self.element,
+            attention=self.attention,
+            rank=0 if self.full else self.rank,
+            targets=frozenset() if self.full else targets,
+            dropout=self.dropout,
+            int8=self.quantize == "int8",
+        )
+
+    def changed(self, **fields: Any) -> Run:
+        """The run with some fields replaced."""
+        return replace(self, **fields)
+
+
+def attention_of(requested: str, *, softcap: bool, device: Device) -> Attention:
+    """What model.attention.resolve_attention and its backends come to in training, in the words of activations.py."""
+    if requested == "sdpa" or (requested == "auto" and not softcap):
+        return "sdpa"
+    return "blocks" if device == "cpu" and requested in ("auto", "blockwise") else "scores"
+
+
+def run_of(
+    recipe: Recipe,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    device: Device = "cuda",
+    ranks: Ranks | None = None,
+) -> Run:
+    """The run that a recipe describes. rows, tokens: of a micro-batch, where they are known better than the recipe says
+    (None: micro_batch_size and max_seq_len).
+
+    gradient_checkpointing: auto is taken as no layer: fit.py chooses. Raises: UserError for weights in a folder without
+    a Gemma's config.json.
+    """
+    train, adapter = recipe.train, recipe.adapter
+    ranks = ranks or Ranks()
+    shape = _shape(recipe)
+    rows = rows or max(1, min(train.micro_batch_size, train.global_batch_size // ranks.size))
+    targets = None if adapter is None or adapter.targets == "all-linear" else frozenset(adapter.targets)
+    run = Run(
+        shape=shape,
+        strategy=recipe.strategy,
+        rows=rows,
+        tokens=tokens or recipe.data.max_seq_len,
+        accumulation=max(1, train.global_batch_size // (rows * ranks.size)),
+        precision=train.precision,
+        quantize=recipe.quantize.kind if recipe.quantize else None,
+        double_quant=recipe.quantize.double_quant if recipe.quantize else True,
+        rank=adapter.rank if adapter else 0,
+        targets=targets,
+        dora=adapter.dora if adapter else False,
+        dropout=bool(adapter and adapter.dropout),
+        device=device,
+        attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
+        ranks=ranks,
+        eval_rows=recipe.eval.batch_size,
+        new_tokens=recipe.eval.max_new_tokens,
+        answers=bool(recipe.eval.generate_rows or recipe.eval.samples),
+        checkpoints=recipe.checkpoint.keep + recipe.checkpoint.keep_best + 1,
+    )
+    return run.changed(checkpointed=shape.layers if train.gradient_checkpointing is True else 0)
+
+
+def ranks_in(file: Path, count: int | None) -> Ranks:
+    """The ranks of an accelerate config; `count`: so many instead. Raises: UserError when it is no such config."""
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as an accelerate config") from error
+    config = config if isinstance(config, dict) else {}
+    size = count or config.get("num_processes", 1)
+    if type(size) is not int or size < 1:
+        raise UserError(f"{file}: num_processes {size!r} is no number of ranks")
+    sharded = config.get("distributed_type") == "FSDP"
+    settings = config.get("fsdp_config") or {}
+    layout: Layout = "fsdp2" if sharded else "ddp" if size > 1 else "one device"
+    return Ranks(
+        size=size,
+        layout=layout,
+        reshard_after_forward=bool(settings.get("fsdp_reshard_after_forward", True)),
+        offload=bool(settings.get("fsdp_offload_params", False)),
+    )
+
+
+def _shape(recipe: Recipe) -> Shape:
+    """The preset's, or that of weights in a folder of this machine: it may have another vocabulary."""
+    folder = locate(recipe.model.weights) if recipe.model.weights not in (None, "random") else None
+    if folder is not None and Path(folder / "config.json").is_file():
+        return replace(shape_in(folder), name=recipe.model.preset)
+    return preset_shape(recipe.model.preset)

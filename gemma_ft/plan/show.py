@@ -1,0 +1,162 @@
+"""Plans as text: what `gemma-ft plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gemma_ft.model.presets import PRESETS
+from gemma_ft.plan.fit import Change, fitted, peak, smallest_change
+from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
+from gemma_ft.plan.inference import CONTEXTS, PUBLISHED, table
+from gemma_ft.plan.phases import disk, phases
+from gemma_ft.plan.run import Ranks, Run, attention_of, run_of
+from gemma_ft.plan.shape import preset_shape
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.paths import shipped_recipes
+
+COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "cache", "overhead")
+NOWHERE = "not with any setting; more devices (--launch fsdp2 --nproc N), or a smaller model.preset"
+
+
+def overview() -> str:
+    """The inference table of all published sizes, and what GPUs there are."""
+    gpus = [f"  {size:>3} GiB  {names}" for size, names in GPUS.items()]
+    left = f"A GPU is taken to have room when {1 - USABLE:.0%} of it is left for its driver and its allocator."
+    return "\n".join([*inference_lines(PUBLISHED), "", "GPUs", *gpus, "", left])
+
+
+def preset_plan(name: str, gpu: int | None) -> str:
+    """Inference and training of one preset; `gpu`: bytes of the GPU in question."""
+    lines = [*inference_lines([name]), "", *training_lines(name, gpu)]
+    return "\n".join(lines)
+
+
+def inference_lines(presets: Iterable[str]) -> list[str]:
+    """The table of weights x quantization x context."""
+    rows = [["GiB to answer", "", "weights", *(f"{tokens:,} tokens" for tokens in CONTEXTS), "smallest GPU"]]
+    last = ""
+    for line in table(*presets):
+        gpus = " / ".join(dict.fromkeys(map(_nominal, line.gpus)))
+        shown = line.preset if line.preset != last else ""
+        rows.append([shown, line.kind, gib(line.weights), *map(gib, line.totals), gpus])
+        last = line.preset
+    return aligned(rows, left=(0, 1, 6))
+
+
+def training_lines(name: str, gpu: int | None = None) -> list[str]:
+    """Training of a preset in each strategy at the defaults of a recipe, one sequence at a time."""
+    yours = [f"{gib(gpu)} GiB GPU"] if gpu else []
+    rows = [["GiB to train", "no layer recomputes", "all layers do", "smallest GPU", *yours]]
+    for label, run in _defaults(name):
+        every = run.changed(checkpointed=run.shape.layers)
+        cells = [label, gib(peak(run)), gib(peak(every)), _nominal(smallest_gpu(peak(every)))]
+        rows.append(cells + ([_verdict(smallest_change(run, int(USABLE * gpu), auto=True))] if gpu else []))
+    what = "one sequence of 2,048 tokens at a time; LoRA of rank 16 on all linear layers"
+    return [*aligned(rows, left=(0, 3, 4)), f"({what})"]
+
+
+def recipe_plan(loaded: LoadedRecipe, gpu: int | None, ranks: Ranks) -> tuple[str, bool]:
+    """The plan of a recipe on a GPU of so many bytes (None: the smallest that has room), and whether it fits there as
+    it is.
+    """
+    recipe = loaded.recipe
+    auto = recipe.train.gradient_checkpointing == "auto"
+    run = run_of(recipe, ranks=ranks)
+    least = run.changed(checkpointed=run.shape.layers) if auto else run
+    room = int(USABLE * (gpu or GIB * (smallest_gpu(peak(least)) or max(GPUS))))
+    run = fitted(run, room, auto=auto)
+    lines = [*(f"note: {note}" for note in loaded.notes), _described(run), ""]
+    lines += [*_phase_lines(run), "", *_disk_lines(run), _layers_line(run), ""]
+    if gpu:
+        change = smallest_change(run, room, auto=auto)
+        lines.append(f"{gib(gpu)} GiB GPU: {_verdict(change)}")
+        return "\n".join(lines), change is not None and not change.overrides
+    changes = {nominal: smallest_change(run, int(USABLE * nominal * GIB), auto=auto) for nominal in GPUS}
+    small = [nominal for nominal, change in changes.items() if change is None]
+    lines += [f"{max(small):>4} GiB  and less: {NOWHERE}"] if small else []
+    lines += [f"{nominal:>4} GiB  {_verdict(change)}" for nominal, change in changes.items() if change is not None]
+    return "\n".join(lines), True
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB with one decimal; a dot where they are too few to be seen."""
+    return f"{size / GIB:,.1f}" if size >= GIB / 20 else "." if size else ""
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
+    """Cells in columns, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[one.ljust(w) if i in left else one.rjust(w) for i, (one, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]  # fmt: skip
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def _phase_lines(run: Run) -> list[str]:
+    found = phases(run)
+    used = [name for name in COLUMNS if any(phase.device.get(name) for phase in found)]
+    rows = [["GiB", *used, "device", "host"]]
+    for phase in found:
+        rows.append([phase.name, *(gib(phase.device.get(name, 0)) for name in used), gib(phase.total), gib(phase.host)])
+    return aligned(rows, left=(0,))
+
+
+def _disk_lines(run: Run) -> list[str]:
+    found = disk(run)
+    parts = [f"{gib(found.download)} GiB of weights to download", f"{gib(found.checkpoints)} of checkpoints"]
+    parts += [f"{gib(found.result)} of tuned model" if run.full else f"{gib(found.result)} of adapter"]
+    parts += [f"{gib(found.merged)} of a merge"] if found.merged else []
+    return [f"disk: {', '.join(parts)}"]
+
+
+def _layers_line(run: Run) -> str:
+    return f"train.gradient_checkpointing: {recomputing(run)}"
+
+
+def recomputing(run: Run) -> str:
+    """How many layers recompute their activations, in words."""
+    count, layers = run.checkpointed, run.shape.layers
+    if not count:
+        return "no layer recomputes its activations"
+    which = f"all {layers}" if count == layers else f"the first {count} of {layers}"
+    return f"{which} layers recompute their activations"
+
+
+def _described(run: Run) -> str:
+    how = {"full": "full", "lora": f"lora, rank {run.rank}", "qlora": f"qlora over {run.quantize}, rank {run.rank}"}
+    many = "1 device" if run.ranks.size == 1 else f"{run.ranks.size} devices ({run.ranks.layout})"
+    rows = f"{run.rows} sequence{'s' * (run.rows > 1)} of {run.tokens:,} tokens"
+    return f"{run.shape.name}, {how[run.strategy]}, {run.precision}: {rows} at a time on {many}"
+
+
+def _verdict(change: Change | None) -> str:
+    if change is None:
+        return NOWHERE
+    if change.overrides:
+        return f"with {' '.join(change.overrides)}: {gib(peak(change.run))} GiB"
+    return f"fits: {gib(peak(change.run))} GiB, {recomputing(change.run)}"
+
+
+def _nominal(size: int | None) -> str:
+    return f"{size} GiB" if size else "none"
+
+
+def _defaults(name: str) -> list[tuple[str, Run]]:
+    shape = preset_shape(name)
+    attention = attention_of("auto", softcap=shape.second, device="cuda")
+    plain = Run(shape=shape, strategy="lora", rows=1, tokens=2048, attention=attention, eval_rows=1)
+    return [
+        ("full", plain.changed(strategy="full", rank=0)),
+        ("lora", plain),
+        ("qlora, int8", plain.changed(strategy="qlora", quantize="int8")),
+        ("qlora, nf4", plain.changed(strategy="qlora", quantize="nf4")),
+    ]
+
+
+def is_preset(name: str) -> bool:
+    """Whether a name is a preset's and not a recipe's."""
+    return name in PRESETS
+
+
+def known() -> str:
+    """What can be planned, in one line."""
+    return f"presets: {', '.join(PRESETS)}; recipes: {', '.join(path.stem for path in shipped_recipes())}"

@@ -1,0 +1,109 @@
+"""The table of what a layer keeps is what autograd keeps, byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.plan.activations import Layer, checkpointed_bytes, saved_bytes
+from gemma_ft.plan.run import attention_of
+from gemma_ft.plan.shape import shape_of
+from gemma_ft.train.checkpointing import checkpoint_layers
+
+TOKENS, RANK = 97, 4  # a prime that no weight has: what it divides is of tokens
+SIZES = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128}  # fmt: skip
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SOME = ["q_proj", "v_proj", "down_proj"]
+FAMILIES = {"gemma2": "gemma-2-2b", "gemma": "gemma-2b"}
+
+
+def model_of(family: str, targets: list[str], dtype: torch.dtype, attention: str | None, dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    more = {"sliding_window": 64} if family == "gemma2" else {}
+    config = PRESETS[FAMILIES[family]].config(**SIZES, **more)
+    config._attn_implementation = attention
+    model = GemmaForCausalLM(config).to(dtype).train()
+    if targets:
+        options = LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=dropout)
+        model = get_peft_model(model, options).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def kept_for_each_token(model: Any, index: int, narrow: bool) -> float:
+    """Bytes that backward keeps of one layer for each token: tensors that are no weights, and not shared with others
+    (angles, places).
+    """
+    native = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = native.model.layers[index]
+    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    inside, found = [False], {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if inside[0] and tensor.numel() >= TOKENS and tensor.untyped_storage().data_ptr() not in weights | shared:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def begin(module: Any, arguments: Any) -> None:
+        angles, visible = arguments[1], arguments[2]
+        shared.update(one.untyped_storage().data_ptr() for one in (*angles, visible.low) if one is not None)
+        inside[0] = True
+
+    def end(*_: Any) -> None:
+        inside[0] = False
+
+    shared: set[int] = set()
+    hooks = [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+    ids = torch.arange(TOKENS)[None]
+    cast = torch.autocast("cpu", dtype=torch.bfloat16) if narrow else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    rows = [one for one in found.values() if one.numel() % TOKENS == 0]
+    return sum(one.untyped_storage().nbytes() for one in rows) / TOKENS
+
+
+def layer_of(family: str, targets: list[str], element: int, attention: str | None, dropout: float = 0.0) -> Layer:
+    shape = shape_of(family, {"model_type": family, "sliding_window": 64, "max_position_embeddings": 256, **SIZES})
+    kind = attention_of(attention or "auto", softcap=family == "gemma2", device="cpu")
+    return Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("targets", "precision"),
+    [(LINEARS, "bf16"), (LINEARS, "float32"), (SOME, "bf16"), ([], "bf16"), ([], "float32")],
+    ids=["lora", "lora-float32", "some", "full", "full-float32"],
+)
+def test_a_layer_keeps_what_the_table_says(
+    targets: list[str], precision: str, family: str, attention: str | None
+) -> None:
+    narrow = precision == "bf16"
+    dtype = torch.bfloat16 if narrow and targets else torch.float32
+    model = model_of(family, targets, dtype, attention)
+    layer = layer_of(family, targets, 2 if narrow else 4, attention)
+    assert kept_for_each_token(model, 1, narrow and not targets) == saved_bytes(layer)
+
+
+def test_dropout_keeps_its_masks_and_inputs() -> None:
+    model = model_of("gemma2", LINEARS, torch.bfloat16, None, dropout=0.1)
+    assert kept_for_each_token(model, 1, narrow=False) == saved_bytes(layer_of("gemma2", LINEARS, 2, None, 0.1))
+
+
+def test_a_checkpointed_layer_keeps_its_input() -> None:
+    model = model_of("gemma2", LINEARS, torch.bfloat16, None)
+    checkpoint_layers(model, 2)
+    assert kept_for_each_token(model, 1, narrow=False) == checkpointed_bytes(layer_of("gemma2", LINEARS, 2, None))
+    assert kept_for_each_token(model, 2, narrow=False) == saved_bytes(layer_of("gemma2", LINEARS, 2, None))

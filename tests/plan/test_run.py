@@ -1,0 +1,68 @@
+"""A recipe in numbers: attention as it is resolved, ranks as accelerate's configs have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma_ft.errors import UserError
+from gemma_ft.model.attention import resolve_attention
+from gemma_ft.plan.run import Ranks, attention_of, ranks_in, run_of
+from gemma_ft.plan.shape import preset_shape
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.paths import shipped_launches, shipped_root
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("requested", ["auto", "blockwise", "eager", "sdpa"])
+def test_attention_is_what_the_resolver_chooses(requested: str, softcap: float | None) -> None:
+    if requested == "sdpa" and softcap:
+        return  # refused
+    chosen = resolve_attention(requested, softcap).name
+    here = {"blockwise": "blocks", "eager": "scores", "sdpa": "sdpa"}[chosen]
+    assert attention_of(requested, softcap=softcap is not None, device="cpu") == here
+    assert attention_of(requested, softcap=softcap is not None, device="cuda") == here.replace("blocks", "scores")
+
+
+def test_every_shipped_launch_is_understood() -> None:
+    found = {path.stem: ranks_in(path, None) for path in shipped_launches()}
+    assert found == {
+        "cpu_2ranks": Ranks(2, "fsdp2"),
+        "ddp": Ranks(2, "ddp"),
+        "fsdp2": Ranks(2, "fsdp2"),
+        "fsdp2_offload": Ranks(2, "fsdp2", offload=True),
+        "fsdp2_qlora": Ranks(2, "fsdp2"),
+        "multi_node": Ranks(16, "fsdp2"),
+        "one_device": Ranks(),
+    }
+    assert ranks_in(next(path for path in shipped_launches() if path.stem == "ddp"), 4) == Ranks(4, "ddp")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: [", "cannot be read as an accelerate config"),
+        ("num_processes: many", "num_processes 'many' is no number of ranks"),
+    ],
+)
+def test_another_file_is_refused(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        ranks_in(path, None)
+    assert str(raised.value) == f"{path}: {line}"
+
+
+def test_ranks_share_the_rows_of_a_step() -> None:
+    recipe = load_recipe("sft_2b", ["train.micro_batch_size=8"]).recipe
+    assert (run_of(recipe).rows, run_of(recipe).accumulation) == (8, 4)
+    shared = run_of(recipe, ranks=Ranks(8, "ddp"))
+    assert (shared.rows, shared.accumulation) == (4, 1)
+
+
+def test_the_vocabulary_is_that_of_the_weights() -> None:
+    recipe = load_recipe("sft_tiny").recipe
+    config = json.loads((shipped_root() / "data/gemma-tiny/config.json").read_text(encoding="utf-8"))
+    assert run_of(recipe).shape.vocabulary == config["vocab_size"] != preset_shape("gemma-tiny").vocabulary

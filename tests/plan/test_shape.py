@@ -1,0 +1,77 @@
+"""Sizes without torch are the sizes of real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gemma_ft.errors import UserError
+from gemma_ft.model.config import PRESETS, GemmaNumerics
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.plan.shape import preset_shape, shape_in
+
+
+def on_meta(name: str) -> GemmaForCausalLM:
+    with torch.device("meta"):
+        return GemmaForCausalLM(PRESETS[name].config())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_weights_and_windows_of_its_model(name: str) -> None:
+    shape, model = preset_shape(name), on_meta(name)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.windows == model.model.numerics.window_tokens
+    assert (shape.vocabulary, shape.max_positions) == (model.config.vocab_size, model.config.max_position_embeddings)
+    layer = model.model.layers[0]
+    assert {one: tuple(layer.get_submodule(f"{room}.{one}").weight.shape)
+            for room, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+            for one in (f"{letter}_proj" for letter in names)} == shape.linears  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "dora"), [(None, False), (None, True), (["q_proj", "v_proj"], False), (["down_proj"], True)]
+)
+def test_an_adapter_has_the_weights_that_peft_gives_it(targets: list[str] | None, dora: bool) -> None:
+    config = LoraConfig(r=5, target_modules=targets or "all-linear", task_type="CAUSAL_LM", use_dora=dora)
+    with torch.device("meta"):
+        model = get_peft_model(on_meta("gemma-tiny"), config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert preset_shape("gemma-tiny").adapter(5, targets, dora=dora) == trained
+
+
+def test_a_folder_has_the_shape_of_its_config(tmp_path: Path) -> None:
+    for name in ("gemma-2b", "gemma-2-27b"):
+        config = PRESETS[name].config(vocab_size=1000, num_hidden_layers=3)
+        config.save_pretrained(tmp_path)
+        shape = shape_in(tmp_path)
+        assert (shape.layers, shape.vocabulary, shape.second) == (3, 1000, name == "gemma-2-27b")
+        assert shape.windows == GemmaNumerics.from_config(config).window_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"model_type": "llama"}', "not of Gemma 1 or 2"),
+        ('{"model_type": "gemma", "num_hidden_layers": 0}', "num_hidden_layers 0 is no size; fetch the file again"),
+        ("[]", "not of Gemma 1 or 2"),
+        ("nothing", "cannot be read as a Gemma's: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_another_config_is_refused_in_one_line(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        shape_in(tmp_path)
+    assert str(raised.value) == f"{path}: {line}"
+
+
+def test_a_config_that_leaves_fields_out_is_read_with_the_defaults_of_transformers(tmp_path: Path) -> None:
+    fields = {"model_type": "gemma2", **PRESETS["gemma-2-2b"].fields}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    shape = shape_in(tmp_path)
+    assert shape.windows == preset_shape("gemma-2-2b").windows
+    assert shape.parameters == preset_shape("gemma-2-2b").parameters

@@ -1,0 +1,87 @@
+"""Bytes of weights, keys and values are those of the real things."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from gemma_ft import weights
+from gemma_ft.infer import engine
+from gemma_ft.infer.generate import generate_answers
+from gemma_ft.model import kv_cache, lm_head
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.kv_cache import KVCache
+from gemma_ft.plan import parts, phases, storage
+from gemma_ft.plan.shape import preset_shape
+from gemma_ft.plan.storage import cache_bytes, linear_bytes, weight_bytes
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("size", [(512, 256), (96, 64), (40, 30)])
+def test_four_bits_take_what_bitsandbytes_takes(size: tuple[int, int], double_quant: bool) -> None:
+    packed = bnb.nn.Params4bit(torch.randn(size).bfloat16(), requires_grad=False, quant_type="nf4",
+                               compress_statistics=double_quant, quant_storage=torch.bfloat16).to("cpu")  # fmt: skip
+    state = packed.quant_state
+    taken = packed.data.nbytes + state.absmax.nbytes + state.code.nbytes
+    if double_quant:
+        taken += state.state2.absmax.nbytes + state.state2.code.nbytes + state.offset.nbytes
+    assert linear_bytes(*size, "nf4", double_quant=double_quant) == taken
+
+
+def test_eight_bits_take_what_bitsandbytes_takes() -> None:
+    eight = bnb.nn.Int8Params(torch.randn(48, 64).bfloat16(), requires_grad=False).to("cpu")
+    assert linear_bytes(48, 64, "int8") == eight.data.nbytes + eight.SCB.nbytes
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_plain_weights_take_their_dtype(kind: storage.Kind, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        model = GemmaForCausalLM(PRESETS["gemma-2-2b"].config()).to(dtype)
+    assert weight_bytes(preset_shape("gemma-2-2b"), kind) == sum(one.nbytes for one in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-7b"])
+@pytest.mark.parametrize("tokens", [1024, 4096, 4608, 8192])
+def test_the_cache_takes_what_the_engines_takes(name: str, tokens: int) -> None:
+    shape = preset_shape(name)
+    cache = KVCache(shape.windows, rows=2, max_seq_len=shape.max_positions)
+    piece = torch.empty((2, shape.kv_heads, engine.PREFILL_TOKENS, shape.head_dim), dtype=torch.bfloat16, device="meta")
+    for _ in range(tokens // engine.PREFILL_TOKENS):
+        one = cache.open(0, [engine.PREFILL_TOKENS] * 2, torch.device("meta"))
+        for layer in range(2):
+            one.update(piece, piece, layer)
+        one.finish()
+    held = sum(part.nbytes for ring in cache.rings[:2] for part in ring.parts) * shape.layers // 2
+    assert cache_bytes(shape, tokens, rows=2) == held
+
+
+def test_answers_need_no_more_cache_than_planned() -> None:
+    """Places double: a prompt of any length holds at most what is planned, and at least half of it."""
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=300)).eval()
+    shape = preset_shape("gemma-tiny")
+    held = []
+    original = engine.Engine.step
+
+    def step(self: engine.Engine) -> list[engine.Emitted]:
+        emitted = original(self)
+        held.append(self._cache.nbytes())
+        return emitted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Engine, "step", step)
+        for tokens in (20, 300, 700):
+            held.clear()
+            generate_answers(model, [[5] * tokens] * 2, stop_ids=[], max_new_tokens=3, batch_size=2)
+            planned = cache_bytes(shape, tokens + 3, rows=2, limit=tokens + 3, element=4)
+            assert planned / 2 <= max(held) <= planned
+
+
+def test_the_arithmetic_has_the_constants_of_what_it_plans() -> None:
+    assert (parts.CHUNK_BYTES, parts.CPU_ROWS, parts.CPU_BYTES) == (
+        lm_head.CHUNK_BYTES, lm_head.CPU_ROWS, lm_head.CPU_BYTES)  # fmt: skip
+    assert parts.PREFILL_TOKENS == engine.PREFILL_TOKENS
+    assert storage.FIRST_PLACES == kv_cache.FIRST_PLACES
+    assert phases.MAX_SHARD_BYTES == weights.MAX_SHARD_BYTES

@@ -1,0 +1,29 @@
+"""docs/memory.md: its tables are the planner's and the measurement's, and every plan is within 10% of what it plans."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.memory_page import PAGE, with_tables
+from benchmarks.plan import ARMS, WITHIN, planned
+from benchmarks.record import ROOT
+
+RESULT = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
+
+
+def test_the_tables_are_what_is_planned_and_measured() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tables(page) == page, "python -m benchmarks.memory_page writes them anew"
+
+
+def test_all_arms_were_measured() -> None:
+    assert RESULT["arms"].keys() == ARMS.keys()
+    assert RESULT["grid"] == {name: vars(arm) for name, arm in ARMS.items()}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_plan_of_today_is_within_a_tenth_of_what_was_measured(name: str) -> None:
+    measured = RESULT["arms"][name]["measured"]
+    assert sum(planned(ARMS[name]).values()) == pytest.approx(measured, rel=WITHIN)
