@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 import warnings
@@ -34,6 +35,12 @@ def debug_enabled() -> bool:
 def own_kernels_wanted() -> bool:
     """Whether fast paths of ours may run for operations and layers of libraries: GEMMA_FT_KERNELS=off says no."""
     return os.environ.get("GEMMA_FT_KERNELS", "").lower() not in ("off", "0", "false")
+
+
+def compiler() -> str | None:
+    """A C++ compiler: CXX, else the first of the usual names that is there."""
+    names = [asked] if (asked := os.environ.get("CXX")) else ("g++", "c++", "clang++")
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def dtype_by_name(name: str) -> torch.dtype:

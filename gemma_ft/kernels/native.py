@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from torch import Tensor
 from gemma_ft import runtime
 
 SOURCE = Path(__file__).with_name("cpu_ops.cpp")
-COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
          "-fopenmp", "-shared", "-fPIC")  # fmt: skip
 SECONDS = 120  # a compiler that takes longer hangs
@@ -56,8 +54,7 @@ def operations() -> Operations:
     """Built and opened once in a process; a later process finds them built."""
     if not runtime.own_kernels_wanted():
         return Operations({}, "plain torch and PEFT, as GEMMA_FT_KERNELS=off asks")
-    names = [asked] if (asked := runtime.from_environment("CXX")) else COMPILERS
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = runtime.compiler()
     if compiler is None:
         return Operations({}, "plain torch: no C++ compiler; with g++ installed steps are faster")
     try:

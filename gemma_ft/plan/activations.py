@@ -27,6 +27,8 @@ class Layer:
     targets: frozenset[str] = frozenset()  # linear layers with an adapter; none: all weights are trained
     dropout: bool = False  # in front of the adapter
     int8: bool = False
+    fused: bool = False  # adapters are adapters/fused_lora.py's: they keep their input as it is
+    native: bool = False  # norms and GeGLU are C++ (kernels/cpu_ops.cpp): they keep their inputs alone
 
     @property
     def full(self) -> bool:
@@ -42,6 +44,8 @@ class Layer:
         """Wide copies of the input that these linear layers share: PEFT makes one for each adapter, or takes the input
         itself where it is wide.
         """
+        if self.fused:
+            return 0
         adapters = sum(name in self.targets for name in names)
         return min(adapters, 1) if self.wide and not self.dropout else adapters
 
@@ -54,8 +58,10 @@ def _always(_: Layer) -> bool:
     return True
 
 
-def _plain_input(at: Layer) -> bool:
-    return at.full or at.int8  # bitsandbytes' int8 layer keeps its input too
+def _input(*names: str) -> Callable[[Layer], bool]:
+    """Whether linear layers that share an input keep it as it is."""
+    # bitsandbytes' int8 layer keeps its input too
+    return lambda at: at.full or at.int8 or (at.fused and at.adapted(*names) > 0)
 
 
 def _scores(at: Layer) -> bool:
@@ -77,10 +83,12 @@ class Saved:
 
 
 SAVED = (
-    Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE),
+    Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE, when=lambda at: not at.native),
+    Saved("the same in C++", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.native),
     Saved("1 / rms of each norm", lambda at: at.shape.norms, each=WIDE),
-    Saved("normed, of trained norms", lambda at: at.shape.norms * at.shape.hidden, each=WIDE, when=lambda at: at.full),
-    Saved("input of q, k, v", lambda at: at.shape.hidden, when=_plain_input),
+    Saved("normed, of trained norms", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
+          when=lambda at: at.full and not at.native),
+    Saved("input of q, k, v", lambda at: at.shape.hidden, when=_input("q_proj", "k_proj", "v_proj")),
     Saved("the same for adapters", lambda at: at.copies("q_proj", "k_proj", "v_proj") * at.shape.hidden, each=WIDE),
     Saved("q, k rotated, v", lambda at: (at.shape.heads + 2 * at.shape.kv_heads) * at.shape.head_dim),
     Saved("log-sum-exp", lambda at: at.shape.heads, each=WIDE, when=lambda at: not _scores(at)),
@@ -92,15 +100,17 @@ SAVED = (
     Saved("attention weights", lambda at: at.shape.heads * at.tokens, each=WIDE, when=_scores),
     Saved("the same in v's dtype", lambda at: at.shape.heads * at.tokens, when=lambda at: _scores(at) and not at.wide),
     Saved("input of o", lambda at: at.shape.heads * at.shape.head_dim,
-          when=lambda at: _plain_input(at) and (at.attention != "sdpa" or at.int8)),
+          when=lambda at: _input("o_proj")(at) and (at.attention != "sdpa" or at.int8 or at.native)),
     Saved("the same for adapters", lambda at: at.copies("o_proj") * at.shape.heads * at.shape.head_dim, each=WIDE,
           when=lambda at: at.attention != "sdpa" or not at.wide or at.dropout),
-    Saved("input of gate, up", lambda at: at.shape.hidden, when=_plain_input),
+    Saved("input of gate, up", lambda at: at.shape.hidden, when=_input("gate_proj", "up_proj")),
     Saved("the same for adapters", lambda at: at.copies("gate_proj", "up_proj") * at.shape.hidden, each=WIDE),
-    Saved("gate, gelu(gate), up", lambda at: 3 * at.shape.ffn),
-    Saved("input of down", lambda at: at.shape.ffn, when=_plain_input),
+    Saved("gate, up", lambda at: 2 * at.shape.ffn),
+    Saved("gelu(gate)", lambda at: at.shape.ffn, when=lambda at: not at.native),
+    Saved("input of down", lambda at: at.shape.ffn, when=_input("down_proj")),
     Saved("the same for adapters", lambda at: at.copies("down_proj") * at.shape.ffn, each=WIDE),
-    Saved("A x of each adapter", lambda at: at.rank * len(at.targets), each=WIDE),
+    Saved("A x of each adapter", lambda at: at.rank * len(at.targets), each=WIDE, when=lambda at: not at.fused),
+    Saved("the same, fused", lambda at: at.rank * len(at.targets), when=lambda at: at.fused),
     Saved("dropout's masks", lambda at: sum(at.shape.linears[name][1] for name in at.targets), each=WIDE,
           when=lambda at: at.dropout),
 )  # fmt: skip
@@ -121,6 +131,7 @@ def workspace_bytes(at: Layer) -> int:
     and of its parts, in adapters also their wide copies, or gradients of scores that are written out; and the
     residual's.
     """
-    ffn = at.shape.ffn * (at.element * 2 if at.full or at.wide else at.element * 2 + WIDE)
+    copies = 0 if at.full or at.wide else at.element if at.fused else WIDE
+    ffn = at.shape.ffn * (2 * at.element + copies)
     scores = 3 * WIDE * at.shape.heads * at.tokens if _scores(at) else 0
-    return max(ffn, scores) + 3 * at.shape.hidden * WIDE
+    return max(ffn, scores) + 3 * at.shape.hidden * (at.element if at.native else WIDE)

@@ -8,7 +8,7 @@ from gemma_ft.plan.shape import Shape
 from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, weight_bytes
 
 # model.lm_head's, and infer.engine's (a test compares them)
-CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 32 * 2**20, 512
+CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 64 * 2**20, 512
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
 CPU_PROCESS = 3 * 2**28  # torch and the libraries around it, with a first use of their kernels
 
@@ -106,16 +106,20 @@ def head(run: Run, *, backward: bool = True) -> int:
     if run.device == "cpu":
         chunk = min(chunk, max(CPU_ROWS, CPU_BYTES // (WIDE * shape.vocabulary)))
     around = tokens * shape.hidden * (WIDE + 3 * run.element + (run.element if backward else 0))
-    total = around + min(chunk, tokens) * shape.vocabulary * logit_bytes(shape, run.element)
+    total = around + min(chunk, tokens) * shape.vocabulary * logit_bytes(run)
     if run.full and backward:  # its gradient, and what one chunk adds to it
         total += (WIDE + element) * shape.embedding
     return total
 
 
-def logit_bytes(shape: Shape, element: int) -> int:
-    """Bytes of each logit while its loss is computed: as multiplied, wide, tanh and capped, and their exponential."""
-    narrow = 0 if element == WIDE else element
-    return narrow + (3 if shape.second else 2) * WIDE
+def logit_bytes(run: Run) -> int:
+    """Bytes of each logit while its loss is computed: as multiplied, wide, tanh and capped, and their exponential; in
+    C++ its gradient takes its place.
+    """
+    if run.native:
+        return run.element
+    narrow = 0 if run.element == WIDE else run.element
+    return narrow + (3 if run.shape.second else 2) * WIDE
 
 
 def forward_only(run: Run, rows: int, tokens: int, *, keys: int, cached: bool) -> int:

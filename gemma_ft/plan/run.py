@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from gemma_ft import runtime
 from gemma_ft.errors import UserError
 from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
@@ -52,6 +53,8 @@ class Run:
     dropout: bool = False
     device: Device = "cuda"
     attention: Attention = "scores"
+    native: bool = False  # operations in C++ run
+    fused: bool = True  # where adapters are plain LoRA, their products are fused
     ranks: Ranks = Ranks()
     checkpointed: int = 0  # layers that recompute their activations
     eval_rows: int = 8
@@ -97,6 +100,8 @@ class Run:
             targets=frozenset() if self.full else targets,
             dropout=self.dropout,
             int8=self.quantize == "int8",
+            fused=self.fused and not (self.full or self.dropout or self.dora or self.quantize == "int8"),
+            native=self.native,
         )
 
     def changed(self, **fields: Any) -> Run:
@@ -145,6 +150,8 @@ def run_of(
         dropout=bool(adapter and adapter.dropout),
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
+        native=device == "cpu" and runtime.own_kernels_wanted() and runtime.compiler() is not None,
+        fused=runtime.own_kernels_wanted(),
         ranks=ranks,
         eval_rows=recipe.eval.batch_size,
         new_tokens=recipe.eval.max_new_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from gemma_ft import runtime
+from gemma_ft.adapters.fused_lora import with_fused_layers
+from gemma_ft.kernels import native
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.plan.activations import Layer, checkpointed_bytes, saved_bytes
@@ -25,6 +29,17 @@ SOME = ["q_proj", "v_proj", "down_proj"]
 FAMILIES = {"gemma2": "gemma-2-2b", "gemma": "gemma-2b"}
 
 
+@pytest.fixture(params=[True, False], ids=["fast", "plain"], autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the fused layers and the operations in C++, and with PEFT's layers and plain torch."""
+    if request.param and not native.operations().functions:
+        pytest.skip(native.operations().reason)
+    if not request.param:
+        monkeypatch.setenv("GEMMA_FT_KERNELS", "off")
+        monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "none"))
+    return bool(request.param)
+
+
 def model_of(family: str, targets: list[str], dtype: torch.dtype, attention: str | None, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
     more = {"sliding_window": 64} if family == "gemma2" else {}
@@ -33,7 +48,7 @@ def model_of(family: str, targets: list[str], dtype: torch.dtype, attention: str
     model = GemmaForCausalLM(config).to(dtype).train()
     if targets:
         options = LoraConfig(r=RANK, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=dropout)
-        model = get_peft_model(model, options).train()
+        model = get_peft_model(model, with_fused_layers(options)).train()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -77,7 +92,10 @@ def kept_for_each_token(model: Any, index: int, narrow: bool) -> float:
 def layer_of(family: str, targets: list[str], element: int, attention: str | None, dropout: float = 0.0) -> Layer:
     shape = shape_of(family, {"model_type": family, "sliding_window": 64, "max_position_embeddings": 256, **SIZES})
     kind = attention_of(attention or "auto", softcap=family == "gemma2", device="cpu")
-    return Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
+    fast = runtime.own_kernels_wanted()
+    fused = fast and bool(targets) and not dropout
+    layer = Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
+    return replace(layer, fused=fused, native=fast)
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])
