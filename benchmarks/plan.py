@@ -72,6 +72,7 @@ ARMS = {
 
 def planned(arm: Arm) -> dict[str, int]:
     """What the planner says of an arm, by part, without its overhead."""
+    from gemma_ft.plan.parts import FIRST_STEP
     from gemma_ft.plan.phases import phases
     from gemma_ft.plan.run import Run, attention_of
     from gemma_ft.plan.shape import preset_shape, shape_of
@@ -83,13 +84,16 @@ def planned(arm: Arm) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), eval_rows=arm.rows, new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, eval_rows=arm.rows,
+        new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}
-    if arm.phase == "merge":
+    if arm.phase == "train":
+        found["libraries in a first step"] = FIRST_STEP  # of the overhead: what comes after the baseline was taken
+    elif arm.phase == "merge":
         found = {"shard and tensor": phase.host}
-    elif arm.phase != "train":  # a model that is asked, which was never trained
+    else:  # a model that is asked, which was never trained
         del found["optimizer"]
     return {name: size for name, size in found.items() if size}
 

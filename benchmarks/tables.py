@@ -68,12 +68,46 @@ def tiny(result: dict[str, Any]) -> Rows:
               for name, arm in result["arms"].items())]  # fmt: skip
 
 
+def profile_cpu(result: dict[str, Any]) -> Rows:
+    rows = [["", "stock_best", "ours, before", "ours, now"]]
+    for line, now in result["after"]["lines"].items():
+        arms = (now["stock_best"], result["before"]["lines"][line]["ours"], now["ours"])
+        rows.append([f"`{line}`: a step, ms", *(f"{arm['step_ms']:,}" for arm in arms)])
+        for place, operations in enumerate(zip(*(arm["slowest"] for arm in arms), strict=True), 1):
+            rows.append([str(place), *(f"`{one['operation']}` {one['share']:.0%}" for one in operations)])
+    return rows
+
+
+def curves(result: dict[str, Any]) -> Rows:
+    rows = [["", "loss, first and last", "bf16 plain, mean distance", "bf16 fast", "float32 fast"]]
+    for strategy, found in result["strategies"].items():
+        first, last = found["first_and_last_loss"]
+        apart = (found[f"{arm}, from float32 plain"]["mean"] for arm in ("bf16, plain", "bf16, fast", "float32, fast"))
+        rows.append([strategy, f"{first:.3f}, {last:.3f}", *(f"{one:.1e}" for one in apart)])
+    return rows
+
+
+def before(result: dict[str, Any]) -> Rows:
+    rows = [["recipes/sft_tiny.yaml", "s, before", "s, now", "times as fast", "tok/s, before", "tok/s, now",
+             "loss, before", "loss, now"]]  # fmt: skip
+    for name, found in result["strategies"].items():
+        seconds, speed, loss = (found[key] for key in ("seconds", "tokens_per_second", "loss"))
+        times = f"{found['times_as_fast']['median']:.2f}x"
+        rows.append([name, f"{seconds['before']:.0f}", f"{seconds['now']:.0f}", times,
+                     f"{speed['before']:,.0f}", f"{speed['now']:,.0f}", f"{loss['before']:.4f}",
+                     f"{loss['now']:.4f}"])  # fmt: skip
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "train_cpu": train_cpu,
     "decode_cpu": decode_cpu,
     "merge_speed": merge_speed,
     "startup": startup,
     "tiny": tiny,
+    "profile_cpu": profile_cpu,
+    "curves": curves,
+    "before": before,
 }
 
 

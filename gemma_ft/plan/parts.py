@@ -11,6 +11,7 @@ from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, weight_bytes
 CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 64 * 2**20, 512
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
 CPU_PROCESS = 3 * 2**28  # torch and the libraries around it, with a first use of their kernels
+FIRST_STEP = 24 * 2**20  # of that: what they set up in a first training step, measured with a model of next to nothing
 
 
 def weights(run: Run) -> int:
@@ -127,10 +128,12 @@ def forward_only(run: Run, rows: int, tokens: int, *, keys: int, cached: bool) -
     every score is written out.
     """
     shape, element = run.shape, run.element
-    ffn = shape.ffn * (
-        (3 * element if run.full else 2 * element + 2 * WIDE) + WIDE
-    )  # parts, and a product's own buffer
-    states = 4 * shape.hidden * WIDE + ffn + 2 * (shape.heads + shape.kv_heads) * shape.head_dim * element
+    if run.native and (run.full or run.layer.fused):
+        wide, parts_of_ffn = element, 3 * element
+    else:  # wide copies of norms and adapters, and a product's own buffer
+        wide, parts_of_ffn = WIDE, (3 * element if run.full else 2 * element + 2 * WIDE) + WIDE
+    states = 4 * shape.hidden * wide + shape.ffn * parts_of_ffn
+    states += 2 * (shape.heads + shape.kv_heads) * shape.head_dim * element
     written = cached or run.attention == "scores"
     scores = shape.heads * keys * (element + 3 * WIDE) if written else 0
     return rows * tokens * (states + scores) + dequantized(run)

@@ -121,6 +121,6 @@ def test_the_cure_is_the_planners(recipe_for: RecipeFor, monkeypatch: pytest.Mon
     with pytest.raises(Exception, match="does not fit") as raised:
         fit_micro_batch(trainer)
     assert str(raised.value) == (
-        f"a single row of {longest} tokens does not fit into GPU memory; set data.max_seq_len=1024, or --launch fsdp2"
+        f"a single row of {longest} tokens does not fit into GPU memory; set strategy=qlora, or --launch fsdp2"
     )
     assert plan.cure(rows=2) == "train.micro_batch_size=1"
