@@ -11,10 +11,12 @@ import logging
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,9 @@ from gemma_ft.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+CGroup = tuple[Path, str, str, str]
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+V2 = ("memory.max", "memory.current", "inactive_file ")
 REPORTED_PACKAGES = ("gemma-ft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -37,10 +42,12 @@ def own_kernels_wanted() -> bool:
     return os.environ.get("GEMMA_FT_KERNELS", "").lower() not in ("off", "0", "false")
 
 
-def compiler() -> str | None:
-    """A C++ compiler: CXX, else the first of the usual names that is there."""
-    names = [asked] if (asked := os.environ.get("CXX")) else ("g++", "c++", "clang++")
-    return next((found for name in names if (found := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """The command of a C++ compiler: CXX, which may have arguments, else the first of the usual names that is there."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"], ["c++"], ["clang++"]):
+        if command and (found := shutil.which(command[0])):
+            return [found, *command[1:]]
+    return None
 
 
 def dtype_by_name(name: str) -> torch.dtype:
@@ -200,13 +207,28 @@ def _free_ram() -> int:
     free = _system_bytes("/proc/meminfo", "MemAvailable:")
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # "max": no limit
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        lines = (group / "memory.stat").read_text().splitlines()
-        files = int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])  # given up when asked
-        free = min(free, limit - used + files)
+    for group, limit_file, used_file, files_line in _control_groups():
+        with contextlib.suppress(OSError, ValueError, StopIteration):  # "max": no limit
+            limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
+            lines = (group / "memory.stat").read_text().splitlines()
+            files = int(next(line for line in lines if line.startswith(files_line)).split()[1])  # given up when asked
+            free = min(free, limit - used + files)
     return max(free, 0)
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup"), told: Path = Path("/proc/self/cgroup")) -> Iterator[CGroup]:
+    """The control groups of this process, each with its parents: their folder, and the names of limit, use and of what
+    is given up when asked; of both versions, for a batch system limits a group further in.
+    """
+    with contextlib.suppress(OSError):
+        for line in told.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            first, names = (root / "memory", V1) if controllers else (root, V2)
+            inside = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(inside), -1, -1):
+                yield first.joinpath(*inside[:depth]), *names
 
 
 def _system_bytes(file: str, key: str) -> int | None:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from gemma_ft import runtime
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.kernels.few_rows import unhooked
 
 
 def with_fused_layers(config: LoraConfig) -> LoraConfig:
@@ -37,8 +38,9 @@ def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lor
     """x [..., I] -> [..., O] in x.dtype. `weight` [O, I], or NF4 bytes with bitsandbytes' QuantState; it is frozen.
     lora_a [R, I] and lora_b [O, R] in any dtype; their gradients have it.
     """
-    out: Tensor = _FusedLora.apply(x, weight, state, lora_a, lora_b, scaling)
-    return out
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _FusedLora.apply(rows, weight, state, lora_a, lora_b, scaling)
+    return out.view(*x.shape[:-1], lora_b.shape[0])  # out here: a view that a function returns cannot be written to
 
 
 class _FusedLora(torch.autograd.Function):
@@ -46,29 +48,26 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # [M, I]
-        low = rows @ lora_a.to(x.dtype).T  # [M, R]
-        out = frozen_product(rows, weight, state)  # [M, O]
+        low = x @ lora_a.to(x.dtype).T  # [M, R]
+        out = frozen_product(x, weight, state)  # [M, O]
         out.addmm_(low, lora_b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
         ctx.state, ctx.scaling = state, scaling
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        given = upstream.reshape(-1, upstream.shape[-1])  # [M, O]
-        rows = x.reshape(-1, x.shape[-1])
-        grad_low = (given @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, R]
+        grad_low = (upstream @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, R]
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = given @ plain(weight, ctx.state, x.dtype)
-            grad_x = grad_x.addmm_(grad_low, lora_a.to(x.dtype)).view_as(x)
+            grad_x = upstream @ plain(weight, ctx.state, x.dtype)
+            grad_x.addmm_(grad_low, lora_a.to(x.dtype))
         if ctx.needs_input_grad[3]:
-            grad_a = (grad_low.T @ rows).to(lora_a.dtype)
+            grad_a = (grad_low.T @ x).to(lora_a.dtype)
         if ctx.needs_input_grad[4]:
-            grad_b = (low.T @ given).T.to(lora_b.dtype).mul_(ctx.scaling)
+            grad_b = (low.T @ upstream).T.to(lora_b.dtype, copy=True).mul_(ctx.scaling)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -111,7 +110,7 @@ def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
         and base.bias is None
         and b.bias is None
         and not torch.is_autocast_enabled(x.device.type)
-        and not any(one._forward_hooks or one._forward_pre_hooks for one in (base, a, b))
+        and all(unhooked(one) and one.weight.device == x.device for one in (base, a, b))
         and not base.weight.requires_grad
         and torch.promote_types(x.dtype, a.weight.dtype) == a.weight.dtype
     )

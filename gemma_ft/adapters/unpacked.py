@@ -19,7 +19,7 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.state = state
-        return frozen_product(x.reshape(-1, x.shape[-1]), weight, state).view(*x.shape[:-1], -1)
+        return frozen_product(x, weight, state)
 
     @staticmethod
     @once_differentiable
@@ -43,8 +43,9 @@ class UnpackedLinear4bit(Linear4bit):
         if self.bias is not None or self.compute_dtype not in (None, state.dtype):
             found: Tensor = super().forward(x)
             return found
-        out: Tensor = _Frozen.apply(x.to(state.dtype), self.weight, state)
-        return out.to(x.dtype)
+        rows = x.to(state.dtype).reshape(-1, x.shape[-1])
+        out: Tensor = _Frozen.apply(rows, self.weight, state)
+        return out.view(*x.shape[:-1], state.shape[0]).to(x.dtype)
 
 
 def keep_unpacked(model: nn.Module) -> int:

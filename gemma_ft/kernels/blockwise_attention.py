@@ -87,7 +87,7 @@ class _Block:
 
     def weights(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, which may be written over -> weights, and log of their sum [N, Q]."""
-        if native.serves(raw):
+        if native.serves(raw) and raw.is_contiguous():
             log_sum = torch.empty(self._heads, self.shape[2])
             native.call("attend", raw, self.low, log_sum, *self._sizes(raw), of=raw.dtype)
             return raw, log_sum
@@ -101,7 +101,7 @@ class _Block:
 
     def gradients(self, raw: Tensor, grad: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and the gradient of the weights, which may be written over -> weights, gradient of the scores."""
-        if native.serves(raw, grad):
+        if native.serves(raw, grad) and raw.is_contiguous() and grad.is_contiguous():
             native.call("attend_backward", raw, grad, self.low, log_sum.contiguous(), *self._sizes(raw), of=raw.dtype)
             return raw, grad
         scores, tanh = self._scores(raw)

@@ -265,7 +265,7 @@ void head_rows(T* logits, const i64* targets, const float* weights, float* losse
             }
             i64 best = 0;
             while (best < V - 1 && bent[best] != top) ++best;
-            correct[row] = best == target;
+            correct[row] = bent[best] == top && best == target;
             losses[row] = std::log(total) + size * (top - bent[target]);
             if (!with_grad) continue;
             const float times = weights ? weights[row] : 1.0f, share = times / total;

@@ -6,12 +6,19 @@ Letters: M rows, I input and O output features.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from gemma_ft.kernels import native
 
 MOST_ROWS = 16
 TOGETHER, LANES = 4, 32  # rows of the weight, and numbers of a row, that cpu_ops.cpp takes at a time
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether nothing is called around a module's forward: else its product may not be taken past it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    return not hooks and "forward" not in vars(module)  # accelerate's hooks replace it
 
 
 def fits(rows: int, shape: tuple[int, ...] | torch.Size) -> bool:

@@ -29,12 +29,15 @@ def head_rows(
 
     `weights` [M] multiply the gradient, not the losses.
     """
-    if native.serves(logits) and logits.is_contiguous():
+    if native.serves(logits) and logits.is_contiguous() and targets.device.type == "cpu":
+        targets = targets.long().contiguous()
+        if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
+            raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
         losses = torch.empty(len(logits))
         correct = torch.empty(len(logits), dtype=torch.bool)
         each = None if weights is None else weights.float().contiguous()
         sizes = (*logits.shape, softcap or 0.0, int(with_grad))
-        native.call("head_rows", logits, targets.contiguous(), each, losses, correct, *sizes, of=logits.dtype)
+        native.call("head_rows", logits, targets, each, losses, correct, *sizes, of=logits.dtype)
         return losses, correct, logits if with_grad else None
     return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
 

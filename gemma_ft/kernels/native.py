@@ -21,8 +21,9 @@ from torch import Tensor
 from gemma_ft import runtime
 
 SOURCE = Path(__file__).with_name("cpu_ops.cpp")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
-         "-fopenmp", "-shared", "-fPIC")  # fmt: skip
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+FLAGS = ("-std=c++20", "-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
+         "-fPIC")  # fmt: skip
 SECONDS = 120  # a compiler that takes longer hangs
 P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of threads
@@ -57,11 +58,12 @@ def operations() -> Operations:
     compiler = runtime.compiler()
     if compiler is None:
         return Operations({}, "plain torch: no C++ compiler; with g++ installed steps are faster")
+    name = Path(compiler[0]).name
     try:
         library = ctypes.CDLL(str(_built(compiler)))
-        return Operations(_functions(library), f"C++, built with {Path(compiler).name} for this processor")
+        return Operations(_functions(library), f"C++, built with {name} for this processor")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return Operations({}, f"plain torch: {Path(compiler).name} could not build the C++ ones ({_why(error)})")
+        return Operations({}, f"plain torch: {name} could not build the C++ ones ({_why(error)})")
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -72,8 +74,20 @@ def serves(*tensors: Tensor | None) -> bool:
         first.dtype in SUFFIXES
         and all(type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" for one in given)
         and all(one.dtype == first.dtype for one in given)
-        and not torch.compiler.is_compiling()
+        and not _traced()
         and bool(operations().functions)
+    )
+
+
+def _traced() -> bool:
+    """Whether torch watches what is computed (compile, trace, functorch, a dispatch mode): it would not see an address
+    being written to.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -92,35 +106,56 @@ def _functions(library: ctypes.CDLL) -> dict[str, Any]:
     return found
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor. Raises: OSError, SubprocessError."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
-    named = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
+    named = (SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor())
     key = hashlib.sha256(b"\0".join(hashlib.sha256(one).digest() for one in named)).hexdigest()[:16]
     folder = runtime.cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not all(_ours(place) for place in (folder, folder.parent)):
         raise OSError(f"{folder} can be written by others")  # what lies there would be run
-    library = folder / f"cpu_ops-{key}.so"
-    if not library.exists():
-        handle, draft = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(handle)
-        try:
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", draft], capture_output=True, check=True, timeout=SECONDS
-            )
-            os.replace(draft, library)  # whole, or not there: ranks build at the same time
-        finally:
-            Path(draft).unlink(missing_ok=True)
+    library, seal = folder / f"cpu_ops-{key}.so", folder / f"cpu_ops-{key}.sha256"
+    if not _whole(library, seal):  # a damaged library may end the process that opens it
+        _build(compiler, library, seal)
     return library
 
 
+def _build(compiler: list[str], library: Path, seal: Path) -> None:
+    """Compile, and put the library and its hash into their places, each whole: ranks build at the same time."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        draft, told = Path(place) / library.name, Path(place) / seal.name
+        build = [*compiler, *FLAGS, str(SOURCE), "-o", str(draft)]
+        subprocess.run(build, capture_output=True, check=True, timeout=SECONDS)
+        told.write_text(hashlib.sha256(draft.read_bytes()).hexdigest())
+        for one, target in ((draft, library), (told, seal)):
+            with one.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(one, target)
+
+
+def _whole(library: Path, seal: Path) -> bool:
+    try:
+        return hashlib.sha256(library.read_bytes()).hexdigest() == seal.read_text()
+    except (OSError, ValueError):
+        return False
+
+
 def _ours(place: Path) -> bool:
-    """Whether nobody but this user (and root) can put files into a folder."""
+    """Whether nobody but this user (and root) can put files into a folder; a group that has the user's name is theirs
+    alone.
+    """
     if not hasattr(os, "getuid"):
         return True
+    import grp
+    import pwd
+
     known = place.stat()
-    return known.st_uid in (os.getuid(), 0) and not known.st_mode & 0o002
+    try:
+        alone = grp.getgrgid(known.st_gid).gr_name == pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        alone = False
+    return known.st_uid in (os.getuid(), 0) and not known.st_mode & (0o002 if alone else 0o022)
 
 
 def _processor() -> bytes:

@@ -54,8 +54,10 @@ def serves_nf4(packed: Tensor, state: Any) -> bool:
     """Whether the C++ operation reads this weight: on the CPU, in its usual form, in whole blocks."""
     numbers = [state.code, state.absmax] if not state.nested else [state.code, state.state2.code, state.state2.absmax]
     return (
-        packed.device.type == "cpu"
+        type(packed.data) is Tensor
+        and packed.device.type == "cpu"
         and packed.is_contiguous()
+        and (not state.nested or state.absmax.dtype == torch.uint8)
         and state.quant_type == "nf4"
         and state.dtype in native.SUFFIXES
         and not getattr(state, "packing_format_for_cpu", False)

@@ -21,7 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     and multiplies before the cast back to x.dtype (Llama casts first).
     Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
     """
-    if native.serves(x, residual) and (residual is None or residual.shape == x.shape) and type(weight) in PLAIN:
+    fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
+    if native.serves(x, residual) and fits and type(weight) in PLAIN:
         out: Tensor = _RMSNorm.apply(x, weight, eps, residual)
         return out
     return rms_norm_reference(x, weight, eps, residual)

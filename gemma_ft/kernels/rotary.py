@@ -19,12 +19,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, T, H] by its positions: computed in the angles' dtype, returned in x.dtype.
 
     cos and sin [B or 1, 1, T, H], the second half as the first, in float32 or wider.
-    Source: arXiv:2104.09864 eq. 34, half-split layout of google/gemma_pytorch.
+    Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
     """
-    if native.serves(x) and native.serves(cos, sin) and cos.dtype == torch.float32 and x.stride(-1) == 1:
+    if native.serves(x) and native.serves(cos, sin) and cos.dtype == torch.float32 and _fits(x, cos, sin):
         out: Tensor = _Rotate.apply(x, cos, sin)
         return out
     return rotate_reference(x, cos, sin)
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the shapes are those that are promised above: the operation broadcasts nothing else."""
+    if x.dim() != 4 or x.stride(-1) != 1 or cos.shape != sin.shape or cos.dim() != 4:
+        return False
+    return cos.shape[0] in (1, x.shape[0]) and cos.shape[1:] == (1, *x.shape[2:])
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

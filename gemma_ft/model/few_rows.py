@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.kernels.few_rows import MOST_ROWS, few_rows
+from gemma_ft.kernels.few_rows import MOST_ROWS, few_rows, unhooked
 
 
 def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
 
 def _plain(layer: Any, x: Tensor) -> bool:
     """Whether a layer is no more than its weight, whole and in the dtype of x, and no gradient is asked for."""
-    if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None or layer._forward_hooks:
+    if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None or not unhooked(layer):
         return False
     weight = layer.weight
     asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return type(weight) is nn.Parameter and weight.dtype == x.dtype and not asked
+    return type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device) and not asked

@@ -107,6 +107,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             correct += hits.sum()
             if grad is None:
                 continue
+            grad = grad.to(rows.dtype)  # autocast may have made narrower logits
             if grad_rows is not None:
                 into = grad_rows[start : start + chunk_rows]
                 torch.mm(grad[:, :known], head, out=into)

@@ -89,6 +89,9 @@ class Shape:
         return self.layers * sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in chosen)
 
 
+CLASS_DEFAULTS = {"gemma": "gemma-7b", "gemma2": "gemma-2-2b"}  # what transformers' config classes take for granted
+
+
 def preset_shape(name: str) -> Shape:
     """The shape of one of PRESETS. Raises: KeyError."""
     preset = PRESETS[name]
@@ -104,7 +107,7 @@ def shape_in(folder: Path) -> Shape:
         raise UserError(f"{path}: cannot be read as a Gemma's: {error}") from error
     if not isinstance(fields, dict) or fields.get("model_type") not in ("gemma", "gemma2"):
         raise UserError(f"{path}: not of Gemma 1 or 2")
-    fields = {**DEFAULTS, **fields}
+    fields = {**DEFAULTS, **PRESETS[CLASS_DEFAULTS[fields["model_type"]]].fields, **fields}
     for name in _SIZES:
         if type(fields.get(name)) is not int or fields[name] < 1:
             raise UserError(f"{path}: {name} {fields.get(name)!r} is no size; fetch the file again")

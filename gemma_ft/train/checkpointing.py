@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from gemma_ft import runtime
+from gemma_ft.kernels import native
 from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
@@ -79,6 +80,8 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
         device="cuda" if device.type == "cuda" else "cpu",
         ranks=Ranks(world.size, world.layout, world.reshard_after_forward, world.offload),
     )
+    if run.native and not native.operations().functions:  # there is a compiler, but it could not build them
+        run = run.changed(native=False)
     held, free = runtime.memory_bytes()
     if run.device == "cuda":
         held += parts.overhead(run)  # the context, which torch does not count

@@ -163,3 +163,29 @@ def test_files_and_merging_are_pefts(tmp_path: Path) -> None:
     expected = fused(x)
     assert torch.allclose(again.double()(x), expected, rtol=1e-6)
     assert torch.allclose(fused.merge_and_unload()(x), expected, rtol=1e-10)
+
+
+def test_what_is_hooked_is_left_to_peft() -> None:
+    """accelerate's hooks replace a module's forward; torch's stand beside it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Twice(ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output * 2
+
+    results = []
+    for model in pair(torch.float32):
+        add_hook_to_module(model.base_model.model.one.base_layer, Twice())
+        model.base_model.model.two.lora_A["default"].register_forward_pre_hook(lambda _, given: (given[0] * 3,))
+        results.append(model(torch.ones(2, IN)))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_output_may_be_written_to(quantized: bool) -> None:
+    model = pair(torch.float32, quantized=quantized)[0]
+    layer = model.base_model.model.one
+    out = layer(torch.ones(2, 3, IN).requires_grad_())
+    out += 1
+    out.sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None

@@ -14,6 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from gemma_ft import runtime
 from gemma_ft.adapters.quantize import allow_packing, keep_trainable
 from gemma_ft.infer.generate import generate_answers
+from gemma_ft.kernels import native
 from gemma_ft.load import load_base, load_model
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -45,6 +46,25 @@ def packed(model: Any) -> int:
     return sum(bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for layer in layers)
 
 
+@pytest.fixture
+def without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' layers, as where no compiler is."""
+    monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "none"))
+
+
+def test_with_our_product_nothing_is_packed(folder: Path) -> None:
+    if not native.operations().functions:
+        pytest.skip(native.operations().reason)
+    model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
+    exact = opened(folder, torch.float32, trainable=True)
+    stock = load_base(Source(str(folder), None), dtype=torch.bfloat16, trainable=True).eval()
+    with torch.no_grad():
+        truth = exact(token_rows()).logits
+        assert relative(model(token_rows()).logits, truth) < 2 * relative(stock(token_rows()).logits, truth)
+    assert packed(model) == 0
+
+
+@pytest.mark.usefixtures("without_cpp")
 @packs
 def test_packed_nf4_is_as_near_to_its_float32_truth_as_unpacked_nf4(folder: Path) -> None:
     ids = token_rows()
@@ -59,6 +79,7 @@ def test_packed_nf4_is_as_near_to_its_float32_truth_as_unpacked_nf4(folder: Path
     assert error[0] <= 2 * error[1]
 
 
+@pytest.mark.usefixtures("without_cpp")
 @packs
 def test_only_models_that_are_asked_in_bf16_are_packed(folder: Path) -> None:
     for dtype, expected in ((torch.float32, 0), (torch.bfloat16, LINEARS)):

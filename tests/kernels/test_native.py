@@ -11,7 +11,9 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from gemma_ft import runtime
 from gemma_ft.kernels import native
 from gemma_ft.kernels.geglu import geglu, geglu_reference
 from gemma_ft.kernels.head_rows import head_rows, head_rows_reference
@@ -236,11 +238,11 @@ def test_without_them_plain_torch_runs_and_says_why(
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None) -> None:
     monkeypatch.setenv("GEMMA_FT_CACHE", str(tmp_path))
     assert native.operations().functions
-    (library,) = (tmp_path / "kernels").iterdir()
-    made = library.stat().st_mtime_ns
+    made = {one: one.stat().st_mtime_ns for one in (tmp_path / "kernels").iterdir()}
+    assert {one.suffix for one in made} == {".so", ".sha256"}
     native.operations.cache_clear()
     assert native.operations().functions
-    assert [one.stat().st_mtime_ns for one in (tmp_path / "kernels").iterdir()] == [made]
+    assert {one: one.stat().st_mtime_ns for one in (tmp_path / "kernels").iterdir()} == made
 
 
 def test_what_is_not_plain_memory_takes_the_reference() -> None:
@@ -249,3 +251,68 @@ def test_what_is_not_plain_memory_takes_the_reference() -> None:
     assert rms_norm(meta, torch.zeros(3, device="meta"), 1e-6).shape == (2, 3)
     assert not native.serves(torch.zeros(2, dtype=torch.float64))
     assert not native.serves(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
+
+
+@built
+@pytest.mark.parametrize("targets", [[600, 0], [-1, 0], [0]])
+def test_a_label_that_is_no_token_is_refused(targets: list[int]) -> None:
+    with pytest.raises(IndexError, match="a label is out of bounds of 512 tokens, or there is not one for each row"):
+        head_rows(drawn(2, 512).float(), torch.tensor(targets), None, 30.0, with_grad=True)
+
+
+@built
+def test_labels_may_be_of_any_whole_dtype() -> None:
+    found = [head_rows(drawn(2, 9).float(), torch.tensor([3, 8], dtype=kind), None, None, with_grad=False)[0]
+             for kind in (torch.int64, torch.int32)]  # fmt: skip
+    assert torch.equal(*found)
+
+
+@built
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (3, 1, 5, 8), (1, 1, 9, 8), (1, 2, 5, 8)])
+def test_angles_of_another_shape_are_left_to_torch(shape: tuple[int, ...]) -> None:
+    x, angle = drawn(2, 2, 5, 8).float(), drawn(*shape).float()
+    try:
+        expected = rotate_reference(x, angle, angle)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            rotate(x, angle, angle)
+    else:
+        assert torch.equal(rotate(x, angle, angle), expected)
+
+
+@built
+def test_what_torch_watches_takes_the_reference() -> None:
+    x = drawn(4, 8).float()
+    expected = geglu_reference(x, x)
+    assert torch.allclose(torch.jit.trace(lambda one: geglu(one, one), (x,))(x * 1), expected)
+    assert torch.allclose(make_fx(lambda one: geglu(one, one))(torch.zeros_like(x))(x), expected)
+    assert torch.allclose(torch.func.vmap(lambda one: geglu(one, one))(x), expected)
+    assert torch.func.grad(lambda one: geglu(one, one).sum())(x).shape == x.shape
+
+
+@built
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_library_is_built_again(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None
+) -> None:
+    monkeypatch.setenv("GEMMA_FT_CACHE", str(tmp_path))
+    assert native.operations().functions
+    (library,) = (tmp_path / "kernels").glob("*.so")
+    whole = library.read_bytes()
+    library.unlink()  # as it is open in this process
+    if damage != "gone":
+        library.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    native.operations.cache_clear()
+    assert native.operations().functions
+    assert library.read_bytes()[:4] == b"\x7fELF"
+    assert len(library.read_bytes()) > len(whole) // 2
+
+
+def test_a_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env g++ -g0")
+    command = runtime.compiler()
+    assert command is not None
+    assert Path(command[0]).name == "env"
+    assert command[1:] == ["g++", "-g0"]
+    monkeypatch.setenv("CXX", "no-such-thing")
+    assert (runtime.compiler() or ["none"])[0] != "no-such-thing"

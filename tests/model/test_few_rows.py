@@ -33,3 +33,13 @@ def test_gradients_take_the_ordinary_path() -> None:
     few_rows_linear(one, x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, one.weight.sum(dim=0).expand(2, -1), rtol=1e-2, atol=1e-2)
+
+
+def test_hooks_are_called() -> None:
+    one, seen = layer(torch.bfloat16), []
+    one.register_forward_pre_hook(lambda *_: seen.append(1))
+    few_rows_linear(one, torch.ones(1, 48).bfloat16())
+    assert seen == [1]
+    forward = one.forward
+    one.forward = lambda x: forward(x) * 2
+    assert torch.equal(few_rows_linear(one, torch.ones(1, 48).bfloat16()), forward(torch.ones(1, 48).bfloat16()) * 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, GemmaConfig
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import PRESETS, GemmaNumerics
@@ -75,3 +76,14 @@ def test_a_config_that_leaves_fields_out_is_read_with_the_defaults_of_transforme
     shape = shape_in(tmp_path)
     assert shape.windows == preset_shape("gemma-2-2b").windows
     assert shape.parameters == preset_shape("gemma-2-2b").parameters
+
+
+@pytest.mark.parametrize("config", [GemmaConfig, Gemma2Config])
+def test_an_empty_config_is_that_of_transformers_class(config: type[GemmaConfig], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": config.model_type}), encoding="utf-8")
+    shape, expected = shape_in(tmp_path), config()
+    found = (shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, shape.vocabulary)
+    assert found == (
+        expected.num_hidden_layers, expected.hidden_size, expected.intermediate_size, expected.num_attention_heads,
+        expected.num_key_value_heads, expected.head_dim, expected.vocab_size,
+    )  # fmt: skip

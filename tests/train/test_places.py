@@ -122,7 +122,7 @@ def test_auto_is_the_quantization_of_the_training(run: Path, small_gemma: Path) 
         return type(layer).__name__, getattr(getattr(layer.weight, "quant_state", None), "nested", None)
 
     assert linear() == ("Linear", None)
-    assert linear(quantize="auto") == ("Linear4bit", False)
+    assert linear(quantize="auto") == ("UnpackedLinear4bit", False)
     assert linear(quantize="int8") == ("Linear8bitLt", None)
     plain = load_model(small_gemma, dtype=torch.float32, quantize="auto")
     assert type(plain.model.layers[0].mlp.up_proj).__name__ == "Linear"
