@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.record import ROOT, write_result
 
 STEPS = 200
-STRATEGIES = ("lora", "qlora", "full")
+STRATEGIES = ("lora", "qlora")
 PLAIN = {"GEMMA_FT_KERNELS": "off"}
 ARMS: dict[str, tuple[list[str], dict[str, str]]] = {
     "float32, plain": (["train.precision=float32", "model.attention=eager"], PLAIN),
