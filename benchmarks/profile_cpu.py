@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hundred_million import write_base
 from benchmarks.record import ROOT, write_result
-from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer, write_base
+from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer
 
 LINES, STEP, SHOWN = ("lora_512", "qlora_2048"), 3, 10
 
@@ -59,7 +60,7 @@ def main(place: str) -> None:
     arms: dict[str, Any] = {}
     for name in LINES:
         with tempfile.TemporaryDirectory() as folder:
-            write_base(Path(folder), GRID[name])
+            write_base(Path(folder), GRID[name].vocabulary)
             for arm in ARMS:
                 told = subprocess.run([sys.executable, "-m", "benchmarks.profile_cpu", arm, name, folder],
                                       check=True, capture_output=True, text=True)  # fmt: skip
