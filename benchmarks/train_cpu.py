@@ -29,7 +29,7 @@ from benchmarks.record import write_result
 from benchmarks.turns import QUICK, order, paired
 
 ARMS = ("ours", "stock", "stock_best")
-STEPS, WARM, TURNS = 5, 1, 2
+STEPS, WARM, TURNS = 4, 1, 2
 LABELLED = 0.5
 
 
