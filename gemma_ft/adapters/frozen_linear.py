@@ -6,6 +6,7 @@ Letters: M rows, I input and O output features.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,15 +20,38 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     """rows [M, I] times the weight transposed -> [M, O], without a gradient. `weight` [O, I], or NF4 bytes with
     bitsandbytes' QuantState.
     """
-    shape = weight.shape if state is None else state.shape
-    if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and few_rows.fits(len(rows), shape):
-        if state is None and weight.dtype == rows.dtype:
-            return few_rows.few_rows(rows, weight)
-        if state is not None and state.dtype == rows.dtype and serves_nf4(weight, state):
+    few = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= few_rows.MOST_ROWS
+    if few and state is None and weight.dtype == rows.dtype:
+        return few_rows.few_rows(rows, weight)
+    if few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state):
+        if few_rows.fits(len(rows), state.shape, few_rows.OWN_ROWS_NF4):
             return few_rows_nf4(rows.contiguous(), weight, state)
     return rows @ plain(weight, state, rows.dtype).T
 
 
 def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] in `dtype`; one in 4 bits is dequantized for this use, and gone after it."""
-    return (weight if state is None else dequantize_nf4(weight, state)).to(dtype)
+    """The weight [O, I] in `dtype`; one in 4 bits is dequantized for this use, on a CPU into memory that the next use
+    writes over.
+    """
+    if state is None:
+        return weight.to(dtype)
+    out = _SCRATCH.like(state) if serves_nf4(weight, state) else None
+    return dequantize_nf4(weight, state, out=out).to(dtype)
+
+
+class _Scratch(threading.local):
+    """Memory for the largest weight so far, of each thread its own: pages taken anew from the system cost several times
+    what dequantizing does.
+    """
+
+    buffer: Tensor | None = None
+
+    def like(self, state: Any) -> Tensor:
+        size = state.shape.numel()
+        if self.buffer is None or self.buffer.dtype != state.dtype or self.buffer.numel() < size:
+            with torch.inference_mode(mode=False):
+                self.buffer = torch.empty(size, dtype=state.dtype)
+        return self.buffer[:size].view(state.shape)
+
+
+_SCRATCH = _Scratch()

@@ -292,13 +292,25 @@ struct Packed {
     const float *code2, *scales2;
     float offset;
     const float* code;
-    i64 block, block2;
+    i64 block;
+    int block_bits, block2_bits;  // sizes of blocks are powers of two: a division would be most of the work
 };
 
+inline Packed packed_of(const std::uint8_t* bytes, const float* scales, const std::uint8_t* scales8, const float* code2,
+                        const float* scales2, float offset, const float* code, i64 block, i64 block2) {
+    const int bits = std::countr_zero(std::uint64_t(block)), bits2 = std::countr_zero(std::uint64_t(block2));
+    return {bytes, scales, scales8, code2, scales2, offset, code, block, bits, bits2};
+}
+
+// two roundings, as bitsandbytes has them: volatile keeps the compiler from making one of them
+inline float scale_of(const Packed& p, i64 at) {
+    if (!p.code2) return p.scales[at];
+    volatile float product = p.code2[p.scales8[at]] * p.scales2[at >> p.block2_bits];
+    return product + p.offset;
+}
+
 template <class T> inline void unpack_block(const Packed& p, i64 at, T* to) {
-    // two roundings, as bitsandbytes has them: volatile keeps the compiler from making one of them
-    volatile float product = p.code2 ? p.code2[p.scales8[at]] * p.scales2[at / p.block2] : 0.0f;
-    const float scale = p.code2 ? product + p.offset : p.scales[at];
+    const float scale = scale_of(p, at);
     alignas(64) T table[32];
 #pragma omp simd
     for (int i = 0; i < 16; ++i) table[i] = narrow<T>(p.code[i] * scale);
@@ -324,66 +336,119 @@ template <class T> inline void unpack_block(const Packed& p, i64 at, T* to) {
 template <class T>
 void nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2, const float* scales2,
          float offset, const float* code, T* out, i64 count, i64 block, i64 block2, int threads) {
-    const Packed p{packed, scales, scales8, code2, scales2, offset, code, block, block2};
+    const Packed p = packed_of(packed, scales, scales8, code2, scales2, offset, code, block, block2);
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > SMALL)
     for (i64 at = 0; at < count / block; ++at) unpack_block(p, at, out + at * block);
 }
 
 // ---- a linear layer on few rows (few_rows.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w ----
 
-constexpr int TOGETHER = 4;  // rows of w that are read at the same time
-
-template <class T> inline void dots(const T* w, const T* x, i64 I, float* sums) {
-    for (int row = 0; row < TOGETHER; ++row) {
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (i64 i = 0; i < I; ++i) sum += wide(w[row * I + i]) * wide(x[i]);
-        sums[row] = sum;
-    }
-}
-
+// Sources of the weight: row `at` is opened, and gives its numbers i .. i + 31, or one by one.
+template <class T> struct Stored {
+    const T* w;
+    i64 I;
+    struct Row {
+        const T* w;
+        float at(i64 i) const { return wide(w[i]); }
 #ifdef __AVX512BF16__
-template <> inline void dots<bf16>(const bf16* w, const bf16* x, i64 I, float* sums) {
-    __m512 kept[TOGETHER] = {};
-    for (i64 i = 0; i < I; i += 32) {
-        const auto part = (__m512bh)_mm512_loadu_si512(x + i);
-        for (int row = 0; row < TOGETHER; ++row) {
-            const bf16* from = w + row * I + i;
-            _mm_prefetch(reinterpret_cast<const char*>(from + TOGETHER * I), _MM_HINT_T0);
-            kept[row] = _mm512_dpbf16_ps(kept[row], (__m512bh)_mm512_loadu_si512(from), part);
+        __m512bh part(i64 i) { return (__m512bh)_mm512_loadu_si512(w + i); }
+#endif
+    };
+    Row row(i64 at) const { return {w + at * I}; }
+};
+
+template <class T> struct Quantized {
+    Packed p;
+    i64 I;
+    struct Row {
+        const Packed& p;
+        const i64 first;
+        i64 open = -1;
+        float scale = 0.0f;
+        Row(const Packed& from, i64 begin) : p(from), first(begin) {}
+        float at(i64 i) {
+            const i64 place = first + i;
+            if (place >> p.block_bits != open) open = place >> p.block_bits, scale = scale_of(p, open);
+            const std::uint8_t byte = p.bytes[place >> 1];
+            return wide(narrow<T>(p.code[place & 1 ? byte & 15 : byte >> 4] * scale));
+        }
+#ifdef __AVX512BF16__
+        __m512i table;
+        __m512bh part(i64 i) {  // see unpack_block
+            const i64 place = first + i;
+            if (place >> p.block_bits != open) {
+                open = place >> p.block_bits;
+                const __m512 sixteen = _mm512_mul_ps(_mm512_loadu_ps(p.code), _mm512_set1_ps(scale_of(p, open)));
+                table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sixteen));
+            }
+            const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.bytes + (place >> 1))));
+            const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
+            return (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), table);
+        }
+#endif
+    };
+    Row row(i64 at) const { return Row(p, at * I); }
+};
+
+constexpr int AT_ONCE = 4;  // rows of x that share a reading of w
+
+template <class T, class Source, int M> inline void products(const Source& source, const T* x, T* out, i64 O, i64 I, i64 at) {
+    auto one = source.row(at), two = source.row(at + 1);
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == 2) {
+        __m512 sums[2][M] = {};
+        for (i64 i = 0; i < I; i += 32) {
+            const __m512bh parts[2] = {one.part(i), two.part(i)};
+            for (int m = 0; m < M; ++m) {
+                const auto given = (__m512bh)_mm512_loadu_si512(x + m * I + i);
+                sums[0][m] = _mm512_dpbf16_ps(sums[0][m], parts[0], given);
+                sums[1][m] = _mm512_dpbf16_ps(sums[1][m], parts[1], given);
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            out[m * O + at] = narrow<T>(_mm512_reduce_add_ps(sums[0][m]));
+            out[m * O + at + 1] = narrow<T>(_mm512_reduce_add_ps(sums[1][m]));
+        }
+        return;
+    }
+#endif
+    float sums[2][M] = {};
+    for (i64 i = 0; i < I; ++i) {
+        const float parts[2] = {one.at(i), two.at(i)};
+        for (int m = 0; m < M; ++m) {
+            sums[0][m] += parts[0] * wide(x[m * I + i]);
+            sums[1][m] += parts[1] * wide(x[m * I + i]);
         }
     }
-    for (int row = 0; row < TOGETHER; ++row) sums[row] = _mm512_reduce_add_ps(kept[row]);
+    for (int m = 0; m < M; ++m)
+        for (int row = 0; row < 2; ++row) out[m * O + at + row] = narrow<T>(sums[row][m]);
 }
-#endif
 
-template <class T> inline void few_rows_of(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, i64 at) {
-    for (i64 m = 0; m < M; ++m) {
-        float sums[TOGETHER];
-        dots(w, x + m * I, I, sums);
-        for (int row = 0; row < TOGETHER; ++row) out[m * O + at + row] = narrow<T>(sums[row]);
-    }
+template <class T, class Source>
+void few_rows_of(const Source& source, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (O * I > SMALL)
+    for (i64 at = 0; at < O; at += 2)
+        for (i64 m = 0; m < M;) {
+            const T* rows = x + m * I;
+            T* to = out + m * O;
+            switch (M - m < AT_ONCE ? M - m : AT_ONCE) {
+                case 1: products<T, Source, 1>(source, rows, to, O, I, at), m += 1; break;
+                case 2: case 3: products<T, Source, 2>(source, rows, to, O, I, at), m += 2; break;
+                default: products<T, Source, AT_ONCE>(source, rows, to, O, I, at), m += AT_ONCE;
+            }
+        }
 }
 
 template <class T> void few_rows(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (O * I > SMALL)
-    for (i64 at = 0; at < O; at += TOGETHER) few_rows_of(w + at * I, x, out, M, O, I, at);
+    few_rows_of(Stored<T>{w, I}, x, out, M, O, I, threads);
 }
 
 template <class T>
 void few_rows_nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2,
                   const float* scales2, float offset, const float* code, const T* x, T* out, i64 M, i64 O, i64 I, i64 block,
                   i64 block2, int threads) {
-    const Packed p{packed, scales, scales8, code2, scales2, offset, code, block, block2};
-#pragma omp parallel num_threads(threads) if (O * I > SMALL)
-    {
-        const std::unique_ptr<T[]> rows(new T[TOGETHER * I]);
-#pragma omp for schedule(static)
-        for (i64 at = 0; at < O; at += TOGETHER) {
-            for (i64 i = 0; i < TOGETHER * I; i += block) unpack_block(p, (at * I + i) / block, rows.get() + i);
-            few_rows_of(rows.get(), x, out, M, O, I, at);
-        }
-    }
+    const Packed p = packed_of(packed, scales, scales8, code2, scales2, offset, code, block, block2);
+    few_rows_of(Quantized<T>{p, I}, x, out, M, O, I, threads);
 }
 
 }  // namespace

@@ -11,8 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gemma_ft.kernels import native
 
-MOST_ROWS = 16
-TOGETHER, LANES = 4, 32  # rows of the weight, and numbers of a row, that cpu_ops.cpp takes at a time
+MOST_ROWS = 16  # up to which torch has the weight first
+OWN_ROWS, OWN_ROWS_NF4 = 2, 4  # up to which the C++ is faster than torch's matrix product, and than dequantizing first
+TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpu_ops.cpp takes at a time
 
 
 def unhooked(module: nn.Module) -> bool:
@@ -21,16 +22,15 @@ def unhooked(module: nn.Module) -> bool:
     return not hooks and "forward" not in vars(module)  # accelerate's hooks replace it
 
 
-def fits(rows: int, shape: tuple[int, ...] | torch.Size) -> bool:
+def fits(rows: int, shape: tuple[int, ...] | torch.Size, most: int = OWN_ROWS) -> bool:
     """Whether so many rows and a weight [O, I] are what the operation takes."""
-    return 0 < rows <= MOST_ROWS and shape[0] % TOGETHER == 0 and shape[1] % LANES == 0
+    return 0 < rows <= most and shape[0] % TOGETHER == 0 and shape[1] % LANES == 0
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, I] and weight [O, I] in bf16 on the CPU -> x weightᵀ [M, O], without a gradient.
 
-    torch takes a third longer with x first in the product, and in either order for one row than the C++ does
-    (benchmarks/results/decode_cpu.json).
+    torch takes a third longer with x first in the product, and for a row or two longer than the C++ does.
     """
     rows = len(x)
     if fits(rows, weight.shape) and native.serves(x, weight) and weight.is_contiguous():

@@ -35,7 +35,7 @@ def rows(count: int, dtype: torch.dtype) -> Tensor:
 
 @built
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("count", [1, 2, few_rows.MOST_ROWS, few_rows.MOST_ROWS + 1, 40])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, few_rows.MOST_ROWS, few_rows.MOST_ROWS + 1, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_the_product_with_bitsandbytes_weight(dtype: torch.dtype, count: int, nested: bool) -> None:
     layer = quantized(dtype, nested=nested)
@@ -51,7 +51,7 @@ def test_it_is_the_product_with_bitsandbytes_weight(dtype: torch.dtype, count: i
 @built
 def test_a_row_is_the_same_among_few_and_among_fewer() -> None:
     layer = quantized(torch.bfloat16)
-    x = rows(few_rows.MOST_ROWS, torch.bfloat16)
+    x = rows(few_rows.OWN_ROWS_NF4, torch.bfloat16)
     whole = frozen_product(x, layer.weight, layer.weight.quant_state)
     for row in range(len(x)):
         assert torch.equal(frozen_product(x[row : row + 1], layer.weight, layer.weight.quant_state)[0], whole[row])
@@ -101,3 +101,15 @@ def test_without_the_operations_the_layers_stay(monkeypatch: pytest.MonkeyPatch)
     model = nn.Sequential(quantized(torch.bfloat16))
     assert keep_unpacked(model) == 0
     assert type(model[0]) is Linear4bit
+
+
+@built
+def test_layers_of_other_sizes_and_dtypes_share_the_memory() -> None:
+    layers = [quantized(dtype, nested=nested) for dtype in (torch.bfloat16, torch.float32) for nested in (True, False)]
+    x = rows(20, torch.float32)
+    with torch.inference_mode():
+        once = [frozen_product(x.to(one.compute_dtype), one.weight, one.weight.quant_state) for one in layers]
+    for one, expected in zip(layers, once, strict=True):
+        out = frozen_product(x.to(one.compute_dtype), one.weight, one.weight.quant_state)
+        assert torch.equal(out, expected)
+        assert out.requires_grad is False
