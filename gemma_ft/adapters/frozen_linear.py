@@ -23,9 +23,9 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     few = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= few_rows.MOST_ROWS
     if few and state is None and weight.dtype == rows.dtype:
         return few_rows.few_rows(rows, weight)
-    if few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state):
-        if few_rows.fits(len(rows), state.shape, few_rows.OWN_ROWS_NF4):
-            return few_rows_nf4(rows.contiguous(), weight, state)
+    read = few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state)
+    if read and few_rows.fits(len(rows), state.shape, few_rows.OWN_ROWS_NF4):  # type: ignore[union-attr]
+        return few_rows_nf4(rows.contiguous(), weight, state)
     return rows @ plain(weight, state, rows.dtype).T
 
 
