@@ -105,7 +105,7 @@ def arguments(folder: Path, line: Line, **changes: Any) -> Any:
 def our_trainer(folder: Path, line: Line) -> Any:
     from peft import PeftConfig, PeftModel
 
-    from gemma_ft.adapters.fused_lora import with_fused_layers
+    from gemma_ft.adapters.fused_layers import with_fused_layers
     from gemma_ft.data.collate import Collator
     from gemma_ft.load import load_base
     from gemma_ft.train.stop import StopRequest

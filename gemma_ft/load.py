@@ -245,7 +245,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from gemma_ft.adapters.fused_lora import with_fused_layers
+    from gemma_ft.adapters.fused_layers import with_fused_layers
 
     config = adapter_config(folder)
     files = WeightFiles.open(folder, "adapter_model")

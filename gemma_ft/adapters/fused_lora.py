@@ -13,25 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemma_ft import runtime
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
 from gemma_ft.kernels.few_rows import unhooked
-
-
-def with_fused_layers(config: LoraConfig) -> LoraConfig:
-    """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers;
-    unchanged where the user asks for plain ones.
-    """
-    if not runtime.own_kernels_wanted():
-        return config
-    config._register_custom_module({nn.Linear: _layer})
-    return config
 
 
 def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -69,32 +55,6 @@ class _FusedLora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = (low.T @ upstream).T.to(lora_b.dtype, copy=True).mul_(ctx.scaling)
         return grad_x, None, None, grad_a, grad_b, None
-
-
-class FusedLinear(Linear):
-    """PEFT's LoRA on an nn.Linear."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = only_adapter(self, x, args, kwargs)
-        if name is None or self.base_layer.weight.dtype != x.dtype:
-            return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return fused_lora(x, self.base_layer.weight, None, a, b, self.scaling[name])
-
-
-def _layer(target: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-    """What PEFT puts in place of `target`: a fused layer, or None for what it shall make itself."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if type(base) is nn.Linear and not config.fan_in_fan_out:
-        return FusedLinear(target, adapter_name, config=config, **kwargs)
-    if kwargs.get("loaded_in_4bit") and not kwargs.get("loaded_in_8bit"):
-        from bitsandbytes.nn import Linear4bit
-
-        if isinstance(base, Linear4bit):
-            from gemma_ft.adapters.fused_lora_4bit import FusedLinear4bit
-
-            return FusedLinear4bit(target, adapter_name, config=config, **kwargs)
-    return None
 
 
 def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -38,7 +38,7 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model  # seconds, which verbs without an adapter need not wait for
 
-    from gemma_ft.adapters.fused_lora import with_fused_layers
+    from gemma_ft.adapters.fused_layers import with_fused_layers
 
     config = LoraConfig(
         r=rank,

@@ -120,7 +120,7 @@ class _Block:
         return self.shape[0] * self.shape[1]
 
     def _sizes(self, raw: Tensor) -> tuple[int, int, int, int, float, float]:
-        """As cpu_ops.cpp takes them; a cap of 0 is none."""
+        """As cpp/ops.cpp takes them; a cap of 0 is none."""
         return self._heads, self.shape[2], raw.shape[-1], self.last, self.scale, self.softcap or 0.0
 
     def _scores(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from gemma_ft.kernels import native
 
 MOST_ROWS = 16  # up to which torch has the weight first
 OWN_ROWS, OWN_ROWS_NF4 = 2, 4  # up to which the C++ is faster than torch's matrix product, and than dequantizing first
-TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpu_ops.cpp takes at a time
+TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/ops.cpp takes at a time
 
 
 def unhooked(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Row operations in C++ (cpu_ops.cpp) for CPUs: built where they run, when they are first needed, and kept in the
+"""Row operations in C++ (the folder cpp) for CPUs: built where they run, when they are first needed, and kept in the
 user's cache. Nothing needs them: without a compiler the plain-torch references run, and a run says so.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gemma_ft import runtime
 
-SOURCE = Path(__file__).with_name("cpu_ops.cpp")
+SOURCE = Path(__file__).with_name("cpp") / "ops.cpp"
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 FLAGS = ("-std=c++20", "-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
          "-fPIC")  # fmt: skip
@@ -109,7 +109,8 @@ def _functions(library: ctypes.CDLL) -> dict[str, Any]:
 def _built(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor. Raises: OSError, SubprocessError."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
-    named = (SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor())
+    sources = (one.read_bytes() for one in sorted(SOURCE.parent.iterdir()) if one.suffix in (".h", ".cpp"))
+    named = (*sources, version, " ".join([*compiler, *FLAGS]).encode(), _processor())
     key = hashlib.sha256(b"\0".join(hashlib.sha256(one).digest() for one in named)).hexdigest()[:16]
     folder = runtime.cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -42,7 +42,7 @@ def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
 
 
 def _scales(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    """How cpu_ops.cpp takes the scales and the sixteen numbers, and the sizes of the blocks."""
+    """How cpp/ops.cpp takes the scales and the sixteen numbers, and the sizes of the blocks."""
     if not state.nested:
         return (state.absmax, None, None, None, 0.0, state.code), (state.blocksize, 1)
     nested = state.state2

@@ -28,7 +28,7 @@ class Layer:
     dropout: bool = False  # in front of the adapter
     int8: bool = False
     fused: bool = False  # adapters are adapters/fused_lora.py's: they keep their input as it is
-    native: bool = False  # norms and GeGLU are C++ (kernels/cpu_ops.cpp): they keep their inputs alone
+    native: bool = False  # norms and GeGLU are C++ (kernels/cpp): they keep their inputs alone
 
     @property
     def full(self) -> bool:

@@ -12,8 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from gemma_ft.adapters import fused_lora as module
-from gemma_ft.adapters.fused_lora import FusedLinear, with_fused_layers
+from gemma_ft.adapters import fused_layers as module
+from gemma_ft.adapters.fused_layers import FusedLinear, with_fused_layers
 
 IN, OUT, RANK = 64, 128, 4
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from gemma_ft.adapters.fused_lora import with_fused_layers
+from gemma_ft.adapters.fused_layers import with_fused_layers
 from gemma_ft.kernels import native
 from tests.parity.amplified import SHAPES, gradients, masked_labels, ours, relative, token_rows
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from gemma_ft import runtime
-from gemma_ft.adapters.fused_lora import with_fused_layers
+from gemma_ft.adapters.fused_layers import with_fused_layers
 from gemma_ft.kernels import native
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM

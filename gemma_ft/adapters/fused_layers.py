@@ -1,0 +1,49 @@
+"""PEFT's LoRA layers with the fused forward, and how PEFT comes to make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from gemma_ft import runtime
+from gemma_ft.adapters.fused_lora import fused_lora, only_adapter
+
+
+def with_fused_layers(config: LoraConfig) -> LoraConfig:
+    """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers;
+    unchanged where the user asks for plain ones.
+    """
+    if not runtime.own_kernels_wanted():
+        return config
+    config._register_custom_module({nn.Linear: _layer})
+    return config
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA on an nn.Linear."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = only_adapter(self, x, args, kwargs)
+        if name is None or self.base_layer.weight.dtype != x.dtype:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return fused_lora(x, self.base_layer.weight, None, a, b, self.scaling[name])
+
+
+def _layer(target: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """What PEFT puts in place of `target`: a fused layer, or None for what it shall make itself."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base) is nn.Linear and not config.fan_in_fan_out:
+        return FusedLinear(target, adapter_name, config=config, **kwargs)
+    if kwargs.get("loaded_in_4bit") and not kwargs.get("loaded_in_8bit"):
+        from bitsandbytes.nn import Linear4bit
+
+        if isinstance(base, Linear4bit):
+            from gemma_ft.adapters.fused_lora_4bit import FusedLinear4bit
+
+            return FusedLinear4bit(target, adapter_name, config=config, **kwargs)
+    return None

@@ -1,0 +1,42 @@
+// RMSNorm (rms_norm.py)
+#pragma once
+#include "numbers.h"
+
+namespace gemma_ft {
+
+template <class T>
+void rms_norm(const T* x, const float* gain, const T* residual, T* out, float* rstd, i64 R, i64 D, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (R * D > SMALL)
+    for (i64 row = 0; row < R; ++row) {
+        const T* in = x + row * D;
+        T* to = out + row * D;
+        float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (i64 i = 0; i < D; ++i) squares += wide(in[i]) * wide(in[i]);
+        const float scale = 1.0f / std::sqrt(squares / float(D) + eps);
+        if (rstd) rstd[row] = scale;
+#pragma omp simd
+        for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(in[i]) * scale * gain[i]);
+        if (!residual) continue;
+        const T* before = residual + row * D;  // a loop of its own: the sum is of the rounded norm
+#pragma omp simd
+        for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(before[i]) + wide(to[i]));
+    }
+}
+
+template <class T>
+void rms_norm_backward(const T* upstream, const T* x, const float* gain, const float* rstd, T* grad, i64 R, i64 D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (R * D > SMALL)
+    for (i64 row = 0; row < R; ++row) {
+        const T *in = x + row * D, *up = upstream + row * D;
+        T* to = grad + row * D;
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (i64 i = 0; i < D; ++i) dot += wide(up[i]) * gain[i] * wide(in[i]);
+        const float scale = rstd[row], pull = dot * scale * scale * scale / float(D);
+#pragma omp simd
+        for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(up[i]) * gain[i] * scale - wide(in[i]) * pull);
+    }
+}
+
+}  // namespace gemma_ft
