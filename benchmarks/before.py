@@ -22,7 +22,6 @@ from benchmarks.turns import in_turns, paired
 
 STRATEGIES = {
     "qlora nf4 (make demo)": [],
-    "lora, bf16": ["strategy=lora", "train.precision=bf16"],
 }
 TURNS = 2
 
