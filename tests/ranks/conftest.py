@@ -14,9 +14,10 @@ from tests.forked import fork_ranks, no_survivors
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = """model.added_tokens=['"day":', '"minutes":']"""
+CALM = "train.learning_rate=0.0005"  # at the recipe's a step or two leap, and rounding grows a hundredfold in them
 STRATEGIES = {
-    "lora": ["strategy=lora", "adapter.dropout=0.1"],
-    "qlora": ["quantize.double_quant=true", "adapter.dropout=0.1"],
+    "lora": ["strategy=lora", "adapter.dropout=0.1", CALM],
+    "qlora": ["quantize.double_quant=true", "adapter.dropout=0.1", CALM],
     "full": ["strategy=full", "train.learning_rate=0.0003"],
     "tokens": ["strategy=lora", ADD, "data.columns={weight: '{w}'}"],
     "stream": ["strategy=lora", "data.streaming=true", "eval.overlap=allow"],
