@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.profile_cpu [before | after]
 
 `before` and `after` name the place of the figures in benchmarks/results/profile_cpu.json; the other is kept. The arms
-are processes of their own; each trains the rows of `lora_512` and of `qlora_2048`, and its third step is profiled.
+are processes of their own; each trains the rows of `lora_512`, and its third step is profiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.hundred_million import write_base
 from benchmarks.record import ROOT, write_result
 from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer
 
-LINES, STEP, SHOWN = ("lora_512", "qlora_2048"), 3, 10
+LINES, STEP, SHOWN = ("lora_512",), 3, 10
 
 
 def one_arm(arm: str, name: str, folder: Path) -> None:
