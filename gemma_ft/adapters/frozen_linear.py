@@ -20,7 +20,7 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     """rows [M, I] times the weight transposed -> [M, O], without a gradient. `weight` [O, I], or NF4 bytes with
     bitsandbytes' QuantState.
     """
-    few = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= few_rows.MOST_ROWS
+    few = few_rows.are_few(rows, len(rows))
     if few and state is None and weight.dtype == rows.dtype:
         return few_rows.few_rows(rows, weight)
     read = few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state)

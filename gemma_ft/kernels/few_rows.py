@@ -22,6 +22,11 @@ def unhooked(module: nn.Module) -> bool:
     return not hooks and "forward" not in vars(module)  # accelerate's hooks replace it
 
 
+def are_few(x: Tensor, rows: int) -> bool:
+    """Whether x, of so many rows, is what this is for: few rows in bf16 on a CPU."""
+    return 0 < rows <= MOST_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def fits(rows: int, shape: tuple[int, ...] | torch.Size, most: int = OWN_ROWS) -> bool:
     """Whether so many rows and a weight [O, I] are what the operation takes."""
     return 0 < rows <= most and shape[0] % TOGETHER == 0 and shape[1] % LANES == 0
@@ -37,4 +42,8 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(rows, len(weight), dtype=x.dtype)
         native.call("few_rows", weight, x.contiguous(), out, rows, *weight.shape, of=x.dtype)
         return out
-    return torch.mv(weight, x[0])[None] if rows == 1 else (weight @ x.T).T
+    if rows == 1:
+        out = torch.empty(1, len(weight), dtype=x.dtype)
+        torch.mv(weight, x[0], out=out[0])
+        return out
+    return (weight @ x.T).T.contiguous()  # no view, which what an autograd function returns may not be

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.kernels.few_rows import MOST_ROWS, few_rows, unhooked
+from gemma_ft.kernels.few_rows import are_few, few_rows, unhooked
 
 
 def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
     its weight.
     """
     rows = x.numel() // x.shape[-1]
-    if not (0 < rows <= MOST_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _plain(layer, x)):
+    if not (are_few(x, rows) and _plain(layer, x)):
         out: Tensor = layer(x)
         return out
     return few_rows(x.reshape(rows, -1), layer.weight).view(*x.shape[:-1], -1)

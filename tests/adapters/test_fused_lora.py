@@ -189,3 +189,12 @@ def test_an_output_may_be_written_to(quantized: bool) -> None:
     out += 1
     out.sum().backward()
     assert layer.lora_B["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_so_may_one_of_few_rows(rows: int) -> None:
+    layer = pair(torch.bfloat16)[0].base_model.model.one
+    out = layer(torch.ones(rows, IN).bfloat16().requires_grad_())
+    out += 1
+    out.sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gemma_ft.model.few_rows import MOST_ROWS, few_rows_linear
+from gemma_ft.kernels.few_rows import MOST_ROWS
+from gemma_ft.model.few_rows import few_rows_linear
 
 DTYPES = [(torch.bfloat16, 8e-3), (torch.float32, 1e-5), (torch.float64, 1e-12)]
 
