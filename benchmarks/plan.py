@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.hundred_million import random_gemma, tokenizer
+from benchmarks.our_trainer import trainer_of
 from benchmarks.record import ROOT, write_result
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -102,43 +104,18 @@ def write_base(folder: Path, preset: str) -> None:
     """A Gemma of random weights at the scale of trained ones, in bf16."""
     from gemma_ft.data.tokenizer_files import save_tokenizer
     from gemma_ft.model.config import PRESETS
-    from gemma_ft.model.gemma import GemmaForCausalLM
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = GemmaForCausalLM(PRESETS[preset].config(**FAMILIES[preset]))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(0, 0.3 if "norm" in name else 1.0 / weight.shape[-1] ** 0.5)
-    model.save_pretrained(str(folder))
-    torch.set_default_dtype(torch.float32)
-    save_tokenizer(_tokenizer(), folder, system_policy="fold")
+    random_gemma(PRESETS[preset].config(**FAMILIES[preset])).save_pretrained(str(folder))
+    save_tokenizer(tokenizer(), folder, system_policy="fold")
 
 
-def _tokenizer() -> Any:
-    from gemma_ft.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(str(ROOT / "data" / "gemma-tiny"))
-
-
-class Rows(list):  # type: ignore[type-arg]
-    """Rows as our trainer takes them."""
-
-    streamed, weighted = True, False  # in order
-
-    def __init__(self, arm: Arm) -> None:
-        draw = torch.Generator().manual_seed(1)
-        for _ in range(arm.rows * arm.accumulation * STEPS):
-            ids = torch.randint(4, SIZES["vocab_size"], (arm.tokens,), generator=draw).tolist()
-            places = list(range(arm.tokens))
-            self.append({"input_ids": ids, "labels": ids, "position_ids": places, "document_ids": [0] * arm.tokens})
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(one["input_ids"]) for one in self]
-
-    def state(self, row: int) -> dict[str, Any]:
-        return {}
+def rows_of(arm: Arm) -> list[dict[str, list[int]]]:
+    """Full rows of one document, all of whose tokens are labelled."""
+    draw, places, found = torch.Generator().manual_seed(1), list(range(arm.tokens)), []
+    for _ in range(arm.rows * arm.accumulation * STEPS):
+        ids = torch.randint(4, SIZES["vocab_size"], (arm.tokens,), generator=draw).tolist()
+        found.append({"input_ids": ids, "labels": ids, "position_ids": places, "document_ids": [0] * arm.tokens})
+    return found
 
 
 def adapter(model: Any, base: str) -> Any:
@@ -148,14 +125,10 @@ def adapter(model: Any, base: str) -> Any:
                        init="default", base=base, revision=None)  # fmt: skip
 
 
-def trainer_of(arm: Arm, model: Any, folder: Path) -> Any:
+def trainer_for(arm: Arm, model: Any, folder: Path) -> Any:
     from trl import SFTConfig
 
-    from gemma_ft.data.collate import Collator
     from gemma_ft.train.checkpointing import checkpoint_layers
-    from gemma_ft.train.stop import StopRequest
-    from gemma_ft.train.trainer import GemmaTrainer, Progress
-    from gemma_ft.train.world import World
 
     settings = SFTConfig(
         output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=arm.rows,
@@ -166,26 +139,21 @@ def trainer_of(arm: Arm, model: Any, folder: Path) -> Any:
     )  # fmt: skip
     checkpoint_layers(model, arm.checkpointed)
     narrow = arm.strategy == "full" and arm.precision == "bf16"
-    return GemmaTrainer(
-        model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(arm),
-        eval_examples=None, collator=Collator(0), tokenizer=_tokenizer(), schedule="constant", warmup_ratio=0.0,
-        autocast=torch.bfloat16 if narrow else None, keep_checkpoints=1, keep_best=False, progress=Progress(),
-        on_step=lambda figures: None, on_eval=lambda step, loss: None, on_fault=lambda line: None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    return trainer_of(model, settings, rows_of(arm), torch.bfloat16 if narrow else None)
 
 
 def evaluate(arm: Arm, model: Any) -> None:
     from gemma_ft.data.collate import Collator
     from gemma_ft.evaluate.held_out import held_out_loss
 
-    rows = Rows(arm)[: arm.rows]
+    rows = rows_of(arm)[: arm.rows]
     held_out_loss(model, [Collator(0)(rows)])
 
 
 def generate(arm: Arm, model: Any) -> None:
     from gemma_ft.infer.generate import generate_answers
 
-    prompts = [one["input_ids"] for one in Rows(arm)[: arm.rows]]
+    prompts = [one["input_ids"] for one in rows_of(arm)[: arm.rows]]
     generate_answers(model, prompts, stop_ids=[1], max_new_tokens=16, batch_size=arm.rows)
 
 
@@ -231,7 +199,7 @@ def one_arm(name: str, folder: Path) -> None:
         own_memory(model)
         model = model if arm.strategy == "full" else adapter(model, str(base))
         if arm.phase == "train":
-            work = trainer_of(arm, model, folder).train
+            work = trainer_for(arm, model, folder).train
         else:
             work = partial({"evaluate": evaluate, "generate": generate}[arm.phase], arm, model)
     runtime.give_memory_back()

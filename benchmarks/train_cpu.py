@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.hundred_million import RANK, SHAPE, VOCABULARY, gemma, tokenizer, write_base
 from benchmarks.limits import flops_per_token, gemm_rate
+from benchmarks.our_trainer import trainer_of
 from benchmarks.record import write_result
 from benchmarks.turns import QUICK, order, paired
 
@@ -77,19 +78,6 @@ def rows_of(line: Line) -> list[dict[str, list[int]]]:
     return found
 
 
-class Rows(list):  # type: ignore[type-arg]
-    """Rows as our trainer takes them."""
-
-    streamed, weighted = True, False  # in order, as the others have them
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(one["input_ids"]) for one in self]
-
-    def state(self, row: int) -> dict[str, Any]:
-        return {}
-
-
 def arguments(folder: Path, line: Line, **changes: Any) -> Any:
     """What all arms share of TRL's settings."""
     from trl import SFTConfig
@@ -106,11 +94,7 @@ def our_trainer(folder: Path, line: Line) -> Any:
     from peft import PeftConfig, PeftModel
 
     from gemma_ft.adapters.fused_layers import with_fused_layers
-    from gemma_ft.data.collate import Collator
     from gemma_ft.load import load_base
-    from gemma_ft.train.stop import StopRequest
-    from gemma_ft.train.trainer import GemmaTrainer, Progress
-    from gemma_ft.train.world import World
     from gemma_ft.weights import Source
 
     base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
@@ -118,12 +102,7 @@ def our_trainer(folder: Path, line: Line) -> Any:
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True, config=start)
     settings = arguments(folder, line, bf16=False, gradient_checkpointing=False, ddp_find_unused_parameters=False)
     settings._n_gpu = 0
-    return GemmaTrainer(
-        model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(rows_of(line)),
-        eval_examples=None, collator=Collator(0), tokenizer=tokenizer(), schedule="constant", warmup_ratio=0.0,
-        autocast=None, keep_checkpoints=1, keep_best=False, progress=Progress(), on_step=lambda figures: None,
-        on_eval=lambda step, loss: None, on_fault=lambda line: None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    return trainer_of(model, settings, rows_of(line))
 
 
 def stock_trainer(folder: Path, line: Line, *, best: bool) -> Any:

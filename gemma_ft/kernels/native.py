@@ -39,6 +39,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "few_rows": (P, P, P, I64, I64, I64),
     "few_rows_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
 }
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: its memory may be elsewhere, or not be
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -72,7 +73,7 @@ def serves(*tensors: Tensor | None) -> bool:
     first = given[0]
     return (
         first.dtype in SUFFIXES
-        and all(type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" for one in given)
+        and all(type(one) in PLAIN and one.device.type == "cpu" for one in given)
         and all(one.dtype == first.dtype for one in given)
         and not _traced()
         and bool(operations().functions)

@@ -22,13 +22,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
     """
     fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
-    if native.serves(x, residual) and fits and type(weight) in PLAIN:
+    if native.serves(x, residual) and fits and type(weight) in native.PLAIN:
         out: Tensor = _RMSNorm.apply(x, weight, eps, residual)
         return out
     return rms_norm_reference(x, weight, eps, residual)
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

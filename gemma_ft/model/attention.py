@@ -125,11 +125,8 @@ def eager_attention(
     batch, heads, tokens, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, K, N/K * T, H]: keys are read once, never repeated
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (grouped @ key.transpose(2, 3)).to(wide).view(batch, heads, tokens, -1) * scale  # [B, N, T, S]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, torch.finfo(wide).min)
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
+    scores = (grouped @ key.transpose(2, 3)).to(wide).view(batch, heads, tokens, -1)  # [B, N, T, S]
+    weights = F.dropout(_weights(scores, visible, scale, softcap), dropout_p)
     return (weights.to(query.dtype).view(*grouped.shape[:3], -1) @ value).view(query.shape)
 
 
@@ -143,12 +140,18 @@ def one_query_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # [B, K, N/K, H]
     scores = (key @ grouped.transpose(2, 3)).transpose(2, 3)  # [B, K, N/K, S]
-    scores = scores.to(wide, memory_format=torch.contiguous_format) * scale
+    scores = scores.to(wide, memory_format=torch.contiguous_format)
+    return (_weights(scores, visible, scale, softcap).to(query.dtype) @ value).view(query.shape)
+
+
+def _weights(scores: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Raw scores [.., S], wide -> weights: scaled, capped, hidden where not `visible`, softmax."""
+    scores = scores * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(wide).min)
-    return (scores.softmax(dim=-1).to(query.dtype) @ value).view(query.shape)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
 
 
 def sdpa_attention(

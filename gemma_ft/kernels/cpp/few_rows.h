@@ -35,16 +35,14 @@ template <class T> struct Quantized {
         }
 #ifdef __AVX512BF16__
         __m512i table;
-        __m512bh part(i64 i) {  // see unpack_block
+        __m512bh part(i64 i) {
             const i64 place = first + i;
             if (place >> p.block_bits != open) {
                 open = place >> p.block_bits;
                 const __m512 sixteen = _mm512_mul_ps(_mm512_loadu_ps(p.code), _mm512_set1_ps(scale_of(p, open)));
                 table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sixteen));
             }
-            const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.bytes + (place >> 1))));
-            const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
-            return (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), table);
+            return (__m512bh)unpack_32(p.bytes + (place >> 1), table);
         }
 #endif
     };

@@ -28,6 +28,15 @@ inline float scale_of(const Packed& p, i64 at) {
     return product + p.offset;
 }
 
+#ifdef __AVX512BW__
+// 16 bytes are 32 numbers, the high half of a byte first; table: a block's sixteen bf16 in the lower half
+inline __m512i unpack_32(const std::uint8_t* in, __m512i table) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+    const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), table);
+}
+#endif
+
 template <class T> inline void unpack_block(const Packed& p, i64 at, T* to) {
     const float scale = scale_of(p, at);
     alignas(64) T table[32];
@@ -37,12 +46,7 @@ template <class T> inline void unpack_block(const Packed& p, i64 at, T* to) {
 #ifdef __AVX512BW__
     if constexpr (sizeof(T) == 2) {
         const __m512i values = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
-        for (i64 i = 0; i < p.block / 2; i += 16) {  // 16 bytes are 32 numbers, the high half of a byte first
-            const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-            const __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
-            const __m512i places = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), low);
-            _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(places, values));
-        }
+        for (i64 i = 0; i < p.block / 2; i += 16) _mm512_storeu_si512(to + 2 * i, unpack_32(in + i, values));
         return;
     }
 #endif

@@ -14,7 +14,7 @@ void rms_norm(const T* x, const float* gain, const T* residual, T* out, float* r
 #pragma omp simd reduction(+ : squares)
         for (i64 i = 0; i < D; ++i) squares += wide(in[i]) * wide(in[i]);
         const float scale = 1.0f / std::sqrt(squares / float(D) + eps);
-        if (rstd) rstd[row] = scale;
+        rstd[row] = scale;
 #pragma omp simd
         for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(in[i]) * scale * gain[i]);
         if (!residual) continue;
