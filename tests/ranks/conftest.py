@@ -19,8 +19,8 @@ STRATEGIES = {
     "lora": ["strategy=lora", "adapter.dropout=0.1", CALM],
     "qlora": ["quantize.double_quant=true", "adapter.dropout=0.1", CALM],
     "full": ["strategy=full", "train.learning_rate=0.0003"],
-    "tokens": ["strategy=lora", ADD, "data.columns={weight: '{w}'}"],
-    "stream": ["strategy=lora", "data.streaming=true", "eval.overlap=allow"],
+    "tokens": ["strategy=lora", ADD, "data.columns={weight: '{w}'}", CALM],
+    "stream": ["strategy=lora", "data.streaming=true", "eval.overlap=allow", CALM],
     "full, tokens": ["strategy=full", ADD, "train.learning_rate=0.0003"],
 }
 Train = Callable[..., Path]
