@@ -24,7 +24,7 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     if few and state is None and weight.dtype == rows.dtype:
         return few_rows.few_rows(rows, weight)
     read = few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state)
-    if read and few_rows.fits(len(rows), state.shape, few_rows.OWN_ROWS_NF4):  # type: ignore[union-attr]
+    if read and few_rows.fits(len(rows), state.shape, state.blocksize):  # type: ignore[union-attr]
         return few_rows_nf4(rows.contiguous(), weight, state)
     return rows @ plain(weight, state, rows.dtype).T
 

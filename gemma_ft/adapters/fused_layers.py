@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gemma_ft import runtime
-from gemma_ft.adapters.fused_lora import fused_lora, only_adapter
+from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
+from gemma_ft.kernels.decode import LinearParts
 
 
 def with_fused_layers(config: LoraConfig) -> LoraConfig:
@@ -32,6 +33,10 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return fused_lora(x, self.base_layer.weight, None, a, b, self.scaling[name])
+
+    def linear_parts(self) -> LinearParts | None:
+        """See `lora_parts`."""
+        return lora_parts(self)
 
 
 def _layer(target: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any) -> nn.Module | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.few_rows import unhooked
 
 
@@ -75,3 +76,18 @@ def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
         and torch.promote_types(x.dtype, a.weight.dtype) == a.weight.dtype
     )
     return name if plain else None
+
+
+def lora_parts(layer: Any, state: Any | None = None) -> LinearParts | None:
+    """What one of PEFT's layers computes when it decodes, in one piece; None where that cannot be said. `state`: the
+    QuantState of its base layer, where that is in 4 bits.
+    """
+    base = layer.base_layer
+    if base.bias is not None or not unhooked(base):
+        return None
+    if layer.disable_adapters or layer.merged:  # both: PEFT unmerges in its forward
+        return None if layer.disable_adapters and layer.merged else LinearParts(base.weight, state)
+    name = only_adapter(layer, base.weight, (), {})
+    if name is None:
+        return None
+    return LinearParts(base.weight, state, (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]))

@@ -9,7 +9,8 @@ from typing import Any
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from gemma_ft.adapters.fused_lora import fused_lora, only_adapter
+from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
+from gemma_ft.kernels.decode import LinearParts
 
 
 class FusedLinear4bit(Linear4bit):
@@ -24,6 +25,12 @@ class FusedLinear4bit(Linear4bit):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return fused_lora(x, base.weight, state, a, b, self.scaling[name])
+
+    def linear_parts(self) -> LinearParts | None:
+        """See `lora_parts`."""
+        base = self.base_layer
+        state = getattr(base.weight, "quant_state", None) or base.quant_state
+        return lora_parts(self, state) if state is not None and base.compute_dtype in (None, state.dtype) else None
 
     def _will_pack(self, x: Tensor) -> bool:
         """Whether bitsandbytes would pack the weight in this forward: its layer decides (adapters/quantize.py)."""

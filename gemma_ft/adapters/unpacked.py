@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
 from gemma_ft.kernels import native
+from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.nf4 import serves_nf4
 
 
@@ -46,6 +47,12 @@ class UnpackedLinear4bit(Linear4bit):
         rows = x.to(state.dtype).reshape(-1, x.shape[-1])
         out: Tensor = _Frozen.apply(rows, self.weight, state)
         return out.view(*x.shape[:-1], state.shape[0]).to(x.dtype)
+
+    def linear_parts(self) -> LinearParts | None:
+        """The layer as a model that decodes takes it; None where `forward` is bitsandbytes' own."""
+        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        own = self.bias is None and self.compute_dtype in (None, state.dtype)
+        return LinearParts(self.weight, state) if own else None
 
 
 def keep_unpacked(model: nn.Module) -> int:

@@ -12,8 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from gemma_ft.kernels import native
 
 MOST_ROWS = 16  # up to which torch has the weight first
-OWN_ROWS, OWN_ROWS_NF4 = 2, 4  # up to which the C++ is faster than torch's matrix product, and than dequantizing first
-TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/ops.cpp takes at a time
+OWN_ROWS = 8  # up to which the C++ is faster than torch's matrix product, and than dequantizing first
+TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/few_rows.h takes at a time
+MOST_INPUTS, BLOCK = 65536, 64  # numbers of a row that it takes, and of a block with a scale of its own
 
 
 def unhooked(module: nn.Module) -> bool:
@@ -27,15 +28,16 @@ def are_few(x: Tensor, rows: int) -> bool:
     return 0 < rows <= MOST_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
-def fits(rows: int, shape: tuple[int, ...] | torch.Size, most: int = OWN_ROWS) -> bool:
-    """Whether so many rows and a weight [O, I] are what the operation takes."""
-    return 0 < rows <= most and shape[0] % TOGETHER == 0 and shape[1] % LANES == 0
+def fits(rows: int, shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> bool:
+    """Whether so many rows and a weight [O, I], in 4 bits in blocks of `block`, are what the operation takes."""
+    whole = shape[0] % TOGETHER == 0 and shape[1] % LANES == 0 and block % BLOCK == 0
+    return whole and 0 < rows <= OWN_ROWS and shape[1] <= MOST_INPUTS
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, I] and weight [O, I] in bf16 on the CPU -> x weightᵀ [M, O], without a gradient.
 
-    torch takes a third longer with x first in the product, and for a row or two longer than the C++ does.
+    torch takes a third longer with x first in the product, and for up to OWN_ROWS longer than the C++ does.
     """
     rows = len(x)
     if fits(rows, weight.shape) and native.serves(x, weight) and weight.is_contiguous():

@@ -26,7 +26,7 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Ten
         found: Tensor = dequantize_4bit(packed, state, out=out)
         return found
     weight = torch.empty(state.shape, dtype=state.dtype) if out is None else out
-    scales, blocks = _scales(state)
+    scales, blocks = scales_of(state)
     native.call("nf4", packed, *scales, weight, weight.numel(), *blocks, of=state.dtype)
     return weight
 
@@ -36,12 +36,12 @@ def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     the product. Only where `serves_nf4`, x is of state.dtype, and `few_rows.fits`.
     """
     out = torch.empty(len(x), state.shape[0], dtype=x.dtype)
-    scales, blocks = _scales(state)
+    scales, blocks = scales_of(state)
     native.call("few_rows_nf4", packed, *scales, x, out, len(x), *state.shape, *blocks, of=x.dtype)
     return out
 
 
-def _scales(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+def scales_of(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
     """How cpp/ops.cpp takes the scales and the sixteen numbers, and the sizes of the blocks."""
     if not state.nested:
         return (state.absmax, None, None, None, 0.0, state.code), (state.blocksize, 1)

@@ -15,16 +15,23 @@ def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
     its weight.
     """
     rows = x.numel() // x.shape[-1]
-    if not (are_few(x, rows) and _plain(layer, x)):
+    if not (are_few(x, rows) and _serves(layer, x)):
         out: Tensor = layer(x)
         return out
     return few_rows(x.reshape(rows, -1), layer.weight).view(*x.shape[:-1], -1)
 
 
-def _plain(layer: Any, x: Tensor) -> bool:
-    """Whether a layer is no more than its weight, whole and in the dtype of x, and no gradient is asked for."""
-    if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None or not unhooked(layer):
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is no more than its weight."""
+    if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None:
+        return False
+    return type(layer.weight) is nn.Parameter and unhooked(layer)
+
+
+def _serves(layer: Any, x: Tensor) -> bool:
+    """Whether a plain layer's weight is in the dtype of x, and no gradient is asked for."""
+    if not is_plain(layer):
         return False
     weight = layer.weight
     asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return type(weight) is nn.Parameter and (weight.dtype, weight.device) == (x.dtype, x.device) and not asked
+    return (weight.dtype, weight.device) == (x.dtype, x.device) and not asked

@@ -25,6 +25,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import Visible, first_visible, resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics, read_config
+from gemma_ft.model.decode import decoded
 from gemma_ft.model.few_rows import few_rows_linear
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
@@ -103,6 +104,8 @@ class GemmaModel(GemmaPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if isinstance(past_key_values, KVPass):
             position_ids = past_key_values.position_ids
+            if not output_hidden_states and (last := self._decoded(x, past_key_values)) is not None:
+                return BaseModelOutputWithPast(last_hidden_state=self.norm(last), past_key_values=past_key_values)
             masks = self._masks_of_pass(past_key_values)
         else:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -111,7 +114,7 @@ class GemmaModel(GemmaPreTrainedModel):
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
             masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
-        angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
+        angles = self._angles(position_ids, x)
 
         states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
         for layer, window in zip(self.layers, self.numerics.window_tokens, strict=True):
@@ -124,6 +127,12 @@ class GemmaModel(GemmaPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*states, x) if output_hidden_states else None,
         )
+
+    def _angles(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
+
+    def _decoded(self, x: Tensor, one: KVPass) -> Tensor | None:
+        return decoded(self, x, self._angles(one.position_ids, x), one) if one.single else None
 
     def _embedded(self, input_ids: Any) -> Tensor:
         added = self.added_rows

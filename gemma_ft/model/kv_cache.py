@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class KVCache:
         self.max_seq_len = max_seq_len
         self.lengths = [0] * rows  # tokens that each row holds
         self.rings = [_Ring(limit, rows) for limit in self.limits]
+        self.kept: list[Any] = []  # what `decoded` keeps from pass to pass
 
     def open(self, first: int, counts: Sequence[int], device: torch.device) -> KVPass:
         """One forward pass over `len(counts)` rows from row `first` on, which brings counts[i] new tokens for row i.
@@ -135,6 +137,15 @@ class KVPass:
         for part, fresh in zip(kept, new, strict=True):
             plan.store(part, fresh)
         return seen[0].to(key.dtype), seen[1].to(value.dtype)
+
+    def rings(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of this pass's rows [B, K, places, H], with places for the new ones, which are like `like`
+        [B, K, 1, H]: for who writes them there without `update`.
+        """
+        ring, plan = self.cache.rings[layer], self._plans[self.cache.limits[layer]]
+        ring.reserve(plan.needed, like, like, self.cache.lengths)
+        keys, values = ring.parts
+        return keys[self.rows], values[self.rows]
 
     def finish(self) -> None:
         """Count the new tokens to their rows, when all layers have kept theirs."""

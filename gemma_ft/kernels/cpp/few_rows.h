@@ -1,101 +1,175 @@
-// A linear layer on few rows (few_rows.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w
+// A linear layer on few rows (few_rows.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w.
+//
+// Multiplied in float32, as wide as any vector unit does it: products of bf16 pairs are half as fast where there are no
+// tiles for them. x comes as float32 in the order in which numbers leave their storage.
 #pragma once
 #include "nf4.h"
 
 namespace gemma_ft {
 
-// Sources of the weight: row `at` is opened, and gives its numbers i .. i + 31, or one by one.
+#ifdef __AVX512BW__
+constexpr bool WIDE_VECTORS = true;
+#else
+constexpr bool WIDE_VECTORS = false;
+#endif
+constexpr int AT_ONCE = 8;  // rows of x that share a reading of w
+constexpr i64 AHEAD = 4;    // rows of w that are asked for early: what the processor foresees ends with a page
+
+// The sums of two rows of w with M rows of x: each in one order, however many there are, so that a sequence's answer does
+// not depend on its neighbours.
+#ifdef __AVX512BW__
+template <int M> struct Sums {
+    __m512 sum[2][M] = {};
+    // 32 numbers of each row, 16 by 16, and where those of x lie
+    void add(const __m512 (&w)[2][2], const float* x, i64 stride) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+            for (int half = 0; half < 2; ++half) {
+                const __m512 given = _mm512_loadu_ps(x + m * stride + 16 * half);
+                for (int r = 0; r < 2; ++r) sum[r][m] = _mm512_fmadd_ps(w[r][half], given, sum[r][m]);
+            }
+    }
+    float of(int r, int m) const { return _mm512_reduce_add_ps(sum[r][m]); }
+};
+#else
+constexpr int PART = 256;
+template <int M> struct Sums {
+    float sum[2][M] = {};
+    void add(const float* w, int r, i64 count, const float* x, i64 stride) {
+        for (int m = 0; m < M; ++m) {
+            float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+            for (i64 i = 0; i < count; ++i) part += w[i] * x[m * stride + i];
+            sum[r][m] += part;
+        }
+    }
+    float of(int r, int m) const { return sum[r][m]; }
+};
+#endif
+
+// Storages of the weight: `two` gives the products of its rows at, at + 1.
 template <class T> struct Stored {
+    static constexpr bool BY_HALVES = WIDE_VECTORS && sizeof(T) == 2;  // of 32 numbers of x those at even places first
     const T* w;
     i64 I;
-    struct Row {
-        const T* w;
-        float at(i64 i) const { return wide(w[i]); }
-#ifdef __AVX512BF16__
-        __m512bh part(i64 i) { return (__m512bh)_mm512_loadu_si512(w + i); }
+    template <int M> Sums<M> two(i64 at, const float* x) const {
+        const T* rows[2] = {w + at * I, w + (at + 1) * I};
+        Sums<M> sums;
+#ifdef __AVX512BW__
+        for (i64 i = 0; i < I; i += 32) {
+            __m512 numbers[2][2];
+            for (int r = 0; r < 2; ++r) {
+                if constexpr (sizeof(T) == 2) {
+                    const __m512i pairs = _mm512_loadu_si512(rows[r] + i);
+                    __builtin_prefetch(rows[r] + i + AHEAD * I);
+                    numbers[r][0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+                    numbers[r][1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+                } else {
+                    numbers[r][0] = _mm512_loadu_ps(rows[r] + i), numbers[r][1] = _mm512_loadu_ps(rows[r] + i + 16);
+                }
+            }
+            sums.add(numbers, x + i, I);
+        }
+#else
+        float numbers[PART];
+        for (i64 i = 0; i < I; i += PART) {
+            const i64 count = I - i < PART ? I - i : PART;
+            for (int r = 0; r < 2; ++r) {
+#pragma omp simd
+                for (i64 j = 0; j < count; ++j) numbers[j] = wide(rows[r][i + j]);
+                sums.add(numbers, r, count, x + i, I);
+            }
+        }
 #endif
-    };
-    Row row(i64 at) const { return {w + at * I}; }
+        return sums;
+    }
 };
+
+constexpr i64 MOST_BLOCKS = 1024;  // of a row
 
 template <class T> struct Quantized {
+    static constexpr bool BY_HALVES = WIDE_VECTORS;
     Packed p;
     i64 I;
-    struct Row {
-        const Packed& p;
-        const i64 first;
-        i64 open = -1;
-        float scale = 0.0f;
-        Row(const Packed& from, i64 begin) : p(from), first(begin) {}
-        float at(i64 i) {
-            const i64 place = first + i;
-            if (place >> p.block_bits != open) open = place >> p.block_bits, scale = scale_of(p, open);
-            const std::uint8_t byte = p.bytes[place >> 1];
-            return wide(narrow<T>(p.code[place & 1 ? byte & 15 : byte >> 4] * scale));
-        }
-#ifdef __AVX512BF16__
-        __m512i table;
-        __m512bh part(i64 i) {
-            const i64 place = first + i;
-            if (place >> p.block_bits != open) {
-                open = place >> p.block_bits;
-                const __m512 sixteen = _mm512_mul_ps(_mm512_loadu_ps(p.code), _mm512_set1_ps(scale_of(p, open)));
-                table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sixteen));
+    template <int M> Sums<M> two(i64 at, const float* x) const {
+        const i64 blocks = I >> p.block_bits;
+        Sums<M> sums;
+#ifdef __AVX512BW__
+        const __m512 code = _mm512_loadu_ps(p.code);
+        float scales[2][MOST_BLOCKS];
+        for (int r = 0; r < 2; ++r) scales_of(p, (at + r) * blocks, blocks, scales[r]);
+        const std::uint8_t* bytes = p.bytes + at * I / 2;
+        for (i64 i = 0; i < I; i += 64) {
+            __m512 tables[2];
+            for (int r = 0; r < 2; ++r) tables[r] = table_of<T>(code, scales[r][i >> p.block_bits]);
+#pragma GCC unroll 2
+            for (int part = 0; part < 64; part += 32) {
+                __m512 numbers[2][2];
+                for (int r = 0; r < 2; ++r) {
+                    const auto in = reinterpret_cast<const __m128i*>(bytes + (r * I + i + part) / 2);
+                    const __m512i packed = _mm512_cvtepu8_epi32(_mm_loadu_si128(in));
+                    numbers[r][0] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4), tables[r]);
+                    numbers[r][1] = _mm512_permutexvar_ps(packed, tables[r]);  // by the lowest 4 bits
+                }
+                sums.add(numbers, x + i + part, I);
             }
-            return (__m512bh)unpack_32(p.bytes + (place >> 1), table);
         }
+#else
+        T numbers[LARGEST_BLOCK];
+        float wides[LARGEST_BLOCK];
+        for (i64 block = 0; block < blocks; ++block)
+            for (int r = 0; r < 2; ++r) {
+                unpack_block(p, (at + r) * blocks + block, numbers);
+#pragma omp simd
+                for (i64 j = 0; j < p.block; ++j) wides[j] = wide(numbers[j]);
+                sums.add(wides, r, p.block, x + block * p.block, I);
+            }
 #endif
-    };
-    Row row(i64 at) const { return Row(p, at * I); }
+        return sums;
+    }
 };
 
-constexpr int AT_ONCE = 4;  // rows of x that share a reading of w
-
-template <class T, class Source, int M> inline void products(const Source& source, const T* x, T* out, i64 O, i64 I, i64 at) {
-    auto one = source.row(at), two = source.row(at + 1);
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(T) == 2) {
-        __m512 sums[2][M] = {};
-        for (i64 i = 0; i < I; i += 32) {
-            const __m512bh parts[2] = {one.part(i), two.part(i)};
-            for (int m = 0; m < M; ++m) {
-                const auto given = (__m512bh)_mm512_loadu_si512(x + m * I + i);
-                sums[0][m] = _mm512_dpbf16_ps(sums[0][m], parts[0], given);
-                sums[1][m] = _mm512_dpbf16_ps(sums[1][m], parts[1], given);
+// x [count] in float32, in the order in which a storage is read.
+template <class Source, class T> void arrange(const T* x, float* to, i64 count) {
+    if constexpr (!Source::BY_HALVES) {
+#pragma omp simd
+        for (i64 i = 0; i < count; ++i) to[i] = wide(x[i]);
+    } else {
+        for (i64 at = 0; at < count; at += 32)
+#pragma omp simd
+            for (int i = 0; i < 16; ++i) {
+                to[at + i] = wide(x[at + 2 * i]);
+                to[at + 16 + i] = wide(x[at + 2 * i + 1]);
             }
-        }
-        for (int m = 0; m < M; ++m) {
-            out[m * O + at] = narrow<T>(_mm512_reduce_add_ps(sums[0][m]));
-            out[m * O + at + 1] = narrow<T>(_mm512_reduce_add_ps(sums[1][m]));
-        }
-        return;
     }
-#endif
-    float sums[2][M] = {};
-    for (i64 i = 0; i < I; ++i) {
-        const float parts[2] = {one.at(i), two.at(i)};
-        for (int m = 0; m < M; ++m) {
-            sums[0][m] += parts[0] * wide(x[m * I + i]);
-            sums[1][m] += parts[1] * wide(x[m * I + i]);
+}
+
+template <int M, class Source, class Emit> inline void emit_two(const Source& source, const float* x, i64 at, i64 m, Emit emit) {
+    const Sums<M> sums = source.template two<M>(at, x + m * source.I);
+    for (int row = 0; row < M; ++row)
+        for (int r = 0; r < 2; ++r) emit(m + row, at + r, sums.of(r, row));
+}
+
+// Products of rows [first, last) of w with M rows of x, each given to emit(m, o, value).
+template <class Source, class Emit>
+void few_products(const Source& source, const float* x, i64 M, i64 first, i64 last, Emit emit) {
+    for (i64 at = first; at < last; at += 2)
+        for (i64 m = 0; m < M;) {
+            const i64 left = M - m;
+            if (left >= AT_ONCE) emit_two<AT_ONCE>(source, x, at, m, emit), m += AT_ONCE;
+            else if (left >= 4) emit_two<4>(source, x, at, m, emit), m += 4;
+            else if (left >= 2) emit_two<2>(source, x, at, m, emit), m += 2;
+            else emit_two<1>(source, x, at, m, emit), m += 1;
         }
-    }
-    for (int m = 0; m < M; ++m)
-        for (int row = 0; row < 2; ++row) out[m * O + at + row] = narrow<T>(sums[row][m]);
 }
 
 template <class T, class Source>
 void few_rows_of(const Source& source, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
+    Floats given(M * I);
+    arrange<Source>(x, given.data(), M * I);
+    const auto emit = [=](i64 m, i64 o, float value) { out[m * O + o] = narrow<T>(value); };
 #pragma omp parallel for num_threads(threads) schedule(static) if (O * I > SMALL)
-    for (i64 at = 0; at < O; at += 2)
-        for (i64 m = 0; m < M;) {
-            const T* rows = x + m * I;
-            T* to = out + m * O;
-            switch (M - m < AT_ONCE ? M - m : AT_ONCE) {
-                case 1: products<T, Source, 1>(source, rows, to, O, I, at), m += 1; break;
-                case 2: case 3: products<T, Source, 2>(source, rows, to, O, I, at), m += 2; break;
-                default: products<T, Source, AT_ONCE>(source, rows, to, O, I, at), m += AT_ONCE;
-            }
-        }
+    for (i64 at = 0; at < O; at += 2) few_products(source, given.data(), M, at, at + 2, emit);
 }
 
 template <class T> void few_rows(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {

@@ -6,13 +6,14 @@ namespace gemma_ft {
 
 constexpr float ROOT = 0.7978845608028654f, CUBE = 0.044715f;  // gelu's tanh approximation, arXiv:1606.08415
 
+template <class T> ALWAYS T bent(T gate, T up) {
+    const float g = wide(gate), gelu = 0.5f * g * (1.0f + tanh_of(ROOT * (g + CUBE * g * g * g)));
+    return narrow<T>(wide(narrow<T>(gelu)) * wide(up));
+}
+
 template <class T> void geglu(const T* gate, const T* up, T* out, i64 count, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static) if (parallel : count > SMALL)
-    for (i64 i = 0; i < count; ++i) {
-        const float g = wide(gate[i]);
-        const float bent = 0.5f * g * (1.0f + tanh_of(ROOT * (g + CUBE * g * g * g)));
-        out[i] = narrow<T>(wide(narrow<T>(bent)) * wide(up[i]));
-    }
+    for (i64 i = 0; i < count; ++i) out[i] = bent(gate[i], up[i]);
 }
 
 template <class T>

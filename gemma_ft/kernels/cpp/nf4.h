@@ -21,12 +21,41 @@ inline Packed packed_of(const std::uint8_t* bytes, const float* scales, const st
     return {bytes, scales, scales8, code2, scales2, offset, code, block, bits, bits2};
 }
 
-// two roundings, as bitsandbytes has them: volatile keeps the compiler from making one of them
-inline float scale_of(const Packed& p, i64 at) {
-    if (!p.code2) return p.scales[at];
-    volatile float product = p.code2[p.scales8[at]] * p.scales2[at >> p.block2_bits];
-    return product + p.offset;
+constexpr int LARGEST_BLOCK = 4096;  // that bitsandbytes has
+
+// The scales of blocks at .. at + count - 1. Two roundings, as bitsandbytes has them: the compiler may not make one of
+// them, so that the products are put down in between.
+inline void scales_of(const Packed& p, i64 at, i64 count, float* to) {
+    if (!p.code2) {
+        for (i64 i = 0; i < count; ++i) to[i] = p.scales[at + i];
+        return;
+    }
+    for (i64 i = 0; i < count; ++i) to[i] = p.code2[p.scales8[at + i]] * p.scales2[(at + i) >> p.block2_bits];
+    asm volatile("" ::"r"(to) : "memory");
+    for (i64 i = 0; i < count; ++i) to[i] += p.offset;
 }
+
+inline float scale_of(const Packed& p, i64 at) {
+    float scale;
+    scales_of(p, at, 1, &scale);
+    return scale;
+}
+
+#ifdef __AVX512BW__
+// a block's sixteen numbers, as T has them
+template <class T> inline __m512 table_of(__m512 code, float scale) {
+    const __m512 exact = _mm512_mul_ps(code, _mm512_set1_ps(scale));
+    if constexpr (sizeof(T) == 4) return exact;
+#ifdef __AVX512BF16__
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(exact)), 16));
+#else
+    const __m512i bits = _mm512_castps_si512(exact), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __m512 rounded = _mm512_castsi512_ps(_mm512_and_si512(near, _mm512_set1_epi32(int(0xffff0000u))));
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(exact, exact, _CMP_UNORD_Q), rounded, exact);  // NaN stays one
+#endif
+}
+#endif
 
 #ifdef __AVX512BW__
 // 16 bytes are 32 numbers, the high half of a byte first; table: a block's sixteen bf16 in the lower half

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <new>
+#include <vector>
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
@@ -13,23 +15,34 @@ namespace gemma_ft {
 using i64 = std::int64_t;
 constexpr i64 SMALL = 32768;  // elements below which threads cost more than they bring
 
+#define ALWAYS [[gnu::always_inline]] inline  // a loop with a call in it is not made one of vectors
+
 struct bf16 {
     std::uint16_t bits;
 };
 
-inline float wide(float x) { return x; }
-inline float wide(bf16 x) { return std::bit_cast<float>(std::uint32_t(x.bits) << 16); }
+ALWAYS float wide(float x) { return x; }
+ALWAYS float wide(bf16 x) { return std::bit_cast<float>(std::uint32_t(x.bits) << 16); }
 
-template <class T> inline T narrow(float x);
-template <> inline float narrow<float>(float x) { return x; }
-template <> inline bf16 narrow<bf16>(float x) {  // to the nearest, ties to even; NaN stays one
+template <class T> ALWAYS T narrow(float x);
+template <> ALWAYS float narrow<float>(float x) { return x; }
+template <> ALWAYS bf16 narrow<bf16>(float x) {  // to the nearest, ties to even; NaN stays one
     const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
     const std::uint32_t near = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return bf16{std::uint16_t(x != x ? 0x7fc0u : near)};
 }
 
+template <class T> struct OfWholeLines {  // an allocator: no vector of numbers lies across two lines of the cache
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+    T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+    void deallocate(T* place, std::size_t) { ::operator delete(place, LINE); }
+    bool operator==(const OfWholeLines&) const = default;
+};
+using Floats = std::vector<float, OfWholeLines<float>>;
+
 // exp(x) to 2 ulp for x <= 88; the comparisons let NaN through. Polynomial: Cephes, expf.
-inline float exp_of(float x) {
+ALWAYS float exp_of(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
     const float n = std::rint(x * 1.44269504088896341f);
@@ -46,7 +59,7 @@ inline float exp_of(float x) {
 }
 
 // tanh(x) to 2 ulp, small x included. Polynomial: Cephes, tanhf.
-inline float tanh_of(float x) {
+ALWAYS float tanh_of(float x) {
     float size = x < 0.0f ? -x : x;
     const float z = x * x;
     float p = -5.70498872745e-3f;

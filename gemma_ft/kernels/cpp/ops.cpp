@@ -5,6 +5,7 @@
 // them); a row is worked on by one thread, so that no result depends on how many there are.
 // Letters: R rows, D their size.
 #include "attention.h"
+#include "decode.h"
 #include "few_rows.h"
 #include "geglu.h"
 #include "head_rows.h"
@@ -40,3 +41,5 @@ BOTH(nf4, P_NF4, (a, b, c, d, e, f, g, h, i, j, k, l))
 BOTH(few_rows, P_FEW, (a, b, c, d, e, f, g))
 #define P_FEW_NF4(T) (const std::uint8_t* a, const float* b, const std::uint8_t* c, const float* d, const float* e, float f, const float* g, const T* h, T* i, i64 j, i64 k, i64 l, i64 m, i64 n, int o)
 BOTH(few_rows_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))
+#define P_DECODE(T) (const Shape* a, const Layer* b, const i64* c, const float* d, const float* e, T* f, int g)
+BOTH(decode, P_DECODE, (a, b, c, d, e, f, g))

@@ -4,23 +4,26 @@
 
 namespace gemma_ft {
 
+// One row [D], gain(i) the factor of its i-th number; returns 1 / rms. `to` is neither `in` nor `before`.
+template <class T, class Gain> inline float norm_row(const T* in, Gain gain, const T* before, T* to, i64 D, float eps) {
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (i64 i = 0; i < D; ++i) squares += wide(in[i]) * wide(in[i]);
+    const float scale = 1.0f / std::sqrt(squares / float(D) + eps);
+#pragma omp simd
+    for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(in[i]) * scale * gain(i));
+    if (!before) return scale;
+#pragma omp simd
+    for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(before[i]) + wide(to[i]));  // the sum is of the rounded norm
+    return scale;
+}
+
 template <class T>
 void rms_norm(const T* x, const float* gain, const T* residual, T* out, float* rstd, i64 R, i64 D, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (R * D > SMALL)
     for (i64 row = 0; row < R; ++row) {
-        const T* in = x + row * D;
-        T* to = out + row * D;
-        float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-        for (i64 i = 0; i < D; ++i) squares += wide(in[i]) * wide(in[i]);
-        const float scale = 1.0f / std::sqrt(squares / float(D) + eps);
-        rstd[row] = scale;
-#pragma omp simd
-        for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(in[i]) * scale * gain[i]);
-        if (!residual) continue;
-        const T* before = residual + row * D;  // a loop of its own: the sum is of the rounded norm
-#pragma omp simd
-        for (i64 i = 0; i < D; ++i) to[i] = narrow<T>(wide(before[i]) + wide(to[i]));
+        const T* before = residual ? residual + row * D : nullptr;
+        rstd[row] = norm_row(x + row * D, [gain](i64 i) { return gain[i]; }, before, out + row * D, D, eps);
     }
 }
 

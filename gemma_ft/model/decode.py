@@ -1,0 +1,88 @@
+"""A pass that decodes, one token of each sequence, through all layers at once, where nothing about the model is out of
+the ordinary; elsewhere its layers run as they are, one operation after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_ft.kernels import native
+from gemma_ft.kernels.decode import NORMS, Kept, LinearParts, decode
+from gemma_ft.kernels.few_rows import LANES, MOST_ROWS, TOGETHER, unhooked
+from gemma_ft.model.few_rows import is_plain
+from gemma_ft.model.kv_cache import KVPass
+from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
+
+
+def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -> Tensor | None:
+    """x [B, 1, D], what the first of a GemmaModel's layers is given -> what the last one gives, the keys and values in
+    the cache of the pass; None where the layers are to do it.
+    """
+    config = model.config
+    asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
+    if asked or not one.single or len(x) > MOST_ROWS or not native.serves(x) or config.head_dim % LANES:
+        return None
+    if min(one.cache.limits) < TOGETHER:  # keys are read two by two
+        return None
+    kept: list[Kept] = one.cache.kept or [Kept() for _ in model.layers]
+    with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times
+        if not all(_taken(layer, into, x.dtype) for layer, into in zip(model.layers, kept, strict=True)):
+            return None
+    like = x.new_empty(()).expand(len(x), config.num_key_value_heads, 1, config.head_dim)
+    for index, into in enumerate(kept):
+        keys, values = one.rings(index, like)
+        if keys.dtype != x.dtype:
+            return None
+        into.take_ring(keys, values, one.cache.limits[index])
+    one.cache.kept = kept
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    scale, softcap = model.numerics.query_scale, model.numerics.attn_softcap
+    found = decode(
+        x[:, 0], kept, angles, one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap
+    )
+    return found[:, None]
+
+
+def _taken(layer: Any, into: Kept, dtype: torch.dtype) -> bool:
+    """Whether a layer, as it is now, was put into words for C++."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if (type(layer), type(attention), type(mlp)) != (GemmaDecoderLayer, GemmaAttention, GemmaMLP):
+        return False
+    norms: dict[str, Any] = dict.fromkeys(NORMS)
+    norms["before_attention"], second = layer.input_layernorm, layer.post_attention_layernorm
+    if layer.sandwich_norms:
+        norms["after_attention"], norms["before_mlp"] = second, layer.pre_feedforward_layernorm
+        norms["after_mlp"] = layer.post_feedforward_layernorm
+    else:
+        norms["before_mlp"] = second  # what a Gemma 1 calls after the attention is before its MLP
+    linears = {
+        "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
+        "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
+    }  # fmt: skip
+    return (
+        all(unhooked(module) for module in (layer, attention, mlp))
+        and all(_norm_taken(name, norm, into, dtype) for name, norm in norms.items())
+        and all(_linear_taken(name, module, into, dtype) for name, module in linears.items())
+    )
+
+
+def _norm_taken(name: str, norm: Any, into: Kept, dtype: torch.dtype) -> bool:
+    if norm is None:
+        return into.take_norm(name, None, dtype)
+    return type(norm) is GemmaRMSNorm and unhooked(norm) and into.take_norm(name, norm.weight, dtype)
+
+
+def _linear_taken(name: str, module: Any, into: Kept, dtype: torch.dtype) -> bool:
+    parts = linear_parts(module)
+    return parts is not None and into.take_linear(name, parts, dtype)
+
+
+def linear_parts(module: Any) -> LinearParts | None:
+    """What a linear layer computes, where that can be said: of torch's own, or of one that says it itself."""
+    if is_plain(module):
+        return LinearParts(module.weight)
+    said = getattr(module, "linear_parts", None)
+    return said() if said is not None and unhooked(module) else None
