@@ -74,6 +74,7 @@ ARMS = {
 
 def planned(arm: Arm) -> dict[str, int]:
     """What the planner says of an arm, by part, without its overhead."""
+    from gemma_ft.kernels.product import widens
     from gemma_ft.plan.parts import FIRST_STEP
     from gemma_ft.plan.phases import phases
     from gemma_ft.plan.run import Run, attention_of
@@ -86,8 +87,8 @@ def planned(arm: Arm) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, eval_rows=arm.rows,
-        new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, widened=widens(),
+        eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}

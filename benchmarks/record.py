@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gemma_ft import runtime
+from gemma_ft.processor import processor_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results"
@@ -21,7 +22,12 @@ def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> N
     """Write `name`.json into RESULTS and say so. `also`: further packages whose versions matter."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "accelerator": accelerator},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "bf16": bf16_units(),
+            "accelerator": accelerator,
+        },
         "versions": runtime.versions() | {package: metadata.version(package) for package in also},
         "commit": commit(),
         **measured,
@@ -43,3 +49,10 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def bf16_units() -> str | None:
+    """What an x86 has for bf16: tiles, products of pairs, or nothing."""
+    words = processor_words().split()
+    units = {"amx_bf16": "tiles", "avx512_bf16": "pairs"}
+    return next((name for word, name in units.items() if word in words), None)

@@ -12,7 +12,7 @@ import gemma_ft
 PACKAGE = Path(gemma_ft.__file__).resolve().parent
 FLOORS = [
     ["errors", "secrets"],
-    ["recipe", "runtime"],
+    ["recipe", "runtime", "processor"],
     ["launch"],
     ["kernels"],
     ["data", "model", "adapters"],

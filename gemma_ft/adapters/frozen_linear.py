@@ -6,7 +6,6 @@ Letters: M rows, I input and O output features.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from gemma_ft.kernels import few_rows
 from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4, serves_nf4
+from gemma_ft.kernels.product import times_transposed
+from gemma_ft.kernels.scratch import Scratch
 
 
 def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
@@ -26,7 +27,7 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     read = few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state)
     if read and few_rows.fits(len(rows), state.shape, state.blocksize):  # type: ignore[union-attr]
         return few_rows_nf4(rows.contiguous(), weight, state)
-    return rows @ plain(weight, state, rows.dtype).T
+    return times_transposed(rows, plain(weight, state, rows.dtype))
 
 
 def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
@@ -35,23 +36,8 @@ def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
     """
     if state is None:
         return weight.to(dtype)
-    out = _SCRATCH.like(state) if serves_nf4(weight, state) else None
+    out = _SCRATCH.take("weight", state.shape, state.dtype) if serves_nf4(weight, state) else None
     return dequantize_nf4(weight, state, out=out).to(dtype)
 
 
-class _Scratch(threading.local):
-    """Memory for the largest weight so far, of each thread its own: pages taken anew from the system cost several times
-    what dequantizing does.
-    """
-
-    buffer: Tensor | None = None
-
-    def like(self, state: Any) -> Tensor:
-        size = state.shape.numel()
-        if self.buffer is None or self.buffer.dtype != state.dtype or self.buffer.numel() < size:
-            with torch.inference_mode(mode=False):
-                self.buffer = torch.empty(size, dtype=state.dtype)
-        return self.buffer[:size].view(state.shape)
-
-
-_SCRATCH = _Scratch()
+_SCRATCH = Scratch()

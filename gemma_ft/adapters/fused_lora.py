@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.few_rows import unhooked
+from gemma_ft.kernels.product import times
 
 
 def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -49,7 +50,7 @@ class _FusedLora(torch.autograd.Function):
         grad_low = (upstream @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, R]
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = upstream @ plain(weight, ctx.state, x.dtype)
+            grad_x = times(upstream, plain(weight, ctx.state, x.dtype))
             grad_x.addmm_(grad_low, lora_a.to(x.dtype))
         if ctx.needs_input_grad[3]:
             grad_a = (grad_low.T @ x).to(lora_a.dtype)

@@ -13,6 +13,7 @@ from gemma_ft.adapters.frozen_linear import frozen_product, plain
 from gemma_ft.kernels import native
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.nf4 import serves_nf4
+from gemma_ft.kernels.product import times
 
 
 class _Frozen(torch.autograd.Function):
@@ -26,7 +27,7 @@ class _Frozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return upstream @ plain(weight, ctx.state, upstream.dtype), None, None
+        return times(upstream, plain(weight, ctx.state, upstream.dtype)), None, None
 
 
 class UnpackedLinear4bit(Linear4bit):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.kernels import native
+from gemma_ft.kernels.product import product_dtype
 
 BLOCK_QUERIES = 256
 
@@ -40,8 +41,10 @@ class _Blockwise(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         out = torch.empty(query.shape, dtype=query.dtype)  # [B, N, T, H]
         log_sum = torch.empty(query.shape[:3], dtype=wide)  # [B, N, T]
+        at = product_dtype(query)
         for row, queries, keys in _blocks(low):
-            q, k, v = _grouped(query[row, :, queries], key.shape[1]), key[row, :, keys], value[row, :, keys]
+            q = _grouped(query[row, :, queries].to(at), key.shape[1])
+            k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
             flat = q.flatten(1, 2)  # [K, G Q, H]
             block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
             weights, log_sum[row, :, queries] = block.weights(flat @ k.transpose(1, 2))
@@ -57,9 +60,11 @@ class _Blockwise(torch.autograd.Function):
         wide, kv_heads = log_sum.dtype, key.shape[1]
         grad_query = torch.empty(query.shape, dtype=query.dtype)
         grad_key, grad_value = (torch.zeros(one.shape, dtype=wide) for one in (key, value))
+        at = product_dtype(query)
         for row, queries, keys in _blocks(low):
-            q, k, v = _grouped(query[row, :, queries], kv_heads), key[row, :, keys], value[row, :, keys]
-            given = _grouped(upstream[row, :, queries], kv_heads).flatten(1, 2)  # [K, G Q, H]
+            q = _grouped(query[row, :, queries].to(at), kv_heads)
+            k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
+            given = _grouped(upstream[row, :, queries].to(at), kv_heads).flatten(1, 2)  # [K, G Q, H]
             flat = q.flatten(1, 2)
             block = _Block(
                 low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], ctx.scale, ctx.softcap

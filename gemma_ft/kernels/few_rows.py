@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from gemma_ft.kernels import native
 
 MOST_ROWS = 16  # up to which torch has the weight first
-OWN_ROWS = 8  # up to which the C++ is faster than torch's matrix product, and than dequantizing first
+OWN_ROWS = 12  # up to which the C++ is faster than either product of torch (benchmarks/results/products.json)
 TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/few_rows.h takes at a time
 MOST_INPUTS, BLOCK = 65536, 64  # numbers of a row that it takes, and of a block with a scale of its own
 
@@ -44,7 +44,12 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(rows, len(weight), dtype=x.dtype)
         native.call("few_rows", weight, x.contiguous(), out, rows, *weight.shape, of=x.dtype)
         return out
-    if rows == 1:
+    return weight_first(x, weight)
+
+
+def weight_first(x: Tensor, weight: Tensor) -> Tensor:
+    """The same in torch."""
+    if len(x) == 1:
         out = torch.empty(1, len(weight), dtype=x.dtype)
         torch.mv(weight, x[0], out=out[0])
         return out

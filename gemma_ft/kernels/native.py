@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft import runtime
+from gemma_ft.processor import processor_words
 
 SOURCE = Path(__file__).with_name("cpp") / "ops.cpp"
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -70,16 +71,16 @@ def operations() -> Operations:
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the C++ operations take these tensors: real ones on the CPU, all of one dtype that they know."""
+    """Whether the C++ operations take these tensors: plain ones of a dtype that they know."""
     given = [one for one in tensors if one is not None]
-    first = given[0]
-    return (
-        first.dtype in SUFFIXES
-        and all(type(one) in PLAIN and one.device.type == "cpu" for one in given)
-        and all(one.dtype == first.dtype for one in given)
-        and not _traced()
-        and bool(operations().functions)
-    )
+    return given[0].dtype in SUFFIXES and are_plain(*given) and bool(operations().functions)
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are real ones on the CPU, all of one dtype, and nobody watches."""
+    dtype = tensors[0].dtype
+    real = all(type(one) in PLAIN and one.device.type == "cpu" and one.dtype == dtype for one in tensors)
+    return real and not _traced()
 
 
 def _traced() -> bool:
@@ -113,7 +114,7 @@ def _built(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor. Raises: OSError, SubprocessError."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
     sources = (one.read_bytes() for one in sorted(SOURCE.parent.iterdir()) if one.suffix in (".h", ".cpp"))
-    named = (*sources, version, " ".join([*compiler, *FLAGS]).encode(), _processor())
+    named = (*sources, version, " ".join([*compiler, *FLAGS, platform.machine(), processor_words()]).encode())
     key = hashlib.sha256(b"\0".join(hashlib.sha256(one).digest() for one in named)).hexdigest()[:16]
     folder = runtime.cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -160,14 +161,6 @@ def _ours(place: Path) -> bool:
     except KeyError:
         alone = False
     return known.st_uid in (os.getuid(), 0) and not known.st_mode & (0o002 if alone else 0o022)
-
-
-def _processor() -> bytes:
-    """What -march=native depends on: a cache may be shared by machines that are not alike."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_bytes().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
-    return platform.machine().encode() + flags
 
 
 def _why(error: Exception) -> str:

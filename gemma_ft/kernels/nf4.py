@@ -1,6 +1,6 @@
 """NF4 weights as bitsandbytes stores them -> numbers, bit for bit as bitsandbytes makes them.
 
-On a CPU it takes many times as long for it as reading the result takes (benchmarks/results/nf4_dequantize.json); the
+On a CPU it takes many times as long for it as reading the result takes (benchmarks/results/products.json); the
 operation in C++ looks each number up in its block's sixteen.
 """
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from gemma_ft.kernels import native
 from gemma_ft.kernels.decode import NORMS, Kept, LinearParts, decode
 from gemma_ft.kernels.few_rows import LANES, MOST_ROWS, TOGETHER, unhooked
-from gemma_ft.model.few_rows import is_plain
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
+from gemma_ft.model.linear import is_plain
 
 
 def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -> Tensor | None:

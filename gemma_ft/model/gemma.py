@@ -26,9 +26,9 @@ from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import Visible, first_visible, resolve_attention, visible_keys
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
-from gemma_ft.model.few_rows import few_rows_linear
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
+from gemma_ft.model.linear import linear
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
 
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -292,7 +292,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., D] -> logits [..., V], capped, in float32 or wider."""
-        logits, added = few_rows_linear(self.lm_head, hidden), self.model.added_rows
+        logits, added = linear(self.lm_head, hidden), self.model.added_rows
         if added is not None:
             logits = torch.cat((logits, nn.functional.linear(hidden, added.rows.to(hidden.dtype))), dim=-1)
         return softcapped(logits, self.model.numerics.final_softcap)

@@ -17,8 +17,8 @@ from gemma_ft.kernels.rms_norm import rms_norm
 from gemma_ft.kernels.rotary import rotate
 from gemma_ft.model.attention import BACKENDS, Visible
 from gemma_ft.model.config import GemmaNumerics
-from gemma_ft.model.few_rows import few_rows_linear
 from gemma_ft.model.kv_cache import KVPass
+from gemma_ft.model.linear import linear
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -82,8 +82,8 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        middle = geglu(few_rows_linear(self.gate_proj, x), few_rows_linear(self.up_proj, x))
-        return few_rows_linear(self.down_proj, middle)
+        middle = geglu(linear(self.gate_proj, x), linear(self.up_proj, x))
+        return linear(self.down_proj, middle)
 
 
 class GemmaAttention(nn.Module):
@@ -108,7 +108,7 @@ class GemmaAttention(nn.Module):
     ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
-            few_rows_linear(proj, x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, N or K, T, H]
+            linear(proj, x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, N or K, T, H]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *angles), rotate(key, *angles)
@@ -123,7 +123,7 @@ class GemmaAttention(nn.Module):
             softcap=self.numerics.attn_softcap,
             dropout_p=(self.config.attention_dropout or 0.0) if self.training else 0.0,
         )
-        return few_rows_linear(self.o_proj, out.transpose(1, 2).reshape(batch, tokens, -1))
+        return linear(self.o_proj, out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class GemmaDecoderLayer(GradientCheckpointingLayer):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.kernels.head_rows import capped, head_rows
+from gemma_ft.kernels.product import times, times_transposed
 
 IGNORED = -100  # torch's and transformers' label for "not trained"
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
@@ -100,7 +101,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
-            raw = part @ head.T if more is None else torch.cat((part @ head.T, part @ more.T), dim=1)  # [m, V + A]
+            raw = times_transposed(part, head)  # [m, V], with the added tokens [m, V + A]
+            raw = raw if more is None else torch.cat((raw, part @ more.T), dim=1)
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
             losses, hits, grad = head_rows(raw, target, each, softcap, with_grad=with_grad)
             loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
@@ -110,7 +112,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             grad = grad.to(rows.dtype)  # autocast may have made narrower logits
             if grad_rows is not None:
                 into = grad_rows[start : start + chunk_rows]
-                torch.mm(grad[:, :known], head, out=into)
+                into.copy_(times(grad[:, :known], head))
                 if more is not None:
                     into += grad[:, known:] @ more
             if grad_weight is not None:

@@ -7,8 +7,9 @@ from gemma_ft.plan.run import Run
 from gemma_ft.plan.shape import Shape
 from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, weight_bytes
 
-# model.lm_head's, and infer.engine's (a test compares them)
+# model.lm_head's, infer.engine's and kernels.product's (a test compares them)
 CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 64 * 2**20, 512
+WEIGHT_NUMBERS, ROWS_NUMBERS = 2**24, 2**22
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
 CPU_PROCESS = 3 * 2**28  # torch and the libraries around it, with a first use of their kernels
 FIRST_STEP = 24 * 2**20  # of that: what they set up in a first training step, measured with a model of next to nothing
@@ -150,6 +151,16 @@ def prefill(run: Run) -> int:
     logits = run.eval_rows * run.shape.vocabulary * (run.element + 4 * WIDE)
     piece, keys = min(PREFILL_TOKENS, run.tokens), run.tokens + run.new_tokens
     return max(forward_only(run, 1, piece, keys=keys, cached=True), logits)
+
+
+def widened(run: Run) -> int:
+    """What products in bf16 are computed from and into where they are float32, kept from one to the next: a part of
+    the largest weight, the head's, and some rows of what goes in and comes out.
+    """
+    if not run.widened or run.precision == "float32":
+        return 0
+    rows = min(ROWS_NUMBERS, run.rows * run.tokens * max(run.shape.ffn, run.shape.hidden))
+    return WIDE * (min(run.shape.embedding, WEIGHT_NUMBERS) + 2 * rows)
 
 
 def overhead(run: Run) -> int:

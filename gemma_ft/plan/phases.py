@@ -40,6 +40,7 @@ def train_moments(run: Run) -> list[Phase]:
     Gradients of a first micro-batch are there while a second one is computed.
     """
     always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
+    always |= _products(run)
     gradients, kept = parts.gradients(run), parts.activations(run)
     former = gradients if run.accumulation > 1 else 0
     begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
@@ -63,7 +64,7 @@ def phases(run: Run) -> list[Phase]:
     resident = {
         "weights": parts.weights(run), "adapters": parts.trained(run), "overhead": parts.overhead(run)
     }  # fmt: skip
-    held = resident | {"optimizer": parts.optimizer(run)}
+    held = resident | {"optimizer": parts.optimizer(run)} | _products(run)
     layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
     head = parts.head(run.changed(rows=run.eval_rows), backward=False)
     scored = {"activations": layer} if layer > head else {"head": head}  # one after the other
@@ -135,6 +136,11 @@ def _merge(run: Run) -> Phase:
         "overhead": parts.overhead(run),
     }
     return Phase("merge", device, host=shard + tensor + _process(run))
+
+
+def _products(run: Run) -> dict[str, int]:
+    """Named where there is any."""
+    return {"products": parts.widened(run)} if parts.widened(run) else {}
 
 
 def _process(run: Run) -> int:

@@ -13,6 +13,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
 from gemma_ft.plan.storage import BYTES, Kind
+from gemma_ft.processor import float32_is_faster, processor_words
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
 
@@ -54,6 +55,7 @@ class Run:
     device: Device = "cuda"
     attention: Attention = "scores"
     native: bool = False  # operations in C++ run
+    widened: bool = False  # products in bf16 are computed in float32
     fused: bool = True  # where adapters are plain LoRA, their products are fused
     ranks: Ranks = Ranks()
     checkpointed: int = 0  # layers that recompute their activations
@@ -151,6 +153,7 @@ def run_of(
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
         native=device == "cpu" and runtime.own_kernels_wanted() and runtime.compiler() is not None,
+        widened=device == "cpu" and runtime.own_kernels_wanted() and float32_is_faster(processor_words()),
         fused=runtime.own_kernels_wanted(),
         ranks=ranks,
         eval_rows=recipe.eval.batch_size,

@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
-from gemma_ft.kernels import native
+from gemma_ft.kernels import native, product
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.checkpointing import Checkpointing
@@ -41,7 +41,7 @@ def outlook(
     rows = [
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
         ("attention", f"{choice.name}: {choice.reason}"),
-        *([("kernels", native.operations().reason)] if base.device.type == "cpu" else []),
+        *([("kernels", _kernels())] if base.device.type == "cpu" else []),
         ("data", f"{data.train_source}: {lines[0]}"),
         *(("", line) for line in lines[1:]),
         *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),
@@ -78,3 +78,8 @@ def sharing(world: World) -> str:
     if world.offload:
         parts.append("slices on the CPU")
     return ", ".join(parts)
+
+
+def _kernels() -> str:
+    told = native.operations().reason
+    return told + ("; bf16 is multiplied in float32, which this processor does faster" if product.widens() else "")

@@ -1,4 +1,4 @@
-"""Linear layers of a model that decodes: few rows, no gradient."""
+"""Linear layers of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ft.kernels.few_rows import are_few, few_rows, unhooked
+from gemma_ft.kernels.product import MANY, times_transposed
 
 
-def few_rows_linear(layer: Any, x: Tensor) -> Tensor:
-    """layer(x), through `few_rows` where that is faster: few rows in bf16 on a CPU, and a layer that is no more than
-    its weight.
-    """
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), by the product that is fastest for so many rows, where the layer is no more than its weight."""
     rows = x.numel() // x.shape[-1]
-    if not (are_few(x, rows) and _serves(layer, x)):
+    few = are_few(x, rows)
+    if not ((few or rows >= MANY) and _serves(layer, x)):
         out: Tensor = layer(x)
         return out
-    return few_rows(x.reshape(rows, -1), layer.weight).view(*x.shape[:-1], -1)
+    flat = x.reshape(rows, -1)
+    found = few_rows(flat, layer.weight) if few else times_transposed(flat, layer.weight)
+    return found.view(*x.shape[:-1], -1)
 
 
 def is_plain(layer: Any) -> bool:
