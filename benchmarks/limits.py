@@ -66,11 +66,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gemm_rate(rows: int, inner: int, columns: int, device: torch.device | str = "cpu", tries: int = 30) -> float:
-    """FLOP/s of the bf16 product [rows, inner] x [inner, columns] on random data, the best of several."""
+def gemm_rate(
+    rows: int, inner: int, columns: int, device: torch.device | str = "cpu", tries: int = 30,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:  # fmt: skip
+    """FLOP/s of the product [rows, inner] x [inner, columns] on random data, the best of several."""
     device = torch.device(device)
-    one = torch.randn(rows, inner, device=device).bfloat16()
-    other = torch.randn(columns, inner, device=device).bfloat16()
+    one = torch.randn(rows, inner, device=device).to(dtype)
+    other = torch.randn(columns, inner, device=device).to(dtype)
     return 2 * rows * inner * columns / best_seconds(lambda: one @ other.T, tries, device)
 
 

@@ -28,9 +28,10 @@ from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.our_trainer import trainer_of
 from benchmarks.record import write_result
 from benchmarks.turns import QUICK, order, paired
+from gemma_ft import runtime
 
 ARMS = ("ours", "stock", "stock_best")
-STEPS, WARM, TURNS = 4, 1, 2
+STEPS, WARM, TURNS = 3, 1, 2
 LABELLED = 0.5
 
 
@@ -188,12 +189,14 @@ def flops_of(line: Line) -> float:
 def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
     """One line of the grid: all arms in turns."""
     line, found = GRID[name], {arm: [] for arm in ARMS}
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {"bf16": [], "float32": []}
     with tempfile.TemporaryDirectory() as place:
         write_base(Path(place), line.vocabulary)
         for arm in order(ARMS, turns):
             if arm == "ours":
-                rates.append(gemm_rate(2048, SHAPE["hidden_size"], SHAPE["intermediate_size"]))  # of the MLP
+                for dtype, ones in rates.items():  # of the MLP
+                    sizes = (2048, SHAPE["hidden_size"], SHAPE["intermediate_size"])
+                    ones.append(gemm_rate(*sizes, dtype=runtime.dtype_by_name(dtype)))
             told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place],
                                   check=True, capture_output=True, text=True)  # fmt: skip
             found[arm].append(json.loads(told.stdout.splitlines()[-1]))
@@ -205,8 +208,11 @@ def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
             arm: round(min(one["above_the_model"] for one in ones) / 2**20) for arm, ones in found.items()
         },
         "losses": {arm: ones[0]["losses"] for arm, ones in found.items()},
-        "gemm_gflops": round(max(rates) / 1e9),
-        "of_the_limit": round(statistics.median(speed["ours"]) * flops_of(line) / max(rates), 3),
+        "gemm_gflops": {dtype: round(max(ones) / 1e9) for dtype, ones in rates.items()},
+        "of_the_limit": {
+            dtype: round(statistics.median(speed["ours"]) * flops_of(line) / max(ones), 3)
+            for dtype, ones in rates.items()
+        },
     }  # fmt: skip
 
 
