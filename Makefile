@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-ranks bench faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-gpu test-ranks bench faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -52,6 +52,10 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 
 test: setup  ## run the whole suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# not a command of .ci: nothing of it is of use without a GPU
+test-gpu: setup  ## the kernels, the attention and the engine on a GPU, and that every arm of its benchmark begins
+	$(OFFLINE) $(BIN)/python -m pytest tests/kernels tests/infer/test_cuda.py tests/test_gpu_bench.py
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks

@@ -25,7 +25,7 @@ PARTS = {
     "merge_speed": ["merge_speed"],
     "decode_cpu": ["decode_cpu"],
     "tiny": ["demo", "lora"],
-    "train_cpu": ["train_cpu", "lora_512", "lora_2048", "qlora_2048"],
+    "train_cpu": ["train_cpu", "--brief", "lora_512", "lora_2048", "qlora_2048"],
 }
 
 

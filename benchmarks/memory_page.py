@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from benchmarks.plan import ARMS, planned
 from benchmarks.record import ROOT
@@ -34,11 +35,24 @@ def with_tables(page: str) -> str:
     return page
 
 
+def errors() -> dict[str, float]:
+    """Of each run's plan as it is now, relative to what was measured, on the kind of machine that measured it."""
+    result = _result()
+    return {
+        name: sum(planned(arm, widened=result["widened"]).values()) / result["arms"][name]["measured"] - 1
+        for name, arm in ARMS.items()
+    }
+
+
+def _result() -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
+
+
 def _measured() -> str:
-    arms = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
+    arms = _result()
     rows = ["| | tokens | planned MiB | measured MiB | error |", "|---|---|---|---|---|"]
     for name, arm in ARMS.items():
-        measured, plan = arms["arms"][name]["measured"], sum(planned(arm).values())
+        measured, plan = arms["arms"][name]["measured"], sum(planned(arm, widened=arms["widened"]).values())
         tokens = f"{arm.rows} x {arm.tokens:,}" if arm.phase != "merge" else ""
         sizes = f"{plan / 2**20:,.0f} | {measured / 2**20:,.0f}"
         rows.append(f"| {name} | {tokens} | {sizes} | {plan / measured - 1:+.1%} |")

@@ -72,9 +72,8 @@ ARMS = {
 }
 
 
-def planned(arm: Arm) -> dict[str, int]:
+def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     """What the planner says of an arm, by part, without its overhead."""
-    from gemma_ft.kernels.product import widens
     from gemma_ft.plan.parts import FIRST_STEP
     from gemma_ft.plan.phases import phases
     from gemma_ft.plan.run import Run, attention_of
@@ -87,7 +86,7 @@ def planned(arm: Arm) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, widened=widens(),
+        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, widened=widened,
         eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
@@ -238,6 +237,8 @@ def memory(key: str) -> int:
 
 def main(names: list[str]) -> int:
     """Some arms, or all and the result file; 1 where a plan is not within 10%."""
+    from gemma_ft.kernels.product import widens
+
     found: dict[str, Any] = {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as place:
@@ -246,7 +247,7 @@ def main(names: list[str]) -> int:
         for name in names or ARMS:
             told = subprocess.run([sys.executable, "-m", "benchmarks.plan", "--arm", name, place], cwd=ROOT,
                                   env=environment, check=True, capture_output=True, text=True)  # fmt: skip
-            measured, plan = json.loads(told.stdout.splitlines()[-1]), planned(ARMS[name])
+            measured, plan = json.loads(told.stdout.splitlines()[-1]), planned(ARMS[name], widened=widens())
             error = sum(plan.values()) / measured["peak"] - 1
             found[name] = {
                 "planned": sum(plan.values()), "measured": measured["peak"], "error": round(error, 3),
@@ -257,7 +258,7 @@ def main(names: list[str]) -> int:
             print(f"{name:34} {sizes} MiB {error:+6.1%}  ({shown}; loaded {measured['load'] / 2**20:.0f})", flush=True)
     if not names:
         write_result("plan", command="python -m benchmarks.plan", sizes=SIZES, threads=torch.get_num_threads(),
-                     grid={name: asdict(arm) for name, arm in ARMS.items()}, arms=found)  # fmt: skip
+                     widened=widens(), grid={name: asdict(arm) for name, arm in ARMS.items()}, arms=found)  # fmt: skip
     return int(any(abs(one["error"]) > WITHIN for one in found.values()))
 
 

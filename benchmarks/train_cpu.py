@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.train_cpu              the grid, to benchmarks/results/train_cpu.json
     .venv/bin/python -m benchmarks.train_cpu NAME ...     some lines of it
+    .venv/bin/python -m benchmarks.train_cpu --brief ...  a timed step less of the others, which take most of the time
 
 All arms have the same Gemma 2 of 100M parameters (random weights at a realistic scale), adapter, ids, labels, order,
 AdamW and clipping, and compute in bf16. An arm is a process of its own that trains with its own trainer; arms take
@@ -32,6 +33,7 @@ from gemma_ft import runtime
 
 ARMS = ("ours", "stock", "stock_best")
 STEPS, WARM, TURNS = 3, 1, 2
+BRIEF = "--brief"
 LABELLED = 0.5
 
 
@@ -55,6 +57,11 @@ GRID = {
     "lora_1024_256k": Line(1024, 2, vocabulary=256_000),
     "qlora_512": Line(512, 4, quantize="nf4"),
 }
+
+
+def steps_of(arm: str, *, brief: bool) -> int:
+    """Steps of an arm, those to warm up among them."""
+    return STEPS - 1 if brief and arm != "ours" else STEPS
 
 
 def rows_of(line: Line) -> list[dict[str, list[int]]]:
@@ -146,7 +153,7 @@ def padded_by_mask(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": (torch.arange(longest)[None] < sizes[:, None]).long()}
 
 
-def one_arm(arm: str, name: str, folder: Path) -> None:
+def one_arm(arm: str, name: str, folder: Path, steps: int = STEPS) -> None:
     """Train and print seconds of each step, losses and memory."""
     from transformers import TrainerCallback
 
@@ -169,10 +176,11 @@ def one_arm(arm: str, name: str, folder: Path) -> None:
             if logs and "loss" in logs:
                 losses.append(float(logs["loss"]))
 
+    trainer.args.max_steps = steps
     trainer.add_callback(Clock())
     built = _rss()
     trainer.train()
-    tokens = sum(len(one["input_ids"]) for one in rows_of(line)[WARM * line.rows :])
+    tokens = sum(len(one["input_ids"]) for one in rows_of(line)[WARM * line.rows : steps * line.rows])
     print(json.dumps({"seconds": times[WARM:], "tokens": tokens, "losses": losses, "above_the_model": _rss() - built}))
 
 
@@ -186,7 +194,7 @@ def flops_of(line: Line) -> float:
     return flops_per_token(gemma(line.vocabulary), cuts, rank=RANK, labelled=LABELLED)
 
 
-def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
+def measured(name: str, turns: int = TURNS, *, brief: bool = False) -> dict[str, Any]:
     """One line of the grid: all arms in turns."""
     line, found = GRID[name], {arm: [] for arm in ARMS}
     rates: dict[str, list[float]] = {"bf16": [], "float32": []}
@@ -197,7 +205,8 @@ def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
                 for dtype, ones in rates.items():  # of the MLP
                     sizes = (2048, SHAPE["hidden_size"], SHAPE["intermediate_size"])
                     ones.append(gemm_rate(*sizes, dtype=runtime.dtype_by_name(dtype)))
-            told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place],
+            told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place,
+                                   str(steps_of(arm, brief=brief))],
                                   check=True, capture_output=True, text=True)  # fmt: skip
             found[arm].append(json.loads(told.stdout.splitlines()[-1]))
     speed = {arm: [one["tokens"] / sum(one["seconds"]) for one in ones] for arm, ones in found.items()}
@@ -218,19 +227,21 @@ def measured(name: str, turns: int = TURNS) -> dict[str, Any]:
 
 def main(names: list[str], turns: int = TURNS) -> None:
     """Some lines of the grid, or all, and the result file."""
+    brief = BRIEF in names
     chosen = [name for name in GRID if name in names] or list(GRID)
     lines = {}
     for name in chosen:
-        lines[name] = measured(name, turns)
+        lines[name] = measured(name, turns, brief=brief)
         print(name, json.dumps(lines[name], indent=2), flush=True)
     command = " ".join(["python -m benchmarks.train_cpu", *names])
     grid = {name: vars(GRID[name]) for name in chosen}
     write_result("train_cpu", also=("peft", "trl"), command=command, shape=SHAPE, rank=RANK,
-                 threads=torch.get_num_threads(), turns=turns, steps=STEPS - WARM, grid=grid, arms=lines)  # fmt: skip
+                 threads=torch.get_num_threads(), turns=turns,
+                 steps={arm: steps_of(arm, brief=brief) - WARM for arm in ARMS}, grid=grid, arms=lines)  # fmt: skip
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] in ARMS:
-        one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    if len(sys.argv) == 5 and sys.argv[1] in ARMS:
+        one_arm(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
     else:
         main([name for name in sys.argv[1:] if name != QUICK], 1 if QUICK in sys.argv else TURNS)

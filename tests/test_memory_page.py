@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from benchmarks.memory_page import PAGE, with_tables
+from benchmarks.memory_page import PAGE, errors, with_tables
 from benchmarks.plan import ARMS, WITHIN, planned
 from benchmarks.record import ROOT
+from gemma_ft.plan import show
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
 
@@ -26,4 +27,10 @@ def test_all_arms_were_measured() -> None:
 @pytest.mark.parametrize("name", ARMS)
 def test_a_plan_of_today_is_within_a_tenth_of_what_was_measured(name: str) -> None:
     measured = RESULT["arms"][name]["measured"]
-    assert sum(planned(ARMS[name]).values()) == pytest.approx(measured, rel=WITHIN)
+    assert sum(planned(ARMS[name], widened=RESULT["widened"]).values()) == pytest.approx(measured, rel=WITHIN)
+
+
+def test_the_verb_says_the_errors_of_the_page() -> None:
+    found = errors().values()
+    told = (show.MEASURED_RUNS, show.LEAST_ERROR, show.GREATEST_ERROR)
+    assert told == (len(found), round(min(found), 3), round(max(found), 3))

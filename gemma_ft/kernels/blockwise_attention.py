@@ -25,8 +25,8 @@ def blockwise_attention(
     """softmax(cap(query · keyᵀ · scale), over keys low[t] .. t) · value.
 
     query [B, N, T, H], key and value [B, K, T, H], low [B or 1, T] with 0 <= low[t] <= t -> [B, N, T, H] in
-    query.dtype. Scores are rounded to query.dtype as a product of its matrices is, and then wide: cap and softmax in
-    float32 or wider. Backward computes them again. The reference is model.attention.eager_attention.
+    query.dtype. Products are in the dtype that the processor multiplies fastest (product.py), and then wide: cap and
+    softmax in float32 or wider. Backward computes the scores again. The reference is model.attention.eager_attention.
     """
     low = low.expand(query.shape[0], -1)
     out: Tensor = _Blockwise.apply(query, key, value, low, scale, softcap)
@@ -34,21 +34,14 @@ def blockwise_attention(
 
 
 class _Blockwise(torch.autograd.Function):
+    """Products in one dtype forwards and backwards, whatever autocast would make of them."""
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, low: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out = torch.empty(query.shape, dtype=query.dtype)  # [B, N, T, H]
-        log_sum = torch.empty(query.shape[:3], dtype=wide)  # [B, N, T]
-        at = product_dtype(query)
-        for row, queries, keys in _blocks(low):
-            q = _grouped(query[row, :, queries].to(at), key.shape[1])
-            k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
-            flat = q.flatten(1, 2)  # [K, G Q, H]
-            block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
-            weights, log_sum[row, :, queries] = block.weights(flat @ k.transpose(1, 2))
-            out[row, :, queries] = (weights @ v).view(-1, q.shape[2], q.shape[3])
+        with torch.autocast("cpu", enabled=False):
+            out, log_sum = _attended(query, key, value, low, scale, softcap)
         ctx.save_for_backward(query, key, value, low, log_sum)
         ctx.scale, ctx.softcap = scale, softcap
         return out
@@ -56,26 +49,51 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, low, log_sum = ctx.saved_tensors
-        wide, kv_heads = log_sum.dtype, key.shape[1]
-        grad_query = torch.empty(query.shape, dtype=query.dtype)
-        grad_key, grad_value = (torch.zeros(one.shape, dtype=wide) for one in (key, value))
-        at = product_dtype(query)
-        for row, queries, keys in _blocks(low):
-            q = _grouped(query[row, :, queries].to(at), kv_heads)
-            k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
-            given = _grouped(upstream[row, :, queries].to(at), kv_heads).flatten(1, 2)  # [K, G Q, H]
-            flat = q.flatten(1, 2)
-            block = _Block(
-                low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], ctx.scale, ctx.softcap
-            )
-            weights, grads = block.gradients(
-                flat @ k.transpose(1, 2), given @ v.transpose(1, 2), log_sum[row, :, queries]
-            )  # [K, G Q, S]
-            grad_value[row, :, keys] += weights.transpose(1, 2) @ given
-            grad_query[row, :, queries] = (grads @ k).view(-1, q.shape[2], q.shape[3])
-            grad_key[row, :, keys] += grads.transpose(1, 2) @ flat
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        with torch.autocast("cpu", enabled=False):
+            found = _gradients(upstream, *ctx.saved_tensors, scale=ctx.scale, softcap=ctx.softcap)
+        return *found, None, None, None
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, low: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The output [B, N, T, H], and of each query the log of what its weights are divided by [B, N, T]."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = torch.empty(query.shape, dtype=query.dtype)  # [B, N, T, H]
+    log_sum = torch.empty(query.shape[:3], dtype=wide)  # [B, N, T]
+    at = product_dtype(query)
+    for row, queries, keys in _blocks(low):
+        q = _grouped(query[row, :, queries].to(at), key.shape[1])
+        k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
+        flat = q.flatten(1, 2)  # [K, G Q, H]
+        block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
+        weights, log_sum[row, :, queries] = block.weights(flat @ k.transpose(1, 2))
+        out[row, :, queries] = (weights @ v).view(-1, q.shape[2], q.shape[3])
+    return out, log_sum
+
+
+def _gradients(
+    upstream: Tensor, query: Tensor, key: Tensor, value: Tensor, low: Tensor, log_sum: Tensor, *, scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of query, key and value; the scores are computed again."""
+    wide, kv_heads = log_sum.dtype, key.shape[1]
+    grad_query = torch.empty(query.shape, dtype=query.dtype)
+    grad_key, grad_value = (torch.zeros(one.shape, dtype=wide) for one in (key, value))
+    at = product_dtype(query)
+    for row, queries, keys in _blocks(low):
+        q = _grouped(query[row, :, queries].to(at), kv_heads)
+        k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
+        given = _grouped(upstream[row, :, queries].to(at), kv_heads).flatten(1, 2)  # [K, G Q, H]
+        flat = q.flatten(1, 2)
+        block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
+        weights, grads = block.gradients(
+            flat @ k.transpose(1, 2), given @ v.transpose(1, 2), log_sum[row, :, queries]
+        )  # [K, G Q, S]
+        grad_value[row, :, keys] += weights.transpose(1, 2) @ given
+        grad_query[row, :, queries] = (grads @ k).view(-1, q.shape[2], q.shape[3])
+        grad_key[row, :, keys] += grads.transpose(1, 2) @ flat
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 @dataclass(frozen=True)

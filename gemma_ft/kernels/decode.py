@@ -116,13 +116,13 @@ class Kept:
     linears: dict[str, tuple[LinearParts, tuple[int, ...]]] = field(default_factory=dict)
     norms: dict[str, tuple[Tensor | None, int | None]] = field(default_factory=dict)
 
-    def take_linear(self, name: str, parts: LinearParts, dtype: torch.dtype) -> bool:
-        """Whether linear layer `name` of LINEAR is served; described anew where it is another than before."""
+    def take_linear(self, name: str, parts: LinearParts, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+        """Whether linear layer `name` of LINEAR, of shape [O, I], is served; described anew where it changed."""
         before, places = self.linears.get(name), parts.places()
         if before is not None and before[1] == places and before[0].same(parts):
             return True
         described = parts.described(dtype)
-        if described is None:
+        if described is None or (described.outputs, described.inputs) != shape:
             return False
         setattr(self.layer, name, described)
         self.linears[name] = parts, places

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels import native
+from gemma_ft.kernels.gpu import serves as gpu
 
 
 def capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -29,6 +30,8 @@ def head_rows(
 
     `weights` [M] multiply the gradient, not the losses.
     """
+    if gpu.serves(logits) and logits.is_contiguous() and targets.device == logits.device:
+        return _on_gpu(logits, targets, weights, softcap, with_grad)
     if native.serves(logits) and logits.is_contiguous() and targets.device.type == "cpu":
         targets = targets.long().contiguous()
         if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
@@ -40,6 +43,19 @@ def head_rows(
         native.call("head_rows", logits, targets, each, losses, correct, *sizes, of=logits.dtype)
         return losses, correct, logits if with_grad else None
     return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
+
+
+def _on_gpu(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In Triton; nothing comes back from the device, so that a label out of bounds is seen as a loss of NaN."""
+    from gemma_ft.kernels.gpu import head_rows as kernel
+
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    correct = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    each = None if weights is None else weights.float().contiguous()
+    kernel.rows(logits, targets.long().contiguous(), each, losses, correct, softcap, with_grad=with_grad)
+    return losses, correct, logits if with_grad else None
 
 
 def head_rows_reference(

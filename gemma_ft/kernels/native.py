@@ -43,6 +43,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "decode": (P, P, P, P, P, P),
 }
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: its memory may be elsewhere, or not be
+CPU = torch.device("cpu")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -76,10 +77,10 @@ def serves(*tensors: Tensor | None) -> bool:
     return given[0].dtype in SUFFIXES and are_plain(*given) and bool(operations().functions)
 
 
-def are_plain(*tensors: Tensor) -> bool:
-    """Whether tensors are real ones on the CPU, all of one dtype, and nobody watches."""
+def are_plain(*tensors: Tensor, device: torch.device = CPU) -> bool:
+    """Whether tensors are real ones on one device, all of one dtype, and nobody watches."""
     dtype = tensors[0].dtype
-    real = all(type(one) in PLAIN and one.device.type == "cpu" and one.dtype == dtype for one in tensors)
+    real = all(type(one) in PLAIN and one.device == device and one.dtype == dtype for one in tensors)
     return real and not _traced()
 
 

@@ -55,7 +55,8 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
         for rows in _pieces(len(x), ROWS_NUMBERS // max(wide.shape)):
             out[rows] = torch.mm(_wide_rows(x[rows]), wide, out=_result(out[rows]))
         return out
-    for rows in _pieces(len(x), ROWS_NUMBERS // weight.shape[1]):
+    longest = max(weight.shape[1], WEIGHT_NUMBERS // weight.shape[1])
+    for rows in _pieces(len(x), ROWS_NUMBERS // longest):
         found = _result(out[rows]).zero_()
         for part, wide in _parts(weight):
             found.addmm_(_wide_rows(x[rows, part]), wide)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.kernels import native
+from gemma_ft.kernels.gpu import serves as gpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -22,8 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
     """
     fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
-    if native.serves(x, residual) and fits and type(weight) in native.PLAIN:
-        out: Tensor = _RMSNorm.apply(x, weight, eps, residual)
+    on_gpu = gpu.serves(x, residual)
+    if fits and type(weight) in native.PLAIN and (on_gpu or native.serves(x, residual)):
+        out: Tensor = _RMSNorm.apply(x, weight, eps, residual, on_gpu)
         return out
     return rms_norm_reference(x, weight, eps, residual)
 
@@ -38,14 +40,19 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, on_gpu: bool) -> Tensor:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        size = x.shape[-1]
-        gain, out = 1.0 + weight.detach().float(), torch.empty_like(x)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
-        native.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), size, eps, of=x.dtype)
+        out, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        if on_gpu:
+            from gemma_ft.kernels.gpu import rms_norm as kernel
+
+            kernel.forward(x, weight.detach().contiguous(), residual, out, rstd, eps)
+        else:
+            gain = 1.0 + weight.detach().float()
+            native.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), x.shape[-1], eps, of=x.dtype)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.on_gpu = on_gpu
         return out
 
     @staticmethod
@@ -56,9 +63,14 @@ class _RMSNorm(torch.autograd.Function):
         given = upstream.contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            gain = 1.0 + weight.float()
-            native.call("rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype)
+            if ctx.on_gpu:
+                from gemma_ft.kernels.gpu import rms_norm as kernel
+
+                kernel.backward(given, x, weight.contiguous(), rstd, grad_x)
+            else:
+                gain = 1.0 + weight.float()
+                native.call("rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype)
         if ctx.needs_input_grad[1]:
             each = given.float() * x.float() * rstd[..., None]
             grad_weight = each.flatten(0, -2).sum(dim=0).to(weight.dtype)
-        return grad_x, grad_weight, None, upstream if ctx.needs_input_grad[3] else None
+        return grad_x, grad_weight, None, upstream if ctx.needs_input_grad[3] else None, None

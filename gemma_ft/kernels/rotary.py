@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.kernels import native
+from gemma_ft.kernels.gpu import serves as gpu
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,8 +22,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos and sin [B or 1, 1, T, H], the second half as the first, in float32 or wider.
     Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
     """
-    if native.serves(x) and native.serves(cos, sin) and cos.dtype == torch.float32 and _fits(x, cos, sin):
-        out: Tensor = _Rotate.apply(x, cos, sin)
+    on_gpu = gpu.serves(x) and gpu.serves(cos, sin)
+    served = on_gpu or (native.serves(x) and native.serves(cos, sin))
+    if served and cos.dtype == torch.float32 and _fits(x, cos, sin):
+        out: Tensor = _Rotate.apply(x, cos, sin, on_gpu)
         return out
     return rotate_reference(x, cos, sin)
 
@@ -43,9 +46,10 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, torch.empty(x.shape, dtype=x.dtype), cos, sin, 1.0)
+        ctx.on_gpu = on_gpu
+        return _turned(x, x.new_empty(x.shape), cos, sin, 1.0, on_gpu)
 
     @staticmethod
     @once_differentiable
@@ -53,14 +57,19 @@ class _Rotate(torch.autograd.Function):
         batch, heads, tokens, width = upstream.shape
         given = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
         # laid out as the projection's output is, so that its backward need not copy
-        grad = torch.empty((batch, tokens, heads, width), dtype=upstream.dtype).transpose(1, 2)
+        grad = upstream.new_empty((batch, tokens, heads, width)).transpose(1, 2)
         cos, sin = ctx.saved_tensors
-        return _turned(given, grad, cos, sin, -1.0), None, None
+        return _turned(given, grad, cos, sin, -1.0, ctx.on_gpu), None, None, None
 
 
-def _turned(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _turned(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float, on_gpu: bool) -> Tensor:
     """`out`, filled with x turned by the angles (sign -1: turned back)."""
     cos, sin = cos.contiguous(), sin.contiguous()
+    if on_gpu:
+        from gemma_ft.kernels.gpu import rotary as kernel
+
+        kernel.turn(x, cos, sin, out, sign)
+        return out
     of_row = 0 if cos.shape[0] == 1 else cos.stride(0)
     strides = [(ctypes.c_int64 * 3)(*one.stride()[:3]) for one in (x, out)]
     native.call("rotate", x, cos, sin, out, *x.shape, *strides, of_row, sign, of=x.dtype)

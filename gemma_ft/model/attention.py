@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gemma_ft.errors import UserError
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
+from gemma_ft.kernels.flex_attention import block_mask, flex_attention
+from gemma_ft.kernels.flex_attention import reason_against as flex_reason_against
 
 Attend = Callable[..., Tensor]
 
@@ -31,11 +33,21 @@ class Visible:
         self, mask: Callable[[], Tensor], low: Callable[[], Tensor | None] = lambda: None, *, everything: bool = False
     ) -> None:
         self._mask, self._low, self.everything = mask, low, everything
+        self._blocks: list[Any] | None = None
 
     @cached_property
     def mask(self) -> Tensor:
         """bool [B or 1, 1, T, S], True = visible."""
         return self._mask()
+
+    def block_mask(self, batch: int, device: torch.device) -> Any:
+        """`low` as FlexAttention takes it, for a batch of that size: its kernel reads a row of it for each of the batch
+        without looking whether there is one.
+        """
+        assert self.low is not None
+        if self._blocks is None:
+            self._blocks = [block_mask(self.low.expand(batch, -1).to(device).contiguous())]
+        return self._blocks[0]
 
     @cached_property
     def low(self) -> Tensor | None:
@@ -44,14 +56,19 @@ class Visible:
 
 
 def first_visible(
-    tokens: int, *, window_tokens: int | None, key_is_real: Tensor | None = None, document: Tensor | None = None
+    tokens: int,
+    *,
+    window_tokens: int | None,
+    key_is_real: Tensor | None = None,
+    document: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor | None:
     """`Visible.low` of a sequence without a cache: what `visible_keys` says of every query that is no padding. A query
     of padding sees itself at least.
 
-    None where a document, or what is real, is not in one piece.
+    None where a document, or what is real, is not in one piece. `device`: where it lies (None: on the CPU).
     """
-    places = torch.arange(tokens, device=_device_of(key_is_real, document))
+    places = torch.arange(tokens, device=device)
     low = torch.zeros_like(places)[None]
     if document is not None:
         begins = torch.ones_like(document, dtype=torch.bool)
@@ -67,10 +84,6 @@ def first_visible(
     if window_tokens is not None:
         low = torch.maximum(low, places - window_tokens + 1)
     return torch.minimum(low, places)
-
-
-def _device_of(*tensors: Tensor | None) -> torch.device | None:
-    return next((one.device for one in tensors if one is not None), None)
 
 
 def visible_keys(
@@ -183,14 +196,29 @@ def sdpa_attention(
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
-    """On a CPU a single query by itself, and blocks where queries see runs of keys; else every score written out."""
+    """Blocks where queries see runs of keys, on a GPU by FlexAttention; on a CPU a single query by itself; else every
+    score written out.
+    """
     dropout_p = options.pop("dropout_p", 0.0)
-    fits = query.device.type == "cpu" and not dropout_p
-    if fits and query.shape[2] == 1:
+    on_cpu, whole = _on_cpu(query), query.shape[2] == key.shape[2]
+    if on_cpu and not dropout_p and query.shape[2] == 1:
         return one_query_attention(query, key, value, None if visible.everything else visible.mask, **options)
-    if fits and query.shape[2] == key.shape[2] and visible.low is not None:
-        return blockwise_attention(query, key, value, visible.low, **options)
+    if whole and not dropout_p and (on_cpu or _flexes(query)) and visible.low is not None:
+        if on_cpu:
+            return blockwise_attention(query, key, value, visible.low, **options)
+        mask = visible.block_mask(len(query), query.device)
+        return flex_attention(query, key, value, mask, **options)
     return eager_attention(query, key, value, visible.mask, dropout_p=dropout_p, **options)
+
+
+def _on_cpu(query: Tensor) -> bool:
+    return query.device.type == "cpu"
+
+
+def _flexes(query: Tensor) -> bool:
+    return (
+        query.is_cuda and query.shape[2] > 1 and flex_reason_against(query.device, query.shape[3], query.dtype) is None
+    )
 
 
 def _masked(attend: Attend) -> Attend:
@@ -226,7 +254,7 @@ def resolve_attention(requested: str | None, softcap: float | None) -> Attention
     if requested in (None, "auto"):
         if softcap is None:
             return AttentionChoice("sdpa", "this Gemma has no soft-cap")
-        return AttentionChoice("blockwise", "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices")
+        return AttentionChoice("blockwise", "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU")
     if requested not in BACKENDS:
         *names, last = BACKENDS
         raise UserError(f"attention: unknown backend {requested!r}; use auto, {', '.join(names)} or {last}")

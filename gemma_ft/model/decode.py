@@ -25,7 +25,11 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
     if asked or not one.single or len(x) > MOST_ROWS or not native.serves(x) or config.head_dim % LANES:
         return None
-    if min(one.cache.limits) < TOGETHER:  # keys are read two by two
+    windows = [window or one.cache.max_seq_len for window in model.numerics.window_tokens]
+    held = [(limit, window) for limit, window in zip(one.cache.limits, windows, strict=True)]
+    if any(limit < TOGETHER or limit > window for limit, window in held):  # keys are read two by two, and all of them
+        return None
+    if x.shape[:2] != one.position_ids.shape:
         return None
     kept: list[Kept] = one.cache.kept or [Kept() for _ in model.layers]
     with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times
@@ -58,14 +62,24 @@ def _taken(layer: Any, into: Kept, dtype: torch.dtype) -> bool:
         norms["after_mlp"] = layer.post_feedforward_layernorm
     else:
         norms["before_mlp"] = second  # what a Gemma 1 calls after the attention is before its MLP
+    hidden, middle = attention.config.hidden_size, attention.config.intermediate_size
+    queries, keys = (
+        attention.head_dim * count
+        for count in (attention.config.num_attention_heads, attention.config.num_key_value_heads)
+    )
     linears = {
-        "q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj,
-        "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
-    }  # fmt: skip
+        "q": (attention.q_proj, (queries, hidden)),
+        "k": (attention.k_proj, (keys, hidden)),
+        "v": (attention.v_proj, (keys, hidden)),
+        "o": (attention.o_proj, (hidden, queries)),
+        "gate": (mlp.gate_proj, (middle, hidden)),
+        "up": (mlp.up_proj, (middle, hidden)),
+        "down": (mlp.down_proj, (hidden, middle)),
+    }
     return (
         all(unhooked(module) for module in (layer, attention, mlp))
         and all(_norm_taken(name, norm, into, dtype) for name, norm in norms.items())
-        and all(_linear_taken(name, module, into, dtype) for name, module in linears.items())
+        and all(_linear_taken(name, *one, into, dtype) for name, one in linears.items())
     )
 
 
@@ -75,9 +89,9 @@ def _norm_taken(name: str, norm: Any, into: Kept, dtype: torch.dtype) -> bool:
     return type(norm) is GemmaRMSNorm and unhooked(norm) and into.take_norm(name, norm.weight, dtype)
 
 
-def _linear_taken(name: str, module: Any, into: Kept, dtype: torch.dtype) -> bool:
+def _linear_taken(name: str, module: Any, shape: tuple[int, int], into: Kept, dtype: torch.dtype) -> bool:
     parts = linear_parts(module)
-    return parts is not None and into.take_linear(name, parts, dtype)
+    return parts is not None and into.take_linear(name, parts, dtype, shape)
 
 
 def linear_parts(module: Any) -> LinearParts | None:

@@ -169,7 +169,10 @@ class GemmaModel(GemmaPreTrainedModel):
                 query_document=document_ids,
                 key_document=document_ids,
             )
-            runs = partial(first_visible, tokens, window_tokens=window, key_is_real=key_is_real, document=document_ids)
+            runs = partial(
+                first_visible, tokens, window_tokens=window, key_is_real=key_is_real, document=document_ids,
+                device=x.device,
+            )  # fmt: skip
             masks[window] = Visible(mask, runs) if cache is None else Visible(mask)
         return masks
 
@@ -184,7 +187,8 @@ class GemmaModel(GemmaPreTrainedModel):
                 return visible_keys(one.position_ids, one.key_positions(layer), window_tokens=window)
 
             def runs() -> Tensor | None:  # padding at the end of a row hides itself from those before it
-                return first_visible(one.tokens, window_tokens=window) if one.fresh else None
+                device = one.position_ids.device
+                return first_visible(one.tokens, window_tokens=window, device=device) if one.fresh else None
 
             return Visible(mask, runs, everything=one.sees_all(layer, window))
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from gemma_ft.plan.shape import Shape
 
-Attention = Literal["blocks", "sdpa", "scores"]  # blockwise; torch's own; every score written out
+# our own in blocks; torch's FlexAttention; torch's own; every score written out
+Attention = Literal["blocks", "flex", "sdpa", "scores"]
 WIDE = 4  # bytes of float32, in which norms, scores and adapters compute
 
 
@@ -28,7 +29,7 @@ class Layer:
     dropout: bool = False  # in front of the adapter
     int8: bool = False
     fused: bool = False  # adapters are adapters/fused_lora.py's: they keep their input as it is
-    native: bool = False  # norms and GeGLU are C++ (kernels/cpp): they keep their inputs alone
+    native: bool = False  # norms and GeGLU are C++ or Triton: they keep their inputs alone
 
     @property
     def full(self) -> bool:
@@ -84,7 +85,7 @@ class Saved:
 
 SAVED = (
     Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE, when=lambda at: not at.native),
-    Saved("the same in C++", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.native),
+    Saved("the same in C++ or Triton", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.native),
     Saved("1 / rms of each norm", lambda at: at.shape.norms, each=WIDE),
     Saved("normed, of trained norms", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
           when=lambda at: at.full and not at.native),
@@ -93,7 +94,8 @@ SAVED = (
     Saved("q, k rotated, v", lambda at: (at.shape.heads + 2 * at.shape.kv_heads) * at.shape.head_dim),
     Saved("log-sum-exp", lambda at: at.shape.heads, each=WIDE, when=lambda at: not _scores(at)),
     Saved("mask in q's dtype", lambda at: at.tokens, when=lambda at: at.attention == "sdpa"),
-    Saved("output of attention", lambda at: at.shape.heads * at.shape.head_dim, when=lambda at: at.attention == "sdpa"),
+    Saved("output of attention", lambda at: at.shape.heads * at.shape.head_dim,
+          when=lambda at: at.attention in ("sdpa", "flex")),
     Saved("scores after tanh", lambda at: at.shape.heads * at.tokens, each=WIDE,
           when=lambda at: _scores(at) and at.shape.second),
     Saved("what is hidden", lambda at: at.tokens, each=1, when=_scores),

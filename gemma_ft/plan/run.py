@@ -54,7 +54,7 @@ class Run:
     dropout: bool = False
     device: Device = "cuda"
     attention: Attention = "scores"
-    native: bool = False  # operations in C++ run
+    native: bool = False  # operations in C++ or Triton run
     widened: bool = False  # products in bf16 are computed in float32
     fused: bool = True  # where adapters are plain LoRA, their products are fused
     ranks: Ranks = Ranks()
@@ -115,7 +115,11 @@ def attention_of(requested: str, *, softcap: bool, device: Device) -> Attention:
     """What model.attention.resolve_attention and its backends come to in training, in the words of activations.py."""
     if requested == "sdpa" or (requested == "auto" and not softcap):
         return "sdpa"
-    return "blocks" if device == "cpu" and requested in ("auto", "blockwise") else "scores"
+    if requested not in ("auto", "blockwise"):
+        return "scores"
+    if device == "cpu":
+        return "blocks"
+    return "flex" if runtime.own_kernels_wanted() else "scores"
 
 
 def run_of(
@@ -152,7 +156,7 @@ def run_of(
         dropout=bool(adapter and adapter.dropout),
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
-        native=device == "cpu" and runtime.own_kernels_wanted() and runtime.compiler() is not None,
+        native=runtime.own_kernels_wanted() and (device == "cuda" or runtime.compiler() is not None),
         widened=device == "cpu" and runtime.own_kernels_wanted() and float32_is_faster(processor_words()),
         fused=runtime.own_kernels_wanted(),
         ranks=ranks,

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from gemma_ft import runtime
-from gemma_ft.kernels import native
+from gemma_ft.kernels import flex_attention, native
+from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
@@ -80,8 +82,7 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
         device="cuda" if device.type == "cuda" else "cpu",
         ranks=Ranks(world.size, world.layout, world.reshard_after_forward, world.offload),
     )
-    if run.native and not native.operations().functions:  # there is a compiler, but it could not build them
-        run = run.changed(native=False)
+    run = _as_it_will_run(run, device)
     held, free = runtime.memory_bytes()
     if run.device == "cuda":
         held += parts.overhead(run)  # the context, which torch does not count
@@ -93,3 +94,16 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
     count = layers_to_checkpoint(run, room) if auto else run.checkpointed
     room, count = min(world.gather(room)), max(world.gather(count))
     return Checkpointing(run.changed(checkpointed=count), room, auto)
+
+
+def _as_it_will_run(run: Run, device: torch.device) -> Run:
+    """`run` without the fast paths that turned out not to be there."""
+    if run.device == "cpu":  # there is a compiler, but it may not have built the operations
+        return run if native.operations().functions else run.changed(native=False)
+    dtype = runtime.dtype_by_name(run.precision)
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    if run.native and gpu.reason_against(device, dtype) is not None:
+        run = run.changed(native=False)
+    if run.attention == "flex" and flex_attention.reason_against(device, run.shape.head_dim, dtype) is not None:
+        run = run.changed(attention="scores")
+    return run

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from gemma_ft import runtime
 from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
-from gemma_ft.kernels import native, product
+from gemma_ft.kernels import flex_attention, native, product
+from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.checkpointing import Checkpointing
@@ -41,7 +45,7 @@ def outlook(
     rows = [
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
         ("attention", f"{choice.name}: {choice.reason}"),
-        *([("kernels", _kernels())] if base.device.type == "cpu" else []),
+        *_device_rows(base, train.precision),
         ("data", f"{data.train_source}: {lines[0]}"),
         *(("", line) for line in lines[1:]),
         *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),
@@ -80,6 +84,20 @@ def sharing(world: World) -> str:
     return ", ".join(parts)
 
 
-def _kernels() -> str:
-    told = native.operations().reason
-    return told + ("; bf16 is multiplied in float32, which this processor does faster" if product.widens() else "")
+def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
+    """What runs on the device of the base model, and what it does not do well."""
+    if base.device.type == "cpu":
+        told = native.operations().reason
+        wide = "; bf16 is multiplied in float32, which this processor does faster"
+        return [("kernels", told + (wide if precision == "bf16" and product.widens() else ""))]
+    if base.device.type != "cuda":
+        return []
+    dtype = runtime.dtype_by_name(precision)
+    against = gpu.reason_against(base.device, dtype)
+    rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
+    if resolve_attention(base.config._attn_implementation, base.model.numerics.attn_softcap).name == "blockwise":
+        against = flex_attention.reason_against(base.device, base.config.head_dim, dtype)
+        rows += [("", f"every score of attention is written out: {against}")] if against else []
+    if precision == "bf16" and torch.cuda.get_device_capability(base.device) < gpu.CAPABILITY:
+        rows.append(("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"))
+    return rows

@@ -135,3 +135,17 @@ def test_no_tensor_of_tokens_by_tokens_is_built(monkeypatch: pytest.MonkeyPatch)
     with Largest() as seen:
         blockwise_attention(*qkv, torch.zeros_like(window), scale=0.3).sum().backward()
     assert seen.elements <= 4 * 32 * tokens < tokens * tokens
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_autocast_changes_nothing(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward is under it, and backward may be or not: what they multiply is the same."""
+    monkeypatch.setattr(module, "product_dtype", lambda x: torch.float32 if wide else x.dtype)
+    *qkv, upstream = (one.detach().bfloat16().requires_grad_() for one in inputs(2))
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = blockwise_attention(*qkv, runs("both"), scale=0.3, softcap=5.0)
+            found += [[out, *torch.autograd.grad(out, qkv, upstream)]]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -3,151 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gemma_ft import runtime
 from gemma_ft.kernels import native
 from gemma_ft.kernels.geglu import geglu, geglu_reference
-from gemma_ft.kernels.head_rows import head_rows, head_rows_reference
+from gemma_ft.kernels.head_rows import head_rows
 from gemma_ft.kernels.nf4 import dequantize_nf4
-from gemma_ft.kernels.rms_norm import rms_norm, rms_norm_reference
+from gemma_ft.kernels.rms_norm import rms_norm
 from gemma_ft.kernels.rotary import rotate, rotate_reference
+from tests.kernels.test_operations import CASES, drawn, run
 
 built = pytest.mark.skipif(not native.operations().functions, reason=native.operations().reason)
 DTYPES = [torch.float32, torch.bfloat16]
-Op = Callable[..., Tensor]
-
-
-def drawn(*shape: int, seed: int = 0, times: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * times
-
-
-def angles(batch: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
-    half = drawn(batch, 1, tokens, width // 2, seed=9, times=5.0).float()
-    both = torch.cat((half, half), dim=-1)
-    return both.cos(), both.sin()
-
-
-def turned(op: Op) -> Op:
-    return lambda x: op(x.transpose(1, 2), *angles(2, 9, 34))
-
-
-# name -> the operation, its reference, its inputs; sizes that no vector divides, values where everything bends
-CASES: dict[str, tuple[Op, Op, list[Tensor]]] = {
-    "norm": (
-        lambda x, w: rms_norm(x, w, 1e-6),
-        lambda x, w: rms_norm_reference(x, w, 1e-6),
-        [drawn(3, 5, 77, times=4.0), drawn(77, seed=1)],
-    ),
-    "norm + residual": (
-        lambda x, w, r: rms_norm(x, w, 1e-6, r),
-        lambda x, w, r: rms_norm_reference(x, w, 1e-6, r),
-        [drawn(3, 5, 77, times=4.0), drawn(77, seed=1), drawn(3, 5, 77, seed=2)],
-    ),
-    "norm of many rows": (
-        lambda x, w: rms_norm(x, w, 1e-6),
-        lambda x, w: rms_norm_reference(x, w, 1e-6),
-        [drawn(400, 100, times=4.0), drawn(100, seed=1)],
-    ),
-    "rotary": (turned(rotate), turned(rotate_reference), [drawn(2, 9, 3, 34)]),
-    "geglu": (geglu, geglu_reference, [drawn(7, 333, times=5.0), drawn(7, 333, seed=1)]),
-}
-
-
-def run(op: Op, inputs: list[Tensor], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    """An operation's result and its gradients in float64, from inputs in `dtype`; a weight of one dimension is float32
-    where the rest is bf16.
-    """
-    given = [
-        one.detach().to(torch.float32 if one.dim() == 1 and dtype == torch.bfloat16 else dtype).requires_grad_()
-        for one in inputs
-    ]
-    out = op(*given)
-    upstream = drawn(*out.shape, seed=7).to(out.dtype) * scale
-    return [one.double() for one in (out.detach(), *torch.autograd.grad(out, given, upstream))]
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
-
-
-@built
-@pytest.mark.parametrize("name", CASES)
-def test_in_float32_it_is_the_reference(name: str) -> None:
-    op, reference, inputs = CASES[name]
-    truth = run(reference, inputs, torch.float64) if name != "rotary" else run(reference, inputs, torch.float32)
-    for found, expected in zip(run(op, inputs, torch.float32), truth, strict=True):
-        assert error(found, expected) < 5e-7
-
-
-@built
-@pytest.mark.parametrize("name", CASES)
-def test_in_bf16_it_is_as_near_to_the_truth_as_the_reference(name: str) -> None:
-    op, reference, inputs = CASES[name]
-    rounded = [one.bfloat16().double() if one.dim() > 1 else one.float().double() for one in inputs]
-    truth = run(reference, rounded, torch.float64 if name != "rotary" else torch.float32)
-    found, expected = run(op, rounded, torch.bfloat16), run(reference, rounded, torch.bfloat16)
-    for one, other, true in zip(found, expected, truth, strict=True):
-        assert error(one, true) <= 1.05 * error(other, true)
-
-
-@built
-@pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
-@pytest.mark.parametrize("name", CASES)
-def test_the_upstream_gradient_counts(name: str, scale: float) -> None:
-    op, _, inputs = CASES[name]
-    whole, part = run(op, inputs, torch.float32), run(op, inputs, torch.float32, scale)
-    for one, other in zip(whole[1:], part[1:], strict=True):
-        assert torch.equal(one * scale, other)
-
-
-@built
-def test_an_input_may_be_used_twice() -> None:
-    both = [
-        run(op, [drawn(4, 33)], torch.float32)
-        for op in (lambda x: geglu(x, x) + x, lambda x: geglu_reference(x, x) + x)
-    ]
-    assert all(error(one, other) < 5e-7 for one, other in zip(*both, strict=True))
-
-
-@built
-@pytest.mark.parametrize("with_weights", [False, True])
-@pytest.mark.parametrize("cap", [None, 30.0, 15.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_head_is_the_reference(dtype: torch.dtype, cap: float | None, with_weights: bool) -> None:
-    logits, targets = drawn(9, 1003, times=12.0).to(dtype), torch.arange(9) * 111
-    targets[3] = logits[3].float().argmax()
-    logits[4, 800] = logits[4, 700] = logits[4].max() + 9  # a tie: the first counts
-    targets[4] = 700
-    weights = drawn(9, seed=3).abs() if with_weights else None
-    truth = head_rows_reference(logits.double(), targets, weights, cap, with_grad=True)
-    found = head_rows(logits.clone(), targets, weights, cap, with_grad=True)
-    assert error(found[0].double(), truth[0]) < 1e-6
-    assert found[1].tolist() == truth[1].tolist() == [at in (3, 4) for at in range(9)]
-    assert found[2] is not None
-    assert truth[2] is not None
-    assert found[2].dtype == dtype
-    assert error(found[2].double(), truth[2]) < {torch.float32: 5e-6, torch.bfloat16: 4e-3}[dtype]
-    assert head_rows(logits.clone(), targets, weights, cap, with_grad=False)[2] is None
-
-
-@built
-@pytest.mark.parametrize("cap", [None, 30.0])
-def test_what_is_no_number_is_seen_in_the_loss(cap: float | None) -> None:
-    logits = drawn(2, 50).float()
-    logits[1, 20] = float("nan")
-    losses, _, _ = head_rows(logits, torch.tensor([3, 4]), None, cap, with_grad=True)
-    assert losses.isfinite().tolist() == [True, False]
-    assert not rms_norm(logits, torch.zeros(50), 1e-6)[1].isfinite().any()
-    assert not geglu(logits, logits)[1, 20].isfinite()
 
 
 @built

@@ -22,7 +22,7 @@ from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours
 NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"
 
 UNKNOWN = "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa"
-BLOCKS = "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices"
+BLOCKS = "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU"
 
 
 def as_text(mask: torch.Tensor) -> list[str]:
@@ -156,7 +156,7 @@ def test_dropout_of_attention_acts_in_training_only() -> None:
         (
             "auto",
             50.0,
-            AttentionChoice("blockwise", "the soft-cap, in blocks on a CPU; eager with a cache, or on other devices"),
+            AttentionChoice("blockwise", BLOCKS),
         ),
         ("blockwise", None, AttentionChoice("blockwise", "asked for")),
         ("eager", 50.0, AttentionChoice("eager", "asked for")),

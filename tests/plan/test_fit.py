@@ -79,7 +79,7 @@ def test_the_smallest_change_fits_and_no_part_of_it_can_be_left_out(name: str, m
 
     recipe = load_recipe(name, more).recipe
     changed = 0
-    for gib in (1, 4, 5, 7, 9, 11, 15, 20, 36, 72):
+    for gib in (1, 4, 5, 7, 9, 11, 15, 16, 17, 18, 19, 20, 36, 72):
         change = smallest_change(run_of(recipe), gib * GIB, auto=recipe.train.gradient_checkpointing == "auto")
         if change is None:
             continue

@@ -23,7 +23,7 @@ def test_attention_is_what_the_resolver_chooses(requested: str, softcap: float |
     chosen = resolve_attention(requested, softcap).name
     here = {"blockwise": "blocks", "eager": "scores", "sdpa": "sdpa"}[chosen]
     assert attention_of(requested, softcap=softcap is not None, device="cpu") == here
-    assert attention_of(requested, softcap=softcap is not None, device="cuda") == here.replace("blocks", "scores")
+    assert attention_of(requested, softcap=softcap is not None, device="cuda") == here.replace("blocks", "flex")
 
 
 def test_every_shipped_launch_is_understood() -> None:

@@ -1,0 +1,44 @@
+"""What a run says about its device before it begins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gemma_ft.kernels import native, product
+from gemma_ft.train import outlook
+
+
+def base(device: str) -> SimpleNamespace:
+    """As much of a Gemma 2 as is asked."""
+    return SimpleNamespace(
+        device=torch.device(device), dtype=torch.bfloat16,
+        config=SimpleNamespace(_attn_implementation="blockwise", head_dim=256),
+        model=SimpleNamespace(numerics=SimpleNamespace(attn_softcap=50.0)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_on_a_cpu(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "C++"))
+    monkeypatch.setattr(product, "widens", lambda: wide)
+    told = "C++; bf16 is multiplied in float32, which this processor does faster"
+    assert outlook._device_rows(base("cpu"), "bf16") == [("kernels", told if wide else "C++")]
+    assert outlook._device_rows(base("cpu"), "float32") == [("kernels", "C++")]
+
+
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlook.gpu, "reason_against", lambda *_: None)
+    monkeypatch.setattr(outlook.flex_attention, "reason_against", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert outlook._device_rows(base("cuda"), "bf16") == [("kernels", "Triton")]
+    monkeypatch.setattr(outlook.gpu, "reason_against", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(outlook.flex_attention, "reason_against", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert outlook._device_rows(base("cuda"), "bf16") == [
+        ("kernels", "plain torch: Triton is not installed"),
+        ("", "every score of attention is written out: Triton is not installed"),
+        ("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"),
+    ]
