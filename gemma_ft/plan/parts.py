@@ -153,14 +153,15 @@ def prefill(run: Run) -> int:
     return max(forward_only(run, 1, piece, keys=keys, cached=True), logits)
 
 
-def widened(run: Run) -> int:
+def widened(run: Run, tokens: int, *, head: bool = True) -> int:
     """What products in bf16 are computed from and into where they are float32, kept from one to the next: a part of
-    the largest weight, the head's, and some rows of what goes in and comes out.
+    the largest weight, of the head's where that is multiplied too, and some of `tokens` rows of what goes in and out.
     """
     if not run.widened or run.precision == "float32":
         return 0
-    rows = min(ROWS_NUMBERS, run.rows * run.tokens * max(run.shape.ffn, run.shape.hidden))
-    return WIDE * (min(run.shape.embedding, WEIGHT_NUMBERS) + 2 * rows)
+    weight = run.shape.embedding if head else run.shape.largest_linear
+    rows = min(ROWS_NUMBERS, tokens * max(run.shape.ffn, run.shape.hidden))
+    return WIDE * (min(weight, WEIGHT_NUMBERS) + 2 * rows)
 
 
 def overhead(run: Run) -> int:

@@ -40,7 +40,7 @@ def train_moments(run: Run) -> list[Phase]:
     Gradients of a first micro-batch are there while a second one is computed.
     """
     always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
-    always |= _products(run)
+    always |= _products(parts.widened(run, run.rows * run.tokens))
     gradients, kept = parts.gradients(run), parts.activations(run)
     former = gradients if run.accumulation > 1 else 0
     begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
@@ -64,7 +64,9 @@ def phases(run: Run) -> list[Phase]:
     resident = {
         "weights": parts.weights(run), "adapters": parts.trained(run), "overhead": parts.overhead(run)
     }  # fmt: skip
-    held = resident | {"optimizer": parts.optimizer(run)} | _products(run)
+    held = resident | {"optimizer": parts.optimizer(run)}
+    scoring = _products(parts.widened(run, run.eval_rows * run.tokens))
+    reading = _products(parts.widened(run, parts.PREFILL_TOKENS, head=False))  # of the head few rows are read
     layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
     head = parts.head(run.changed(rows=run.eval_rows), backward=False)
     scored = {"activations": layer} if layer > head else {"head": head}  # one after the other
@@ -73,11 +75,11 @@ def phases(run: Run) -> list[Phase]:
         found.append(_quantize(run))
     found += [
         train_phase(run),
-        Phase("evaluate", held | scored, _rank_host(run)),
+        Phase("evaluate", held | scoring | scored, _rank_host(run)),
     ]
     if run.answers:
         answers = {"activations": parts.prefill(run), "cache": parts.cache(run)}
-        found.append(Phase("generate", held | answers, _rank_host(run)))
+        found.append(Phase("generate", held | reading | answers, _rank_host(run)))
     if not run.full:
         found.append(_merge(run))
     return found
@@ -138,9 +140,9 @@ def _merge(run: Run) -> Phase:
     return Phase("merge", device, host=shard + tensor + _process(run))
 
 
-def _products(run: Run) -> dict[str, int]:
+def _products(size: int) -> dict[str, int]:
     """Named where there is any."""
-    return {"products": parts.widened(run)} if parts.widened(run) else {}
+    return {"products": size} if size else {}
 
 
 def _process(run: Run) -> int:
