@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from benchmarks.plan import ARMS, planned
 from benchmarks.record import ROOT
@@ -37,22 +36,22 @@ def with_tables(page: str) -> str:
 
 def errors() -> dict[str, float]:
     """Of each run's plan as it is now, relative to what was measured, on the kind of machine that measured it."""
-    result = _result()
+    return {name: plan / measured - 1 for name, (plan, measured) in _compared().items()}
+
+
+def _compared() -> dict[str, tuple[int, int]]:
+    """Bytes of each run: planned, and measured."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
     return {
-        name: sum(planned(arm, widened=result["widened"]).values()) / result["arms"][name]["measured"] - 1
+        name: (sum(planned(arm, widened=result["widened"]).values()), result["arms"][name]["measured"])
         for name, arm in ARMS.items()
     }
 
 
-def _result() -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
-
-
 def _measured() -> str:
-    arms = _result()
     rows = ["| | tokens | planned MiB | measured MiB | error |", "|---|---|---|---|---|"]
-    for name, arm in ARMS.items():
-        measured, plan = arms["arms"][name]["measured"], sum(planned(arm, widened=arms["widened"]).values())
+    for name, (plan, measured) in _compared().items():
+        arm = ARMS[name]
         tokens = f"{arm.rows} x {arm.tokens:,}" if arm.phase != "merge" else ""
         sizes = f"{plan / 2**20:,.0f} | {measured / 2**20:,.0f}"
         rows.append(f"| {name} | {tokens} | {sizes} | {plan / measured - 1:+.1%} |")

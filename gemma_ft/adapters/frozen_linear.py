@@ -40,4 +40,9 @@ def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
     return dequantize_nf4(weight, state, out=out).to(dtype)
 
 
+def state_of(layer: Any) -> Any:
+    """The QuantState of one of bitsandbytes' 4-bit layers: its weight's, or the layer's own where that lost it."""
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
 _SCRATCH = Scratch()

@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
+from gemma_ft.adapters.frozen_linear import state_of
 from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
 from gemma_ft.kernels.decode import LinearParts
 
@@ -18,7 +19,7 @@ class FusedLinear4bit(Linear4bit):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name, base = only_adapter(self, x, args, kwargs), self.base_layer
-        state = getattr(base.weight, "quant_state", None) or base.quant_state
+        state = state_of(base)
         if name is None or state is None or getattr(state, "packing_format_for_cpu", False) or self._will_pack(x):
             return super().forward(x, *args, **kwargs)
         if base.compute_dtype is not None and base.compute_dtype != x.dtype:
@@ -29,7 +30,7 @@ class FusedLinear4bit(Linear4bit):
     def linear_parts(self) -> LinearParts | None:
         """See `lora_parts`."""
         base = self.base_layer
-        state = getattr(base.weight, "quant_state", None) or base.quant_state
+        state = state_of(base)
         return lora_parts(self, state) if state is not None and base.compute_dtype in (None, state.dtype) else None
 
     def _will_pack(self, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.adapters.frozen_linear import frozen_product, plain, state_of
 from gemma_ft.kernels import native
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.nf4 import serves_nf4
@@ -41,7 +41,7 @@ class UnpackedLinear4bit(Linear4bit):
         self.support_avx512bf16_for_cpu = False
 
     def forward(self, x: Tensor) -> Tensor:
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        state = state_of(self)
         if self.bias is not None or self.compute_dtype not in (None, state.dtype):
             found: Tensor = super().forward(x)
             return found
@@ -51,7 +51,7 @@ class UnpackedLinear4bit(Linear4bit):
 
     def linear_parts(self) -> LinearParts | None:
         """The layer as a model that decodes takes it; None where `forward` is bitsandbytes' own."""
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        state = state_of(self)
         own = self.bias is None and self.compute_dtype in (None, state.dtype)
         return LinearParts(self.weight, state) if own else None
 

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from gemma_ft.kernels import native
 from gemma_ft.kernels.few_rows import fits
+from gemma_ft.kernels.native import F32, I64, P
 from gemma_ft.kernels.nf4 import scales_of, serves_nf4
-
-P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
 
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp")

@@ -26,7 +26,6 @@ WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64
 FLAGS = ("-std=c++20", "-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared",
          "-fPIC")  # fmt: skip
 SECONDS = 120  # a compiler that takes longer hangs
-_Pointer = Any  # what ctypes.byref gives
 P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of threads
     "rms_norm": (P, P, P, P, P, I64, I64, F32),
@@ -96,7 +95,7 @@ def _traced() -> bool:
     )
 
 
-def call(name: str, *arguments: Tensor | float | int | ctypes.Array[Any] | _Pointer | None, of: torch.dtype) -> None:
+def call(name: str, *arguments: Any, of: torch.dtype) -> None:
     """One operation on tensors of dtype `of`; tensors are given by address, and must be laid out as it expects."""
     given = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
     operations().functions[f"{name}_{SUFFIXES[of]}"](*given, torch.get_num_threads())

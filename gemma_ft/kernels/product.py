@@ -21,10 +21,8 @@ from gemma_ft.kernels.scratch import Scratch
 from gemma_ft.processor import float32_is_faster, processor_words
 
 MANY = 128  # rows from which on widening the weight pays
-WEIGHT_NUMBERS, ROWS_NUMBERS = (
-    2**24,
-    2**22,
-)  # that are float32 at a time: 64 MiB of the weight, 16 of what goes in and out
+WEIGHT_NUMBERS = 2**24  # of the weight that are float32 at a time: 64 MiB
+ROWS_NUMBERS = 2**22  # of what goes in, and of what comes out: 16 MiB each
 _WIDE = Scratch()
 
 

@@ -18,12 +18,12 @@ from gemma_ft.model.linear import is_plain
 
 
 def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -> Tensor | None:
-    """x [B, 1, D], what the first of a GemmaModel's layers is given -> what the last one gives, the keys and values in
-    the cache of the pass; None where the layers are to do it.
+    """x [B, 1, D], what the first of a GemmaModel's layers is given in a pass of single tokens -> what the last one
+    gives, the keys and values in the cache of the pass; None where the layers are to do it.
     """
     config = model.config
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
-    if asked or not one.single or len(x) > MOST_ROWS or not native.serves(x) or config.head_dim % LANES:
+    if asked or len(x) > MOST_ROWS or not native.serves(x) or config.head_dim % LANES:
         return None
     windows = [window or one.cache.max_seq_len for window in model.numerics.window_tokens]
     held = [(limit, window) for limit, window in zip(one.cache.limits, windows, strict=True)]

@@ -104,8 +104,6 @@ class GemmaModel(GemmaPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if isinstance(past_key_values, KVPass):
             position_ids = past_key_values.position_ids
-            if not output_hidden_states and (last := self._decoded(x, past_key_values)) is not None:
-                return BaseModelOutputWithPast(last_hidden_state=self.norm(last), past_key_values=past_key_values)
             masks = self._masks_of_pass(past_key_values)
         else:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -114,7 +112,11 @@ class GemmaModel(GemmaPreTrainedModel):
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
             masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
-        angles = self._angles(position_ids, x)
+        angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
+        if isinstance(past_key_values, KVPass) and past_key_values.single and not output_hidden_states:
+            last = decoded(self, x, angles, past_key_values)
+            if last is not None:
+                return BaseModelOutputWithPast(last_hidden_state=self.norm(last), past_key_values=past_key_values)
 
         states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
         for layer, window in zip(self.layers, self.numerics.window_tokens, strict=True):
@@ -127,12 +129,6 @@ class GemmaModel(GemmaPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*states, x) if output_hidden_states else None,
         )
-
-    def _angles(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
-
-    def _decoded(self, x: Tensor, one: KVPass) -> Tensor | None:
-        return decoded(self, x, self._angles(one.position_ids, x), one) if one.single else None
 
     def _embedded(self, input_ids: Any) -> Tensor:
         added = self.added_rows

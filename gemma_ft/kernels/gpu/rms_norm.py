@@ -42,15 +42,20 @@ def forward(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, rst
     size = x.shape[-1]
     with torch.cuda.device_of(x):
         _forward[(rstd.numel(),)](
-            x, weight, x if residual is None else residual, out, rstd, size, eps, residual is not None, *_launch(size)
+            x,
+            weight,
+            x if residual is None else residual,
+            out,
+            rstd,
+            size,
+            eps,
+            residual is not None,
+            triton.next_power_of_2(size),
         )
 
 
 def backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor) -> None:
     """The gradient of x in `grad`."""
+    size = x.shape[-1]
     with torch.cuda.device_of(x):
-        _backward[(rstd.numel(),)](upstream, x, weight, rstd, grad, x.shape[-1], *_launch(x.shape[-1]))
-
-
-def _launch(size: int) -> tuple[int]:
-    return (triton.next_power_of_2(size),)
+        _backward[(rstd.numel(),)](upstream, x, weight, rstd, grad, size, triton.next_power_of_2(size))
