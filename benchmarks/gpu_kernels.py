@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu_setup import Setup
 from benchmarks.limits import best_seconds, gemm_rate, keys_seen
+from gemma_ft.kernels.flex_attention import TILES, block_mask, flex_attention
 
 CAP = 50.0
 HEADS = {"gemma-2-2b": (8, 4, 256), "gemma-2-27b": (32, 16, 128)}  # query heads, key/value heads, head dim
@@ -71,7 +73,11 @@ def _attention_line(setup: Setup, shape: tuple[int, int, int], tokens: int, wind
     arms: dict[str, Callable[[], Tensor]] = {
         name: (lambda attend=attend: attend(query, key, value, visible, **options)) for name, attend in BACKENDS.items()
     }
-    arms["flex"] = _flex(setup, query, key, value, window)
+    low = first_visible(tokens, window_tokens=window, device=setup.device)
+    assert low is not None
+    blocks = block_mask(low)
+    for name, tiles in FLEX.items():
+        arms[name] = partial(flex_attention, query, key, value, blocks, tiles=tiles, **options)
     flops = 4 * heads * width * keys_seen([tokens], window) * tokens
     reference = arms["eager"]().detach().float()
 
@@ -89,21 +95,13 @@ def _attention_line(setup: Setup, shape: tuple[int, int, int], tokens: int, wind
     return {name: setup.attempt(lambda run=run: measured(run)) for name, run in arms.items()}
 
 
-def _flex(setup: Setup, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Callable[[], Tensor]:
-    """FlexAttention with cap and window: compiled on CUDA, where it is the reference for speed."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    tokens, scale = query.shape[2], query.shape[3] ** -0.5
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) if window is None else (q >= k) & (q - k < window)
-
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return CAP * torch.tanh(score / CAP)
-
-    attend = flex_attention if setup.dry else torch.compile(flex_attention, dynamic=False)
-    blocks = create_block_mask(seen, None, None, tokens, tokens, device=str(setup.device))
-    return lambda: attend(query, key, value, score_mod=capped, block_mask=blocks, scale=scale, enable_gqa=True)
+# FlexAttention as it runs by itself, and with what may be faster: the assembler says that at a head dim of 256 torch's
+# own tiles spill registers backwards, and half as much with eight warps
+FLEX: dict[str, dict[str, int]] = {
+    "flex": TILES[0],
+    "flex, 8 warps backwards": {"bwd_num_warps": 8},
+    "flex, smaller tiles": TILES[1],
+}
 
 
 def head(setup: Setup) -> dict[str, Any]:

@@ -85,13 +85,18 @@ def in_nf4(model: Any) -> Any:
     return model
 
 
-def with_lora(model: Any) -> Any:
-    """LoRA on all linear layers, as if trained for a while."""
+def with_lora(model: Any, *, fused: bool) -> Any:
+    """LoRA on all linear layers, as if trained for a while; `fused`: by the layers that a run of ours has."""
     from peft import LoraConfig, get_peft_model
 
     for weight in model.parameters():
         weight.requires_grad_(False)
-    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    if fused:
+        from gemma_ft.adapters.fused_layers import with_fused_layers
+
+        config = with_fused_layers(config)
+    wrapped = get_peft_model(model, config)
     fill(wrapped, "lora_")
     return wrapped
 

@@ -130,7 +130,7 @@ def one_arm(spec: Spec) -> dict[str, Any]:
             if attention == "flex_attention" and (spec.dry or config.model_type == "gemma"):
                 attention = "eager" if spec.dry else "sdpa"  # a Gemma without a cap
             model = gpu_models.base(config, native=native, device=device, attention=attention, quantize=spec.quantize)
-            model = gpu_models.with_lora(model)
+            model = gpu_models.with_lora(model, fused=native)
         model.train()
         if checkpointed and spec.arm != "unsloth":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -122,6 +122,16 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"gemma-ft-{os.getuid()}"
 
 
+def keep_compiled() -> None:
+    """Have torch keep what it compiles with our other caches, where the next start of the machine finds it, and not
+    among temporary files; whoever set the variable decides, and a folder that cannot be made changes nothing.
+    """
+    folder = cache_folder() / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def processors() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

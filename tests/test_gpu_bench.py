@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_models
+from benchmarks.gpu_kernels import FLEX
 from benchmarks.gpu_setup import MODELS, Setup
 from benchmarks.gpu_train import ARMS, Spec, one_arm
 from gemma_ft import runtime
@@ -40,7 +41,7 @@ def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("gemm: ")
     for line in measured("attention").values():
         assert line["blockwise"]["from_eager"] < 0.01
-        assert line["flex"] == {"skipped": line["flex"]["skipped"]}, "a CPU has no backward of it"
+        assert all(line[name].keys() == {"skipped"} for name in FLEX), "a CPU has no backward of it"
         assert "soft-cap" in line["sdpa"]["skipped"]
     for line in measured("head").values():
         losses = [arm["loss"] for arm in line.values()]

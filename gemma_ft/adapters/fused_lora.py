@@ -36,27 +36,35 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        low = x @ lora_a.to(x.dtype).T  # [M, R]
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kept for backward: a cast is small, and takes a launch on a GPU
+        low = _scaled_product(x, a.T, scaling)  # [M, R]
         out = frozen_product(x, weight, state)  # [M, O]
-        out.addmm_(low, lora_b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
-        ctx.state, ctx.scaling = state, scaling
+        out.addmm_(low, b.T)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.state, ctx.scaling, ctx.dtypes = state, scaling, (lora_a.dtype, lora_b.dtype)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        grad_low = (upstream @ lora_b.to(x.dtype)).mul_(ctx.scaling)  # [M, R]
+        x, weight, a, b, low = ctx.saved_tensors
+        grad_low = _scaled_product(upstream, b, ctx.scaling)  # [M, R]
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = times(upstream, plain(weight, ctx.state, x.dtype))
-            grad_x.addmm_(grad_low, lora_a.to(x.dtype))
+            grad_x.addmm_(grad_low, a)
         if ctx.needs_input_grad[3]:
-            grad_a = (grad_low.T @ x).to(lora_a.dtype)
+            grad_a = (grad_low.T @ x).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
-            grad_b = (low.T @ upstream).T.to(lora_b.dtype, copy=True).mul_(ctx.scaling)
+            # the longer side first, which a CPU multiplies faster; contiguous, so that autograd takes it without a copy
+            grad_b = torch.empty(b.shape, dtype=ctx.dtypes[1], device=b.device).copy_((low.T @ upstream).T)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """scaling · x y, in one operation."""
+    out = torch.empty(len(x), y.shape[1], dtype=x.dtype, device=x.device)
+    return out.addmm_(x, y, beta=0, alpha=scaling)  # beta 0: what lies in `out` is not read
 
 
 def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

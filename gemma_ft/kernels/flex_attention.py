@@ -5,82 +5,161 @@ Letters: B batch, T tokens, N query heads, K key/value heads, H head dim.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gemma_ft import runtime
 from gemma_ft.kernels.gpu import serves as gpu
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 PROBED_TOKENS = 256
+BLOCK = 128  # tokens to a side of a block of the mask: FlexAttention's own default
+RECOMPILES = 64  # the lengths and batch sizes of a run, with a gradient and without: torch gives up at 8, in its favour
+
+# Tiles of the kernels, as torch chooses them and smaller ones, from the fastest down. At a head dim of 256 torch's own
+# take more shared memory than cards of compute capability 8.6, 8.9 and 12.x have (99 KiB):
+# https://github.com/pytorch/pytorch/issues/198224, https://github.com/pytorch/pytorch/issues/180278
+TILES: tuple[dict[str, int], ...] = (
+    {},
+    {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32,
+     "bwd_BLOCK_N2": 32, "num_stages": 2, "num_warps": 8},
+    {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 16, "bwd_BLOCK_M2": 16,
+     "bwd_BLOCK_N2": 16, "fwd_num_stages": 2, "bwd_num_stages": 1, "num_warps": 4},
+)  # fmt: skip
 
 
 def block_mask(low: Tensor) -> BlockMask:
-    """Query t of row b sees the keys low[b, t] .. t: low [B, T], and made once for all layers of that kind."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Query t of row b sees the keys low[b, t] .. t: low [B, T], made once for all layers of that kind.
 
-    def seen(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    What a block of BLOCK x BLOCK queries and keys holds follows from the least and the greatest `low` of its queries:
+    no T x T tensor is made, and nothing of it is compiled.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    low = low.to(torch.int32).contiguous()
+    batch, tokens = low.shape
+    blocks = -(-tokens // BLOCK)
+    more = low[:, -1:].expand(batch, blocks * BLOCK - tokens)
+    of_block = torch.cat((low, more), dim=1).view(batch, blocks, BLOCK)
+    least, greatest = of_block.amin(dim=2)[..., None], of_block.amax(dim=2)[..., None]  # [B, blocks of queries, 1]
+    first = torch.arange(0, blocks * BLOCK, BLOCK, device=low.device, dtype=torch.int32)
+    query, key = first[:, None], first  # the first of each block
+    seen = (key <= query) & (key + BLOCK > least)
+    # all of it is seen: every key is one that the first query has before it, and the last one reaches back to
+    whole = (key + BLOCK <= query + 1) & (key >= greatest) & (query + BLOCK <= tokens)
+
+    def is_seen(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (low[b, query] <= key) & (key <= query)
 
-    batch, tokens = low.shape
-    make = _compiled(create_block_mask) if low.is_cuda else create_block_mask
-    found: BlockMask = make(seen, batch, None, tokens, tokens, device=str(low.device))
-    return found
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=is_seen, seq_lengths=(tokens, tokens)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [B, queries, keys] -> how many blocks of keys each block of queries has, [B, 1, queries], and which ones
+    they are, first of all, [B, 1, queries, keys].
+    """
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32)[:, None].contiguous(), order.int()[:, None].contiguous()
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float, softcap: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float, softcap: float | None = None,
+    tiles: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(cap(query · keyᵀ · scale), over the keys of `mask`) · value.
 
     query [B, N, T, H], key and value [B, K, T, H] -> [B, N, T, H]. Compiled once for each kind of shapes on a GPU, and
-    kept on the disk by torch; on a CPU every score is written out, which is for tests. The reference is
-    model.attention.eager_attention.
+    kept on the disk by torch; on a CPU every score is written out, which is for tests. `tiles`: one of TILES (None: the
+    first that the GPU of these tensors has room for). The reference is model.attention.eager_attention.
     """
     from torch.nn.attention import flex_attention as torch_flex
 
-    cap = softcap or 0.0
-
-    def capped(score: Tensor, b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
-    attend: Any = _compiled(torch_flex.flex_attention) if query.is_cuda else torch_flex.flex_attention
+    if tiles is None and query.is_cuda:
+        tiles = fitting(query.device, query.shape[3], query.dtype).tiles
+    attend: Any = _compiled() if query.is_cuda else torch_flex.flex_attention
+    # without the first option fewer than 128 tokens take another kernel, with tiles of its own, which nothing tried
+    options = {"FORCE_USE_FLEX_ATTENTION": True, **(tiles or {})}
     found: Tensor = attend(
-        query, key, value, score_mod=capped if cap else None, block_mask=mask, scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, score_mod=_capped(softcap) if softcap else None, block_mask=mask, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,
     )  # fmt: skip
     return found
 
 
+def _capped(cap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+def _compiled() -> Callable[..., Any]:
+    from torch._dynamo import config
+    from torch.nn.attention.flex_attention import flex_attention as plain
+
+    runtime.keep_compiled()
+    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
+    config.specialize_float = True  # else a second cap in a process becomes a symbol, with which it does not compile
+    return torch.compile(plain, fullgraph=True)  # never the form that writes out every score, without a word
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a GPU has room for: one of TILES, None where none runs. `failed`: what the last that did not run said.
+    `seconds`: how long compiling and trying took; what was compiled is kept on the disk.
+    """
+
+    tiles: dict[str, int] | None
+    failed: str
+    seconds: float
+
+    def describe(self) -> str:
+        """What it came to, for the user."""
+        smaller = "" if self.tiles == TILES[0] else " in smaller tiles, for the shared memory of this GPU"
+        return f"FlexAttention{smaller}, compiled and tried in {self.seconds:.0f} s, kept on the disk"
+
+
+@cache
+def fitting(device: torch.device, head_dim: int, dtype: torch.dtype) -> Fit:
+    """The first of TILES that runs on a GPU, forwards and backwards: whether a card has the shared memory that a head
+    dim of 256 takes is known when it was tried.
+    """
+    failed, begun = "", time.perf_counter()
+    for tiles in TILES:
+        said = gpu.tried(partial(_step, device, head_dim, dtype, tiles))
+        if said is None:
+            return Fit(tiles, failed, time.perf_counter() - begun)
+        failed = said
+    return Fit(None, failed, time.perf_counter() - begun)
+
+
+def _step(device: torch.device, head_dim: int, dtype: torch.dtype, tiles: dict[str, int]) -> None:
+    query, key, value = (
+        torch.zeros(1, heads, PROBED_TOKENS, head_dim, dtype=dtype, device=device, requires_grad=True)
+        for heads in (2, 1, 1)
+    )
+    mask = block_mask(torch.zeros(1, PROBED_TOKENS, dtype=torch.int64, device=device))
+    flex_attention(query, key, value, mask, scale=1.0, softcap=30.0, tiles=tiles).sum().backward()
+    torch.cuda.synchronize(device)
 
 
 @cache
 def reason_against(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why it does not run on a GPU, in words for the user; None: it does, forwards and backwards.
-
-    Whether a card has the shared memory that a head dim of 256 takes backwards is known when it was tried.
-    """
+    """Why it does not run on a GPU, in words for the user; None: it does, forwards and backwards."""
     if (against := gpu.reason_against(device, dtype)) is not None:
         return against
     if torch.cuda.get_device_capability(device) < gpu.CAPABILITY:
         return "this GPU is older than FlexAttention"
-
-    def step() -> None:
-        query, key, value = (
-            torch.zeros(1, heads, PROBED_TOKENS, head_dim, dtype=dtype, device=device, requires_grad=True)
-            for heads in (2, 1, 1)
-        )
-        low = torch.zeros(1, PROBED_TOKENS, dtype=torch.int64, device=device)
-        flex_attention(query, key, value, block_mask(low), scale=1.0, softcap=30.0).sum().backward()
-        torch.cuda.synchronize(device)
-
-    failed = gpu.tried(step)
-    return None if failed is None else f"FlexAttention does not run here ({failed})"
+    fit = fitting(device, head_dim, dtype)
+    return None if fit.tiles is not None else f"FlexAttention does not run here ({fit.failed})"

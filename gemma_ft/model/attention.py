@@ -68,22 +68,42 @@ def first_visible(
 
     None where a document, or what is real, is not in one piece. `device`: where it lies (None: on the CPU).
     """
+    begins = first_of_own(tokens, key_is_real=key_is_real, document=document, device=device)
+    return None if begins is None else within_window(begins, window_tokens)
+
+
+def first_of_own(
+    tokens: int,
+    *,
+    key_is_real: Tensor | None = None,
+    document: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """`first_visible` without a window: the same for all layers of a pass, for a GPU is waited for, once, to know
+    whether there is such a thing.
+    """
     places = torch.arange(tokens, device=device)
     low = torch.zeros_like(places)[None]
+    pieces: list[Tensor] = []  # bool [B] each: whether a row has anything in more than one piece
     if document is not None:
-        begins = torch.ones_like(document, dtype=torch.bool)
+        begins, ordered = torch.ones_like(document, dtype=torch.bool), document.sort(dim=1).values
         begins[:, 1:] = document[:, 1:] != document[:, :-1]
-        if any(len(row.unique()) != int(runs) for row, runs in zip(document, begins.sum(dim=1), strict=True)):
-            return None
+        pieces.append(begins.sum(dim=1) > 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1))
         low = torch.where(begins, places, 0).cummax(dim=1).values
     if key_is_real is not None:
         rises = key_is_real[:, 0].long() + (key_is_real[:, 1:] & ~key_is_real[:, :-1]).sum(dim=1)
-        if bool((rises > 1).any()):
-            return None
+        pieces.append(rises > 1)
         low = torch.maximum(low, key_is_real.long().argmax(dim=1, keepdim=True))
-    if window_tokens is not None:
-        low = torch.maximum(low, places - window_tokens + 1)
+    if pieces and bool(torch.cat(pieces).any()):
+        return None
     return torch.minimum(low, places)
+
+
+def within_window(low: Tensor, window_tokens: int | None) -> Tensor:
+    """`low` [B or 1, T] of full layers -> that of layers with this window."""
+    if window_tokens is None:
+        return low
+    return torch.maximum(low, torch.arange(low.shape[1], device=low.device) - window_tokens + 1)
 
 
 def visible_keys(
@@ -197,7 +217,7 @@ def sdpa_attention(
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
     """Blocks where queries see runs of keys, on a GPU by FlexAttention; on a CPU a single query by itself; else every
-    score written out.
+    score written out, or on a GPU without a cap SDPA.
     """
     dropout_p = options.pop("dropout_p", 0.0)
     on_cpu, whole = _on_cpu(query), query.shape[2] == key.shape[2]
@@ -208,7 +228,8 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **op
             return blockwise_attention(query, key, value, visible.low, **options)
         mask = visible.block_mask(len(query), query.device)
         return flex_attention(query, key, value, mask, **options)
-    return eager_attention(query, key, value, visible.mask, dropout_p=dropout_p, **options)
+    attend = eager_attention if on_cpu or options.get("softcap") is not None else sdpa_attention
+    return attend(query, key, value, visible.mask, dropout_p=dropout_p, **options)
 
 
 def _on_cpu(query: Tensor) -> bool:
@@ -252,6 +273,8 @@ def resolve_attention(requested: str | None, softcap: float | None) -> Attention
     Raises: UserError for an unknown name, or a backend that cannot do the cap of this model.
     """
     if requested in (None, "auto"):
+        if softcap is None and torch.cuda.is_available():  # given a mask, SDPA's fast kernels refuse on a GPU
+            return AttentionChoice("blockwise", "FlexAttention, which takes documents and padding without a mask")
         if softcap is None:
             return AttentionChoice("sdpa", "this Gemma has no soft-cap")
         return AttentionChoice("blockwise", "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU")

@@ -7,6 +7,7 @@ Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabular
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache as kept
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,14 @@ from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.added_rows import AddedRows
-from gemma_ft.model.attention import Visible, first_visible, resolve_attention, visible_keys
+from gemma_ft.model.attention import (
+    Visible,
+    first_of_own,
+    first_visible,
+    resolve_attention,
+    visible_keys,
+    within_window,
+)
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
@@ -145,6 +153,17 @@ class GemmaModel(GemmaPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
         query_index = torch.arange(tokens, device=x.device) + seen
+        begins = kept(
+            partial(
+                first_of_own, tokens, key_is_real=None if attention_mask is None else attention_mask.bool(),
+                document=document_ids, device=x.device,
+            )
+        )  # fmt: skip
+
+        def runs(window: int | None) -> Tensor | None:
+            low = begins()
+            return None if low is None else within_window(low, window)
+
         masks: dict[int | None, Visible] = {}
         for index, window in enumerate(self.numerics.window_tokens):
             if window in masks:
@@ -165,11 +184,7 @@ class GemmaModel(GemmaPreTrainedModel):
                 query_document=document_ids,
                 key_document=document_ids,
             )
-            runs = partial(
-                first_visible, tokens, window_tokens=window, key_is_real=key_is_real, document=document_ids,
-                device=x.device,
-            )  # fmt: skip
-            masks[window] = Visible(mask, runs) if cache is None else Visible(mask)
+            masks[window] = Visible(mask, partial(runs, window)) if cache is None else Visible(mask)
         return masks
 
     def _masks_of_pass(self, one: KVPass) -> dict[int | None, Visible]:

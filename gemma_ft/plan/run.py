@@ -113,13 +113,18 @@ class Run:
 
 def attention_of(requested: str, *, softcap: bool, device: Device) -> Attention:
     """What model.attention.resolve_attention and its backends come to in training, in the words of activations.py."""
-    if requested == "sdpa" or (requested == "auto" and not softcap):
+    if requested == "sdpa" or (requested == "auto" and not softcap and device == "cpu"):
         return "sdpa"
     if requested not in ("auto", "blockwise"):
         return "scores"
     if device == "cpu":
         return "blocks"
-    return "flex" if runtime.own_kernels_wanted() else "scores"
+    return "flex" if runtime.own_kernels_wanted() else without_flex(softcap=softcap)
+
+
+def without_flex(*, softcap: bool) -> Attention:
+    """What attention in blocks comes to on a GPU where FlexAttention does not run."""
+    return "scores" if softcap else "sdpa"
 
 
 def run_of(

@@ -15,7 +15,7 @@ from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
-from gemma_ft.plan.run import Ranks, Run, run_of
+from gemma_ft.plan.run import Ranks, Run, run_of, without_flex
 from gemma_ft.plan.show import recomputing
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.world import World
@@ -105,5 +105,5 @@ def _as_it_will_run(run: Run, device: torch.device) -> Run:
     if run.native and gpu.reason_against(device, dtype) is not None:
         run = run.changed(native=False)
     if run.attention == "flex" and flex_attention.reason_against(device, run.shape.head_dim, dtype) is not None:
-        run = run.changed(attention="scores")
+        run = run.changed(attention=without_flex(softcap=run.shape.second))
     return run

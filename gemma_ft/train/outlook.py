@@ -97,7 +97,10 @@ def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
     rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
     if resolve_attention(base.config._attn_implementation, base.model.numerics.attn_softcap).name == "blockwise":
         against = flex_attention.reason_against(base.device, base.config.head_dim, dtype)
-        rows += [("", f"every score of attention is written out: {against}")] if against else []
+        if against is None:
+            rows.append(("", flex_attention.fitting(base.device, base.config.head_dim, dtype).describe()))
+        else:
+            rows.append(("", f"every score of attention is written out: {against}"))
     if precision == "bf16" and torch.cuda.get_device_capability(base.device) < gpu.CAPABILITY:
         rows.append(("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"))
     return rows

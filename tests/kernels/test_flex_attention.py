@@ -78,6 +78,11 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
     expected = eager_attention(*parts, mask, **options)
     for visible, more in ((Visible(lambda: mask), {}), (runs, {"dropout_p": 1e-9})):
         torch.testing.assert_close(BACKENDS["blockwise"](*parts, visible, **options, **more), expected)
+    uncapped = {"scale": 1.0, "softcap": None}
+    taken: list[int] = []
+    monkeypatch.setattr(attention, "sdpa_attention", lambda query, *_, **__: taken.append(query.shape[2]) or query)
+    BACKENDS["blockwise"](*parts, Visible(lambda: mask), **uncapped)
+    assert taken == [6], "SDPA where there is no cap that it would drop"
     one = [parts[0][:, :, -1:], *parts[1:]]
     BACKENDS["blockwise"](*one, Visible(lambda: mask[:, :, -1:]), **options)
     assert calls == [6]
@@ -103,14 +108,90 @@ def test_a_gpu_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert reason(device, 256, torch.bfloat16) == "this GPU is older than FlexAttention"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(module, "flex_attention", lambda query, *_, **__: query * 2)
-    assert reason(device, 256, torch.float32) is None
-
-    def fails(*_: Any, **__: Any) -> Tensor:
-        raise RuntimeError("long story\nOutOfResources: shared memory, Required: 163840, Hardware limit: 101376")
-
-    monkeypatch.setattr(module, "flex_attention", fails)
+    fit = module.Fit(None, "OutOfResources: shared memory, Required: 163840, Hardware limit: 101376", 1.0)
+    monkeypatch.setattr(module, "fitting", lambda *_: fit)
     assert reason(device, 256, torch.float32) == (
         "FlexAttention does not run here (OutOfResources: shared memory, Required: 163840, Hardware limit: 101376)"
     )
+    monkeypatch.setattr(module, "fitting", lambda *_: module.Fit({}, "", 1.0))
+    assert reason(device, 256, torch.float32) is None
+
+
+@pytest.mark.parametrize("fits", [0, 1, 2, 3], ids=["torch's own", "smaller", "smallest", "none"])
+def test_the_first_tiles_that_run_are_taken(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[dict[str, int]] = []
+
+    def attend(query: Tensor, *_: Any, tiles: dict[str, int], **__: Any) -> Tensor:
+        tried.append(tiles)
+        if len(tried) <= fits:
+            raise RuntimeError("long story\nOutOfResources: shared memory")
+        return query * 2
+
+    monkeypatch.setattr(module, "flex_attention", attend)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    found = module.fitting.__wrapped__(torch.device("cpu"), 256, torch.float32)
+    assert tried == list(module.TILES[: fits + 1])
+    assert found.tiles == (module.TILES[fits] if fits < 3 else None)
+    assert found.failed == ("OutOfResources: shared memory" if fits else "")
+    assert ("smaller tiles" in found.describe()) == (fits > 0)
+
+
+@pytest.mark.parametrize("tokens", [100, 128, 256, 300, 700])
+@pytest.mark.parametrize("window", [None, 50, 128, 300])
+def test_the_blocks_are_those_that_torch_finds_in_every_pair(tokens: int, window: int | None) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    draw = torch.Generator().manual_seed(tokens)
+    document = (torch.rand(2, tokens, generator=draw) < 0.02).cumsum(dim=1)
+    real = torch.ones(2, tokens, dtype=torch.bool)
+    real[0, -5:], real[1, :37] = False, False
+    low = first_visible(tokens, window_tokens=window, document=document, key_is_real=real)
+    assert low is not None
+
+    def seen(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (low[b, query] <= key) & (key <= query)
+
+    found, expected = block_mask(low), create_block_mask(seen, 2, None, tokens, tokens, device="cpu")
+    assert (found.shape, found.seq_lengths) == (expected.shape, expected.seq_lengths)
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, others = (getattr(one, f"{kind}_num_blocks") for one in (found, expected))
+        assert torch.equal(counts, others)
+        ours, theirs = (getattr(one, f"{kind}_indices") for one in (found, expected))
+        for place in counts.nonzero().tolist():
+            count = int(counts[tuple(place)])
+            assert torch.equal(ours[tuple(place)][:count], theirs[tuple(place)][:count])
+
+
+def test_a_run_compiles_few_forms_and_no_cap_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other lengths, batches and caps; torch would write out every score at its own limit, or fail at a second
+    cap.
+    """
+    import torch._dynamo
+    from torch._dynamo import config
+
+    forms: list[Any] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        forms.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=keep, **how))
+    monkeypatch.setattr(module.runtime, "keep_compiled", lambda: None)
+    for name in ("recompile_limit", "specialize_float"):
+        monkeypatch.setattr(config, name, getattr(config, name))
+    torch._dynamo.reset()
+    attend = module._compiled.__wrapped__()
+    shapes = [(batch, tokens, cap) for cap in (30.0, 50.0) for batch in (1, 2, 3) for tokens in (100, 130, 200, 300)]
+    for batch, tokens, cap in shapes:
+        query, key = (drawn(batch, heads, tokens, WIDTH, seed=heads) for heads in (2, 1))
+        mask = block_mask(torch.zeros(batch, tokens, dtype=torch.int64))
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        found = attend(
+            query, key, key, score_mod=module._capped(cap), block_mask=mask, scale=0.3, enable_gqa=True,
+            kernel_options=options,
+        )  # fmt: skip
+        assert found.shape == query.shape
+    torch._dynamo.reset()
+    assert 2 < len(forms) <= 12
+    assert config.recompile_limit == module.RECOMPILES

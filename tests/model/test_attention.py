@@ -164,8 +164,13 @@ def test_dropout_of_attention_acts_in_training_only() -> None:
     ],
 )
 def test_the_resolver_chooses_and_says_why(
-    requested: str | None, softcap: float | None, choice: AttentionChoice
+    requested: str | None, softcap: float | None, choice: AttentionChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_attention(requested, softcap) == choice
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if choice.reason == "this Gemma has no soft-cap":
+        choice = AttentionChoice("blockwise", "FlexAttention, which takes documents and padding without a mask")
     assert resolve_attention(requested, softcap) == choice
 
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import resolve_attention
-from gemma_ft.plan.run import Ranks, attention_of, ranks_in, run_of
+from gemma_ft.plan.run import Device, Ranks, attention_of, ranks_in, run_of
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_launches, shipped_root
@@ -17,13 +18,17 @@ from gemma_ft.recipe.paths import shipped_launches, shipped_root
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize("requested", ["auto", "blockwise", "eager", "sdpa"])
-def test_attention_is_what_the_resolver_chooses(requested: str, softcap: float | None) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_is_what_the_resolver_chooses(
+    requested: str, softcap: float | None, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if requested == "sdpa" and softcap:
         return  # refused
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     chosen = resolve_attention(requested, softcap).name
-    here = {"blockwise": "blocks", "eager": "scores", "sdpa": "sdpa"}[chosen]
-    assert attention_of(requested, softcap=softcap is not None, device="cpu") == here
-    assert attention_of(requested, softcap=softcap is not None, device="cuda") == here.replace("blocks", "flex")
+    blocks = {"cpu": "blocks", "cuda": "flex"}[device]
+    here = {"blockwise": blocks, "eager": "scores", "sdpa": "sdpa"}[chosen]
+    assert attention_of(requested, softcap=softcap is not None, device=device) == here
 
 
 def test_every_shipped_launch_is_understood() -> None:

@@ -33,7 +33,13 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook.gpu, "reason_against", lambda *_: None)
     monkeypatch.setattr(outlook.flex_attention, "reason_against", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert outlook._device_rows(base("cuda"), "bf16") == [("kernels", "Triton")]
+    fit = outlook.flex_attention.Fit(outlook.flex_attention.TILES[1], "", 12.4)
+    monkeypatch.setattr(outlook.flex_attention, "fitting", lambda *_: fit)
+    told = (
+        "FlexAttention in smaller tiles, for the shared memory of this GPU, compiled and tried in 12 s, kept on "
+        "the disk"
+    )
+    assert outlook._device_rows(base("cuda"), "bf16") == [("kernels", "Triton"), ("", told)]
     monkeypatch.setattr(outlook.gpu, "reason_against", lambda *_: "Triton is not installed")
     monkeypatch.setattr(outlook.flex_attention, "reason_against", lambda *_: "Triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))

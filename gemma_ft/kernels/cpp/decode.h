@@ -133,7 +133,7 @@ template <class T> class Decoder {
                 if (!one.rank) return;
                 float sum = 0.0f;
                 for (i64 r = 0; r < one.rank; ++r) sum += wide(below[b * one.rank + r]) * wide(narrow<T>(one.lora_b[o * one.rank + r]));
-                to = narrow<T>(wide(to) + one.scaling * sum);
+                to = narrow<T>(wide(to) + sum);
             };
             const bool packed = one.block > 0;
             if (packed != arranged_for) {
@@ -161,7 +161,7 @@ template <class T> class Decoder {
                 float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
                 for (i64 i = 0; i < one.I; ++i) sum += wide(narrow<T>(a[i])) * wide(given[i]);
-                out[b * one.rank + r] = narrow<T>(sum);
+                out[b * one.rank + r] = narrow<T>(one.scaling * sum);
             }
     }
 

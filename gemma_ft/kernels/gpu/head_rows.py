@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_ft.kernels.gpu.bent import tanh
 
-BLOCK = 4096
+BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
@@ -64,4 +64,5 @@ def rows(
             _rows[(len(logits),)](
                 logits, targets, targets if weights is None else weights, losses, correct, logits.shape[1], cap or 1.0,
                 cap is not None, weights is not None, with_grad, BLOCK,
+                num_warps=WARPS,
             )  # fmt: skip

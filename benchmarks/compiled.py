@@ -1,0 +1,105 @@
+"""What the Triton kernels become on a GPU, without one: registers, spills and shared memory, by NVIDIA's assembler.
+
+    python -m benchmarks.compiled
+
+Triton brings the assembler along, and compiles for a GPU that is not there. Shapes are those of Gemma's layers.
+Writes compiled.json. A kernel that spills reads and writes memory for what it has no registers for.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write_result
+
+CAPABILITIES = (80, 86, 90, 100)
+WIDTHS = {"gemma-2b, gemma-2-2b": 2304, "gemma-2-9b": 3584, "gemma-2-27b": 4608}
+NUMBERS = {"bf16": "*bf16", "float32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as it is launched: the types of its arguments, what is known when it is compiled, its warps."""
+
+    name: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+def kernels(numbers: str) -> Iterator[Kernel]:
+    """All of them, over numbers of that type."""
+    import triton
+
+    from gemma_ft.kernels.gpu import geglu, head_rows, rms_norm, rotary
+
+    flat = {"count": "i32"}
+    forward = {"gate": numbers, "up": numbers, "out": numbers, **flat}
+    yield Kernel("geglu forward", geglu._forward, forward, {"BLOCK": geglu.BLOCK})
+    backward = dict.fromkeys(("upstream", "gate", "up", "grad_gate", "grad_up"), numbers) | flat
+    yield Kernel("geglu backward", geglu._backward, backward, {"BLOCK": geglu.BLOCK})
+    for name, width in WIDTHS.items():
+        block = triton.next_power_of_2(width)
+        rows = {"x": numbers, "weight": numbers, "rstd": "*fp32", "size": "i32"}
+        given = {**rows, "residual": numbers, "out": numbers, "eps": "fp32"}
+        known, warps = {"BLOCK": block}, rms_norm.warps(block)
+        yield Kernel(f"norm + residual, {name}", rms_norm._forward, given, {"ADDS": True, **known}, warps)
+        given = {**rows, "upstream": numbers, "grad": numbers}
+        yield Kernel(f"norm backward, {name}", rms_norm._backward, given, known, warps)
+    strides = {f"{what}_{axis}": "i32" for what in ("x", "out") for axis in ("b", "head", "t")} | {"angles_b": "i32"}
+    angles = {"x": numbers, "out": numbers, "cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
+    for heads, half in ((8, 128), (16, 128), (32, 64)):
+        given = {**angles, **strides, "heads": "i32", "tokens": "i32", "half": "i32"}
+        yield Kernel(f"rotary, {heads} heads of {2 * half}", rotary._turn, given, {"HEADS": heads, "HALF": half})
+    given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1"}
+    known = {"CAPS": True, "WEIGHS": True, "GRADS": True, "BLOCK": head_rows.BLOCK}
+    yield Kernel("head", head_rows._rows, given | {"size": "i32", "cap": "fp32"}, known, head_rows.WARPS)
+
+
+def compiled(kernel: Kernel, capability: int) -> dict[str, int]:
+    """`registers` of a thread, bytes that it `spills`, bytes of `shared` memory of a block."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: kernel.types.get(name, "constexpr") for name in kernel.function.arg_names}
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants)
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(found.asm["cubin"])
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert usage is not None, said.stdout
+    return {"registers": int(usage[1]), "spills": int(usage[2]), "shared": found.metadata.shared}
+
+
+def measured() -> dict[str, dict[str, dict[str, int]]]:
+    """kernel, numbers -> compute capability -> what it takes."""
+    return {
+        f"{kernel.name}, {numbers}": {f"sm_{one}": compiled(kernel, one) for one in CAPABILITIES}
+        for numbers, pointer in NUMBERS.items()
+        for kernel in kernels(pointer)
+    }
+
+
+def main() -> int:
+    found = measured()
+    for name, by_capability in found.items():
+        print(f"{name}: " + "; ".join(f"{one} {taken}" for one, taken in by_capability.items()))
+    write_result("compiled", command="python -m benchmarks.compiled", kernels=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
