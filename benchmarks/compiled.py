@@ -17,23 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.record import write_result
 
 CAPABILITIES = (80, 86, 90, 100)
-WIDTHS = {"gemma-2b, gemma-2-2b": 2304, "gemma-2-9b": 3584, "gemma-2-27b": 4608}
+WIDTHS = {"gemma-2b": 2048, "gemma-2-2b, gemma-2-9b": 3584, "gemma-2-27b": 4608}
 NUMBERS = {"bf16": "*bf16", "float32": "*fp32"}
+DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as it is launched: the types of its arguments, what is known when it is compiled, its warps."""
+    """A kernel as it is launched: the types of its arguments, what is known when it is compiled, its options."""
 
     name: str
     function: Any
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
-    stages: int = 3
+    fuses: bool = True
+    even: tuple[str, ...] = ()
 
 
 def kernels(numbers: str) -> Iterator[Kernel]:
@@ -63,6 +67,41 @@ def kernels(numbers: str) -> Iterator[Kernel]:
     given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1"}
     known = {"CAPS": True, "WEIGHS": True, "GRADS": True, "BLOCK": head_rows.BLOCK}
     yield Kernel("head", head_rows._rows, given | {"size": "i32", "cap": "fp32"}, known, head_rows.WARPS)
+    yield from _of_nf4(numbers)
+    yield from _of_decoding(numbers)
+
+
+def _of_nf4(numbers: str) -> Iterator[Kernel]:
+    from gemma_ft.kernels.gpu import few_rows_nf4, nf4
+
+    read = {"packed": "*u8", "absmax": "*u8"} | dict.fromkeys(("code", "code2", "absmax2", "offset"), "*fp32")
+    form = {"NESTED": True, "BLOCK": 64, "BLOCK2": 256}
+    given = {**read, "out": numbers, "count": "i32"}
+    yield Kernel("nf4 to numbers", nf4._dequantize, given, {**form, "BYTES": nf4.BYTES}, fuses=False)
+    counts = dict.fromkeys(("rows", "outputs", "inputs", "tiles"), "i32")
+    tile = few_rows_nf4.TILES[DTYPES[numbers]]
+    known = {**form, "OUTPUTS": few_rows_nf4.OUTPUTS, "TILE": tile}
+    given = {**read, **counts, "x": numbers, "out": "*fp32"}
+    yield Kernel("few rows of nf4", few_rows_nf4._products, given, known, few_rows_nf4.WARPS, False,
+                 ("outputs", "inputs"))  # fmt: skip
+    known = {"SPLITS": few_rows_nf4.MOST_SPLITS, "ADDED": few_rows_nf4.ADDED}
+    yield Kernel("the same, its splits", few_rows_nf4._sum, {"parts": "*fp32", "out": numbers, "count": "i32"}, known)
+
+
+def _of_decoding(numbers: str) -> Iterator[Kernel]:
+    from gemma_ft.kernels.gpu import one_query
+
+    step, warps, stages = one_query.STEPS[DTYPES[numbers]]
+    parts = {**dict.fromkeys(("tops", "totals", "sums"), "*fp32"), "held": "*i64", "spans": "i32"}
+    strides = ("q_b", "q_head", "k_b", "k_head", "k_place", "v_b", "v_head", "v_place")
+    given = dict.fromkeys(("query", "keys", "values"), numbers) | dict.fromkeys(strides, "i32") | parts
+    for name, width, heads in (("gemma-2b", 256, 8), ("gemma-2-2b", 256, 2), ("gemma-2-27b", 128, 2)):
+        known = {"CAPS": True, "HEADS": heads, "GROUP": one_query.GROUP, "H": width, "SPAN": one_query.SPAN,
+                 "STEP": step, "STAGES": stages}  # fmt: skip
+        yield Kernel(f"one query, {name}", one_query._spans, given | {"scale": "fp32", "cap": "fp32"}, known, warps,
+                     even=strides)  # fmt: skip
+    known = {"H": 256, "SPAN": one_query.SPAN, "TOGETHER": one_query.TOGETHER, "WIDTH": one_query.WIDTH}
+    yield Kernel("the same, its spans", one_query._joined, {**parts, "out": numbers, "heads": "i32"}, known)
 
 
 def compiled(kernel: Kernel, capability: int) -> dict[str, int]:
@@ -72,8 +111,11 @@ def compiled(kernel: Kernel, capability: int) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     signature = {name: kernel.types.get(name, "constexpr") for name in kernel.function.arg_names}
-    source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.warps, "enable_fp_fusion": kernel.fuses}
+    # as at a launch: memory begins, and rows are long, in multiples of sixteen
+    even = [(at,) for at, name in enumerate(signature) if signature[name][0] == "*" or name in kernel.even]
+    attributes = {at: [["tt.divisibility", 16]] for at in even}
+    source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=attributes)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -54,11 +54,18 @@ def prompts(rows: int) -> list[list[int]]:
     return torch.randint(4, VOCABULARY, (rows, PROMPT), generator=draw).tolist()
 
 
-def by_engine(model: Any, asked: list[list[int]], new: int) -> Answered:
-    """Our engine, to the end of all answers."""
-    from gemma_ft.infer.engine import Engine, Request
+def engine_for(model: Any, asked: list[list[int]], new: int) -> Any:
+    """Our engine with room for so many sequences and tokens."""
+    from gemma_ft.infer.engine import Engine
 
-    engine = Engine(model, stop_ids=(), max_batch=len(asked), max_seq_len=max(map(len, asked)) + new)
+    return Engine(model, stop_ids=(), max_batch=len(asked), max_seq_len=max(map(len, asked)) + new)
+
+
+def by_engine(model: Any, asked: list[list[int]], new: int, engine: Any = None) -> Answered:
+    """Our engine, to the end of all answers; one that was there before, or a new one."""
+    from gemma_ft.infer.engine import Request
+
+    engine = engine or engine_for(model, asked, new)
     begun = time.perf_counter()
     rows = {engine.submit(Request(one, new)): row for row, one in enumerate(asked)}
     ids: list[list[int]] = [[] for _ in asked]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_models
-from benchmarks.decode_cpu import by_engine, by_generate, equal_tokens
+from benchmarks.decode_cpu import by_engine, by_generate, engine_for, equal_tokens
 from benchmarks.gpu_setup import Setup
 from benchmarks.limits import read_rate
 from benchmarks.turns import in_turns, paired
@@ -25,8 +25,9 @@ def decode(setup: Setup, model: str, kind: str) -> dict[str, Any]:
         for native in (True, False)
     }  # fmt: skip
     asked = torch.randint(4, config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1)).tolist()
+    engine = engine_for(made[True], asked, new)
     arms: dict[str, Any] = {
-        "ours": partial(by_engine, made[True]),
+        "ours": partial(by_engine, made[True], engine=engine),  # which records its steps once, as that of a server
         "stock": partial(by_generate, made[False]),
         "stock_static": partial(by_generate, made[False], cache_implementation="static"),
     }
@@ -42,6 +43,7 @@ def decode(setup: Setup, model: str, kind: str) -> dict[str, Any]:
     limit = read_rate(setup.device, setup.small(2**32, 2**16), setup.tries) / weights
     return {
         "weight_gib": weights / 2**30,
+        "unrecorded": engine.unrecorded,  # why there is no CUDA graph, where there is none
         "limit_tokens_per_second": round(limit, 1),
         "arms": {
             name: {

@@ -53,7 +53,14 @@ def base(config: Any, *, native: bool, device: torch.device, attention: str | No
     with made_on(device):
         model = Chosen(config)
     fill(model)
-    return in_nf4(model) if quantize else model
+    if not quantize:
+        return model
+    model = in_nf4(model)
+    if native:
+        from gemma_ft.adapters.unpacked import keep_unpacked
+
+        keep_unpacked(model)  # as a load does
+    return model
 
 
 @torch.no_grad()

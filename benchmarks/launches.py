@@ -6,13 +6,12 @@
 A forward and backward of a tiny model run on the CPU, and every operation of torch that computes or copies counts as
 one launch. Half of what a model of four layers issues beyond one of two is a layer's: embedding, head, masks and
 optimizer are not in it. Ours runs as on a GPU: what a Triton kernel would do, plain torch does without being counted,
-and counts as that kernel's one launch; NF4 is dequantized by bitsandbytes, in three.
+and counts as that kernel's one launch.
 
 FlexAttention counts as one launch forwards and two backwards (its `delta`, and the kernel), its results laid out as
 its inputs are, which is how torch's lowering has them. torch's scaled_dot_product_attention counts as the operations
-that it calls: for ours of a Gemma 1 those of its math backend, for on CUDA flash attention refuses a mask, and the
-memory-efficient one fewer key/value heads than query heads. bitsandbytes' 4-bit product counts as what it issues for
-more than 1,536 rows.
+that it calls. bitsandbytes dequantizes NF4 in three launches, and its 4-bit product counts as what it issues for more
+than 1,536 rows.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_models
@@ -42,6 +41,7 @@ FEWER, MORE = 2, 4  # layers
 SMALL = {key: size for key, size in gpu_models.TINY.items() if key not in ("num_hidden_layers", "sliding_window")}
 SIZES = {"gemma-2-2b": SMALL | {"sliding_window": 16}, "gemma-2b": SMALL | {"num_key_value_heads": 1}}
 STOCK_ATTENTION = {"gemma-2-2b": "eager", "gemma-2b": "sdpa"}  # eager for the cap
+OUR_ATTENTION = "blockwise"  # what the resolver chooses where there is a GPU
 KINDS = ("lora", "qlora")
 ARMS = {  # (native, checkpointed)
     "stock": (False, False),
@@ -158,6 +158,10 @@ class _Kernels:
                 if value is not None:
                     one.copy_(value)
 
+    def dequantize(self, packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
+        with self.count.instead("triton.nf4"):
+            return dequantize_4bit(packed, state, out=out)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, low: Tensor, **options: Any) -> Tensor:
         out: Tensor = _Flex.apply(query, key, value, low, options, self.count)
         return out
@@ -166,7 +170,8 @@ class _Kernels:
 @contextlib.contextmanager
 def as_on_a_gpu(count: Launches) -> Iterator[None]:
     """Our operations take what they would take on a GPU; plain torch computes it, and `count` is told of one launch."""
-    from gemma_ft.kernels.gpu import geglu, head_rows, rms_norm, rotary, serves
+    from gemma_ft.kernels import nf4 as quantized
+    from gemma_ft.kernels.gpu import geglu, head_rows, nf4, rms_norm, rotary, serves
     from gemma_ft.model import attention
 
     def serves_all(*tensors: Tensor | None) -> bool:
@@ -182,9 +187,10 @@ def as_on_a_gpu(count: Launches) -> Iterator[None]:
             (geglu, {"forward": kernels.geglu, "backward": kernels.geglu_backward}),
             (head_rows, {"rows": kernels.rows}),
             (attention, {"blockwise_attention": kernels.attend}),
+            (quantized, {"serves_nf4_on_gpu": lambda *_: True}),
+            (nf4, {"dequantize": kernels.dequantize}),
         ):
             patched.enter_context(mock.patch.multiple(module, **changed))
-        patched.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
@@ -215,8 +221,10 @@ def model_of(name: str, kind: str, layers: int, *, native: bool, checkpointed: b
     from gemma_ft.model.config import PRESETS
 
     config = PRESETS[name].config(**SIZES[name], num_hidden_layers=layers)
-    model = gpu_models.base(config, native=native, device=torch.device("cpu"),
-                            attention=None if native else STOCK_ATTENTION[name], quantize=kind == "qlora")  # fmt: skip
+    attention = OUR_ATTENTION if native else STOCK_ATTENTION[name]
+    model = gpu_models.base(
+        config, native=native, device=torch.device("cpu"), attention=attention, quantize=kind == "qlora"
+    )
     for weight in model.parameters():
         weight.requires_grad_(False)
     adapted = _our_adapter(model) if native else _stock_adapter(model)

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 # What the step of a layer of Gemma 2 issued when this was written. Not frozen: a change that issues fewer lowers the
 # bound. One that issues more makes short steps slower on a GPU, where nothing else of the suite would show it:
 # `python -m benchmarks.launches --where` names the lines.
-MOST = {"lora": 142, "qlora": 184}
-OF_STOCK = {"lora": 0.5, "qlora": 0.57}
+MOST = {"lora": 107, "qlora": 121}
+OF_STOCK = 0.4
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _quiet() -> None:
 def test_a_step_issues_no_more_than_it_did(kind: str) -> None:
     ours, stock = (figures(of_a_layer("gemma-2-2b", kind, arm)) for arm in ("ours", "stock"))
     assert ours["forward"] + ours["backward"] == ours["total"] <= MOST[kind]
-    assert ours["total"] < OF_STOCK[kind] * stock["total"]
+    assert ours["total"] < OF_STOCK * stock["total"]
 
 
 def test_what_computes_or_copies_is_counted_forwards_and_backwards() -> None:

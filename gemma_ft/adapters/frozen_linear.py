@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels import few_rows
-from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4, serves_nf4
+from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4, serves_few_rows_nf4, serves_nf4
 from gemma_ft.kernels.product import times_transposed
 from gemma_ft.kernels.scratch import Scratch
 
@@ -21,12 +21,10 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     """rows [M, I] times the weight transposed -> [M, O], without a gradient. `weight` [O, I], or NF4 bytes with
     bitsandbytes' QuantState.
     """
-    few = few_rows.are_few(rows, len(rows))
-    if few and state is None and weight.dtype == rows.dtype:
+    if state is None and weight.dtype == rows.dtype and few_rows.are_few(rows, len(rows)):
         return few_rows.few_rows(rows, weight)
-    read = few and state is not None and state.dtype == rows.dtype and serves_nf4(weight, state)
-    if read and few_rows.fits(len(rows), state.shape, state.blocksize):  # type: ignore[union-attr]
-        return few_rows_nf4(rows.contiguous(), weight, state)
+    if state is not None and serves_few_rows_nf4(rows, weight, state):
+        return few_rows_nf4(rows, weight, state)
     return times_transposed(rows, plain(weight, state, rows.dtype))
 
 

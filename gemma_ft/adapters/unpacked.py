@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layer with our product on the CPU. Imported only where a model has such layers."""
+"""bitsandbytes' 4-bit layer with our product. Imported only where a model has such layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain, state_of
-from gemma_ft.kernels import native
 from gemma_ft.kernels.decode import LinearParts
-from gemma_ft.kernels.nf4 import serves_nf4
+from gemma_ft.kernels.nf4 import serves_nf4, serves_nf4_on_gpu
 from gemma_ft.kernels.product import times
 
 
@@ -32,7 +31,8 @@ class _Frozen(torch.autograd.Function):
 
 class UnpackedLinear4bit(Linear4bit):
     """bitsandbytes' layer whose weight stays as it was quantized: it can be asked, trained through and merged at any
-    time, and is faster in all of it on a CPU than packed or dequantized by bitsandbytes (benchmarks/results).
+    time, and is faster in all of it on a CPU than packed or dequantized by bitsandbytes (benchmarks/results); on a GPU
+    few rows read it as it is, and not bitsandbytes' single row alone.
     """
 
     def __init__(self, layer: Linear4bit) -> None:
@@ -57,11 +57,9 @@ class UnpackedLinear4bit(Linear4bit):
 
 
 def keep_unpacked(model: nn.Module) -> int:
-    """Give the NF4 layers of a model on the CPU the product above, where its operations could be built; returns how
-    many got it.
+    """Give the NF4 layers of a model the product above, where our operations read their weights; returns how many got
+    it.
     """
-    if not native.operations().functions:
-        return 0
     found = [(name, one) for name, one in model.named_modules() if type(one) is Linear4bit and _suits(one)]
     for name, layer in found:
         model.set_submodule(name, UnpackedLinear4bit(layer))
@@ -71,4 +69,6 @@ def keep_unpacked(model: nn.Module) -> int:
 def _suits(layer: Linear4bit) -> bool:
     weight = layer.weight
     known = isinstance(weight, Params4bit) and weight.quant_state is not None
-    return known and serves_nf4(weight.data, weight.quant_state)
+    if not known:
+        return False
+    return serves_nf4(weight.data, weight.quant_state) or serves_nf4_on_gpu(weight.data, weight.quant_state)

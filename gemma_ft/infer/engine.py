@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.infer.sampling import Sampler, Sampling, next_tokens
+from gemma_ft.infer.steps import DecodeSteps, recorder
 from gemma_ft.model.kv_cache import KVCache
 
 PREFILL_TOKENS = 512  # of prompts in one pass, padding included: bounds its scores, and how long others wait for it
@@ -73,6 +74,7 @@ class Engine:
         self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
         self.device = native.get_input_embeddings().weight.device
         self._cache = KVCache(native.model.numerics.window_tokens, rows=max_batch, max_seq_len=self.max_seq_len)
+        self._decode_step = DecodeSteps(native, self._cache, self.device, recorder(self.device, alone=agree is list))
         self._waiting: deque[tuple[int, Request]] = deque()
         self._speaking: list[_Live] = []  # row i of the cache is the i-th
         self._reading: list[_Live] = []  # the rows after them
@@ -82,6 +84,11 @@ class Engine:
     def active(self) -> int:
         """Requests that hold a row."""
         return len(self._speaking) + len(self._reading)
+
+    @property
+    def unrecorded(self) -> str | None:
+        """Why tokens are made operation by operation, where recording them was tried on this GPU and failed."""
+        return self._decode_step.reason
 
     @property
     def waiting(self) -> int:
@@ -129,8 +136,7 @@ class Engine:
         return emitted + self._prefill()
 
     def _decode(self) -> list[Emitted]:
-        ids = torch.tensor([[live.last] for live in self._speaking], device=self.device)
-        emitted = self._said(self._speaking, self._forward(ids, 0, [1] * len(self._speaking)))
+        emitted = self._said(self._speaking, self._decode_step([live.last for live in self._speaking]))
         self._dismiss()
         return emitted
 
@@ -144,10 +150,10 @@ class Engine:
         pieces = [list(live.request.prompt_ids[done : done + PREFILL_TOKENS]) for live in self._reading]
         counts = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
-        hidden = self._forward(torch.tensor(padded, device=self.device), row, counts)
+        hidden = self._read(torch.tensor(padded, device=self.device), row, counts)
         if done + counts[0] < len(self._reading[0].request.prompt_ids):
             return []
-        emitted = self._said(self._reading, hidden)
+        emitted = self._said(self._reading, self._native.head_logits(hidden))
         self._speaking, self._reading = self._speaking + self._reading, []
         self._dismiss()
         return emitted
@@ -166,19 +172,16 @@ class Engine:
             group.append(_Live(ticket, request, sampler))
         return group
 
-    def _forward(self, ids: Tensor, first: int, counts: list[int]) -> Tensor:
-        """Run rows `first`.. with new tokens ids [B, T]; the hidden states [B, D] of their last ones."""
+    def _read(self, ids: Tensor, first: int, counts: list[int]) -> Tensor:
+        """Run rows `first`.. with pieces of prompts ids [B, T]; the hidden states [B, D] of their last tokens."""
         one = self._cache.open(first, counts, self.device)
         states = self._native.model(ids, past_key_values=one, use_cache=True).last_hidden_state
         one.finish()
-        if one.single:
-            return states[:, -1]
         last = torch.tensor(counts, device=self.device) - 1
         return states[torch.arange(len(counts), device=self.device), last]
 
-    def _said(self, speakers: list[_Live], hidden: Tensor) -> list[Emitted]:
-        """Choose every speaker's next token; only here does anything come back from the device."""
-        logits = self._native.head_logits(hidden)
+    def _said(self, speakers: list[_Live], logits: Tensor) -> list[Emitted]:
+        """Choose every speaker's next token by logits [B, V]; only here does anything come back from the device."""
         tokens = self._agree(next_tokens(logits, [live.sampler for live in speakers]).tolist())
         if -1 in tokens:
             raise NonFiniteError("the model's logits are not finite; its weights are damaged")

@@ -19,6 +19,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.kernels.flex_attention import reason_against as flex_reason_against
+from gemma_ft.kernels.one_query import one_query, serves_one_query
 
 Attend = Callable[..., Tensor]
 
@@ -30,9 +31,14 @@ class Visible:
     """
 
     def __init__(
-        self, mask: Callable[[], Tensor], low: Callable[[], Tensor | None] = lambda: None, *, everything: bool = False
+        self,
+        mask: Callable[[], Tensor],
+        low: Callable[[], Tensor | None] = lambda: None,
+        *,
+        held: Callable[[], Tensor | None] = lambda: None,
+        everything: bool = False,
     ) -> None:
-        self._mask, self._low, self.everything = mask, low, everything
+        self._mask, self._low, self._held, self.everything = mask, low, held, everything
         self._blocks: list[Any] | None = None
 
     @cached_property
@@ -48,6 +54,11 @@ class Visible:
         if self._blocks is None:
             self._blocks = [block_mask(self.low.expand(batch, -1).to(device).contiguous())]
         return self._blocks[0]
+
+    @cached_property
+    def held(self) -> Tensor | None:
+        """[B]: the one query of each row sees the keys 0 .. held - 1. None where that is not all that can be said."""
+        return self._held()
 
     @cached_property
     def low(self) -> Tensor | None:
@@ -216,13 +227,16 @@ def sdpa_attention(
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
-    """Blocks where queries see runs of keys, on a GPU by FlexAttention; on a CPU a single query by itself; else every
-    score written out, or on a GPU without a cap SDPA.
+    """Blocks where queries see runs of keys, on a GPU by FlexAttention; a single query by itself; else every score
+    written out, or on a GPU without a cap SDPA.
     """
     dropout_p = options.pop("dropout_p", 0.0)
     on_cpu, whole = _on_cpu(query), query.shape[2] == key.shape[2]
-    if on_cpu and not dropout_p and query.shape[2] == 1:
-        return one_query_attention(query, key, value, None if visible.everything else visible.mask, **options)
+    if query.shape[2] == 1 and not dropout_p:
+        if on_cpu:
+            return one_query_attention(query, key, value, None if visible.everything else visible.mask, **options)
+        if visible.held is not None and serves_one_query(query, key, value):
+            return one_query(query, key, value, visible.held, **options)
     if whole and not dropout_p and (on_cpu or _flexes(query)) and visible.low is not None:
         if on_cpu:
             return blockwise_attention(query, key, value, visible.low, **options)

@@ -29,7 +29,7 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     held = [(limit, window) for limit, window in zip(one.cache.limits, windows, strict=True)]
     if any(limit < TOGETHER or limit > window for limit, window in held):  # keys are read two by two, and all of them
         return None
-    if x.shape[:2] != one.position_ids.shape:
+    if x.shape[:2] != one.position_ids.shape or len(one.starts) != len(x):
         return None
     kept: list[Kept] = one.cache.kept or [Kept() for _ in model.layers]
     with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times

@@ -201,7 +201,10 @@ class GemmaModel(GemmaPreTrainedModel):
                 device = one.position_ids.device
                 return first_visible(one.tokens, window_tokens=window, device=device) if one.fresh else None
 
-            return Visible(mask, runs, everything=one.sees_all(layer, window))
+            def held() -> Tensor | None:
+                return one.held(layer) if one.single else None
+
+            return Visible(mask, runs, held=held, everything=one.sees_all(layer, window))
 
         return {window: visible(window) for window in set(windows)}
 

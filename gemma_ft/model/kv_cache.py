@@ -40,6 +40,15 @@ class KVCache:
         """
         return KVPass(self, first, counts, device)
 
+    def places(self, tokens: int) -> tuple[int, ...]:
+        """How many places each ring has, once there is room for rows of so many tokens; where a number stays the same,
+        so do the tensors.
+        """
+        for ring in self.rings:
+            keys, values = ring.parts
+            ring.reserve(min(ring.limit, tokens), keys, values, self.lengths)
+        return tuple(ring.parts[0].shape[2] for ring in self.rings)
+
     def move(self, source: int, target: int) -> None:
         """Give row `target` what row `source` holds; `source` is empty then."""
         if source != target:
@@ -114,6 +123,12 @@ class KVPass:
         """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
         return self._plans[self.cache.limits[layer]].key_positions
 
+    def held(self, layer: int) -> Tensor:
+        """How many places [B] of this layer's ring hold a key that the one new token of each row sees; they are the
+        first ones, for no ring is longer than its layer's window.
+        """
+        return self._plans[self.cache.limits[layer]].held
+
     def sees_all(self, layer: int, window_tokens: int | None) -> bool:
         """Whether the one new token of every row sees all keys that `update` gives for this layer: no row is shorter
         than what is read of the ring, and that is no more than the window.
@@ -172,14 +187,19 @@ class _Plan:
     @cached_property
     def _after(self) -> Tensor:
         """The positions [B, needed] that the places hold once the new tokens are stored."""
-        return _held(torch.arange(self.needed, device=self.starts.device), self.ends, self.limit)
+        return held_positions(torch.arange(self.needed, device=self.starts.device), self.ends, self.limit)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """See `KVPass.held`."""
+        return self.ends[:, 0].clamp(max=self.limit)
 
     @cached_property
     def key_positions(self) -> Tensor:
         """See `KVPass.key_positions`; made only for those who need a mask."""
         if not self.wraps:
             return self._after
-        before = _held(torch.arange(self.old, device=self.starts.device), self.starts, self.limit)
+        before = held_positions(torch.arange(self.old, device=self.starts.device), self.starts, self.limit)
         return torch.cat((before, self.new), dim=1)
 
     def store(self, kept: Tensor, fresh: Tensor) -> None:
@@ -194,7 +214,7 @@ class _Plan:
             kept[:, :, self.begin : self.end] = fresh
 
 
-def _held(places: Tensor, lengths: Tensor, limit: int) -> Tensor:
+def held_positions(places: Tensor, lengths: Tensor, limit: int) -> Tensor:
     """The position that each place [S] of a ring holds in rows of these lengths [B, 1]: [B, S], -1 for none."""
     newest = lengths - 1
     return (newest - (newest - places) % limit).clamp(min=-1)

@@ -57,7 +57,8 @@ class GemmaScaledEmbedding(nn.Embedding):
         """Rows [..., D] of the table -> what the first layer is given."""
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype, device=rows.device)
+        # a scalar on the CPU, which a GPU need not wait for
+        return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype)
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+"""A decoding pass that is the same operations on the same tensors whatever its rows hold: what a CUDA graph needs.
+
+Letters: B rows of a pass, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_ft.model.kv_cache import KVCache, KVPass, held_positions
+
+
+class FixedPass(KVPass):
+    """One token for each of rows 0 .. B - 1 of a cache. Where they stand is in `starts_there` alone; all places of a
+    ring are given to attention, and what is not held is hidden by numbers on the device.
+
+    It may be gone through again and again, as long as the rings have room: the cache's lengths are counted by whoever
+    does so, and `starts_there` [B] set to them before.
+    """
+
+    def __init__(self, cache: KVCache, rows: int, starts_there: Tensor) -> None:
+        self.cache = cache
+        self.counts, self.tokens, self.single = [1] * rows, 1, True
+        self.rows = slice(0, rows)
+        self.starts: list[int] = []  # nothing in Python knows
+        self.position_ids = starts_there[:, None]
+        self._rows_there = torch.arange(rows, device=starts_there.device)
+
+    @property
+    def fresh(self) -> bool:
+        return False
+
+    def key_positions(self, layer: int) -> Tensor:
+        """See `KVPass.key_positions`: of every place of the layer's ring."""
+        places = torch.arange(self.cache.rings[layer].parts[0].shape[2], device=self.position_ids.device)
+        return held_positions(places, self.position_ids + 1, self.cache.limits[layer])
+
+    def held(self, layer: int) -> Tensor:
+        """See `KVPass.held`."""
+        return (self.position_ids[:, 0] + 1).clamp(max=self.cache.limits[layer])
+
+    def sees_all(self, layer: int, window_tokens: int | None) -> bool:
+        return False
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values [B, K, 1, H]; returns the rows' rings [B, K, places, H]."""
+        place = self.position_ids[:, 0] % self.cache.limits[layer]
+        rings = [part[self.rows] for part in self.cache.rings[layer].parts]
+        for ring, fresh in zip(rings, (key, value), strict=True):
+            ring[self._rows_there, :, place] = fresh[:, :, 0].to(ring.dtype)
+        return rings[0].to(key.dtype), rings[1].to(value.dtype)
