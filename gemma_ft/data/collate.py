@@ -11,19 +11,21 @@ PADDING = -1  # the document id of what is no document
 
 
 class Collator:
-    """A list of examples -> int64 tensors (B, T), padded at the right to the longest of them.
+    """A list of examples -> int64 tensors (B, T), padded at the right to the longest of them, and on to a multiple of
+    `multiple`.
 
     input_ids (pad: the pad id), labels (-100), attention_mask (1 real, 0 pad), position_ids (0), document_ids (-1).
     Where examples have them, also loss_weights, float32 (0).
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, *, multiple: int = 1) -> None:
+        self.multiple = multiple
         self.padding = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0, "document_ids": PADDING}
 
     def __call__(self, examples: Sequence[dict[str, list[Any]]]) -> dict[str, torch.Tensor]:
         """The batch. The examples are not changed."""
         lengths = [len(example["input_ids"]) for example in examples]
-        longest = max(lengths)
+        longest = -(-max(lengths) // self.multiple) * self.multiple
         batch = {
             name: torch.tensor([example[name] + [pad] * (longest - len(example[name])) for example in examples])
             for name, pad in self.padding.items()

@@ -127,6 +127,15 @@ def without_flex(*, softcap: bool) -> Attention:
     return "scores" if softcap else "sdpa"
 
 
+def multiple_for(device: Device, *, packing: bool) -> int:
+    """What the lengths of micro-batches are a multiple of on a kind of device. On a GPU kernels are compiled for
+    lengths and work in blocks of 128 tokens; half of one is much already of rows that nothing fills.
+    """
+    if device != "cuda":
+        return 1
+    return 128 if packing else 64
+
+
 def run_of(
     recipe: Recipe,
     *,
@@ -145,12 +154,13 @@ def run_of(
     ranks = ranks or Ranks()
     shape = _shape(recipe)
     rows = rows or max(1, min(train.micro_batch_size, train.global_batch_size // ranks.size))
+    multiple = multiple_for(device, packing=recipe.data.packing)
     targets = None if adapter is None or adapter.targets == "all-linear" else frozenset(adapter.targets)
     run = Run(
         shape=shape,
         strategy=recipe.strategy,
         rows=rows,
-        tokens=tokens or recipe.data.max_seq_len,
+        tokens=-(-(tokens or recipe.data.max_seq_len) // multiple) * multiple,
         accumulation=max(1, train.global_batch_size // (rows * ranks.size)),
         precision=train.precision,
         quantize=recipe.quantize.kind if recipe.quantize else None,

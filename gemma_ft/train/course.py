@@ -19,6 +19,7 @@ from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
+from gemma_ft.plan.run import Device, multiple_for
 from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
@@ -298,6 +299,8 @@ class Course:
                 if not self.trainer.stopped:
                     self._sample(step, answers)
 
+        device: Device = "cuda" if runtime.default_device().type == "cuda" else "cpu"
+        multiple = multiple_for(device, packing=recipe.data.packing)
         return GemmaTrainer(
             self.model,
             training_arguments(recipe, self.run.checkpoints, self.total, self.world, evaluates=held_out is not None),
@@ -306,7 +309,7 @@ class Course:
             source=self.source,
             train_examples=self.data.examples,
             eval_examples=held_out.examples if held_out else None,
-            collator=Collator(self.data.encoder.control.pad),
+            collator=Collator(self.data.encoder.control.pad, multiple=multiple),
             tokenizer=self.tokenizer,
             schedule=recipe.train.schedule,
             warmup_ratio=recipe.train.warmup_ratio,

@@ -25,6 +25,14 @@ def test_batch_is_padded_at_the_right() -> None:
     assert examples[1]["input_ids"] == [2]
 
 
+def test_lengths_are_padded_to_a_multiple() -> None:
+    row = {"input_ids": [2] * 65, "labels": [7] * 65, "position_ids": [*range(65)], "document_ids": [0] * 65}
+    for size, multiple, tokens in ((65, 1, 65), (65, 128, 128), (64, 64, 64), (65, 64, 128)):
+        batch = Collator(0, multiple=multiple)([{name: column[:size] for name, column in row.items()}])
+        assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, tokens)}
+        assert int(batch["attention_mask"].sum()) == size
+
+
 def test_weights_are_padded_with_nothing_and_a_blank_row_has_none() -> None:
     whole = {"input_ids": [2, 7], "labels": [-100, 7], "position_ids": [0, 1], "document_ids": [0, 0]}
     blank = {"input_ids": [9], "labels": [-100], "position_ids": [0], "document_ids": [-1]}

@@ -71,3 +71,12 @@ def test_the_vocabulary_is_that_of_the_weights() -> None:
     recipe = load_recipe("sft_tiny").recipe
     config = json.loads((shipped_root() / "data/gemma-tiny/config.json").read_text(encoding="utf-8"))
     assert run_of(recipe).shape.vocabulary == config["vocab_size"] != preset_shape("gemma-tiny").vocabulary
+
+
+def test_a_gpu_is_given_whole_blocks_of_tokens() -> None:
+    recipe = load_recipe("sft_2b", ["data.max_seq_len=1000"]).recipe
+    assert run_of(recipe).tokens == 1024
+    assert run_of(recipe, device="cpu").tokens == 1000
+    assert run_of(recipe, tokens=65).tokens == 128
+    unpacked = load_recipe("sft_2b", ["data.packing=false"]).recipe
+    assert run_of(unpacked, tokens=60).tokens == 64

@@ -35,7 +35,7 @@ def _dequantize(
 
 def dequantize(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
     """Packed bytes and bitsandbytes' QuantState -> the weight [O, I] in state.dtype, bit for bit as bitsandbytes has
-    it. Only where `kernels.nf4.serves_nf4_on_gpu`. Source: arXiv:2305.14314; bitsandbytes functional.py dequantize_4bit.
+    it. Only where `kernels.nf4.serves_nf4_on_gpu`. Source: bitsandbytes functional.py dequantize_4bit.
     """
     weight = torch.empty(state.shape, dtype=state.dtype, device=packed.device) if out is None else out
     count = weight.numel() // 2
