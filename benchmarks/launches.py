@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_models
 from benchmarks.record import ROOT, write_result
-from benchmarks.tables import columns
+from benchmarks.tables import columns, launches
 from gemma_ft.kernels import geglu, head_rows, native, rms_norm, rotary
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 
@@ -290,16 +290,6 @@ def figures(found: dict[str, Counter[tuple[str, str]]]) -> dict[str, Any]:
     return parts | {"total": whole.total(), "operations": dict(whole.most_common(SHOWN))}
 
 
-def table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
-    rows = [["launches of a layer", "arm", "forward", "backward", "total", "of stock"]]
-    for line, arms in lines.items():
-        for arm, one in arms.items():
-            stock = arms["stock_checkpointed" if ARMS[arm][1] else "stock"]
-            share = f"{one['total'] / stock['total']:.0%}"
-            rows.append([line, arm, *(str(one[part]) for part in ("forward", "backward", "total")), share])
-    return columns(rows)
-
-
 def where(name: str, kind: str, arm: str) -> str:
     """Which lines of ours issue what of a layer's launches."""
     rows = [["", "line", "operation", "launches"]]
@@ -323,7 +313,7 @@ def main(arguments: list[str]) -> None:
         for name in SIZES
         for kind in KINDS
     }
-    print(table(lines))
+    print(columns(launches({"per_layer": lines})))
     write_result("launches", also=("peft",), command="python -m benchmarks.launches", shapes=SIZES, rank=RANK,
                  layers=[FEWER, MORE], stock_attention=STOCK_ATTENTION, per_layer=lines)  # fmt: skip
 

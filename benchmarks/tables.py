@@ -99,6 +99,30 @@ def before(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def launches(result: dict[str, Any]) -> Rows:
+    rows = [["a layer's step", "stock: forwards, backwards", "ours", "of stock", "stock, checkpointed",
+             "ours, checkpointed", "of stock"]]  # fmt: skip
+    for line, arms in result["per_layer"].items():
+        cells = [f"`{line}`"]
+        for kind in ("", "_checkpointed"):
+            stock, ours = (arms[f"{arm}{kind}"] for arm in ("stock", "ours"))
+            cells += [f"{one['forward']} + {one['backward']}" for one in (stock, ours)]
+            cells.append(f"{ours['total'] / stock['total']:.0%}")
+        rows.append(cells)
+    return rows
+
+
+def compiled(result: dict[str, Any]) -> Rows:
+    cards = list(next(iter(result["kernels"].values())))
+    rows = [["in bf16: registers of a thread, KiB of shared memory of a block", *cards, "spilled bytes"]]
+    for name, found in result["kernels"].items():
+        kernel, numbers = name.rsplit(", ", 1)
+        if numbers == "bf16":
+            taken = [f"{one['registers']}, {one['shared'] / 1024:.0f}" for one in found.values()]
+            rows.append([kernel, *taken, str(max(one["spills"] for one in found.values()))])
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "train_cpu": train_cpu,
     "decode_cpu": decode_cpu,
@@ -108,6 +132,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "profile_cpu": profile_cpu,
     "curves": curves,
     "before": before,
+    "launches": launches,
+    "compiled": compiled,
 }
 
 
