@@ -32,7 +32,8 @@ class Recorder:
                     run()
             here.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # what other threads do meanwhile, such as those of a server, is no part of it
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 given = run()
             self._pool = graph.pool()
         return graph.replay, given
