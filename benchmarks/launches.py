@@ -158,6 +158,10 @@ class _Kernels:
                 if value is not None:
                     one.copy_(value)
 
+    def gradient(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        with self.count.instead("aten.mm, written in float32"):
+            return (x.float().T @ y.float()).to(dtype)
+
     def dequantize(self, packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
         with self.count.instead("triton.nf4"):
             return dequantize_4bit(packed, state, out=out)
@@ -170,6 +174,7 @@ class _Kernels:
 @contextlib.contextmanager
 def as_on_a_gpu(count: Launches) -> Iterator[None]:
     """Our operations take what they would take on a GPU; plain torch computes it, and `count` is told of one launch."""
+    from gemma_ft.adapters import fused_lora
     from gemma_ft.kernels import nf4 as quantized
     from gemma_ft.kernels.gpu import geglu, head_rows, nf4, rms_norm, rotary, serves
     from gemma_ft.model import attention
@@ -189,6 +194,7 @@ def as_on_a_gpu(count: Launches) -> Iterator[None]:
             (attention, {"blockwise_attention": kernels.attend}),
             (quantized, {"serves_nf4_on_gpu": lambda *_: True}),
             (nf4, {"dequantize": kernels.dequantize}),
+            (fused_lora, {"transposed_times": kernels.gradient}),
         ):
             patched.enter_context(mock.patch.multiple(module, **changed))
         yield

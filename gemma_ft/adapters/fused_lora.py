@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.few_rows import unhooked
-from gemma_ft.kernels.product import times
+from gemma_ft.kernels.product import times, transposed_times
 
 
 def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -54,10 +54,9 @@ class _FusedLora(torch.autograd.Function):
             grad_x = times(upstream, plain(weight, ctx.state, x.dtype))
             grad_x.addmm_(grad_low, a)
         if ctx.needs_input_grad[3]:
-            grad_a = (grad_low.T @ x).to(ctx.dtypes[0])
+            grad_a = transposed_times(grad_low, x, ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
-            # the longer side first, which a CPU multiplies faster; contiguous, so that autograd takes it without a copy
-            grad_b = torch.empty(b.shape, dtype=ctx.dtypes[1], device=b.device).copy_((low.T @ upstream).T)
+            grad_b = transposed_times(upstream, low, ctx.dtypes[1])
         return grad_x, None, None, grad_a, grad_b, None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gemma_ft import runtime
 from gemma_ft.kernels import native
+from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.kernels.scratch import Scratch
 from gemma_ft.processor import float32_is_faster, processor_words
 
@@ -34,6 +35,28 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, O], weight [O, I] -> x weight [M, I] in their dtype, without a gradient."""
     return widened(x, weight) if _serves(x, weight) else x @ weight
+
+
+def transposed_times(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, A], y [M, B] -> xᵀ y [A, B] in `dtype`, contiguous, without a gradient: what the gradient of a weight is.
+
+    On a GPU products of bf16 are written in float32 at once, where that is asked for; elsewhere they are rounded first.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32 and _writes_float32(x.device):
+        return torch.mm(x.T, y, out_dtype=dtype)
+    if x.shape[1] <= y.shape[1]:
+        return (x.T @ y).to(dtype)
+    # a CPU multiplies faster with the shorter side first
+    return torch.empty(x.shape[1], y.shape[1], dtype=dtype, device=x.device).copy_((y.T @ x).T)
+
+
+@cache
+def _writes_float32(device: torch.device) -> bool:
+    def one() -> None:
+        numbers = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        torch.mm(numbers.T, numbers, out_dtype=torch.float32)
+
+    return gpu.tried(one) is None
 
 
 def widened_transposed(x: Tensor, weight: Tensor) -> Tensor:

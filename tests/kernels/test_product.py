@@ -75,3 +75,15 @@ def test_rows_that_are_not_side_by_side() -> None:
 
 def test_no_rows() -> None:
     assert product.times_transposed(drawn(0, IN), drawn(OUT, IN)).shape == (0, OUT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(8, OUT), (OUT, 8)])
+def test_the_product_of_a_gradient_is_laid_out_as_the_weight(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Else autograd copies it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, y = (drawn(200, width, seed=width).to(device) for width in widths)
+    found = product.transposed_times(x, y, dtype)
+    truth = x.cpu().double().T @ y.cpu().double()
+    assert (found.shape, found.dtype, found.is_contiguous()) == (widths, dtype, True)
+    assert distance(found.cpu(), truth) < 1.05 * distance(truth.bfloat16(), truth)
