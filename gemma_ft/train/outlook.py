@@ -18,6 +18,8 @@ from gemma_ft.train.settings import accumulation, micro_batch
 from gemma_ft.train.world import World
 from gemma_ft.weights import Source
 
+FILLS = 4096  # tokens of a micro-batch that keep a GPU busy for longer than its kernels take to be started
+
 
 def outlook(
     recipe: Recipe,
@@ -67,6 +69,9 @@ def outlook(
     rows.append(("batch", f"{train.global_batch_size} = {cut}"))
     if micro < train.micro_batch_size:
         rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
+    elif base.device.type == "cuda":
+        stats = data.train.stats
+        rows += _small(micro, round(stats.tokens / max(stats.packed_rows, 1)), train.global_batch_size, world.size)
     rows.append(("memory", checkpointing.describe()))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
@@ -82,6 +87,16 @@ def sharing(world: World) -> str:
     if world.offload:
         parts.append("slices on the CPU")
     return ", ".join(parts)
+
+
+def _small(micro: int, tokens: int, total: int, ranks: int) -> list[tuple[str, str]]:
+    """What to set where micro-batches of rows of so many tokens leave a GPU waiting for what starts its kernels."""
+    larger = [size for size in range(micro + 1, total // ranks + 1) if total % (size * ranks) == 0]
+    if micro * tokens >= FILLS or not larger:
+        return []
+    enough = next((size for size in larger if size * tokens >= FILLS), larger[-1])
+    told = f"micro-batches of about {micro * tokens:,} tokens are small for a GPU; train.micro_batch_size={enough}"
+    return [("", f"{told} would make them {enough * tokens:,}, and change no result")]
 
 
 def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:

@@ -48,3 +48,19 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "every score of attention is written out: Triton is not installed"),
         ("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("micro", "tokens", "total", "ranks", "enough"),
+    [(4, 1024, 32, 1, None), (4, 200, 32, 1, 32), (4, 600, 32, 1, 8), (4, 100, 32, 2, 16), (8, 100, 8, 1, None)],
+)
+def test_small_micro_batches_on_a_gpu_are_told(
+    micro: int, tokens: int, total: int, ranks: int, enough: int | None
+) -> None:
+    found = outlook._small(micro, tokens, total, ranks)
+    if enough is None:
+        assert found == []
+    else:
+        ((_, told),) = found
+        assert f"about {micro * tokens:,} tokens" in told
+        assert f"train.micro_batch_size={enough} would make them {enough * tokens:,}" in told
