@@ -63,8 +63,9 @@ def test_the_count_of_threads_changes_nothing() -> None:
 
 
 @pytest.fixture
-def anew() -> Iterator[None]:
-    """The operations are looked for again, and once more afterwards."""
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operations are looked for again, and once more afterwards; where they are built, it is done in a hurry."""
+    monkeypatch.setattr(native, "FLAGS", tuple("-O0" if one == "-O3" else one for one in native.FLAGS))
     native.operations.cache_clear()
     yield
     native.operations.cache_clear()
