@@ -54,8 +54,9 @@ test: setup  ## run the whole suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # not a command of .ci: nothing of it is of use without a GPU
-test-gpu: setup  ## the kernels, the attention and the engine on a GPU, and that every arm of its benchmark begins
-	$(OFFLINE) $(BIN)/python -m pytest tests/kernels tests/infer/test_cuda.py tests/test_gpu_bench.py
+test-gpu: setup  ## parity, laws, faults, kernels and the engine on a GPU, and that every arm of its benchmark begins
+	$(OFFLINE) $(BIN)/python -m pytest tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_steps.py \
+		tests/test_gpu_bench.py
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks tests/ranks

@@ -20,7 +20,7 @@ from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
-from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
 from gemma_ft.recipe.paths import locate
 from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
 
@@ -187,7 +187,7 @@ def load_model(
     if quantize not in (None, "nf4", "int8", "auto"):
         raise UserError(f"quantize: expected nf4, int8 or auto, got {quantize!r}")
     if dtype == torch.float16:
-        raise UserError("dtype: float16 overflows in Gemma, whose activations pass 65504; use bfloat16 or float32")
+        raise UserError(f"dtype: float16 {FLOAT16_OVERFLOWS}; use bfloat16 or float32")
     return model_at(place_of(path, adapter), dtype=dtype, quantize=quantize, device=device)
 
 

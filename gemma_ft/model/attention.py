@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
+from gemma_ft.kernels import native
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.kernels.flex_attention import reason_against as flex_reason_against
@@ -251,9 +252,9 @@ def _on_cpu(query: Tensor) -> bool:
 
 
 def _flexes(query: Tensor) -> bool:
-    return (
-        query.is_cuda and query.shape[2] > 1 and flex_reason_against(query.device, query.shape[3], query.dtype) is None
-    )
+    if not query.is_cuda or query.shape[2] == 1 or query.dtype not in native.SUFFIXES:  # float64 is for laws
+        return False
+    return flex_reason_against(query.device, query.shape[3], query.dtype) is None
 
 
 def _masked(attend: Attend) -> Attend:

@@ -39,6 +39,7 @@ from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEm
 from gemma_ft.model.linear import linear
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
 
+FLOAT16_OVERFLOWS = "overflows in Gemma, whose activations pass 65504"
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -231,7 +232,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """A model from a folder or hub id, as transformers' own method, whichever family its config.json names.
 
         Raises: UserError when a weight is missing, unexpected, untied or of another shape: nothing is silently left at
-        random.
+        random; and when weights are stored in float16 and no dtype is asked for.
         """
         if not isinstance(config, PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
@@ -252,6 +253,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
                 f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
                 "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
             )
+        if model.dtype == torch.float16 and not {"dtype", "torch_dtype"} & kwargs.keys():
+            raise UserError(f"{name_or_path}: stored in float16, which {FLOAT16_OVERFLOWS}; pass dtype=torch.bfloat16")
         return (model, info) if wants_info else model
 
     @staticmethod
