@@ -74,7 +74,9 @@ class Engine:
         self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
         self.device = native.get_input_embeddings().weight.device
         self._cache = KVCache(native.model.numerics.window_tokens, rows=max_batch, max_seq_len=self.max_seq_len)
-        self._decode_step = DecodeSteps(native, self._cache, self.device, recorder(self.device, alone=agree is list))
+        self._decode_step = DecodeSteps(
+            native, self._cache, self.device, recorder(native, self.device, alone=agree is list)
+        )
         self._waiting: deque[tuple[int, Request]] = deque()
         self._speaking: list[_Live] = []  # row i of the cache is the i-th
         self._reading: list[_Live] = []  # the rows after them

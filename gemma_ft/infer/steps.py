@@ -6,7 +6,9 @@ Letters: B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 class DecodeSteps:
     """Decodes rows 0 .. B - 1 of a cache with one model, whose logits are the same whether a step is recorded or not.
+    Meanwhile its weights stay where they lie, and adapters are not merged; they may be switched.
 
     `record`: what records, kernels.gpu.graph.Recorder for one (None: every step is made operation by operation).
     `reason`: why nothing is recorded any more, where that was tried and failed.
@@ -59,6 +62,7 @@ class DecodeSteps:
         assert newest < self._cache.max_seq_len, "the sequence is longer than the cache"
         key = (rows, self._cache.places(newest + 1), self._adapters())
         if key in self._recorded:
+            self._recorded[key] = self._recorded.pop(key)  # what is used lately is kept longest
             return self._recorded[key]
         self._seen = key, self._seen[1] + 1 if self._seen[0] == key else 1
         if self._seen[1] <= PATIENCE:
@@ -71,6 +75,7 @@ class DecodeSteps:
         except RuntimeError as error:
             self._record, self._recorded = None, {}
             self.reason = (str(error).strip().splitlines() or ["without a word"])[0]
+            _tell(self.reason)
             return None
         return self._recorded[key]
 
@@ -112,11 +117,19 @@ class _Step:
         return self._logits
 
 
-def recorder(device: torch.device, *, alone: bool) -> Record | None:
-    """What records steps on a device; None on a CPU, where several processes compute together (`alone` False), and
-    where fast paths are turned off.
+@cache
+def _tell(reason: str) -> None:
+    """Once for each reason in a process."""
+    logging.getLogger(__name__).warning("tokens are made operation by operation, which is slower: %s", reason)
+
+
+def recorder(native: Any, device: torch.device, *, alone: bool) -> Record | None:
+    """What records steps of a model on a device; None on a CPU, where several processes compute together (`alone`
+    False), for int8, which waits for the GPU in every layer, and where fast paths are turned off.
     """
     if device.type != "cuda" or not alone or not runtime.own_kernels_wanted():
+        return None
+    if getattr(native, "is_loaded_in_8bit", False):
         return None
     from gemma_ft.kernels.gpu.graph import Recorder
 

@@ -84,9 +84,11 @@ def flex_attention(
     """
     from torch.nn.attention import flex_attention as torch_flex
 
-    if tiles is None and query.is_cuda:
-        tiles = fitting(query.device, query.shape[3], query.dtype).tiles
-    attend: Any = _compiled() if query.is_cuda else torch_flex.flex_attention
+    attend: Any = torch_flex.flex_attention
+    if _on_gpu(query):
+        tiles = fitting(query.device, query.shape[3], query.dtype).tiles if tiles is None else tiles
+        attend = _compiled()
+        _settle_compiler()
     # without the first option fewer than 128 tokens take another kernel, with tiles of its own, which nothing tried
     options = {"FORCE_USE_FLEX_ATTENTION": True, **(tiles or {})}
     found: Tensor = attend(
@@ -94,6 +96,10 @@ def flex_attention(
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=options,
     )  # fmt: skip
     return found
+
+
+def _on_gpu(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def _capped(cap: float) -> Callable[..., Tensor]:
@@ -105,13 +111,19 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention as plain
 
     runtime.keep_compiled()
-    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    config.specialize_float = True  # else a second cap in a process becomes a symbol, with which it does not compile
     return torch.compile(plain, fullgraph=True)  # never the form that writes out every score, without a word
+
+
+def _settle_compiler() -> None:
+    """Asked for at every call: torch keeps such settings for each thread, and backward has one of its own."""
+    from torch._dynamo import config
+
+    if config.recompile_limit < RECOMPILES:
+        config.recompile_limit = RECOMPILES
+    config.specialize_float = True  # else a second cap in a process becomes a symbol, with which it does not compile
 
 
 @dataclass(frozen=True)

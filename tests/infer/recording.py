@@ -22,7 +22,7 @@ class _Written(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
         found = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, found))
         return found

@@ -5,6 +5,7 @@ as rings fill, wrap and grow. Recorded on a GPU as a CUDA graph, elsewhere by wh
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +72,9 @@ def asked(count: int, new: tuple[int, ...] = (24, 6, 12, 3, 14)) -> list[Request
 def test_recorded_is_step_by_step(shape: str, dtype: torch.dtype, record: Any) -> None:
     model = lively(shape, dtype=dtype).eval().to(DEVICE)
     expected = said(model, asked(5), rows=3, plain=True)
-    found = said(model, asked(5), rows=3, plain=False)
+    log: list[Any] = []
+    found = said(model, asked(5), rows=3, plain=False, log=log)
+    assert log == [None]
     if dtype == torch.float32:
         assert found == expected
     else:  # what is hidden is added as well, in another order
@@ -110,22 +113,28 @@ def test_an_adapter_that_is_switched_off_is_another_recording(record: Any) -> No
     assert expected != never
 
 
-def test_what_cannot_be_recorded_is_made_step_by_step_and_says_why(record: Any) -> None:
+def test_what_cannot_be_recorded_is_made_step_by_step_and_says_why(
+    record: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps._tell.cache_clear()
     model = lively(SECOND).eval().to(DEVICE)
     norm = model.model.norm
     norm.register_forward_hook(lambda _module, _args, out: out + 0.0 * float(out.sum()))
     log: list[Any] = []
     found = said(model, asked(2), rows=2, plain=False, log=log)
-    assert "captur" in str(log[0])
+    assert log[0] == "called a synchronizing CUDA operation"
+    assert "operation by operation, which is slower: called a" in caplog.text
     assert found == said(model, asked(2), rows=2, plain=True)
 
 
 def test_a_cpu_and_several_processes_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert steps.recorder(torch.device("cpu"), alone=True) is None
-    assert steps.recorder(torch.device("cuda"), alone=False) is None
-    assert isinstance(steps.recorder(torch.device("cuda"), alone=True), Recorder)
+    cpu, cuda, model = torch.device("cpu"), torch.device("cuda"), SimpleNamespace()
+    assert steps.recorder(model, cpu, alone=True) is None
+    assert steps.recorder(model, cuda, alone=False) is None
+    assert steps.recorder(SimpleNamespace(is_loaded_in_8bit=True), cuda, alone=True) is None
+    assert isinstance(steps.recorder(model, cuda, alone=True), Recorder)
     monkeypatch.setenv("GEMMA_FT_KERNELS", "off")
-    assert steps.recorder(torch.device("cuda"), alone=True) is None
+    assert steps.recorder(model, cuda, alone=True) is None
 
 
 def test_recordings_are_few(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,20 +178,24 @@ def test_a_run_compiles_few_forms_and_no_cap_stops_it(monkeypatch: pytest.Monkey
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=keep, **how))
     monkeypatch.setattr(module.runtime, "keep_compiled", lambda: None)
+    monkeypatch.setattr(module, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(module, "fitting", lambda *_: module.Fit({}, "", 0.0))
     for name in ("recompile_limit", "specialize_float"):
         monkeypatch.setattr(config, name, getattr(config, name))
     torch._dynamo.reset()
-    attend = module._compiled.__wrapped__()
-    shapes = [(batch, tokens, cap) for cap in (30.0, 50.0) for batch in (1, 2, 3) for tokens in (100, 130, 200, 300)]
-    for batch, tokens, cap in shapes:
+    module._compiled.cache_clear()
+
+    def attended(batch: int, tokens: int, cap: float) -> None:
         query, key = (drawn(batch, heads, tokens, WIDTH, seed=heads) for heads in (2, 1))
         mask = block_mask(torch.zeros(batch, tokens, dtype=torch.int64))
-        options = {"FORCE_USE_FLEX_ATTENTION": True}
-        found = attend(
-            query, key, key, score_mod=module._capped(cap), block_mask=mask, scale=0.3, enable_gqa=True,
-            kernel_options=options,
-        )  # fmt: skip
-        assert found.shape == query.shape
+        assert flex_attention(query, key, key, mask, scale=0.3, softcap=cap).shape == query.shape
+
+    assert module.gpu.tried(lambda: attended(1, 256, 30.0)) is None  # in a thread of its own, as before a run
+    for cap in (30.0, 50.0):
+        for batch in (1, 2, 3):
+            for tokens in (100, 130, 200, 300):
+                attended(batch, tokens, cap)
+    module._compiled.cache_clear()
     torch._dynamo.reset()
     assert 2 < len(forms) <= 12
     assert config.recompile_limit == module.RECOMPILES

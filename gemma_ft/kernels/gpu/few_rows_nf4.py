@@ -68,7 +68,8 @@ def _products(
     o, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, 16)[:, None]
     x_at = x + row * inputs + tl.arange(0, TILE)[None, :]
     bytes_at = packed + o.to(tl.int64)[:, None] * (inputs // 2) + tl.arange(0, TILE // 2)[None, :]
-    block = o[:, None] * (inputs // BLOCK) + tl.arange(0, max(TILE // BLOCK, 1))[None, :]
+    GROUPS: tl.constexpr = TILE // BLOCK if TILE > BLOCK else 1
+    block = o[:, None] * (inputs // BLOCK) + tl.arange(0, GROUPS)[None, :]
     first = tl.program_id(1) * tiles
     last = tl.minimum(first + tiles, inputs // TILE)
     total = tl.zeros((16, OUTPUTS), tl.float32)

@@ -54,16 +54,22 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 def tried(run: Callable[[], None]) -> str | None:
     """The last line of what a trial raised, None where it went well. In a thread of its own, which has no hooks, modes
     or autocast of whoever happens to ask first.
+
+    Raises: torch.OutOfMemoryError, which says nothing about what is tried.
     """
-    said: list[str] = []
+    raised: list[Exception] = []
 
     def trial() -> None:
         try:
             run()
         except Exception as error:  # a compiler's, of no one kind
-            said.append((str(error).strip().splitlines() or [type(error).__name__])[-1][:120])
+            raised.append(error)
 
     thread = threading.Thread(target=trial)
     thread.start()
     thread.join()
-    return said[0] if said else None
+    if not raised:
+        return None
+    if isinstance(raised[0], torch.OutOfMemoryError):
+        raise raised[0]
+    return (str(raised[0]).strip().splitlines() or [type(raised[0]).__name__])[-1][:120]
