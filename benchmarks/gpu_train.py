@@ -21,6 +21,7 @@ from benchmarks.gpu_setup import Setup
 from benchmarks.gpu_steps import Clock, Stepper
 from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.record import ROOT
+from benchmarks.slowest import slowest
 from benchmarks.turns import order, paired
 
 TOKENS_PER_STEP, WARM, STEPS, TURNS = 8192, 10, 15, 2  # steps of a turn: 30 timed ones in all
@@ -76,6 +77,7 @@ def train(setup: Setup, model: str, kind: str, tokens: int, layout: str) -> dict
             "first_step_seconds": round(ones[0]["first"], 1),  # compiling included
             "attention": ones[0]["attention"],
             "losses": ones[0]["losses"],
+            "profile": ones[0]["profile"],
         }
         if "ours" in ran:
             lines[arm]["ours_over"] = paired(seconds[arm], seconds["ours"])
@@ -191,7 +193,17 @@ def _steps(model: Any, config: Any, spec: Spec, device: torch.device) -> dict[st
         "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "attention": str(model.config._attn_implementation),
+        "profile": _profile(stepper, given[-1], cuda=cuda),
     }
+
+
+def _profile(stepper: Stepper, batch: dict[str, torch.Tensor], *, cuda: bool) -> dict[str, Any]:
+    """Where one more step goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as watch:
+        float(stepper.step(batch))
+    return slowest(watch, cuda=cuda)
 
 
 def _lengths(batch: dict[str, torch.Tensor], spec: Spec) -> list[int]:

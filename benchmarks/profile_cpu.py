@@ -17,9 +17,10 @@ from typing import Any
 
 from benchmarks.hundred_million import write_base
 from benchmarks.record import ROOT, write_result
+from benchmarks.slowest import slowest
 from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer
 
-LINES, STEP, SHOWN = ("lora_512",), 3, 10
+LINES, STEP = ("lora_512",), 3
 
 
 def one_arm(arm: str, name: str, folder: Path) -> None:
@@ -45,14 +46,7 @@ def one_arm(arm: str, name: str, folder: Path) -> None:
 
     trainer.add_callback(Window())
     trainer.train()
-    found = sorted(watch.key_averages(), key=lambda one: -one.self_cpu_time_total)
-    whole = sum(one.self_cpu_time_total for one in found)
-    shown = [
-        {"operation": one.key, "ms": round(one.self_cpu_time_total / 1e3, 1), "calls": one.count,
-         "share": round(one.self_cpu_time_total / whole, 3)}
-        for one in found[:SHOWN]
-    ]  # fmt: skip
-    print(json.dumps({"step_ms": round(whole / 1e3), "slowest": shown}))
+    print(json.dumps(slowest(watch)))
 
 
 def main(place: str) -> None:

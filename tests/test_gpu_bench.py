@@ -56,6 +56,7 @@ def test_training_steps(line: str) -> None:
     assert ran.keys() >= {"ours", "ours_checkpointed", "stock", "stock_best"}
     for arm in ran.values():
         assert arm["tokens_per_second"] > 0
+        assert len(arm["profile"]["slowest"]) == 10
         for loss, ours in zip(arm["losses"], ran["ours"]["losses"], strict=True):
             assert abs(loss - ours) < 2e-3 * ours
 
