@@ -23,6 +23,7 @@ from gemma_ft.kernels.flex_attention import reason_against as flex_reason_agains
 from gemma_ft.kernels.one_query import one_query, serves_one_query
 
 Attend = Callable[..., Tensor]
+FEW_SCORES = 2**24  # 64 MiB of them in float32
 
 
 class Visible:
@@ -254,6 +255,9 @@ def _on_cpu(query: Tensor) -> bool:
 def _flexes(query: Tensor) -> bool:
     if not query.is_cuda or query.shape[2] == 1 or query.dtype not in native.SUFFIXES:  # float64 is for laws
         return False
+    batch, heads, tokens, _ = query.shape
+    if not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES:
+        return False  # a prompt, read in pieces: written out sooner than compiled for its length
     return flex_reason_against(query.device, query.shape[3], query.dtype) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,20 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
     one = [parts[0][:, :, -1:], *parts[1:]]
     BACKENDS["blockwise"](*one, Visible(lambda: mask[:, :, -1:]), **options)
     assert calls == [6]
+
+
+def test_it_serves_what_is_trained_and_what_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "flex_reason_against", lambda *_: None)
+
+    def query(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+        return SimpleNamespace(is_cuda=True, shape=(1, 8, tokens, 256), dtype=dtype, device=torch.device("cuda"))
+
+    assert attention._flexes(query(64))
+    assert not attention._flexes(query(1))
+    assert not attention._flexes(query(64, torch.float64))
+    with torch.no_grad():
+        assert not attention._flexes(query(512)), "a prompt would wait for what is compiled for its length"
+        assert attention._flexes(query(4096))
 
 
 def test_a_batch_has_a_row_of_the_mask_each(monkeypatch: pytest.MonkeyPatch) -> None:
