@@ -232,7 +232,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """A model from a folder or hub id, as transformers' own method, whichever family its config.json names.
 
         Raises: UserError when a weight is missing, unexpected, untied or of another shape: nothing is silently left at
-        random; and when weights are stored in float16 and no dtype is asked for.
+        random; and for weights stored in float16, where that is not asked for by name.
         """
         if not isinstance(config, PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
@@ -253,7 +253,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
                 f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
                 "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
             )
-        if model.dtype == torch.float16 and not {"dtype", "torch_dtype"} & kwargs.keys():
+        asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if model.dtype == torch.float16 and asked not in (torch.float16, "float16"):
             raise UserError(f"{name_or_path}: stored in float16, which {FLOAT16_OVERFLOWS}; pass dtype=torch.bfloat16")
         return (model, info) if wants_info else model
 

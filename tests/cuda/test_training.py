@@ -142,10 +142,11 @@ def halved(tmp_path: Path) -> Path:
 
 
 def test_a_folder_in_float16_is_loaded_in_a_dtype_that_was_asked_for(halved: Path) -> None:
-    with pytest.raises(UserError) as raised:
-        GemmaForCausalLM.from_pretrained(halved)
     told = "stored in float16, which overflows in Gemma, whose activations pass 65504; pass dtype=torch.bfloat16"
-    assert str(raised.value) == f"{halved}: {told}"
+    for options in ({}, {"dtype": "auto"}):
+        with pytest.raises(UserError) as raised:
+            GemmaForCausalLM.from_pretrained(halved, **options)
+        assert str(raised.value) == f"{halved}: {told}"
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         assert GemmaForCausalLM.from_pretrained(halved, dtype=dtype).dtype == dtype
 
