@@ -26,6 +26,7 @@ class FixedPass(KVPass):
         self.starts: list[int] = []  # nothing in Python knows
         self.position_ids = starts_there[:, None]
         self._rows_there = torch.arange(rows, device=starts_there.device)
+        self._places = {limit: starts_there % limit for limit in set(cache.limits)}  # of the new tokens
 
     @property
     def fresh(self) -> bool:
@@ -45,7 +46,7 @@ class FixedPass(KVPass):
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values [B, K, 1, H]; returns the rows' rings [B, K, places, H]."""
-        place = self.position_ids[:, 0] % self.cache.limits[layer]
+        place = self._places[self.cache.limits[layer]]
         rings = [part[self.rows] for part in self.cache.rings[layer].parts]
         for ring, fresh in zip(rings, (key, value), strict=True):
             ring[self._rows_there, :, place] = fresh[:, :, 0].to(ring.dtype)
