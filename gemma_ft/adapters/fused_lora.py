@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.kernels import few_rows
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.few_rows import unhooked
+from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.kernels.product import times, transposed_times
 
 
@@ -36,6 +38,8 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
+        if not any(ctx.needs_input_grad) and _adds_by_itself(x, lora_a, lora_b):
+            return _with_few_rows(x, weight, state, lora_a, lora_b, scaling)
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kept for backward: a cast is small, and takes a launch on a GPU
         low = _scaled_product(x, a.T, scaling)  # [M, R]
         out = frozen_product(x, weight, state)  # [M, O]
@@ -58,6 +62,23 @@ class _FusedLora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = transposed_times(upstream, low, ctx.dtypes[1])
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _adds_by_itself(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether these are few rows on a GPU, as decoding has them, where each cast would be a launch for every token."""
+    few = x.is_cuda and 0 < len(x) <= few_rows.MOST_ROWS and gpu.serves(x) and gpu.serves(lora_a, lora_b)
+    return few and lora_a.is_contiguous() and lora_b.is_contiguous()
+
+
+def _with_few_rows(
+    x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:  # fmt: skip
+    from gemma_ft.kernels.gpu.few_rows_lora import add_lora
+
+    x = x.contiguous()
+    out = frozen_product(x, weight, state)
+    add_lora(x, lora_a, lora_b, scaling, out)
+    return out
 
 
 def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:

@@ -156,6 +156,27 @@ def test_a_whole_weight_is_that_of_bitsandbytes(
     assert torch.equal(out.cpu(), whole)
 
 
+@pytest.mark.parametrize("rank", [8, 5])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_is_added_as_the_layer_adds_it(dtype: torch.dtype, stored: torch.dtype, rank: int, device: str) -> None:
+    from gemma_ft.kernels.gpu.few_rows_lora import add_lora
+
+    if (dtype, stored) == (torch.float32, torch.bfloat16):
+        pytest.skip("an adapter is not narrower than what it is added to")
+    x, a, b = drawn(3, 1500).to(dtype), drawn(rank, 1500, seed=1).to(stored), drawn(100, rank, seed=2).to(stored)
+    base = drawn(3, 100, seed=3).to(dtype)
+    narrow = [one.to(dtype).double() for one in (a, b)]
+    low = (1.7 * (x.double() @ narrow[0].T)).to(dtype).double()
+    truth = base.double() + low @ narrow[1].T
+    given, out = [one.to(device) for one in (x, a, b)], base.to(device)
+    add_lora(*given, 1.7, out)
+    assert error(out, truth) < (2e-6 if dtype == torch.float32 else 1.05 * error(truth.to(dtype), truth) + 1e-4)
+    alone = base[1:2].to(device)
+    add_lora(given[0][1:2], *given[1:], 1.7, alone)
+    assert torch.equal(alone[0], out[1])
+
+
 def attended(
     query: Tensor, keys: Tensor, values: Tensor, held: list[int], softcap: float | None, device: str
 ) -> Tensor:  # fmt: skip
