@@ -16,7 +16,7 @@ SCRIPT = """
 import json
 from benchmarks import compiled
 found = {}
-for numbers, capability in (("bf16", 80), ("bf16", 90), ("float32", 86)):
+for numbers, capability in (("bf16", 90), ("float32", 80)):
     for kernel in compiled.kernels(compiled.NUMBERS[numbers]):
         found[f"{kernel.name}, {numbers}, sm_{capability}"] = compiled.compiled(kernel, capability)
 print(json.dumps(found))
@@ -29,7 +29,7 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) > 50
+    assert len(found) > 35
     for kernel, taken in found.items():
         assert taken["spills"] == 0, kernel
         assert 0 < taken["registers"] < 255, kernel
