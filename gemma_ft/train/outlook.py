@@ -110,10 +110,13 @@ def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
     dtype = runtime.dtype_by_name(precision)
     against = gpu.reason_against(base.device, dtype)
     rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
-    if resolve_attention(base.config._attn_implementation, base.model.numerics.attn_softcap).name == "blockwise":
+    softcap = base.model.numerics.attn_softcap
+    if resolve_attention(base.config._attn_implementation, softcap).name == "blockwise":
         against = flex_attention.reason_against(base.device, base.config.head_dim, dtype)
         if against is None:
             rows.append(("", flex_attention.fitting(base.device, base.config.head_dim, dtype).describe()))
+        elif softcap is None:
+            rows.append(("", f"attention is torch's SDPA with a mask: {against}"))
         else:
             rows.append(("", f"every score of attention is written out: {against}"))
     if precision == "bf16" and torch.cuda.get_device_capability(base.device) < gpu.CAPABILITY:

@@ -48,6 +48,10 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "every score of attention is written out: Triton is not installed"),
         ("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"),
     ]
+    uncapped = base("cuda")
+    uncapped.model.numerics.attn_softcap = None
+    told = ("", "attention is torch's SDPA with a mask: Triton is not installed")
+    assert outlook._device_rows(uncapped, "float32")[1:] == [told]
 
 
 @pytest.mark.parametrize(
