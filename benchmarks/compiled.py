@@ -93,12 +93,10 @@ def _of_decoding(numbers: str) -> Iterator[Kernel]:
 
     counts = {"inputs": "i32", "outputs": "i32", "rank": "i32", "scaling": "fp32"}
     given = {**counts, "x": numbers, "low": numbers, "a": "*fp32", "b": "*fp32", "out": numbers}
-    known = {"STEP": few_rows_lora.STEP, "BLOCK": few_rows_lora.BLOCK, "RANK": 16}
-    for name, function in (("LoRA of few rows, A", few_rows_lora._low), ("LoRA of few rows, B", few_rows_lora._add)):
-        types = {one: given[one] for one in function.arg_names if one in given}
-        constants = {one: known[one] for one in function.arg_names if one in known}
-        yield Kernel(name, function, types, constants, even=("inputs", "outputs"))
-
+    known, even = {"STEP": few_rows_lora.STEP}, ("inputs", "outputs")
+    yield Kernel("LoRA of few rows, A", few_rows_lora._low, given, known, even=even)
+    known = {"BLOCK": few_rows_lora.BLOCK, "RANK": 16}
+    yield Kernel("LoRA of few rows, B", few_rows_lora._add, given, known, even=even)
     step, warps, stages = one_query.STEPS[DTYPES[numbers]]
     parts = {**dict.fromkeys(("tops", "totals", "sums"), "*fp32"), "held": "*i64", "spans": "i32"}
     strides = ("q_b", "q_head", "k_b", "k_head", "k_place", "v_b", "v_head", "v_place")

@@ -60,10 +60,9 @@ def _attention_line(setup: Setup, shape: tuple[int, int, int], tokens: int, wind
 
     heads, kv, width = shape
     index = torch.arange(tokens, device=setup.device)
-    visible = Visible(
-        lambda: visible_keys(index, index, window_tokens=window),
-        lambda: first_visible(tokens, window_tokens=window),
-    )
+    low = first_visible(tokens, window_tokens=window, device=setup.device)
+    assert low is not None
+    visible = Visible(lambda: visible_keys(index, index, window_tokens=window), lambda: low)
     draw = torch.Generator(device=setup.device).manual_seed(0)
     query, key, value = (
         torch.randn(1, n, tokens, width, generator=draw, device=setup.device, dtype=torch.bfloat16, requires_grad=True)
@@ -73,8 +72,6 @@ def _attention_line(setup: Setup, shape: tuple[int, int, int], tokens: int, wind
     arms: dict[str, Callable[[], Tensor]] = {
         name: (lambda attend=attend: attend(query, key, value, visible, **options)) for name, attend in BACKENDS.items()
     }
-    low = first_visible(tokens, window_tokens=window, device=setup.device)
-    assert low is not None
     blocks = block_mask(low)
     for name, tiles in FLEX.items():
         arms[name] = partial(flex_attention, query, key, value, blocks, tiles=tiles, **options)

@@ -36,7 +36,7 @@ from benchmarks.tables import columns, launches
 from gemma_ft.kernels import geglu, head_rows, native, rms_norm, rotary
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 
-RANK, TOKENS, ROWS, SHOWN = 8, 32, 2, 10
+TOKENS, ROWS, SHOWN = 32, 2, 10
 FEWER, MORE = 2, 4  # layers
 SMALL = {key: size for key, size in gpu_models.TINY.items() if key not in ("num_hidden_layers", "sliding_window")}
 SIZES = {"gemma-2-2b": SMALL | {"sliding_window": 16}, "gemma-2b": SMALL | {"num_key_value_heads": 1}}
@@ -231,26 +231,10 @@ def model_of(name: str, kind: str, layers: int, *, native: bool, checkpointed: b
     model = gpu_models.base(
         config, native=native, device=torch.device("cpu"), attention=attention, quantize=kind == "qlora"
     )
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-    adapted = _our_adapter(model) if native else _stock_adapter(model)
-    gpu_models.fill(adapted, "lora_")
+    adapted = gpu_models.with_lora(model, fused=native)
     if checkpointed:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted.train()
-
-
-def _our_adapter(model: Any) -> Any:
-    from gemma_ft.adapters.lora import add_adapter
-
-    return add_adapter(model, rank=RANK, alpha=2 * RANK, dropout=0.0, targets="all-linear", rslora=False, dora=False,
-                       init="default", base="", revision=None)  # fmt: skip
-
-
-def _stock_adapter(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
 
 
 def step(model: Any, *, native: bool) -> tuple[Tensor, dict[str, Counter[tuple[str, str]]]]:
@@ -320,8 +304,10 @@ def main(arguments: list[str]) -> None:
         for kind in KINDS
     }
     print(columns(launches({"per_layer": lines})))
-    write_result("launches", also=("peft",), command="python -m benchmarks.launches", shapes=SIZES, rank=RANK,
-                 layers=[FEWER, MORE], stock_attention=STOCK_ATTENTION, per_layer=lines)  # fmt: skip
+    write_result(
+        "launches", also=("peft",), command="python -m benchmarks.launches", shapes=SIZES, rank=gpu_models.RANK,
+        layers=[FEWER, MORE], stock_attention=STOCK_ATTENTION, per_layer=lines,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
-from gemma_ft.kernels import few_rows
 from gemma_ft.kernels.decode import LinearParts
-from gemma_ft.kernels.few_rows import unhooked
+from gemma_ft.kernels.few_rows import MOST_ROWS, unhooked
 from gemma_ft.kernels.gpu import serves as gpu
 from gemma_ft.kernels.product import times, transposed_times
 
@@ -66,7 +65,7 @@ class _FusedLora(torch.autograd.Function):
 
 def _adds_by_itself(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether these are few rows on a GPU, as decoding has them, where each cast would be a launch for every token."""
-    few = x.is_cuda and 0 < len(x) <= few_rows.MOST_ROWS and gpu.serves(x) and gpu.serves(lora_a, lora_b)
+    few = x.is_cuda and 0 < len(x) <= MOST_ROWS and gpu.serves(x) and gpu.serves(lora_a, lora_b)
     return few and lora_a.is_contiguous() and lora_b.is_contiguous()
 
 

@@ -154,12 +154,11 @@ class GemmaModel(GemmaPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
         query_index = torch.arange(tokens, device=x.device) + seen
-        begins = kept(
-            partial(
-                first_of_own, tokens, key_is_real=None if attention_mask is None else attention_mask.bool(),
-                document=document_ids, device=x.device,
-            )
-        )  # fmt: skip
+
+        @kept
+        def begins() -> Tensor | None:
+            real = None if attention_mask is None else attention_mask.bool()
+            return first_of_own(tokens, key_is_real=real, document=document_ids, device=x.device)
 
         def runs(window: int | None) -> Tensor | None:
             low = begins()

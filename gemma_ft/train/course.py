@@ -19,7 +19,7 @@ from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
-from gemma_ft.plan.run import Device, multiple_for
+from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
@@ -299,8 +299,7 @@ class Course:
                 if not self.trainer.stopped:
                     self._sample(step, answers)
 
-        device: Device = "cuda" if runtime.default_device().type == "cuda" else "cpu"
-        multiple = multiple_for(device, packing=recipe.data.packing)
+        multiple = multiple_for(self.checkpointing.run.device, packing=recipe.data.packing)
         return GemmaTrainer(
             self.model,
             training_arguments(recipe, self.run.checkpoints, self.total, self.world, evaluates=held_out is not None),

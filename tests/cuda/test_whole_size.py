@@ -16,6 +16,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
+from benchmarks.gpu_models import batches
 from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.adapters.quantize import keep_trainable, quantization_config
 from gemma_ft.adapters.unpacked import keep_unpacked
@@ -112,18 +113,6 @@ def with_adapter(base: Any) -> Any:
     return model
 
 
-def packed_row(vocabulary: int, tokens: int) -> dict[str, Tensor]:
-    """One full row of three documents, half of its tokens labelled."""
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, vocabulary, (1, tokens), generator=draw)
-    sizes = (tokens // 2, tokens // 3, tokens - tokens // 2 - tokens // 3)
-    positions = torch.cat([torch.arange(size) for size in sizes])[None]
-    labels = ids.where((torch.rand(ids.shape, generator=draw) < 0.5) & (positions > 0), torch.tensor(-100))
-    row = {"input_ids": ids, "position_ids": positions, "labels": labels, "attention_mask": torch.ones_like(ids),
-           "document_ids": (positions == 0).cumsum(dim=1)}  # fmt: skip
-    return {name: one.to(DEVICE) for name, one in row.items()}
-
-
 @pytest.mark.parametrize("cut", [True, False], ids=["cut down", "whole"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.preset)
 def test_it_loads_answers_and_learns_within_its_memory(case: Case, cut: bool) -> None:
@@ -145,7 +134,8 @@ def test_it_loads_answers_and_learns_within_its_memory(case: Case, cut: bool) ->
     checkpoint_layers(model, config.num_hidden_layers)
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    row, losses = packed_row(config.vocab_size, 150 if cut else case.tokens), []
+    row = batches(config, tokens=150 if cut else case.tokens, rows=1, packed=True, steps=1, device=DEVICE)[0]
+    losses: list[float] = []
     for _ in range(2):
         loss = model.train()(**row, use_cache=False).loss
         loss.backward()
