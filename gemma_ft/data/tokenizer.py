@@ -68,7 +68,8 @@ class ContentEncoder:
         control = {name for name in added if not is_text_token(name)} | set(CONTROL_TOKENS)
         decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
         self.sha256 = hashlib.sha256(json.dumps(decides).encode()).hexdigest()  # of what makes ids of a text
-        self.control_ids = frozenset(tokenizer.get_vocab()[name] for name in control)
+        ids = tokenizer.get_vocab()  # made anew at each call, of 256,000 pieces
+        self.control_ids = frozenset(ids[name] for name in control)
         self._backend = _without(spec, control)
 
     def encode(self, text: str) -> list[int]:
