@@ -217,7 +217,10 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     """
     folder = Path(located(str(path)))
     inside = (folder / "adapter", folder / "model")
-    return tokenizers.load_tokenizer(str(next(filter(Path.is_dir, inside), folder)), revision=revision)
+    found = next(filter(Path.is_dir, inside), folder)
+    contract = Contract.read(found)
+    trained = contract.tokenizer_sha256 if contract is not None else None
+    return tokenizers.load_tokenizer(str(found), revision=revision, trained_sha256=trained)
 
 
 def _adapter_in(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ import numpy
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.counts import trained_between
 from gemma_ft.data.examples import Examples
-from gemma_ft.data.tokenizer import BYTE_PIECE
+from gemma_ft.data.tokenizer_facts import BYTE_PIECE
 
 KINDS = ("trained", "masked", "control", "control, trained", "truncated")
 DOCUMENTS_SHOWN = 3  # of an example

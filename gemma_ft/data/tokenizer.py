@@ -4,7 +4,6 @@ Gemma's turn tokens are ordinary added tokens to transformers, so neither `add_s
 `split_special_tokens=True` keeps a typed "<start_of_turn>" from becoming the token. Here nothing typed can.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,23 +13,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from gemma_ft import runtime
 from gemma_ft.data.hub import snapshot
 from gemma_ft.data.items import text_fault
+from gemma_ft.data.registered_tokens import lacks_tokens, register_tokens
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
+from gemma_ft.data.tokenizer_facts import BLANK_RUN, spells_control, tokenizer_facts
 from gemma_ft.errors import DataError, UserError, first_line
 
-# Added tokens that are text: runs of blanks and line breaks, and HTML tags. The tags are named, because "<eos>" looks
-# like one.
-BLANK_RUN = re.compile(r"[\n\t\r \u2581]+")
-HTML_TAG = re.compile(
-    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|pre|p|a|ul|ol|li"
-    r"|div|span|br|hr)/?>",
-    re.IGNORECASE,
-)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 ADDED_BY_USER = "text_tokens"  # the setting of a tokenizer that names them
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -46,11 +39,10 @@ class ControlIds:
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "ControlIds":
         """The ids of a transformers tokenizer. Raises: UserError naming the tokens that it does not have."""
-        vocabulary = tokenizer.get_vocab()
-        missing = [name for name in CONTROL_TOKENS if name not in vocabulary]
+        ids = {name: tokenizer.backend_tokenizer.token_to_id(name) for name in CONTROL_TOKENS}
+        missing = [name for name, found in ids.items() if found is None]
         if missing:
             raise UserError(f"{tokenizer.name_or_path}: not a Gemma tokenizer: it has no token {', '.join(missing)}")
-        ids = {name: vocabulary[name] for name in CONTROL_TOKENS}
         return cls(ids[PAD], ids[EOS], ids[BOS], ids[START_OF_TURN], ids[END_OF_TURN])
 
 
@@ -62,15 +54,13 @@ class ContentEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        text = set(_added_by_user(tokenizer))
-        added = {token["content"] for token in spec["added_tokens"]} - text
-        control = {name for name in added if not is_text_token(name)} | set(CONTROL_TOKENS)
-        decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
-        self.sha256 = hashlib.sha256(json.dumps(decides).encode()).hexdigest()  # of what makes ids of a text
-        ids = tokenizer.get_vocab()  # made anew at each call, of 256,000 pieces
-        self.control_ids = frozenset(ids[name] for name in control)
-        self._backend = _without(spec, control)
+        backend = tokenizer.backend_tokenizer
+        serialized = backend.to_str()
+        facts = tokenizer_facts(serialized, _added_by_user(tokenizer), runtime.cache_folder() / "tokenizers")
+        self.sha256 = facts.sha256
+        self.control_ids = frozenset(facts.control.values())
+        shared = None if facts.spelled else _sharing(backend, set(facts.control))
+        self._backend = shared or _without(json.loads(serialized), set(facts.control))
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text. Raises: DataError when the text is not valid Unicode (half a surrogate pair)."""
@@ -124,9 +114,17 @@ def pieces_of(tokenizer: Any, names: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in plain.encode_batch_fast(list(names), add_special_tokens=False)]
 
 
-def is_text_token(name: str) -> bool:
-    """Whether an added token stands for text as it is (blank runs, HTML tags), and so is no control token."""
-    return bool(BLANK_RUN.fullmatch(name) or HTML_TAG.fullmatch(name))
+def _sharing(backend: Tokenizer, control: set[str]) -> Tokenizer | None:
+    """What `_without` gives of a backend whose merges spell no control token, with the backend's own model instead of a
+    second one (seconds and 200 MB for 256,000 pieces); None where ids would shift with the tokens that are left out.
+    """
+    plain = Tokenizer(backend.model)
+    plain.normalizer, plain.pre_tokenizer, plain.decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
+    kept = [(number, token) for number, token in sorted(backend.get_added_tokens_decoder().items())
+            if token.content not in control]  # fmt: skip
+    plain.add_tokens([token for _, token in kept])
+    same = all(plain.token_to_id(token.content) == number for number, token in kept)
+    return plain if same else None
 
 
 def _without(spec: dict[str, Any], control: set[str]) -> Tokenizer:
@@ -135,23 +133,22 @@ def _without(spec: dict[str, Any], control: set[str]) -> Tokenizer:
     Merges are generated from the vocabulary, so a chain of them may spell a control token or a byte piece ("<0x0A>").
     """
     spec = {**spec, "post_processor": None, "truncation": None, "padding": None}
+    # a token's id is its place among those behind the vocabulary, so all of these are made part of the vocabulary
+    behind = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    model = {**spec["model"], "vocab": behind | spec["model"]["vocab"]}
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in control]
-    model = dict(spec["model"])
-    model["merges"] = [merge for merge in model.get("merges", []) if not _spells_control(merge, control)]
+    model["merges"] = [merge for merge in model.get("merges", []) if not spells_control(merge, control)]
     spec["model"] = model
     return Tokenizer.from_str(json.dumps(spec))
 
 
-def _spells_control(merge: str | Sequence[str], control: set[str]) -> bool:
-    piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-    return piece in control or BYTE_PIECE.fullmatch(piece) is not None
-
-
-def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, trained_sha256: str | None = None) -> Any:
     """Gemma's fast transformers tokenizer from a folder (tokenizer.json or tokenizer.model) or a hub id.
 
     It adds BOS to plain text, pads on the right, and has a chat template: its own, or ours where it has none (a base
-    model tuned on chats must not be saved without one).
+    model tuned on chats must not be saved without one). Tokens that the first conversions of Gemma 1 have in the
+    vocabulary alone are added tokens of it (`register_tokens`), unless `trained_sha256`, the ContentEncoder's sha256 of
+    a finished training, says that they were none then.
 
     Raises: UserError in one line: no such folder, no tokenizer in it, not Gemma's, gated, or not reachable.
     """
@@ -163,6 +160,8 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None) -> Any:
     except Exception as error:  # transformers raises many kinds; each becomes one line for the user
         raise UserError(f"{path_or_hub_id}: the tokenizer files cannot be read: {first_line(error)}") from error
     ControlIds.from_tokenizer(tokenizer)
+    if lacks_tokens(tokenizer) and (trained_sha256 is None or ContentEncoder(tokenizer).sha256 != trained_sha256):
+        register_tokens(tokenizer)
     tokenizer.padding_side = "right"
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template("fold")

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from gemma_ft.checkpoint import write_json
-from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
-from gemma_ft.load import Place, check_base
+from gemma_ft.load import Place, check_base, load_tokenizer
 from gemma_ft.weights import WeightFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

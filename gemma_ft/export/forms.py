@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 
 from gemma_ft.contract import Contract
-from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
 from gemma_ft.export.certificate import BeyondLimit, certify
@@ -25,7 +24,7 @@ from gemma_ft.export.merge import FACTS, merge_to_folder, verify
 from gemma_ft.export.merged import MergedWeights, merged_weights
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.export.papers import Papers
-from gemma_ft.load import Place
+from gemma_ft.load import Place, load_tokenizer
 from gemma_ft.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, folder_of, write_shards
 
 AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}

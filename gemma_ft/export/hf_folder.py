@@ -15,9 +15,9 @@ import torch
 from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.contract import Contract
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
+from gemma_ft.load import load_tokenizer
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 # A run's own folders (evaluate.run_files.RunFiles, and its loggers'), under what tells a run from other folders.

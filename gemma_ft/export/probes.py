@@ -10,9 +10,9 @@ import torch
 from gemma_ft.build_data import build_data
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.dataset import prepare
-from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.export.merged import MergedWeights
+from gemma_ft.load import load_tokenizer
 
 SYNTHETIC_TOKENS = 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_ft.data.tokenizer import BYTE_PIECE
+from gemma_ft.data.tokenizer_facts import BYTE_PIECE
 
 
 class TextStream:

