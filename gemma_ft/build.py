@@ -24,6 +24,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
 from gemma_ft.load import load_base, located, model_source
 from gemma_ft.model.config import PRESETS
+from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.paths import locate
@@ -138,7 +139,7 @@ def build_model(
         double_quant = recipe.quantize.double_quant if recipe.quantize else True
         base_of = hollow_base if hollow else load_base
         model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
-        _check_preset(model.config, recipe.model.preset, source.name)
+        check_preset(model.config.to_dict(), recipe.model.preset, source.name)
     names = recipe.model.added_tokens or []
     first = len(tokenizer) - len(names)
     if names and source is not None:
@@ -165,22 +166,3 @@ def build_model(
         base=source.name,
         revision=source.revision,
     ), source
-
-
-def _check_preset(config: Any, preset: str, name: str) -> None:
-    """Raises UserError when the weights are not of the preset's shape, and says which preset they are, if any."""
-
-    def differences(key: str) -> list[str]:
-        expected = PRESETS[key].config()
-        fields = ["model_type", *PRESETS[key].fields]
-        return [
-            f"{field} {getattr(config, field, None)}, not {getattr(expected, field)}"
-            for field in fields
-            if getattr(config, field, None) != getattr(expected, field)
-        ]
-
-    wrong = differences(preset)
-    if wrong:
-        fitting = next((key for key in PRESETS if not differences(key)), None)
-        cure = f"set model.preset: {fitting}" if fitting else "set model.preset to the size that it is"
-        raise UserError(f"model.preset: {name} is not a {preset} ({wrong[0]}); {cure}")

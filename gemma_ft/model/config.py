@@ -17,10 +17,12 @@ from transformers import AutoConfig, Gemma2Config, GemmaConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.errors import UserError, first_line
+from gemma_ft.model.config_file import other_family
+from gemma_ft.model.presets import MODEL_TYPES
 from gemma_ft.model.presets import PRESETS as PRESETS
 from gemma_ft.model.presets import Preset as Preset
 
-CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = dict(zip(MODEL_TYPES, (GemmaConfig, Gemma2Config), strict=True))
 
 # transformers reads `hidden_act` for Gemma 1 and `hidden_activation` for Gemma 2, and published files carry a legacy
 # "gelu" that means the tanh approximation: every name of a GELU is the same function here, anything else is another
@@ -52,9 +54,7 @@ class GemmaNumerics:
         Raises: UserError for a model type, activation, RoPE or attention direction that is not Gemma 1 or 2.
         """
         if config.model_type not in CONFIG_CLASSES:
-            raise UserError(
-                f"model_type {config.model_type!r} is not Gemma 1 or 2; supported: {', '.join(CONFIG_CLASSES)}"
-            )
+            raise UserError(other_family(config.model_type))
         _refuse_bad_numbers(config)
         activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "gelu")
         if activation not in GELU_NAMES:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
+
+ModelType = Literal["gemma", "gemma2"]
+MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Preset:
     defaults.
     """
 
-    model_type: Literal["gemma", "gemma2"]
+    model_type: ModelType
     weights: str  # hub id, or a folder that ships with the project
     fields: dict[str, Any]
 
