@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-real test-gpu test-ranks bench faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-real test-lowest test-gpu test-ranks bench faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -58,6 +58,18 @@ test-real: setup  ## every claim from rows to clients with the published tokeniz
 	$(BIN)/python -m tests.real.fetch $(if $(filter required,$(REAL)),--required)
 	$(OFFLINE) OMP_NUM_THREADS=1 GEMMA_FT_REAL=$(REAL) $(BIN)/python -m pytest -m real tests/real -n 2 --dist loadscope
 
+LOWEST := .venv-lowest
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt $(STAMP)
+	[ -x $(LOWEST)/bin/python ] || $(BIN)/python -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints-lowest.txt)"
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt \
+		-e '.[serve,eval,gguf]' $$(grep -E '^(pytest|pytest-xdist|hypothesis)==' constraints.txt)
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed  ## parity and artefacts with the oldest packages that pyproject.toml allows
+	$(OFFLINE) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 tests/parity tests/export
+
 # not a command of .ci: nothing of it is of use without a GPU
 test-gpu: setup  ## parity, laws, faults, kernels and the engine on a GPU, and that every arm of its benchmark begins
 	$(OFFLINE) $(BIN)/python -m pytest tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_steps.py \
@@ -97,5 +109,5 @@ tiny-base: setup  ## make the tiny Gemma anew: data, tokenizer, pretraining, dat
 	$(BIN)/python data/tiny_publish.py runs/tiny_base data/gemma-tiny
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find gemma_ft tests data -name __pycache__ -type d -prune -exec rm -rf {} +
