@@ -45,21 +45,25 @@ Item = Conversation | Document
 
 def order_fault(turns: Sequence[Turn]) -> str | None:
     """Why these turns are no conversation (None when they are): [system,] user, assistant, user, ..."""
-    for number, turn in enumerate(turns, start=1):
+    wrong = misplaced(turns)
+    return f"turn {wrong[0] + 1}: {wrong[1]}" if wrong else None
+
+
+def misplaced(turns: Sequence[Turn]) -> tuple[int, str] | None:
+    """The place, counted from 0, of the first turn that is none of a conversation where it stands, and why."""
+    for place, turn in enumerate(turns):
         if turn.role not in ROLES:
-            return f"turn {number}: unknown role {turn.role!r}; known roles: {', '.join(ROLES)}"
-    body = turns[1:] if turns and turns[0].role == "system" else turns
-    first = len(turns) - len(body) + 1
-    for offset, turn in enumerate(body):
-        expected = "user" if offset % 2 == 0 else "assistant"
+            return place, f"unknown role {turn.role!r}; known roles: {', '.join(ROLES)}"
+    first = 1 if turns and turns[0].role == "system" else 0
+    for place, turn in enumerate(turns[first:], start=first):
+        expected = "user" if (place - first) % 2 == 0 else "assistant"
         if turn.role == expected:
             continue
-        place = f"turn {first + offset}"
         if turn.role == "system":
-            return f"{place}: a system turn can only come first"
-        if offset == 0:
-            return f"{place}: a conversation starts with a user turn, got {turn.role}"
-        return f"{place}: user and assistant must alternate, got {turn.role} after {turn.role}"
+            return place, "a system turn can only come first"
+        if place == first:
+            return place, f"a conversation starts with a user turn, got {turn.role}"
+        return place, f"user and assistant must alternate, got {turn.role} after {turn.role}"
     return None
 
 

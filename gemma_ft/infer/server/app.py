@@ -20,6 +20,7 @@ from gemma_ft.infer.server.faults import ApiFault
 from gemma_ft.infer.server.gate import Gate
 from gemma_ft.infer.server.limits import Limits
 from gemma_ft.infer.server.metrics import CONTENT_TYPE
+from gemma_ft.infer.server.room import answer_room
 from gemma_ft.infer.server.scheduler import Call, Job, Scheduler
 from gemma_ft.infer.server.schema import ChatRequest, CompletionRequest, parsed
 from gemma_ft.infer.session import Session
@@ -44,7 +45,8 @@ class Service:
         self._check_model(body.model)
         turns = body.turns()
         if turns[0].role == "system" and self.session.encoder.system_policy == "error":
-            raise ApiFault(400, "messages: this model was trained without system messages and takes none")
+            text = "messages.0: this model was trained without system messages and takes none"
+            raise ApiFault(400, text, param="messages.0")
         self.scheduler.check_room(body.n)
         ids = await self._ids(lambda: self.session.chat_ids(turns), "messages")
         return await self._answer(request, body, [ids], "chat")
@@ -53,9 +55,10 @@ class Service:
         """POST /v1/completions."""
         body = parsed(CompletionRequest, await read_body(request, self.limits.body_bytes), self.limits)
         self._check_model(body.model)
-        self.scheduler.check_room(body.n * len(body.prompt))
+        self.scheduler.check_room(body.n * len(body.prompts))
         prompts = [
-            await self._ids(lambda text=text: self.session.completion_ids(text), "prompt") for text in body.prompt
+            await self._ids(lambda text=text: self.session.completion_ids(text), body.prompt_at(place))
+            for place, text in enumerate(body.prompts)
         ]
         return await self._answer(request, body, prompts, "text")
 
@@ -80,7 +83,7 @@ class Service:
     async def _answer(
         self, request: Request, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], kind: Any
     ) -> Response:
-        rooms = [self._room(len(ids), body.max_tokens) for ids in prompts]
+        rooms = [self._room(len(ids), body, body.prompt_at(place)) for place, ids in enumerate(prompts)]
         jobs = [
             Job(place * body.n + choice, ids, room, body.sampling(choice), body.stop)
             for place, (ids, room) in enumerate(zip(prompts, rooms, strict=True))
@@ -111,21 +114,15 @@ class Service:
         try:
             ids: list[int] = await asyncio.to_thread(encode)
         except UserError as error:
-            raise ApiFault(400, str(error), param=param) from None
+            raise ApiFault(400, f"{param}: {str(error).removeprefix('prompt: ')}", param=param) from None
         return ids
 
-    def _room(self, prompt_tokens: int, asked: int | None) -> int:
-        """How many tokens an answer may have. Raises: ApiFault when they do not fit behind the prompt."""
+    def _room(self, prompt_tokens: int, body: ChatRequest | CompletionRequest, prompt_at: str) -> int:
+        asked_at, asked = body.answer_tokens
         context = self.session.engine.max_seq_len
-        left = context - prompt_tokens
-        if left < (asked or 1):
-            wanted = f" and {asked} for the answer" if asked else " and leaves no room for an answer"
-            raise ApiFault(
-                400,
-                f"the prompt takes {prompt_tokens} tokens{wanted}; this model's context is {context}",
-                code="context_length_exceeded",
-            )
-        return asked or min(left, self.limits.max_tokens)
+        return answer_room(
+            prompt_tokens, asked, context=context, limits=self.limits, prompt_at=prompt_at, asked_at=asked_at
+        )
 
     def _check_model(self, name: str) -> None:
         if name not in self._names:

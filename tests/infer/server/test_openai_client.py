@@ -137,18 +137,6 @@ def test_models(client: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_the_context_is_kept(client: openai.OpenAI, session: Session) -> None:
-    context = session.engine.max_seq_len
-    with pytest.raises(openai.BadRequestError) as caught:
-        say(client, "Hello", max_tokens=context - 11)
-    assert caught.value.body["message"] == (
-        f"the prompt takes 12 tokens and {context - 11} for the answer; this model's context is {context}"
-    )
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model=MODEL, prompt="a " * context)
-    assert caught.value.code == "context_length_exceeded"
-
-
 def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, served: Served, session: Session) -> None:
     """A draw at a great temperature goes on for long; the stream is closed after its first pieces."""
     stream = say(client, "Hello", max_tokens=1500, temperature=50, seed=1, stream=True)
