@@ -14,6 +14,7 @@ from gemma_ft import __version__
 from gemma_ft.infer.escape import printable
 
 GENERATOR = f"gemma-ft {__version__}"
+LONGEST_NAME = 44  # characters of a table's first column that stay in one line in a wide window
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A data URI, and what it shows in words."""
+    """A data URI, and what it shows in words; as wide as the page, scrolled where a window is too narrow to read it."""
 
     uri: str
     alt: str
     kind: ClassVar[str] = "picture"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Small pictures side by side, or under one another where a window is narrow."""
+
+    pictures: Sequence[Picture]
+    kind: ClassVar[str] = "pictures"
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Tokens:
     kind: ClassVar[str] = "tokens"
 
 
-Block = Cards | Table | Picture | Sample | Code | Note | Tokens
+Block = Cards | Table | Picture | Pictures | Sample | Code | Note | Tokens
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,11 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """
     template = _environment().get_template("page.html.j2")
     return template.render(
-        title=title, subtitle=subtitle, sections=[one for one in sections if one.blocks], generator=GENERATOR
+        title=title,
+        subtitle=subtitle,
+        sections=[one for one in sections if one.blocks],
+        generator=GENERATOR,
+        longest_name=LONGEST_NAME,
     )
 
 

@@ -75,7 +75,7 @@ def _curves(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Block]:
         (panel("Learning rate", lambda run: run.curves["learning_rate"], "line"), 2.2),
         (panel("Canary loss per token", lambda run: run.evals["canary_loss"], "points"), 2.2),
     ]
-    drawn = [(curve_picture([one], height=height), f"{one.title} of each run by step") for one, height in pictures]
+    drawn = [(curve_picture(one, height=height), f"{one.title} of each run by step") for one, height in pictures]
     return [Picture(uri, alt) for uri, alt in drawn if uri is not None]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from gemma_ft.evaluate.report.facts import Points
 from gemma_ft.infer.escape import printable
 
+WIDE, SMALL = 9.2, 3.1  # inches: a picture as wide as the page, and one of three side by side
 MOST_POINTS = 800  # of a drawn curve
 LONG = 60  # points from which a line is drawn with its smoothed course
 LOG_FROM = 30.0  # largest over smallest value from which an axis is logarithmic
@@ -69,14 +70,12 @@ class Panel:
     logarithmic: bool = False  # where the values allow it and ask for it
 
 
-def curve_picture(panels: Sequence[Panel], *, height: float = 2.9) -> str | None:
-    """Panels side by side as a data URI; None when no curve has a point."""
-    panels = [panel for panel in panels if any(curve.points for curve in panel.curves)]
-    if not panels:
+def curve_picture(panel: Panel, *, width: float = WIDE, height: float = 2.9) -> str | None:
+    """A panel as a data URI, so many inches large; None when no curve has a point."""
+    if not any(curve.points for curve in panel.curves):
         return None
-    with _figure(len(panels), height) as (axes, uri):
-        for axis, panel in zip(axes, panels, strict=True):
-            _draw(axis, panel)
+    with _figure(width, height) as (axis, uri):
+        _draw(axis, panel)
         return uri()
 
 
@@ -84,16 +83,16 @@ def histogram_picture(
     counts: Sequence[int], bin_width: int, *, title: str, x_label: str, mark: tuple[int, str] | None = None
 ) -> str:
     """Counts of values 1..w, w+1..2w, ... as a data URI; `mark`: a value and its name, where it is near the bars."""
-    with _figure(1, 2.3) as (axes, uri):
-        axes[0].set_title(title)
+    with _figure(WIDE, 2.3) as (axis, uri):
+        axis.set_title(title)
         starts = [number * bin_width for number in range(len(counts))]
-        axes[0].bar(starts, counts, width=bin_width * 0.94, align="edge", color=COLOURS[0])
-        axes[0].set_xlabel(x_label)
-        axes[0].set_xlim(left=0)
-        axes[0].grid(axis="x", visible=False)
+        axis.bar(starts, counts, width=bin_width * 0.94, align="edge", color=COLOURS[0])
+        axis.set_xlabel(x_label)
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", visible=False)
         if mark and mark[0] <= 1.25 * bin_width * len(counts):
-            axes[0].axvline(mark[0], color=COLOURS[4], linestyle="--", linewidth=1.2, label=mark[1])
-            axes[0].legend(fontsize=8, loc="upper center" if mark[0] > 0.7 * axes[0].get_xlim()[1] else "upper right")
+            axis.axvline(mark[0], color=COLOURS[4], linestyle="--", linewidth=1.2, label=mark[1])
+            axis.legend(fontsize=8, loc="upper center" if mark[0] > 0.7 * axis.get_xlim()[1] else "upper right")
         return uri()
 
 
@@ -162,8 +161,8 @@ def _draw_curve(axis: Any, curve: Curve, *, geometric: bool) -> None:
 
 
 @contextlib.contextmanager
-def _figure(columns: int, height: float) -> Iterator[tuple[list[Any], Any]]:
-    """Axes side by side, and a function that gives the data URI of what was drawn on them."""
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """Axes in a figure of so many inches, and a function that gives the data URI of what was drawn on them."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home it cannot write to is no fault of the run
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -171,17 +170,14 @@ def _figure(columns: int, height: float) -> Iterator[tuple[list[Any], Any]]:
 
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # signs in a run's name that the font does not have
-        figure = Figure(figsize=(9.2, height))
+        figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        axes = list(figure.subplots(1, columns, squeeze=False)[0])
-        inches = 0.55 / 9.2
-        figure.subplots_adjust(
-            left=inches, right=0.99, top=1 - 0.3 / height, bottom=0.48 / height, wspace=0.12 + 0.06 * columns
-        )
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.7 / width, right=1 - 0.09 / width, top=1 - 0.3 / height, bottom=0.48 / height)
 
         def uri() -> str:
             stream = io.BytesIO()
             figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
             return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
-        yield axes, uri
+        yield axis, uri

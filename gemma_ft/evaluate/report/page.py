@@ -11,8 +11,20 @@ from gemma_ft.checkpoint import replace_text
 from gemma_ft.data.dataset import DataStats
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.figures import NOTHING, count, duration, gib, is_figure, number, percent
-from gemma_ft.evaluate.report.blocks import GENERATOR, Block, Cards, Code, Note, Picture, Sample, Section, Table, render
-from gemma_ft.evaluate.report.curves import Curve, Panel, curve_picture, histogram_picture
+from gemma_ft.evaluate.report.blocks import (
+    GENERATOR,
+    Block,
+    Cards,
+    Code,
+    Note,
+    Picture,
+    Pictures,
+    Sample,
+    Section,
+    Table,
+    render,
+)
+from gemma_ft.evaluate.report.curves import SMALL, Curve, Panel, curve_picture, histogram_picture
 from gemma_ft.evaluate.report.facts import RunFacts, read_run
 from gemma_ft.evaluate.report.results import certificate_blocks, evaluation_blocks
 
@@ -97,21 +109,16 @@ def signed(value: Any) -> str:
 
 def _curve_blocks(run: RunFacts) -> list[Block]:
     loss = [Curve("training", run.curves["loss"]), Curve("held-out", run.evals["eval_loss"], "points", 1)]
-    pictures = [
-        (curve_picture([Panel("Loss per token", loss, logarithmic=True)]), "Loss per token by step"),
-        (
-            curve_picture(
-                [
-                    Panel("Learning rate", [Curve("", run.curves["learning_rate"], "line")]),
-                    Panel("Gradient norm", [Curve("", run.curves["grad_norm"])], logarithmic=True),
-                    Panel("Tokens per second", [Curve("", run.curves["tokens_per_second"])]),
-                ],
-                height=2.3,
-            ),
-            "Learning rate, gradient norm and tokens per second by step",
-        ),
+    wide = curve_picture(Panel("Loss per token", loss, logarithmic=True))
+    panels = [
+        Panel("Learning rate", [Curve("", run.curves["learning_rate"], "line")]),
+        Panel("Gradient norm", [Curve("", run.curves["grad_norm"])], logarithmic=True),
+        Panel("Tokens per second", [Curve("", run.curves["tokens_per_second"])]),
     ]
-    return [Picture(uri, alt) for uri, alt in pictures if uri is not None]
+    drawn = [(curve_picture(one, width=SMALL, height=2.3), f"{one.title} by step") for one in panels]
+    small = [Picture(uri, alt) for uri, alt in drawn if uri is not None]
+    blocks: list[Block] = [Picture(wide, "Loss per token by step")] if wide is not None else []
+    return [*blocks, Pictures(small)] if small else blocks
 
 
 def _forgetting_blocks(run: RunFacts) -> list[Block]:
@@ -134,7 +141,7 @@ def _forgetting_blocks(run: RunFacts) -> list[Block]:
             Curve("trained", run.evals["canary_loss"], "points", 1),
             Curve("base", run.evals["canary_base_loss"], "dashed", 0),
         ]
-        uri = curve_picture([Panel("Canary loss per token", curves)], height=2.3)
+        uri = curve_picture(Panel("Canary loss per token", curves), height=2.3)
         blocks += [Picture(uri, "Canary loss by step")] if uri is not None else []
     return blocks
 
