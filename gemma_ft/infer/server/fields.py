@@ -2,7 +2,7 @@
 and llama.cpp's, whose words clients send to any server.
 
 A tuple holds values: these ask for nothing, every other value is refused. A type: whatever its value of that type, the
-field changes no text here. `float` is any number.
+field changes no text here. `float` is any number, `object` anything.
 
 Source: openai 3.57's types of request parameters; vLLM's vllm/entrypoints/openai/*/protocol.py; llama.cpp's
 tools/server/server-schema.cpp.
@@ -27,7 +27,7 @@ OPENAI: Table = {
     "metadata": dict,
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "logit_bias": ({},),
+    "logit_bias": ({}, []),  # llama.cpp's form is a list
     "logprobs": (False,),
     "top_logprobs": (0,),
     "tools": ([],),
@@ -130,9 +130,9 @@ IN_CHATS: Table = {**LLAMA_CPP, **VLLM, **OPENAI, "add_special_tokens": (False,)
 IN_COMPLETIONS: Table = {**LLAMA_CPP, **VLLM, **OPENAI, "add_special_tokens": (True,)}
 IN_STREAM_OPTIONS: Table = {"include_obfuscation": bool, "continuous_usage_stats": (False,)}
 IN_MESSAGES: Table = {
-    "id": str,
     "cache_control": dict,
-    "provider_specific_fields": dict,  # what a client's library noted of an answer
+    # what clients note of a message, and of an answer that they send back
+    **dict.fromkeys(("id", "timestamp", "created_at", "finish_reason", "usage", "provider_specific_fields"), object),
     "name": ("",),
     "tool_calls": ([],),
     "tool_call_id": ("",),
@@ -149,7 +149,7 @@ IN_MESSAGES: Table = {
     "partial": (False,),
 }
 IN_TEXT_PARTS: Table = {
-    "id": str,
+    "id": object,
     "cache_control": dict,
     "prompt_cache_breakpoint": dict,
     "annotations": ([],),
@@ -168,6 +168,8 @@ AS_ABSENT: Mapping[str, tuple[Any, ...]] = {
 
 def refusal(value: Any, harmless: Harmless) -> str | None:
     """Why a field that is not done cannot be taken with this value, not null; None where it asks for nothing."""
+    if harmless is object:
+        return None
     if isinstance(harmless, type):
         of_type = isinstance(value, int | float) if harmless is float else isinstance(value, harmless)
         right = of_type and (harmless is bool) == isinstance(value, bool)

@@ -136,6 +136,22 @@ CLIENTS: dict[str, dict[str, Any]] = {
         "stream": True, "stream_options": {"include_usage": True}, "seed": -1, "stop": ["###"], "top_k": 40,
         "min_p": 0.0, "max_tokens": 128, "frequency_penalty": 0, "logit_bias": None,
     },
+    "LangChain.js in n8n": {
+        "temperature": 0.7, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "stream": True,
+        "max_tokens": -1, "stream_options": {"include_usage": True}, "user": "n8n", "stop": None,
+    },
+    "SillyTavern": {
+        "stream": True, "temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "tfs_z": 1,
+        "repeat_penalty": 1, "repeat_last_n": 0, "mirostat": 0, "mirostat_tau": 5, "mirostat_eta": 0.1,
+        "dry_multiplier": 0, "dry_base": 1.75, "dry_sequence_breakers": ["\n", ":"], "logit_bias": [], "grammar": "",
+        "cache_prompt": True, "samplers": [], "seed": -1, "ignore_eos": False, "n_probs": 0, "min_keep": 0,
+    },
+    "Cline": {
+        "messages": [{"role": "user", "content": parts("Hello", cache_control={"type": "ephemeral"})}],
+        "temperature": 0, "max_tokens": -1, "stream": True, "stream_options": {"include_usage": True},
+    },
+    "pydantic-ai": {"stream": False, "tool_choice": "none", "tools": [], "parallel_tool_calls": None, "top_p": None},
+    "Dify": {"stream": True, "temperature": 0.3, "user": "cdc1", "stop": [], "response_format": {"type": "text"}},
     "continue": {
         "max_tokens": 64, "temperature": 0, "stream": True, "presence_penalty": None, "prediction": None,
         "tools": None, "parallel_tool_calls": False,
@@ -160,6 +176,14 @@ def test_what_clients_always_send_is_taken(client: str) -> None:
         {"role": "assistant", "content": "Hi", "refusal": None, "annotations": [], "audio": None, "tool_calls": []},
         {"role": "assistant", "content": "Hi", "provider_specific_fields": {"refusal": None}, "thinking_blocks": []},
         {"role": "assistant", "content": parts("Hi", annotations=[]), "reasoning": "", "reasoning_details": []},
+        {
+            "role": "assistant",
+            "content": "Hi",
+            "id": 1947,
+            "finish_reason": "stop",
+            "timestamp": 1.5,
+            "usage": {"a": 1},
+        },
         {"role": "assistant", "content": "Hi", "prefix": False, "cache_control": {"type": "ephemeral"}, "name": ""},
     ],
 )

@@ -283,7 +283,8 @@ def test_no_system_message_where_none_was_trained(session: Session) -> None:
     with serving(strict) as served:
         reply = served.chat(messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}])
         assert reply.status == 400
-        assert reply.error["message"] == "messages: this model was trained without system messages and takes none"
+        assert reply.error["message"] == "messages.0: this model was trained without system messages and takes none"
+        assert reply.error["param"] == "messages.0"
 
 
 @pytest.mark.parametrize(
