@@ -22,7 +22,7 @@ from gemma_ft.data.preview_console import show
 from gemma_ft.data.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import hollow_base
-from gemma_ft.load import load_base, located, model_source
+from gemma_ft.load import load_base, located_rows, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -67,22 +67,22 @@ def check_apart(recipe: Recipe, place: Path, *, named: str, cure: str) -> None:
     folder that is a source.
     """
     for source in sources_of(recipe):
-        folder = Path(located(source.path))
+        folder = Path(located_rows(source.path))
         if os.path.isdir(folder) and place.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{named}: lies in {source.path}, whose files are all read as rows; {cure}")
 
 
-def _files_of(path: str) -> list[DataFile]:
+def _files_of(source: Rows) -> list[DataFile]:
     """The files of this machine that a source stands for; none where it is to be refused when it is read."""
     try:
-        return [file for file in files_at(located(path)) or () if not file.remote]
+        return [file for file in files_at(located_rows(source.path), source.split) or () if not file.remote]
     except UserError:
         return []
 
 
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
-    rows = [file.name for source in sources_of(recipe) for file in _files_of(source.path)]
+    rows = [file.name for source in sources_of(recipe) for file in _files_of(source)]
     names = [*rows, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
     return [str(found) for name in names if name is not None and (found := locate(name)) is not None]
 

@@ -11,11 +11,12 @@ from gemma_ft.data.cache import Cache, Reading
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chunks import Chunk
 from gemma_ft.data.documents import Documents
+from gemma_ft.data.files import find_files
 from gemma_ft.data.formats import check_format, detect_format
 from gemma_ft.data.items import Item
 from gemma_ft.data.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
-from gemma_ft.load import located
+from gemma_ft.load import located_rows
 from gemma_ft.recipe.schema import Data, Source
 
 Progress = Callable[[int], None]
@@ -23,12 +24,14 @@ Progress = Callable[[int], None]
 
 def chunks_of(source: Source, *, streaming: bool = False) -> Iterator[Chunk]:
     """The rows of one source, unparsed. Raises: DataError when it cannot be read."""
-    return read_chunks(located(source.path), split=source.split, revision=source.revision, streaming=streaming)
+    return read_chunks(located_rows(source.path), split=source.split, revision=source.revision, streaming=streaming)
 
 
 @dataclass(frozen=True)
 class Described:
-    """How the rows of a source are read, why, and the fields of its first row."""
+    """How the rows of a source are read, why (and of which split, where its files name any), and the fields of its
+    first row.
+    """
 
     source: Source
     reading: Reading
@@ -59,7 +62,9 @@ def described(source: Source, data: Data, encoder: ChatEncoder, train: Described
     if form == "auto":
         form, why = detect_format(rows, columns)
     check_format(form, columns)
-    return Described(source, Reading(form, columns, encoder), why, fields)
+    files = find_files(located_rows(source.path), source.split)
+    splits = f"; {files.told}" if files is not None and files.told else ""
+    return Described(source, Reading(form, columns, encoder), why + splits, fields)
 
 
 def _named(source: Source, data: Data) -> tuple[str, dict[str, str]]:
@@ -133,7 +138,7 @@ def _first_rows(source: Source, *, streaming: bool) -> list[Row]:
         if rows:
             return rows
     bad.raise_if_any()
-    raise DataError(f"{located(source.path)}: holds no rows")
+    raise DataError(f"{located_rows(source.path)}: holds no rows")
 
 
 def _settle(bad: BadRows, rows: int, data: Data, skipped: BadRows) -> None:

@@ -10,7 +10,7 @@ from gemma_ft.data.files import files_at
 from gemma_ft.data.items import Item
 from gemma_ft.data.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.streamed import StreamedExamples
-from gemma_ft.load import located
+from gemma_ft.load import located_rows
 from gemma_ft.recipe.schema import Recipe, Source
 
 
@@ -44,7 +44,7 @@ def _bytes_of(source: Source) -> int | None:
     """The size of a source, where its files tell. Sources without weights are read at such rates that they end
     together; where one size is unknown, all alike.
     """
-    sizes = [file.bytes for file in files_at(located(source.path)) or ()]
+    sizes = [file.bytes for file in files_at(located_rows(source.path), source.split) or ()]
     return sum(size or 0 for size in sizes) if sizes and None not in sizes else None
 
 

@@ -18,10 +18,10 @@ from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
-from gemma_ft.errors import UserError, first_line
+from gemma_ft.errors import DataError, UserError, first_line
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
-from gemma_ft.recipe.paths import locate
+from gemma_ft.recipe.paths import locate, shipped_root
 from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
@@ -33,6 +33,18 @@ def located(name: str) -> str:
     id.
     """
     found = locate(name)
+    return str(found) if found is not None else name
+
+
+def located_rows(name: str) -> str:
+    """As `located`, for rows: of what ships with the project a file, and never a folder, which was not meant.
+
+    Raises: DataError when there is such a folder and nothing of that name here.
+    """
+    found = locate(name)
+    here = found is not None and (found == Path(name) or not found.is_relative_to(shipped_root()))
+    if found is not None and found.is_dir() and not here:
+        raise DataError(f"{name}: no such folder here; paths count from the current directory")
     return str(found) if found is not None else name
 
 

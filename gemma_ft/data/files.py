@@ -8,16 +8,27 @@ import glob
 import gzip
 import io
 import os
+import posixpath
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from gemma_ft.data.splits import ALL, DEFAULT, NO_ROWS, Choice, Folder, choose, choose_whole, rows_in
 from gemma_ft.errors import DataError, first_line
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+TABLES = (".parquet", ".arrow")  # of them those that are no text
 COMPRESSED = (".gz", ".zst")
+_CURES = {
+    "a spreadsheet; save its sheet as CSV (UTF-8)": (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
+    "an archive; unpack it, and name the folder": (".zip", ".tar", ".tgz", ".7z", ".rar"),
+    "compressed in a way that is not read; unpack it, or compress it with gzip or zstd": (".bz2", ".xz", ".lz4", ".br"),
+    "a pickle, which runs code when it is opened; write its rows as .jsonl or .parquet": (".pkl", ".pickle", ".pt"),
+    "a database; write its rows as .jsonl or .parquet": (".db", ".sqlite", ".sqlite3", ".duckdb"),
+}
+OTHER_KINDS = {suffix: cure for cure, suffixes in _CURES.items() for suffix in suffixes}
 PATTERN = frozenset("*?[")
 
 
@@ -55,21 +66,39 @@ class DataFile:
             raise DataError(f"{self.name}: cannot be read: {why}") from error
 
 
-def files_at(source: str) -> list[DataFile] | None:
+@dataclass(frozen=True)
+class Found:
+    """The files of a source, and what is to be told of the splits in its folder ("": nothing)."""
+
+    files: list[DataFile]
+    told: str = ""
+
+
+def files_at(source: str, split: str = DEFAULT) -> list[DataFile] | None:
     """The files that a path, folder, pattern or URL stands for, by name; None when it can be none of them.
 
-    Raises: DataError for a folder or pattern without a file of rows, or a file of another kind.
+    Of a folder whose files name splits (gemma_ft.data.splits) those of one; "folder:config" where its card has several
+    configurations. Raises: DataError for a folder or pattern without a file of rows, or a file of another kind.
     """
+    found = find_files(source, split)
+    return None if found is None else found.files
+
+
+def find_files(source: str, split: str = DEFAULT) -> Found | None:
+    """As `files_at`, with what is to be told."""
     if "://" in source:
-        return _remote_files(source)
-    path = Path(source)
+        return _remote_files(source, split)
+    path, (place, _, config) = Path(source), source.rpartition(":")
     if os.path.isdir(path):  # Path's own raise where a folder may not be entered, or a name is too long
-        return _some(source, sorted(_names_in(path)), "the folder")
+        return _in_folder(source, path, split)
     if os.path.isfile(path):
-        return [_one(source)]
+        return _single(source, split)
+    if config and os.path.isdir(place):
+        return _in_folder(place, Path(place), split, config)
     if PATTERN & set(source):
-        names = sorted(name for name in glob.glob(source, recursive=True) if os.path.isfile(name))
-        return _some(source, [name for name in names if kind_of_file(name)], "the pattern")
+        names = [name for name in glob.glob(source, recursive=True) if os.path.isfile(name)]
+        chosen = _matched(source, names, split)
+        return Found(_some(source, chosen.names, "the pattern"), chosen.told)
     return None
 
 
@@ -79,6 +108,10 @@ def kind_of_file(name: str) -> tuple[str, str] | None:
     compression = path.suffix if path.suffix in COMPRESSED else ""
     suffix = path.with_suffix("").suffix if compression else path.suffix
     return (suffix, compression) if suffix in SUFFIXES else None
+
+
+def _is_rows(name: str) -> bool:
+    return kind_of_file(name) is not None
 
 
 def known_kinds() -> str:
@@ -102,15 +135,71 @@ def did_you_mean(source: str) -> str:
     return f"; did you mean {similar!r}?" if similar else ""
 
 
-def _names_in(folder: Path) -> Iterator[str]:
-    """The files of rows below a folder; what begins with a dot is not meant, as in a pattern."""
+def _in_folder(source: str, path: Path, split: str, config: str | None = None) -> Found:
+    path = _snapshot_in(path)
+    names = [name.relative_to(path).as_posix() for name in _names_in(path)]
+    folder = Folder(names, lambda name: _bytes_of(path / name))
+    rows = rows_in(folder, _is_rows)
+    chosen = choose(source, folder, rows, split, config) if rows else None
+    names = [str(path / name) for name in chosen.names] if chosen else []
+    return Found(_some(source, names, "the folder"), chosen.told if chosen else "")
+
+
+def _matched(source: str, names: Sequence[str], split: str) -> Choice:
+    """The files of rows that a pattern matched: all of them, unless the source names another split than the default."""
+    start = os.path.dirname(source[: min(at for one in PATTERN if (at := source.find(one)) >= 0)])
+    start = f"{start.rstrip('/')}/" if start else ""
+    rows = sorted(
+        name.removeprefix(start) for name in names if _is_rows(name) and posixpath.basename(name) not in NO_ROWS
+    )
+    chosen = (
+        choose_whole(rows)
+        if split == DEFAULT or not rows
+        else choose(source, Folder(rows, _no_bytes), rows, split, None)
+    )
+    return Choice([start + name for name in chosen.names], chosen.told)
+
+
+def _no_bytes(name: str) -> bytes:
+    return b""
+
+
+def _single(source: str, split: str, *, remote: bool = False) -> Found:
+    if split not in (DEFAULT, ALL):
+        raise DataError(f"{source}: no split {split!r} in one file; leave the source's split out")
+    return Found([_one(source, remote=remote)])
+
+
+def _snapshot_in(path: Path) -> Path:
+    """The folder itself; of a data set's folder in the hub's cache the snapshot of its main branch."""
+    snapshots, main = path / "snapshots", path / "refs" / "main"
+    if not (os.path.isdir(snapshots) and os.path.isdir(path / "blobs")):
+        return path
+    found = sorted(one.name for one in snapshots.iterdir())
+    name = _bytes_of(main).decode().strip() if os.path.isfile(main) else None
+    if name is None and len(found) == 1:
+        (name,) = found
+    if name not in found:
+        raise DataError(f"{path}: is a folder of the hub's cache; name one of its snapshots: {', '.join(found)}")
+    return snapshots / name
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _names_in(folder: Path) -> Iterator[Path]:
+    """The files below a folder; what begins with a dot is not meant, as in a pattern."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (str(Path(place, name)) for name in names if not name.startswith(".") and kind_of_file(name))
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _similar_name(path: Path) -> str | None:
@@ -131,6 +220,9 @@ def _one(name: str, *, remote: bool = False) -> DataFile:
     kind = kind_of_file(name)
     if kind is None:
         suffix = Path(name).suffix.lower() or "no suffix"
+        held = Path(Path(name.lower()).stem).suffix if suffix in COMPRESSED else suffix
+        if held in OTHER_KINDS:
+            raise DataError(f"{name}: is {OTHER_KINDS[held]}")
         raise DataError(f"{name}: cannot tell the file type from {suffix!r}; use {known_kinds()}")
     return DataFile(name, *kind, remote=remote)
 
@@ -151,19 +243,24 @@ def _remote(name: str) -> Any:
     return fsspec.open(name, "rb").open()
 
 
-def _remote_files(source: str) -> list[DataFile]:
-    """The files behind a URL that fsspec knows; a pattern or a folder stands for all in it."""
+def _remote_files(source: str, split: str) -> Found:
+    """The files behind a URL that fsspec knows; a pattern or a folder stands for all in it, of a folder the split."""
     import fsspec
 
     scheme = source.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(source)
         if PATTERN & set(path):
-            names = [name for name in system.glob(path) if kind_of_file(name)]
+            folder, chosen = "", _matched(path, [name for name in system.glob(path) if kind_of_file(name)], split)
         elif system.isdir(path):
-            names = [name for name in system.find(path) if kind_of_file(name)]
+            folder = path.rstrip("/")
+            names = [name.removeprefix(f"{folder}/") for name in system.find(path)]
+            names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+            below = Folder(names, lambda name: system.cat_file(f"{folder}/{name}"))
+            rows = rows_in(below, _is_rows)
+            chosen = choose(source, below, rows, split, None) if rows else Choice([])
         elif system.exists(path):
-            return [_one(source, remote=True)]
+            return _single(source, split, remote=True)
         else:
             raise DataError(f"{source}: no such file")
     except DataError:
@@ -172,6 +269,7 @@ def _remote_files(source: str) -> list[DataFile]:
         raise DataError(f"{source}: {scheme}:// needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:  # each file system has its own: no access, no network, no such bucket
         raise DataError(f"{source}: cannot be read: {first_line(error, kind=True)}") from error
-    if not names:
+    if not chosen.names:
         raise DataError(f"{source}: holds no file of rows ({known_kinds()})")
-    return [_one(system.unstrip_protocol(name), remote=True) for name in sorted(names)]
+    names = [posixpath.join(folder, name) for name in chosen.names]
+    return Found([_one(system.unstrip_protocol(name), remote=True) for name in names], chosen.told)

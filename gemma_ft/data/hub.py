@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_ft.data.splits import missing_shards
 from gemma_ft.errors import DataError, UserError, first_line
 
 CONNECT_SECONDS = 10
@@ -90,8 +91,8 @@ def snapshot(name: str, *, revision: str | None, **wanted: Any) -> Path:
 def read_hub_records(
     source: str, *, split: str, revision: str | None, streaming: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The rows of "owner/name" or "owner/name:config" on the hub, or in its local cache. `streaming`: where the hub
-    answers, they come one by one and are not put into the cache.
+    """The rows of "owner/name" or "owner/name:config" on the hub, or without it in its local cache. `streaming`: they
+    come one by one and are not put into the cache.
 
     Raises: DataError in one line: what is missing, and what to set.
     """
@@ -101,11 +102,63 @@ def read_hub_records(
     name, _, config = source.partition(":")
     try:
         ask_or_go_offline()
-        more = {"streaming": True} if streaming and not is_offline_mode() else {}
-        table = datasets.load_dataset(name, config or None, split=split, revision=revision, **more)
+        if is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
+            table = _cached(name, config or None, split, revision, streaming=streaming)
+        else:
+            more = {"streaming": True} if streaming else {}
+            table = datasets.load_dataset(name, config or None, split=split, revision=revision, **more)
         yield from map(dict, table)  # of a stream each one may fail
+    except DataError:
+        raise
     except Exception as error:  # the library raises many kinds; each becomes one line for the user
         raise DataError(_hub_fault(error, source, name, split, revision)) from error
+
+
+def _cached(name: str, config: str | None, split: str, revision: str | None, *, streaming: bool) -> Any:
+    """The data set as it lies on this machine: a snapshot in the hub's cache, which is that of the revision, else what
+    `datasets` has prepared in its own.
+
+    Source: huggingface_hub 2.4.0 snapshot_download; datasets 5.2.0 load.CachedDatasetModuleFactory, which knows nothing
+    of the first and takes the newest of the second, of whatever revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    kept: Exception | None = None  # raised outside of `except`: causes are read for what to tell
+    try:
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        return _of_snapshot(name, Path(folder), config, split, streaming=streaming)
+    except (LocalEntryNotFoundError, FileNotFoundError):  # none, or without rows: its card alone, say
+        pass
+    except Exception as error:
+        kept = error
+    try:
+        return _prepared(name, config, split, revision)
+    except Exception as error:
+        kept = kept or error
+    raise kept
+
+
+def _of_snapshot(name: str, folder: Path, config: str | None, split: str, *, streaming: bool) -> Any:
+    import datasets
+
+    of_split = datasets.load_dataset_builder(str(folder), config).config.data_files or {}
+    short = missing_shards(of_split.get(split.partition("[")[0], ()))
+    if short:
+        raise DataError(f"{name}: the local cache holds only {short.replace(f'{folder}/', '')}; download the rest")
+    return datasets.load_dataset(str(folder), config, split=split, streaming=streaming)
+
+
+def _prepared(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
+    table = datasets.load_dataset(name, config, split=split, revision=revision)
+    files = " ".join(table.info.download_checksums or ())
+    commits = set(re.findall(rf"hf://datasets/{re.escape(name)}@([0-9a-f]{{40}})/", files))
+    if revision not in (None, "main") and not all(one.startswith(str(revision)) for one in commits):
+        (known, *_) = sorted(commits)
+        raise DataError(f"{name}: revision {revision!r} is not in the local cache, which has {known}; connect once")
+    return table
 
 
 def _hub_fault(error: Exception, source: str, name: str, split: str, revision: str | None) -> str:

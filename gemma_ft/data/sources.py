@@ -4,7 +4,6 @@ Defined behaviour: UTF-8, with or without a byte order mark; CRLF and LF line en
 not UTF-8, or not one object per row, is refused with its line.
 """
 
-import csv
 import io
 import re
 from collections.abc import Iterator
@@ -13,15 +12,17 @@ from typing import Any, cast
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.chunks import Chunk, line_chunks, read_lines, row_chunks
-from gemma_ft.data.files import DataFile, did_you_mean, files_at, looks_mistyped
+from gemma_ft.data.files import TABLES, DataFile, did_you_mean, files_at, looks_mistyped
 from gemma_ft.data.hub import read_hub_records
-from gemma_ft.data.json_rows import MAX_ROW_BYTES, objects_in
-from gemma_ft.errors import DataError, first_line
+from gemma_ft.data.json_rows import begins_a_document, holds_a_list, objects_in
+from gemma_ft.data.tables import csv_rows, table_rows
+from gemma_ft.errors import DataError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-PARQUET_ROWS = 1024  # decoded at a time
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs"
+HEAD_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Row:
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> list[Row]:
-    """All rows of a source, in order: of a file (.jsonl, .json, .csv, .parquet, .txt as one row; .gz and .zst of them),
-    of all files in a folder or that fit a pattern, on this machine or behind a URL such as s3://, or of a hub data set.
+    """All rows of a source, in order: of a file (see gemma_ft.data.files; .txt is one row), of all files in a folder or
+    that fit a pattern, on this machine or behind a URL such as s3://, or of a hub data set.
 
-    A hub data set is "owner/name", or "owner/name:config" where it has several; `split` and `revision` are its own.
+    A hub data set is "owner/name", or "owner/name:config" where it has several; `split` is also that of a folder whose
+    files name splits, `revision` the hub's.
 
     Raises: DataError naming file and line of up to five bad rows, or saying why the source cannot be read.
     """
@@ -61,7 +63,7 @@ def read_chunks(
 
     Raises: DataError for what cannot be read; rows that hold no object are found by whoever opens the chunk.
     """
-    files = files_at(source)
+    files = files_at(source, split)
     if files is not None:
         for file in files:
             yield from _file_chunks(file)
@@ -74,39 +76,43 @@ def read_chunks(
 
 def _file_chunks(file: DataFile) -> Iterator[Chunk]:
     with file.open() as opened:
-        if file.suffix == ".parquet":
-            yield from row_chunks(file.name, _parquet_rows(file, opened), unit="row ")
-            return
         lines = io.BufferedReader(cast(Any, opened)) if not hasattr(opened, "peek") else opened
-        head = lines.peek(len(UTF8_MARK))[: len(UTF8_MARK)]
+        head = lines.peek(HEAD_BYTES)[:HEAD_BYTES]
+        if head.startswith(LFS_POINTER):
+            raise DataError(f"{file.name}: is a pointer of Git LFS, not the file; fetch it (git lfs pull)")
+        if file.suffix in TABLES:
+            yield from row_chunks(file.name, table_rows(file, lines), unit="row ")
+            return
         if head.startswith(UTF16_MARKS):
             raise DataError(f"{file.name}: is UTF-16; save it as UTF-8")
-        if head == UTF8_MARK:
+        if head.startswith(UTF8_MARK):
             lines.read(len(UTF8_MARK))
-        if file.suffix == ".jsonl":
+        if file.suffix in (".jsonl", ".ndjson") and not begins_a_document(head.removeprefix(UTF8_MARK)):
             yield from line_chunks(file.name, read_lines(lines))
             return
         data = lines.read()
-    if file.suffix == ".json":
+    if file.suffix in (".json", ".jsonl", ".ndjson"):
         yield from _json_chunks(file.name, data)
         return
     text = _decode(file.name, data)
-    if file.suffix == ".csv":
-        yield from row_chunks(file.name, _csv_rows(file.name, text))
+    if file.suffix in (".csv", ".tsv"):
+        yield from row_chunks(file.name, csv_rows(file.name, text, tabs=file.suffix == ".tsv"))
         return
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     yield from row_chunks(file.name, [(1, {"text": text})] if text.strip() else [])
 
 
 def _json_chunks(source: str, data: bytes) -> Iterator[Chunk]:
-    """A list of objects; or, as many .json files are, one object per line."""
+    """A list of objects; one object per line, as many .json files have them; objects one after another over several
+    lines, a single one among them; or an object around a list of objects.
+    """
     text = _decode(source, data)
-    first_line = text.lstrip().partition("\n")[0].rstrip()
-    if first_line.startswith("{") and first_line.endswith("}"):
+    first, _, rest = text.strip().partition("\n")
+    if first.startswith("{") and first.rstrip().endswith("}") and (rest or not holds_a_list(text)):
         return line_chunks(source, data.split(b"\n"))
-    if first_line and not first_line.startswith("["):
+    if first and first[0] not in "[{":
         raise DataError(f"{source}: expected a list of objects, or one object per line")
-    return row_chunks(source, objects_in(source, text) if first_line else [])
+    return row_chunks(source, objects_in(source, text) if first else [])
 
 
 def _decode(source: str, data: bytes) -> str:
@@ -116,46 +122,3 @@ def _decode(source: str, data: bytes) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         reason = f"not valid UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"
         raise DataError(f"{source}:{line}: {reason}") from error
-
-
-def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(first line, fields, or why there are none) of comma-separated rows under a header line; quoted fields may hold
-    line breaks.
-    """
-    before = csv.field_size_limit(MAX_ROW_BYTES)  # a setting of the whole process: given back below
-    try:
-        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        yield from _under_header(source, rows)
-    except csv.Error as error:
-        raise DataError(f"{source}:{rows.line_num}: not valid CSV: {error}") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _under_header(source: str, rows: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    header: list[str] = next((row for row in rows if len(row) > 1 or "".join(row).strip()), [])
-    if len(set(header)) < len(header) or not all(name.strip() for name in header):
-        named, line = ", ".join(header), rows.line_num or 1
-        raise DataError(f"{source}:{line}: the header needs one distinct name for each column, got {named}")
-    line = rows.line_num + 1
-    for cells in rows:
-        if len(cells) == len(header):
-            yield line, dict(zip(header, cells, strict=True))
-        elif cells:
-            yield line, f"has {len(cells)} cells, the header has {len(header)}"
-        line = rows.line_num + 1
-
-
-def _parquet_rows(file: DataFile, opened: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow.parquet
-
-    number = 0
-    whole = opened if not file.compression else io.BytesIO(opened.read())  # parquet is read from its end
-    try:
-        with pyarrow.parquet.ParquetFile(whole) as table:
-            for batch in table.iter_batches(PARQUET_ROWS):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file.name}: cannot be read as parquet: {first_line(error)}") from error

@@ -20,7 +20,7 @@ from gemma_ft.data.items import Conversation, Document
 from gemma_ft.data.sources import read_rows
 from gemma_ft.errors import DataError
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.load import located
+from gemma_ft.load import located_rows
 
 ROWS, TOKENS = 32, 128  # so few and so short that they may be scored at every interval
 TOLERATED = 0.1  # nats per token that the canary loss may rise without a word
@@ -41,7 +41,7 @@ def build_canary(source: str, encoder: ChatEncoder, *, batch_size: int) -> Canar
 
     Raises: DataError naming file and line, or saying that no answer begins within the limit.
     """
-    items = parse_rows(read_rows(located(source)))[:ROWS]
+    items = parse_rows(read_rows(located_rows(source)))[:ROWS]
     encoded = encoder.encode_many([item for item in items if isinstance(item, Conversation)])
     encoded += encoder.encode_documents([item for item in items if isinstance(item, Document)])
     examples = [_cut(one) for one in encoded if any(label != IGNORE for label in one.labels[:TOKENS])]

@@ -31,9 +31,9 @@ class Source(Section):
     """Rows that lie together. In a recipe a source may also be its path alone."""
 
     path: Text = Field(
-        description="File (.jsonl .json .csv .parquet .txt; .gz .zst), folder, pattern, s3:// URL, or hub data set"
+        description="File (.jsonl .json .csv .tsv .parquet .arrow .txt; .gz .zst), folder, pattern, URL, hub data set"
     )
-    split: Text = Field("train", description="Split of a hub data set")
+    split: Text = Field("train", description="Split of a hub data set, or of a folder that names splits; or all")
     revision: Text | None = Field(None, description="Revision of a hub data set")
     format: Format | None = Field(None, description="Not set: data.format")
     columns: dict[Column, Text] | None = Field(None, description="Not set: data.columns")

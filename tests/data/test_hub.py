@@ -1,6 +1,8 @@
 """What a user reads when the hub refuses or cannot be reached. No network: the libraries' own exceptions are raised."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.sources import Row, read_chunks, read_rows
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError, UserError
@@ -102,6 +105,7 @@ def test_a_hub_that_goes_away_on_the_way_is_one_line(monkeypatch: pytest.MonkeyP
         raise ConnectionError("Couldn't reach 'a/b'")
 
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("gemma_ft.data.hub.ask_or_go_offline", lambda: None)
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **more: asked.append(more) or rows())
@@ -124,3 +128,90 @@ def test_rows_of_the_hub_know_their_number(monkeypatch: pytest.MonkeyPatch) -> N
         Row("owner/name:main[test]:row 2", {"text": "b"}),
     ]
     assert asked == [(("owner/name", "main"), {"split": "test", "revision": "abc"})]
+
+
+# Without a network
+
+
+OLD, NEW = "a" * 40, "b" * 40
+Cached = Callable[..., None]
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cached:
+    """Puts the files of me/chats into a hub's cache as `hf download --repo-type dataset` leaves them, a snapshot for
+    each commit (huggingface_hub 2.4.0, file_download).
+    """
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+
+    def put(commit: str, *names: str, ref: str | None = None, card: str | None = None) -> None:
+        folder = tmp_path / "hub" / "datasets--me--chats"
+        for name in names:
+            path = folder / "snapshots" / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"text": f"{commit[:1]} {path.stem}"}) + "\n")
+        if card is not None:
+            (folder / "snapshots" / commit / "README.md").write_text(card)
+        if ref is not None:
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / ref).write_text(commit)
+
+    return put
+
+
+def texts(source: str = "me/chats", **asked: Any) -> list[str]:
+    return [fields["text"] for chunk in read_chunks(source, **asked) for _, fields in chunk.rows(BadRows())]
+
+
+def refusal(source: str = "me/chats", **asked: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        texts(source, **asked)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_snapshot_in_the_hubs_cache_is_read_offline(cached: Cached, streaming: bool) -> None:
+    """As huggingface_hub 2.4.0 snapshot_download finds it; models are found there, too."""
+    cached(OLD, "train.jsonl", "test.jsonl", ref="v1")
+    cached(NEW, "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", ref="main")
+    assert texts(streaming=streaming) == ["b train-00000-of-00001"]
+    assert texts(streaming=streaming, split="test") == ["b test-00000-of-00001"]
+    assert texts(streaming=streaming, revision="v1", split="test") == ["a test"]
+    assert texts(streaming=streaming, revision=OLD) == ["a train"]
+    (chunk,) = read_chunks("me/chats", streaming=streaming)
+    assert chunk.where(0) == "me/chats[train]:row 1"
+
+
+def test_a_configuration_of_a_snapshot(cached: Cached) -> None:
+    configs = [{"config_name": name, "data_files": f"{name}/*.jsonl"} for name in ("one", "two")]
+    cached(NEW, "one/a.jsonl", "two/b.jsonl", ref="main", card=f"---\n{json.dumps({'configs': configs})}\n---\n")
+    assert texts("me/chats:two") == ["b b"]
+    assert refusal() == "me/chats: name one of its configurations, as me/chats:CONFIG; it has ['one', 'two']"
+
+
+def test_only_what_is_not_there_is_said_to_be_missing(cached: Cached) -> None:
+    cached(NEW, "train.jsonl", ref="main")
+    assert refusal(split="test") == "me/chats: no split 'test'; it has ['train']; set the source's split"
+    assert refusal("me/other") == f"me/other: {CUT_OFF}"
+    assert refusal(revision="v9") == f"me/chats: {CUT_OFF}"
+    cached(OLD, "notes.md", ref="card")
+    assert refusal(revision="card") == f"me/chats: {CUT_OFF}"
+
+
+def test_a_snapshot_that_is_not_whole_is_refused(cached: Cached) -> None:
+    cached(NEW, "data/train-00001-of-00003.jsonl", "data/test-00000-of-00001.jsonl", ref="main")
+    assert refusal() == "me/chats: the local cache holds only 1 of the 3 files data/train-*; download the rest"
+    assert texts(split="test") == ["b test-00000-of-00001"]
+
+
+def test_what_datasets_has_prepared_is_of_the_revision_too(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets 5.2.0 takes the newest that it has prepared, of whatever revision (load.CachedDatasetModuleFactory)."""
+    table = datasets.Dataset.from_list([{"text": "prepared"}])
+    table.info.download_checksums = {f"hf://datasets/me/chats@{NEW}/train.jsonl": {}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **more: table)
+    assert texts() == texts(revision=NEW) == texts(revision=NEW[:8]) == texts(revision="main") == ["prepared"]
+    assert refusal(revision=OLD) == (
+        f"me/chats: revision {OLD!r} is not in the local cache, which has {NEW}; connect once"
+    )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from gemma_ft.data.check.anomalies import damage
 from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
 from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.files import files_at
+from gemma_ft.data.files import TABLES, files_at
 from gemma_ft.data.sources import UTF8_MARK
 from gemma_ft.errors import DataError
 
@@ -140,7 +140,7 @@ def _line_ends(name: str, change: Change) -> None:
     """Tells what a file of text has at its beginning and its line ends that the copy has not."""
     path = Path(name)
     found = files_at(name) if path.is_file() else None
-    if not found or found[0].suffix == ".parquet":
+    if not found or found[0].suffix in TABLES:
         return
     with found[0].open() as file:
         block = file.read(BLOCK)
