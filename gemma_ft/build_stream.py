@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from gemma_ft.build_sources import Described, chunks_of
-from gemma_ft.data.files import files_at
+from gemma_ft.data.files import files_at, find_files
 from gemma_ft.data.items import Item
 from gemma_ft.data.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.streamed import StreamedExamples
@@ -49,6 +49,7 @@ def _bytes_of(source: Source) -> int | None:
 
 
 def _stream_source(source: Source, how: Described, rate: float) -> StreamSource:
+    files = find_files(located_rows(source.path), source.split)
     return StreamSource(
         name=source.path,
         chunks=functools.partial(chunks_of, source, streaming=True),
@@ -57,4 +58,5 @@ def _stream_source(source: Source, how: Described, rate: float) -> StreamSource:
         repeats=source.repeats,
         rate=rate,
         endless=source.weight is not None,
+        split=source.split if files is not None and files.parted else None,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.build import build_tokenizer
+from gemma_ft.build import build_tokenizer, inputs_of
 from gemma_ft.build_data import BuiltData, build_data
 from gemma_ft.errors import DataError, RecipeError
 from gemma_ft.recipe.load import load_recipe
@@ -222,3 +222,44 @@ def test_a_document_alone_is_parted_at_a_line(build: Build) -> None:
     assert len(build("data.train={path: one.txt, repeats: 2}", "data.eval_fraction=0.1").train.examples) == 2 * len(
         data.train.examples
     )
+
+
+# Folders
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_of_a_folder_with_splits_the_one_that_is_named_is_trained(build: Build, streaming: str) -> None:
+    """As datasets 5.2.0 (data_files.py) tells splits by names; what is not read is told beside the format."""
+    Path("clone").mkdir()
+    write("clone/train.jsonl", 6, kind="text"), write("clone/test.jsonl", 3, kind="text")
+    words = [f"data.streaming={streaming}", "train.max_steps=1"]
+    for split, count in (("train", 6), ("test", 3)):
+        data = build(f"data.train={{path: clone, split: {split}}}", *words)
+        assert {one.rpartition("/")[2]: times for one, times in per_file(data).items()} == {f"{split}.jsonl": count}
+        assert f"; split {split} (1 file); not read: " in data.train_format
+        if data.streamed is not None:
+            assert data.streamed.stream.sources[0].split == split
+    assert build("data.train=clone", "data.eval={path: clone, split: test}", *words).overlap == 0
+
+
+def test_only_the_files_that_are_read_are_inputs(build: Build) -> None:
+    Path("clone").mkdir()
+    write("clone/train.jsonl", 6), write("clone/test.jsonl", 3)
+    recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml", ["data.train=clone", "data.eval=null"]).recipe
+    assert [name for name in inputs_of(recipe) if "clone" in name] == ["clone/train.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["data", "data/gemma-tiny", "./recipes"])
+def test_a_folder_that_ships_with_the_project_is_not_taken_for_rows(build: Build, name: str) -> None:
+    expected = f"{name}: no such folder here; paths count from the current directory"
+    assert refused(build, f"data.train={name}") == expected
+    assert refused(build, "data.train=data/canary.jsonl", f"data.eval={name}") == expected
+
+
+def test_shipped_files_and_own_folders_are_found_as_before(build: Build) -> None:
+    Path("data").mkdir()
+    write("data/a.jsonl", 4)
+    assert per_file(build("data.train=data")) == {"data/a.jsonl": 4}
+    assert len(per_file(build(f"data.train={write('b.jsonl', 2)}", "data.eval=data/canary.jsonl"))) == 1
+    assert build(f"data.train={Path('data').resolve()}").train.stats.rows == 4
+    assert "the folder holds no file of rows" in refused(build, f"data.train={ROOT / 'data' / 'gemma-tiny'}")

@@ -11,7 +11,7 @@ import os
 import posixpath
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -72,6 +72,7 @@ class Found:
 
     files: list[DataFile]
     told: str = ""
+    parted: bool = False  # whether files of other splits are left out
 
 
 def files_at(source: str, split: str = DEFAULT) -> list[DataFile] | None:
@@ -98,7 +99,7 @@ def find_files(source: str, split: str = DEFAULT) -> Found | None:
     if PATTERN & set(source):
         names = [name for name in glob.glob(source, recursive=True) if os.path.isfile(name)]
         chosen = _matched(source, names, split)
-        return Found(_some(source, chosen.names, "the pattern"), chosen.told)
+        return Found(_some(source, chosen.names, "the pattern"), chosen.told, chosen.parted)
     return None
 
 
@@ -140,9 +141,9 @@ def _in_folder(source: str, path: Path, split: str, config: str | None = None) -
     names = [name.relative_to(path).as_posix() for name in _names_in(path)]
     folder = Folder(names, lambda name: _bytes_of(path / name))
     rows = rows_in(folder, _is_rows)
-    chosen = choose(source, folder, rows, split, config) if rows else None
-    names = [str(path / name) for name in chosen.names] if chosen else []
-    return Found(_some(source, names, "the folder"), chosen.told if chosen else "")
+    chosen = choose(source, folder, rows, split, config) if rows else Choice([])
+    names = [str(path / name) for name in chosen.names]
+    return Found(_some(source, names, "the folder"), chosen.told, chosen.parted)
 
 
 def _matched(source: str, names: Sequence[str], split: str) -> Choice:
@@ -157,7 +158,7 @@ def _matched(source: str, names: Sequence[str], split: str) -> Choice:
         if split == DEFAULT or not rows
         else choose(source, Folder(rows, _no_bytes), rows, split, None)
     )
-    return Choice([start + name for name in chosen.names], chosen.told)
+    return replace(chosen, names=[start + name for name in chosen.names])
 
 
 def _no_bytes(name: str) -> bytes:
@@ -272,4 +273,4 @@ def _remote_files(source: str, split: str) -> Found:
     if not chosen.names:
         raise DataError(f"{source}: holds no file of rows ({known_kinds()})")
     names = [posixpath.join(folder, name) for name in chosen.names]
-    return Found([_one(system.unstrip_protocol(name), remote=True) for name in names], chosen.told)
+    return Found([_one(system.unstrip_protocol(name), remote=True) for name in names], chosen.told, chosen.parted)

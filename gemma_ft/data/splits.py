@@ -23,7 +23,11 @@ KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 CARD, SAVED_DICT, SAVED = "README.md", "dataset_dict.json", "state.json"
-NO_ROWS = frozenset({SAVED_DICT, SAVED, "dataset_info.json", "dataset_infos.json", "config.json"})
+NO_ROWS = {  # names of files that libraries write beside rows or a model
+    *(SAVED_DICT, SAVED, "dataset_info.json", "dataset_infos.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json"),
+    *("model.safetensors.index.json", "chat_template.json", "trainer_state.json"),
+}
 BETWEEN = "[-._ 0-9]"  # what parts a keyword from the rest of a name
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(.*)")
 MAPPED = re.compile(r"(cache-|tmp)\w+\.arrow")  # what `Dataset.map` leaves beside the rows it was given
@@ -65,6 +69,7 @@ class Choice:
 
     names: Sequence[str]
     told: str = ""
+    parted: bool = False  # whether any file is left out
 
 
 def rows_in(folder: Folder, is_rows: Callable[[str], bool]) -> list[str]:
@@ -131,7 +136,7 @@ def _chosen(found: Splits, split: str, rest: Sequence[str]) -> Choice:
     if len(rest) > NAMED:
         others.append(f"{_files(len(rest) - NAMED)} more")
     told = f"split {split} ({_files(len(names))})" + _missing(names)
-    return Choice(names, f"{told}; not read: {', '.join(others)}" if others else told)
+    return Choice(names, f"{told}; not read: {', '.join(others)}" if others else told, parted=bool(others))
 
 
 def _files(count: int) -> str:

@@ -38,6 +38,7 @@ class StreamSource:
     repeats: float  # how often in a pass; of a fraction those documents whose content hash says so
     rate: float  # how fast it is read beside the others
     endless: bool  # it begins again by itself when it was read, as those with weights do: there is one pass then
+    split: str | None = None  # of the files in its folder, where others are left out
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Stream:
         for one in self.sources:
             first = next(one.chunks(), None)
             told += [one.name, one.most, one.repeats, one.reading.key(first) if first is not None else None]
+            told += [one.split] if one.split is not None else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _begin(self) -> tuple[Place, ...]:

@@ -175,7 +175,7 @@ def test_a_pattern_reads_what_it_matches_and_tells_of_splits(write: Write) -> No
     assert read("rows/*.jsonl", "test") == ["test.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["dataset_infos", "dataset_info", "dataset_dict", "state", "config"])
+@pytest.mark.parametrize("name", ["dataset_infos", "dataset_info", "state", "config", "tokenizer"])
 def test_what_libraries_write_beside_rows_is_no_row(write: Write, name: str) -> None:
     write("a.jsonl", **{name: '{"default": {"splits": 3}}'})
     assert read() == read("rows/*.json*") == ["a.jsonl"]

@@ -251,6 +251,7 @@ def test_the_fingerprint_knows_settings_and_first_rows(write: Write, encoder: Ch
     assert told != stream_of(source(path, encoder), seed=2).fingerprint()
     assert told != stream_of(source(path, encoder, repeats=2.0)).fingerprint()
     assert told != stream_of(source(path, encoder), source(path, encoder, rate=2.0)).fingerprint()
+    assert told != stream_of(replace(source(path, encoder), split="train")).fingerprint(), "other files were read once"
     write("a", 31)
     assert told == stream_of(source(path, encoder)).fingerprint(), "rows may be added at the end"
     path.write_text(path.read_text().replace("a 1?", "b 1?"))
