@@ -150,19 +150,13 @@ def _matched(source: str, names: Sequence[str], split: str) -> Choice:
     """The files of rows that a pattern matched: all of them, unless the source names another split than the default."""
     start = os.path.dirname(source[: min(at for one in PATTERN if (at := source.find(one)) >= 0)])
     start = f"{start.rstrip('/')}/" if start else ""
-    rows = sorted(
-        name.removeprefix(start) for name in names if _is_rows(name) and posixpath.basename(name) not in NO_ROWS
-    )
-    chosen = (
-        choose_whole(rows)
-        if split == DEFAULT or not rows
-        else choose(source, Folder(rows, _no_bytes), rows, split, None)
-    )
+    meant = [name for name in names if _is_rows(name) and posixpath.basename(name) not in NO_ROWS]
+    rows = sorted(name.removeprefix(start) for name in meant)
+    if split == DEFAULT or not rows:
+        chosen = choose_whole(rows)
+    else:
+        chosen = choose(source, Folder(rows, lambda name: b""), rows, split, None)
     return replace(chosen, names=[start + name for name in chosen.names])
-
-
-def _no_bytes(name: str) -> bytes:
-    return b""
 
 
 def _single(source: str, split: str, *, remote: bool = False) -> Found:
@@ -252,14 +246,14 @@ def _remote_files(source: str, split: str) -> Found:
     try:
         system, path = fsspec.core.url_to_fs(source)
         if PATTERN & set(path):
-            folder, chosen = "", _matched(path, [name for name in system.glob(path) if kind_of_file(name)], split)
+            chosen = _matched(path, system.glob(path), split)
         elif system.isdir(path):
-            folder = path.rstrip("/")
-            names = [name.removeprefix(f"{folder}/") for name in system.find(path)]
-            names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-            below = Folder(names, lambda name: system.cat_file(f"{folder}/{name}"))
-            rows = rows_in(below, _is_rows)
-            chosen = choose(source, below, rows, split, None) if rows else Choice([])
+            whole = {name.removeprefix(f"{path.rstrip('/')}/"): name for name in system.find(path)}
+            names = [name for name in whole if not any(part.startswith(".") for part in name.split("/"))]
+            folder = Folder(names, lambda name: system.cat_file(whole[name]))
+            rows = rows_in(folder, _is_rows)
+            chosen = choose(source, folder, rows, split, None) if rows else Choice([])
+            chosen = replace(chosen, names=[whole[name] for name in chosen.names])
         elif system.exists(path):
             return _single(source, split, remote=True)
         else:
@@ -272,5 +266,5 @@ def _remote_files(source: str, split: str) -> Found:
         raise DataError(f"{source}: cannot be read: {first_line(error, kind=True)}") from error
     if not chosen.names:
         raise DataError(f"{source}: holds no file of rows ({known_kinds()})")
-    names = [posixpath.join(folder, name) for name in chosen.names]
-    return Found([_one(system.unstrip_protocol(name), remote=True) for name in names], chosen.told, chosen.parted)
+    files = [_one(system.unstrip_protocol(name), remote=True) for name in chosen.names]
+    return Found(files, chosen.told, chosen.parted)
