@@ -10,7 +10,7 @@ from gemma_ft.errors import DataError, first_line
 
 MAX_ROW_BYTES = 64 * 2**20
 BLANKS = re.compile(r"[ \t\r\n]*")
-DOCUMENT = re.compile(rb"[ \t\r\n]*[\[{][ \t]*\r?\n")
+DOCUMENT = re.compile(rb'\s*(\{[ \t]*\r?\n\s*["}]|\[[ \t]*\r?\n\s*[{\]])')
 LISTS = ("data", "rows", "examples", "records", "items", "instances")  # what such an object calls its list
 BESIDE = {  # what it may say beside it: of the whole, and of no row
     *("version", "name", "title", "type", "description", "id", "source", "url", "homepage", "license", "licence"),
@@ -48,7 +48,7 @@ def _object(value: Any) -> dict[str, Any] | str:
 
 
 def begins_a_document(head: bytes) -> bool:
-    """Whether a file of lines begins as JSON over several lines does: with a bracket that stands alone."""
+    """Whether a file of lines begins as JSON over several lines does: with a bracket that stands alone and what may follow it."""
     return DOCUMENT.match(head) is not None
 
 

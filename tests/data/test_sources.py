@@ -223,6 +223,7 @@ def test_lines_that_are_no_lines_are_read_as_what_they_are(file: File) -> None:
     rows = [{"text": "one"}, {"text": "two"}]
     name = file("a.jsonl", json.dumps(rows, indent=1))
     assert read_rows(name) == [Row("a.jsonl:2", rows[0]), Row("a.jsonl:5", rows[1])]
+    assert message(file("e.jsonl", '{\n{"text": "one"}\n')).startswith("e.jsonl:1: not valid JSON: "), "a torn line"
     assert read_rows(file("b.ndjson", json.dumps(rows[0], indent=1))) == [Row("b.ndjson:1", rows[0])]
     assert (
         message(file("c.jsonl", '[{"text": "one"}]\n{"text": "two"}\n')) == "c.jsonl:1: expected an object, got a list"
