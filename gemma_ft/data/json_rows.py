@@ -48,7 +48,7 @@ def _object(value: Any) -> dict[str, Any] | str:
 
 
 def begins_a_document(head: bytes) -> bool:
-    """Whether a file of lines begins as JSON over several lines does: with a bracket that stands alone and what may follow it."""
+    """Whether a file of lines begins as JSON over several lines: a bracket alone, and what may stand next in it."""
     return DOCUMENT.match(head) is not None
 
 
