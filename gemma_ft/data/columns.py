@@ -10,6 +10,7 @@ from gemma_ft.errors import DataError
 
 COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight")
 BESIDE = {"system", "weight"}  # keys that say nothing of a row's format
+TOGETHER = ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"})  # those of one format
 EXAMPLES = {"messages": "dialog", "weight": "score"}  # of what such a field may be called
 LEAST_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
@@ -23,7 +24,10 @@ class FieldError(Exception):
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Nothing when the templates are well formed and belong together. Raises: DataError naming the key."""
+    """Nothing when the templates are well formed and belong to one format; what they do not name keeps its own name.
+
+    Raises: DataError naming the key.
+    """
     for key, template in columns.items():
         if key not in COLUMN_KEYS:
             raise DataError(f"data.columns: unknown key {key!r}; use {', '.join(COLUMN_KEYS)}")
@@ -36,13 +40,13 @@ def check_columns(columns: Mapping[str, str]) -> None:
                     "{name.inner} or {name[0].inner}, and braces as {{ }}"
                 )
     keys = set(columns) - BESIDE
-    known = ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"})
-    if set(columns) - {"weight"} and keys not in known:
+    if not any(keys <= together for together in TOGETHER):
         raise DataError(
-            f"data.columns: got {', '.join(sorted(columns))}; give prompt and completion, or messages, or text, or "
-            "prompt, chosen and rejected (weight goes with all, system with all but text)"
+            f"data.columns: got {', '.join(sorted(columns))}, which are of different formats; give prompt and "
+            "completion, or messages, or text, or prompt, chosen and rejected (weight goes with all, system with all "
+            "but text)"
         )
-    if columns and keys == {"text"} and "system" in columns:
+    if keys == {"text"} and "system" in columns:
         raise DataError("data.columns: system does not go with text; a plain document has no turns")
 
 
@@ -84,6 +88,18 @@ def fill_text(template: str, fields: Mapping[str, Any]) -> str:
         return str(value)
 
     return PART.sub(replace, template)
+
+
+def fill(template: str, fields: Mapping[str, Any]) -> tuple[Any, str]:
+    """(value, what to call it): of one field the raw value and its path, else text and the template.
+
+    Raises: FieldError.
+    """
+    found = PART.fullmatch(template.strip())
+    if found is not None and found[1] is not None:
+        path = found[1].strip()
+        return lookup(fields, path), path
+    return fill_text(template, fields), template
 
 
 def fill_value(template: str, fields: Mapping[str, Any], key: str = "messages") -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from gemma_ft.data.documents import COUNTS, Documents
 from gemma_ft.data.examples import Example, Examples, piece_tokens
 from gemma_ft.data.items import Document, Item
 from gemma_ft.data.packing import best_fit_decreasing
+from gemma_ft.data.stats import DataStats
 from gemma_ft.data.template import END_OF_TURN
 from gemma_ft.data.windows import windows
 from gemma_ft.errors import DataError
@@ -22,66 +23,6 @@ __all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by
            "refuse_without_ends", "split_document", "untrainable"]  # fmt: skip
 
 TooLong = Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"]
-
-
-@dataclass
-class DataStats:
-    """What became of the rows. `describe` says it in a few lines."""
-
-    rows: int = 0  # conversations and documents that came in
-    documents: int = 0  # sequences that are trained on: conversations, and chunks of long documents
-    packed_rows: int = 0  # examples
-    tokens: int = 0
-    trained_tokens: int = 0
-    truncated: int = 0  # rows cut at max_seq_len and still trained on
-    dropped: int = 0  # those of which no trained token is left within max_seq_len
-    overlapping: int = 0  # left out, for they are held-out rows as well (data.streaming)
-    untrained: int = 0  # their weight is 0, or no answer of them is to be trained (data.trained_turns: last)
-    too_long: int = 0  # rows left out for their length (data.too_long: drop)
-    dropped_empty: int = 0  # an answer, a question or a whole document is empty
-    left_out_turns: int = 0  # leading answers and trailing questions of sharegpt
-    dropped_system: int = 0  # system turns left out by the policy "drop"
-    terminators: int = 0  # trained <end_of_turn> tokens
-    weights: tuple[float, float] = (1.0, 1.0)  # least and greatest, in the loss, of what is trained
-    max_seq_len: int = 0
-
-    @property
-    def fill(self) -> float:
-        """Share of the token budget that holds tokens, 0 to 1."""
-        return self.tokens / max(self.packed_rows * self.max_seq_len, 1)
-
-    def describe(self) -> str:
-        """A few lines for a person: totals first, then only what needs attention."""
-        share = self.trained_tokens / max(self.tokens, 1)
-        lines = [
-            f"{self.rows:,} rows -> {self.documents:,} sequences, {self.tokens:,} tokens, {share:.0%} trained",
-            f"{self.packed_rows:,} examples of up to {self.max_seq_len:,} tokens, {self.fill:.1%} full",
-        ]
-        notes = (
-            (self.truncated, "cut at max_seq_len"),
-            (self.dropped, "dropped: their answer lies past max_seq_len"),
-            (self.overlapping, "left out: they are held-out rows too"),
-            (self.untrained, "dropped: none of their answers is to be trained, or their weight is 0"),
-            (self.too_long, "dropped: longer than max_seq_len (data.too_long: drop)"),
-            (self.dropped_empty, "dropped: empty question, answer or text"),
-            (self.left_out_turns, "turns left out: answers before the first question, questions after the last answer"),
-            (self.dropped_system, "system turns left out (data.system: drop)"),
-        )
-        if self.weights != (1.0, 1.0):
-            lines.append("in the loss a row weighs from {:g} to {:g}".format(*self.weights))
-        return "\n".join(lines + [f"{count:,} {what}" for count, what in notes if count])
-
-    def add(self, other: "DataStats") -> None:
-        """Count what became of further rows as well."""
-        weights = min(self.weights[0], other.weights[0]), max(self.weights[1], other.weights[1])
-        for one in fields(self):
-            if one.name not in ("weights", "max_seq_len"):
-                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
-        self.weights = weights
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts by name, for a report file."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -137,6 +78,8 @@ def arrange(
     stats.left_out_turns = int(count["left_out"].sum())
     stats.dropped_system = int(count["system"].sum()) if encoder.system_policy == "drop" else 0
     stats.untrained = int((count["trained"] == 0).sum())
+    for (kind, what), number in documents.remarks(chosen).items():
+        getattr(stats, kind)[what] = number
     whole = (count["tokens"] <= max_seq_len) & (count["trained"] > 0)
     long = (count["tokens"] > max_seq_len) & (count["trained"] > 0)
     stats.trained_tokens = int(count["trained"][whole].sum())

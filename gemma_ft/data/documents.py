@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.items import Conversation, Document, Item
+from gemma_ft.data.rendered import rendered_as, spelled_end
 
 COUNTS = ("tokens", "trained", "terminators", "left_out", "system", "chat")
 SCHEMA = pa.schema(
@@ -24,9 +26,24 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of its row in the chunk
         ("content", pa.binary(32)),  # ChatEncoder.content_hash
         ("weight", pa.float64()),  # in the loss
+        ("remarks", pa.int32()),  # number of its set of remarks, which stand in the schema's metadata
         *((name, pa.int32()) for name in COUNTS),
     ]
 )
+
+Remark = tuple[str, str]  # ("unread", path of a field), ("rendered", template) or ("ends", token): see DataStats
+REMARK_SETS = 1000  # of one table; rows of more different fields than that are told as OTHERS
+OTHERS: tuple[Remark, ...] = (("unread", "other fields"),)
+
+
+def remarks_of(item: Item) -> tuple[Remark, ...]:
+    """What is to be told of an item although it is trained: its unread fields, a template that it spells out."""
+    made = [("unread", path) for path in item.unread]
+    if (template := rendered_as(item)) is not None:
+        made.append(("rendered", template))
+    elif (end := spelled_end(item)) is not None:
+        made.append(("ends", end))
+    return tuple(made)
 
 
 def without_empty(items: Sequence[Item]) -> list[int]:
@@ -46,7 +63,7 @@ def table_of(
     items: Sequence[Item], offsets: Sequence[int], encoder: ChatEncoder, bad: Sequence[tuple[int, str]] = ()
 ) -> pa.Table:
     """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata, in which the
-    (offset, reason) of each bad row stands as well.
+    (offset, reason) of each bad row stands as well, and what is remarked of the items.
 
     Nothing is trained of an item whose weight is 0.
 
@@ -60,6 +77,7 @@ def table_of(
     )
     encoded |= zip(texts, encoder.encode_documents(list(texts.values())), strict=True)  # type: ignore[arg-type]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    remarks: dict[tuple[Remark, ...], int] = {(): 0}
     for number in kept:
         one, chat, weight = encoded[number], chats.get(number), items[number].weight
         labels = one.labels if weight else [IGNORE] * len(one.labels)
@@ -67,6 +85,9 @@ def table_of(
         columns["labels"].append(labels)
         columns["weight"].append(weight)
         columns["offset"].append(offsets[number])
+        made = remarks_of(items[number])
+        made = made if made in remarks or len(remarks) < REMARK_SETS else OTHERS
+        columns["remarks"].append(remarks.setdefault(made, len(remarks)))
         columns["content"].append(encoder.content_hash(items[number]))
         columns["tokens"].append(len(one.input_ids))
         columns["trained"].append(len(labels) - labels.count(IGNORE))
@@ -75,7 +96,7 @@ def table_of(
         columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
         columns["chat"].append(int(chat is not None))
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-    told = {"items": len(items), "bad": bad}
+    told = {"items": len(items), "bad": bad, "remarks": list(remarks)}
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"told": json.dumps(told)}))
 
 
@@ -100,6 +121,15 @@ class Part:
         """As `bad`, of rows up to an offset."""
         return [(self.where(offset), reason) for offset, reason in self._told["bad"] if offset <= last]
 
+    def remarks(self, rows: Any) -> Counter[Remark]:
+        """How many of some of its rows have each remark; a row counts as often as it is named."""
+        found: Counter[Remark] = Counter()
+        counts = numpy.bincount(self.table.column("remarks").to_numpy()[rows], minlength=1)
+        for number in numpy.flatnonzero(counts).tolist():
+            for kind, what in self._told["remarks"][number]:
+                found[kind, what] += int(counts[number])
+        return found
+
     def offset(self, row: int) -> int:
         """Of a row of it in the chunk."""
         return int(self.table.column("offset")[row].as_py())
@@ -107,7 +137,7 @@ class Part:
     def sliced(self, start: int, stop: int) -> Part:
         """Some of its rows; the first ones bring the empty items with them, so that each is counted once."""
         empty = 0 if start else self.items - len(self.table)
-        told = {"items": stop - start + empty, "bad": []}
+        told = {**self._told, "items": stop - start + empty, "bad": []}
         table = self.table.slice(start, stop - start).replace_schema_metadata({"told": json.dumps(told)})
         return Part(table, self.where)
 
@@ -160,6 +190,14 @@ class Documents:
     def contents(self) -> list[bytes]:
         """The content hash of each document."""
         return [one for part in self.parts for one in part.table.column("content").to_pylist()]
+
+    def remarks(self, chosen: Any) -> Counter[Remark]:
+        """How many of some documents (their numbers, one as often as it is seen) have each remark."""
+        found: Counter[Remark] = Counter()
+        part_of = numpy.searchsorted(self._starts, chosen, side="right") - 1
+        for number in numpy.unique(part_of).tolist():
+            found += self.parts[number].remarks(chosen[part_of == number] - self._starts[number])
+        return found
 
     def cut(self, document: int, start: int, end: int) -> tuple[Any, Any]:
         """Tokens `start` to `end` of a document, ids and labels: int32 arrays that may lie on disk."""

@@ -1,16 +1,17 @@
-"""Rows -> conversations and documents. The format is named, or detected and told; two possible readings are refused.
+"""Rows -> conversations and documents, by one parser for each format (detect.py says which it is).
 
 | format            | fields                                                                              |
 |-------------------|-------------------------------------------------------------------------------------|
 | messages          | messages: [{role: system, user or assistant, content}]                              |
 | sharegpt          | conversations: [{from: human, gpt, ..., value}]                                     |
 | alpaca            | instruction, input (may be missing), output; or instruction, instances: [{input, output}] |
-| prompt_completion | prompt, completion; or question, answer                                             |
+| prompt_completion | prompt, completion; or question, answer; texts, or lists of turns                   |
 | text              | text                                                                                |
 | preference        | prompt, chosen, rejected, or two chats: chosen, rejected; the chosen one is trained |
 
-A `system` field beside sharegpt, alpaca or prompt_completion is a system turn. Nothing is rendered that is not text:
-nulls, numbers and lists as content are refused, with the place.
+A `system` field beside turns is a system turn. Nothing is rendered that is not text: nulls and numbers as content are
+refused, with the place. What a row says in a field that no parser read is told with its items (`unread`); where it
+changes what the answer means, the row is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,65 +19,29 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.columns import FieldError, check_columns, fill_text, fill_value, fill_weight
-from gemma_ft.data.items import Conversation, Document, Item, Role, Turn, kind_of, order_fault, text_fault
+from gemma_ft.data.columns import BESIDE, FieldError, check_columns, fill, fill_text, fill_value, fill_weight
+from gemma_ft.data.detect import LIST_FIELDS, PAIRS, detect_format
+from gemma_ft.data.fields import Fields, says_something, telling
+from gemma_ft.data.items import Conversation, Document, Item, Turn, kind_of, order_fault, text_fault
 from gemma_ft.data.sources import Row
+from gemma_ft.data.turns import SPEAKERS, asked, refuse_tool_calls, said, text_of, turns_in
 from gemma_ft.errors import DataError
 
 __all__ = ["FORMATS", "Conversation", "Document", "Turn", "detect_format", "parse_rows"]
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
-MESSAGE_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
-SHAREGPT_ROLES: dict[str, Role] = {
-    **MESSAGE_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "claude": "assistant",
-}  # fmt: skip
-LIST_FIELDS = ("messages", "conversations", "conversation")
-PREFERENCE = ("prompt", "chosen", "rejected")
-PAIRS = (("prompt", "completion"), ("question", "answer"))
-MAX_TURNS = 2000
-SAMPLED_ROWS = 100
+VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
+COLUMNS_OF = {"prompt_completion": {"prompt", "completion"}, "text": {"text"}, "messages": {"messages"},
+              "sharegpt": {"messages"}, "preference": {"prompt", "chosen", "rejected"}}  # fmt: skip
 
-Fields = Mapping[str, Any]
+Columns = Mapping[str, str]
 
 
-def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """(format, one-line reason) for these rows: what most of the first rows have, or what `columns` names.
-
-    Raises: DataError when no format fits, or more than one does.
-    """
-    columns = columns or {}
-    check_columns(columns)
-    if not rows:
-        raise DataError("no rows to tell a format from")
-    source = rows[0].where.rpartition(":")[0]
-    sample = rows[:SAMPLED_ROWS]
-    if "chosen" in columns:
-        return "preference", "data.columns names chosen and rejected"
-    if "prompt" in columns:
-        return "prompt_completion", "data.columns names prompt and completion"
-    if "text" in columns:
-        return "text", "data.columns names text"
-    if "messages" in columns:
-        kinds = [_list_kind(_value_or_none(columns["messages"], row.fields)) for row in sample]
-        kind = "sharegpt" if kinds.count("sharegpt") > kinds.count("messages") else "messages"
-        return kind, f"data.columns names messages, whose turns are those of {kind}"
-    votes: dict[tuple[str, str], int] = {}
-    for row in sample:
-        for reading in _readings(row.fields):
-            votes[reading] = votes.get(reading, 0) + 1
-    fitting = [reading for reading, count in votes.items() if 2 * count >= len(sample)] or list(votes)
-    if len(fitting) == 1:
-        return fitting[0][0], f"the rows have {fitting[0][1]}"
-    if not fitting:
-        names = ", ".join(map(str, rows[0].fields)) or "none"
-        raise DataError(f"{source}: no known format has the fields {names}; map them with data.columns")
-    both = " and ".join(f"{name} ({why})" for name, why in fitting)
-    raise DataError(f"{source}: {both} fit; set data.format, or data.columns")
-
-
-def parse_rows(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None) -> list[Item]:
-    """Conversations or documents, in the rows' order, out of rows of one format ("auto": detected).
+def parse_rows(
+    rows: Sequence[Row], *, format: str = "auto", columns: Columns | None = None, trained: bool = True
+) -> list[Item]:
+    """Conversations or documents, in the rows' order, out of rows of one format ("auto": detected). `trained`: whether
+    their answers are, so that one which is said to be bad is refused.
 
     In sharegpt, an answer before the first question and a question after the last answer are left out and counted in
     `left_out` (such data is cut from longer chats); in messages the same is refused.
@@ -87,66 +52,57 @@ def parse_rows(rows: Sequence[Row], *, format: str = "auto", columns: Mapping[st
     name = detect_format(rows, columns)[0] if format == "auto" else format
     check_format(name, columns or {})
     bad = BadRows()
-    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad)]
+    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad, trained=trained)]
     bad.raise_if_any()
     return items
 
 
-def check_format(format: str, columns: Mapping[str, str]) -> None:
+def check_format(format: str, columns: Columns) -> None:
     """Raises: DataError for a format that is unknown, or that `columns` do not go with; "auto" goes with all."""
     check_columns(columns)
     if format == "auto":
         return
     if format not in FORMATS:
         raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
-    wanted = {"prompt_completion": "completion", "text": "text", "messages": "messages", "sharegpt": "messages",
-              "preference": "chosen"}.get(format)  # fmt: skip
-    if set(columns) - {"weight"} and wanted not in columns:
+    beside = {"weight"} if format == "text" else BESIDE
+    if set(columns) - beside - COLUMNS_OF.get(format, set()):
         raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {format}")
 
 
-def parse_row(row: Row, format: str, columns: Mapping[str, str], bad: BadRows) -> list[Item]:
-    """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format."""
+def parse_row(row: Row, format: str, columns: Columns, bad: BadRows, *, trained: bool = True) -> list[Item]:
+    """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format.
+    `trained`: as of `parse_rows`.
+    """
+    fields = Fields(row.fields)
     try:
-        items = PARSERS[format](row.where, row.fields, columns)
-        if "weight" not in columns:
-            return items
-        weight = fill_weight(columns["weight"], row.fields)
-        return [replace(item, weight=weight) for item in items]
+        items = PARSERS[format](row.where, fields, columns)
+        changes: dict[str, Any] = {}
+        if "weight" in columns:
+            changes["weight"] = fill_weight(columns["weight"], fields)
+        if unread := fields.unread():
+            changes["unread"] = unread if format == "text" or not trained else _told(fields, unread)
+        return [replace(item, **changes) for item in items] if changes else items
     except FieldError as fault:
         bad.add(row.where, str(fault))
         return []
 
 
-def _readings(fields: Fields) -> list[tuple[str, str]]:
-    """Every (format, fields that say so) this row could be read as."""
-    readings = [(kind, name) for name in LIST_FIELDS if (kind := _list_kind(fields.get(name)))]
-    if "instruction" in fields and ("output" in fields or "instances" in fields):
-        readings.append(("alpaca", f"instruction, {'output' if 'output' in fields else 'instances'}"))
-    readings += [("prompt_completion", f"{one}, {two}") for one, two in PAIRS if one in fields and two in fields]
-    if "chosen" in fields and "rejected" in fields:
-        readings.append(("preference", "chosen, rejected"))
-    if "text" in fields:
-        readings.append(("text", "text"))
-    return readings
+def _told(fields: Fields, unread: tuple[str, ...]) -> tuple[str, ...]:
+    """What is to be told of the fields of a chat that were not read. Raises: FieldError for one without which the
+    answer means something else.
+    """
+    refuse_tool_calls({name: fields.look(name) for name in unread})
+    if "rejected" in unread and not says_something(fields.look("chosen")):
+        raise FieldError("has 'rejected', and no 'chosen'; name that with data.columns.chosen, or take 'rejected' out")
+    for name in VERDICTS:
+        if name in unread and str(fields.look(name)).lower() == "false":
+            raise FieldError(
+                f"{name!r} is false: the answer is a bad one, and would be trained as a good one; take such rows out"
+            )
+    return tuple(name for name in unread if name not in VERDICTS or str(fields.look(name)).lower() != "true")
 
 
-def _list_kind(value: Any) -> str | None:
-    """ "messages" or "sharegpt", by the keys of the first turn; None when this is no list of turns."""
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, dict):
-        return None
-    return "messages" if "role" in first else "sharegpt" if "from" in first else None
-
-
-def _value_or_none(template: str, fields: Fields) -> Any:
-    try:
-        return fill_value(template, fields)
-    except FieldError:
-        return None
-
-
-def _text(fields: Fields, name: str, *, optional: bool = False) -> str:
+def _text(fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
     if name not in fields:
         if optional:
             return ""
@@ -159,48 +115,41 @@ def _text(fields: Fields, name: str, *, optional: bool = False) -> str:
     return str(fields[name])
 
 
-def _system(fields: Fields, columns: Mapping[str, str]) -> list[Turn]:
-    content = fill_text(columns["system"], fields) if "system" in columns else _text(fields, "system", optional=True)
+def _part(fields: Fields, columns: Columns, key: str, names: Sequence[str] = ()) -> tuple[Any, str]:
+    """(value, its name) of what `columns` map to `key`; where they do not, of the first of `names` that is there."""
+    if key in columns:
+        return fill(columns[key], fields)
+    names = names or (key,)
+    name = next((name for name in names if name in fields), names[0])
+    if name not in fields:
+        cure = f"; map it with data.columns.{key}" if set(columns) - BESIDE else ""
+        raise FieldError(f"no field {name!r}; the row has {', '.join(map(str, fields)) or 'none'}{cure}")
+    return fields[name], name
+
+
+def _system(fields: Fields, columns: Columns) -> list[Turn]:
+    if "system" in columns:
+        content = fill_text(columns["system"], fields)
+    else:
+        content = "" if fields.look("system") is None else text_of(fields["system"], "system")
     return [Turn("system", content)] if content.strip() else []
 
 
-def _dialog(fields: Fields, columns: Mapping[str, str], roles: Mapping[str, Role], keys: tuple[str, str]) -> list[Turn]:
-    """The turns of a row's list, each checked: an object, a known role, text as content."""
+def _after(system: list[Turn], turns: list[Turn]) -> list[Turn]:
+    """Turns behind the system text that stands beside them; where they begin with one of their own it is the same."""
+    if not system or not turns or turns[0].role != "system":
+        return system + turns
+    if turns[0].content.strip() not in ("", system[0].content.strip()):
+        raise FieldError("has a system turn, and another text beside the turns in 'system'; keep one of them")
+    return system + turns[1:]
+
+
+def _dialog(fields: Fields, columns: Columns, keys: tuple[str, str]) -> list[Turn]:
+    """The turns of a row's list."""
     name = next((name for name in LIST_FIELDS if name in fields), LIST_FIELDS[0])
-    turns = fill_value(columns["messages"], fields) if "messages" in columns else fields.get(name)
-    if not isinstance(turns, list):
-        raise FieldError(f"expected a list of turns in {columns.get('messages', name)!r}, got {kind_of(turns)}")
-    if len(turns) > MAX_TURNS:
-        raise FieldError(f"has {len(turns)} turns, more than {MAX_TURNS}")
-    result: list[Turn] = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise FieldError(f"turn {number}: expected an object, got {kind_of(turn)}")
-        for key in keys:
-            if key not in turn:
-                raise FieldError(f"turn {number}: no field {key!r}; the turn has {', '.join(turn) or 'none'}")
-        role, content = turn[keys[0]], turn[keys[1]]
-        known = roles.get(role) if isinstance(role, str) else None
-        if known is None:
-            raise FieldError(f"turn {number}: unknown role {role!r}; known roles: {', '.join(roles)}")
-        fault = text_fault(content)
-        if fault:
-            raise FieldError(f"turn {number}: {keys[1]!r} {fault}")
-        result.append(Turn(known, content, _trained(turn, known, number)))
-    return result
-
-
-def _trained(turn: Mapping[str, Any], role: Role, number: int) -> bool:
-    """Whether an answer is to be trained: `train: false` beside it says no, and so does OpenAI's `weight: 0`."""
-    for name, off, on in (("train", False, True), ("weight", 0, 1)):
-        said = turn.get(name, on)
-        if said is None or role != "assistant":
-            continue
-        if said not in (off, on) or isinstance(said, bool) != isinstance(on, bool):
-            raise FieldError(f"turn {number}: {name!r} is {said!r}, expected {str(on).lower()} or {str(off).lower()}")
-        if said == off:
-            return False
-    return True
+    if "messages" in columns:
+        return turns_in(fill_value(columns["messages"], fields), columns["messages"].strip(" {}"), keys, fields)
+    return turns_in(fields.get(name), name, keys, fields)
 
 
 def _checked(where: str, turns: list[Turn], left_out: int = 0) -> Conversation:
@@ -216,17 +165,14 @@ def _checked(where: str, turns: list[Turn], left_out: int = 0) -> Conversation:
     return Conversation(where, tuple(turns), left_out)
 
 
-def _messages(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
-    system = _system(fields, columns) if "system" in columns else []
-    return [_checked(where, system + _dialog(fields, columns, MESSAGE_ROLES, ("role", "content")))]
+def _messages(where: str, fields: Fields, columns: Columns) -> list[Item]:
+    return [_checked(where, _after(_system(fields, columns), _dialog(fields, columns, SPEAKERS[0])))]
 
 
-def _sharegpt(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
-    turns = _dialog(fields, columns, SHAREGPT_ROLES, ("from", "value"))
-    system = _system(fields, columns)
+def _sharegpt(where: str, fields: Fields, columns: Columns) -> list[Item]:
+    turns = _after(_system(fields, columns), _dialog(fields, columns, SPEAKERS[1]))
+    system, turns = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ([], turns)
     whole = len(turns)
-    if turns and turns[0].role == "system" and not system:
-        system, turns, whole = turns[:1], turns[1:], whole - 1
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
     if turns and turns[-1].role == "user":
@@ -234,50 +180,55 @@ def _sharegpt(where: str, fields: Fields, columns: Mapping[str, str]) -> list[It
     return [_checked(where, system + turns, left_out=whole - len(turns))]
 
 
-def _alpaca(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
+def _alpaca(where: str, fields: Fields, columns: Columns) -> list[Item]:
     instruction = _text(fields, "instruction")
     pairs: Any = fields["instances"] if "instances" in fields and "output" not in fields else [fields]
     if not isinstance(pairs, list) or not pairs:
         raise FieldError(f"'instances' is {kind_of(pairs) if pairs else 'empty'}, expected a list of input and output")
     items: list[Item] = []
     for number, pair in enumerate(pairs):
-        if not isinstance(pair, dict):
+        if not isinstance(pair, Mapping):
             raise FieldError(f"'instances[{number}]' is {kind_of(pair)}, expected an object")
         given = _text(pair, "input", optional=True)
         question = f"{instruction}\n\n{given}" if given.strip() else instruction
         turns = [*_system(fields, columns), Turn("user", question), Turn("assistant", _text(pair, "output"))]
         items.append(_checked(where, turns))
+        if pair is not fields:
+            left = telling(pair, pair.keys() - {"input", "output"})
+            fields.passed_over += [f"instances[].{name}" for name in sorted(left)]
     return items
 
 
-def _prompt_completion(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
-    if "prompt" in columns:
-        pair = fill_text(columns["prompt"], fields), fill_text(columns["completion"], fields)
-    else:  # a row that has half of a pair is complained of by the other half's name
-        names = max(PAIRS, key=lambda names: sum(name in fields for name in names))
-        pair = _text(fields, names[0]), _text(fields, names[1])
-    return [_checked(where, [*_system(fields, columns), Turn("user", pair[0]), Turn("assistant", pair[1])])]
+def _prompt_completion(where: str, fields: Fields, columns: Columns) -> list[Item]:
+    names: Sequence[Sequence[str]] = tuple(zip(*PAIRS, strict=True))
+    if not {"prompt", "completion"} & set(columns):  # a row that has half of a pair is complained of by the other half
+        names = [(name,) for name in max(PAIRS, key=lambda names: sum(name in fields for name in names))]
+    prompt, completion = (_part(fields, columns, key, one) for key, one in zip(PAIRS[0], names, strict=True))
+    turns = asked(said(*prompt, "user", fields)) + said(*completion, "assistant", fields)
+    return [_checked(where, _after(_system(fields, columns), turns))]
 
 
-def _preference(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
+def _preference(where: str, fields: Fields, columns: Columns) -> list[Item]:
     """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
-    if "chosen" not in columns and isinstance(fields.get("chosen"), list):  # two whole chats
-        chats = [_messages(where, fields, {"messages": f"{{{name}}}"}) for name in ("chosen", "rejected")]
-        return chats[0]
-    if "chosen" in columns:
-        prompt, chosen, rejected = (fill_text(columns[name], fields) for name in PREFERENCE)
-    else:
-        prompt, chosen, rejected = (_text(fields, name) for name in PREFERENCE)
-    if chosen.strip() == rejected.strip():
-        raise FieldError("'chosen' and 'rejected' are the same answer")
-    return [_checked(where, [*_system(fields, columns), Turn("user", prompt), Turn("assistant", chosen)])]
+    chosen, rejected = (said(*_part(fields, columns, key), "assistant", fields) for key in ("chosen", "rejected"))
+    if chosen[0].role == "assistant":
+        prompt = asked(said(*_part(fields, columns, "prompt"), "user", fields))
+        if [turn.content.strip() for turn in chosen] == [turn.content.strip() for turn in rejected]:
+            raise FieldError("'chosen' and 'rejected' are the same answer")
+    else:  # whole chats; a prompt beside them is often their first question
+        prompt, beside = [], fields.look("prompt")
+        if isinstance(beside, str) and any(turn.content.strip() == beside.strip() for turn in chosen):
+            fields.get("prompt")
+    system = _system(fields, columns)
+    chats = [_checked(where, _after(system, prompt + turns)) for turns in (chosen, rejected)]
+    return list(chats[:1])
 
 
-def _document(where: str, fields: Fields, columns: Mapping[str, str]) -> list[Item]:
+def _document(where: str, fields: Fields, columns: Columns) -> list[Item]:
     return [Document(where, fill_text(columns["text"], fields) if "text" in columns else _text(fields, "text"))]
 
 
-PARSERS: dict[str, Callable[[str, Fields, Mapping[str, str]], list[Item]]] = {
+PARSERS: dict[str, Callable[[str, Fields, Columns], list[Item]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,

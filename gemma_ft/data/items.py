@@ -6,6 +6,7 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+BETWEEN_PARTS = "\n"  # of a content that is a list of text parts, in a row and in a request
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,34 @@ class Conversation:
     """An optional system turn, then user and assistant in turn, ending with an assistant.
 
     `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see formats.py).
-    `weight`: of each of its trained tokens in the loss.
+    `weight`: of each of its trained tokens in the loss. `unread`: the row's fields that are in none of this.
     """
 
     where: str
     turns: tuple[Turn, ...]
     left_out: int = 0
     weight: float = 1.0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text to be continued; nothing in it is a turn. `weight`: of each of its tokens in the loss."""
+    """A plain text to be continued; nothing in it is a turn. `weight`: of each of its tokens in the loss; `unread`: the
+    row's fields that are not in it.
+    """
 
     where: str
     text: str
     weight: float = 1.0
+    unread: tuple[str, ...] = ()
 
 
 Item = Conversation | Document
+
+
+def texts_of(item: Item) -> list[str]:
+    """All that an item says: its turns in their order, or its one text."""
+    return [turn.content for turn in item.turns] if isinstance(item, Conversation) else [item.text]
 
 
 def order_fault(turns: Sequence[Turn]) -> str | None:

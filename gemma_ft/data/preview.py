@@ -11,12 +11,13 @@ import numpy
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.counts import count_pieces
-from gemma_ft.data.dataset import DataStats, Prepared
+from gemma_ft.data.dataset import Prepared
 from gemma_ft.data.examples import Examples, steps_per_epoch
 from gemma_ft.data.faults import faults_in
 from gemma_ft.data.overview import Overview, overview
 from gemma_ft.data.row_ids import documents_at
 from gemma_ft.data.shown import ShownExample, shown_example
+from gemma_ft.data.stats import DataStats
 from gemma_ft.data.template import BOS, END_OF_TURN
 
 
@@ -47,12 +48,16 @@ class Preview:
 
     def describe(self) -> str:
         """The counts in a few lines for a person."""
-        lines = [self.stats.describe()]
+        lines = [self.stats.counted()]
         if cut := self.overview.cut_tokens:
             lines.append(f"{cut:,} tokens are truncated, {self.overview.cut_trained:,} of them to be trained")
         steps = f"{self.steps:,} optimizer step{'s' if self.steps > 1 else ''}"
         lines.append(f"{self.span}: {self.stats.tokens:,} tokens, {steps} of {self.global_batch_size:,} examples")
         return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """What the rows say that is not learned as it was meant; it can be trained on all the same."""
+        return self.stats.warnings()
 
     def passed(self) -> list[str]:
         """What the checks found to be as it must be, where there is no fault."""

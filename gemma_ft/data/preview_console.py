@@ -13,7 +13,7 @@ from rich.text import Text
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.overview import Overview, histogram
 from gemma_ft.data.preview import Preview
-from gemma_ft.data.shown import LINE_BREAK, Cut, ShownDocument, Token, cut_tokens, tokens_of
+from gemma_ft.data.shown import LINE_BREAK, Cut, ShownDocument, Token, cut_tokens, tokens_of, visible
 
 # Neighbouring tokens alternate between two shades, so that each token's borders can be seen.
 STYLES = {
@@ -53,6 +53,8 @@ def show(preview: Preview, console: Console | None = None) -> None:
     if len(preview.overview.sources) > 1:
         console.print(_sources(preview.overview))
     console.print(_verdict(preview))
+    for line in preview.warnings():
+        console.print(Text(f"! {visible(line)}", style="yellow"))
 
 
 def token_text(ids: Sequence[int], labels: Sequence[int], encoder: ChatEncoder, *, marks: bool = False) -> Text:

@@ -8,14 +8,17 @@ from typing import Any
 
 from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.columns import FieldError, fill_value
-from gemma_ft.data.formats import LIST_FIELDS, PAIRS, SHAREGPT_ROLES, detect_format, parse_rows
+from gemma_ft.data.columns import BESIDE, FieldError, fill_value
+from gemma_ft.data.detect import LIST_FIELDS, PAIRS, detect_format
+from gemma_ft.data.formats import parse_rows
 from gemma_ft.data.items import Conversation, Document, Turn, text_fault
 from gemma_ft.data.sources import Row
+from gemma_ft.data.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
 from gemma_ft.errors import DataError, UserError
 
 UNANSWERED = ""  # put where a row has no answer, so that one parser serves training and asking; no model sees it
-ASKING = {name for name, role in SHAREGPT_ROLES.items() if role == "user"}
+ASKING = {name for name, role in TURN_ROLES.items() if role == "user"}
+ANSWERING = dict(zip(SPEAKERS, ("assistant", "gpt"), strict=True))
 
 Fields = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -55,8 +58,9 @@ def prompts_of(
     prompts: list[Prompt] = []
     for row in rows:
         try:
-            whole = row if columns else Row(row.where, _with_answer(row.fields, format))
-            items = parse_rows([_with_last_turn(whole, columns)], format=format, columns=_found(columns))
+            whole = row if set(columns) - BESIDE else Row(row.where, _with_answer(row.fields, format))
+            whole = _with_last_turn(whole, columns)
+            items = parse_rows([whole], format=format, columns=_found(columns), trained=False)
             if len(items) > 1:
                 raise FieldError(f"holds {len(items)} questions; give each a row of its own")
             item = items[0]
@@ -124,12 +128,11 @@ def _with_last_turn(row: Row, columns: Columns) -> Row:
     name = next((name for name in LIST_FIELDS if name in fields), LIST_FIELDS[0])
     if "messages" in columns:
         name, fields[LIST_FIELDS[0]] = LIST_FIELDS[0], fill_value(columns["messages"], fields)
-    turns = fields.get(name)
-    last = turns[-1] if isinstance(turns, list) and turns else None
-    if isinstance(turns, list) and isinstance(last, dict):
-        for speaker, said, model in (("role", "content", "assistant"), ("from", "value", "gpt")):
-            if last.get(speaker) in ASKING:
-                fields[name] = [*turns, {speaker: model, said: UNANSWERED}]
+    keys = keys_of(fields.get(name))
+    if keys is not None:
+        turns, (speaker, said) = turn_list(fields[name], name), keys
+        if isinstance(turns[-1], dict) and turns[-1].get(speaker) in ASKING:
+            fields[name] = [*turns, {speaker: ANSWERING[keys], said: UNANSWERED}]
     return Row(row.where, fields)
 
 

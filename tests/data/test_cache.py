@@ -65,6 +65,22 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def test_rows_that_an_older_build_encoded_are_encoded_again(
+    written: Callable[[list[str]], str], encoder: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layout 4 (a3dff15) read rows otherwise (no system beside messages) and has no remarks."""
+    source, cache = written(lines(4)), Cache(tmp_path / "cache", 1)
+    with monkeypatch.context() as older:
+        older.setattr(room, "LAYOUT", 4)
+        documents_of(cache, source, encoder)
+    made = encodings(monkeypatch)
+    documents_of(cache, source, encoder)
+    assert made
+    made.clear()
+    documents_of(cache, source, encoder)
+    assert made == []
+
+
 def documents_of(cache: Cache, source: str, encoder: ChatEncoder) -> Documents:
     """All good rows of a source, out of the cache. Raises: DataError for bad ones."""
     bad = BadRows()

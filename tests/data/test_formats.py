@@ -11,7 +11,8 @@ from gemma_ft.errors import DataError
 SYNTAX = "write fields as {name}, {name.inner} or {name[0].inner}, and braces as {{ }}"
 HALF_PAIR = "holds half a surrogate pair at character 2; the text was cut inside a character"
 NUL = "holds a NUL character; is the file damaged, or not UTF-8?"
-KNOWN = "known roles: system, user, assistant, model"
+KNOWN = "known roles: system, developer, user, human, assistant, model, gpt, chatgpt, bing, bard, claude"
+NO_TOOLS = "nothing renders tool calls or their results; take such rows out, or write them as text of the turns"
 
 
 def rows(*fields: dict[str, Any]) -> list[Row]:
@@ -97,7 +98,8 @@ def test_two_readings_are_refused() -> None:
         "a.jsonl: prompt_completion (prompt, completion) and prompt_completion (question, answer) fit; "
         "set data.format, or data.columns"
     )
-    assert parse_rows(rows({**ALPACA, "text": "x"}), format="text") == [Document("a.jsonl:1", "x")]
+    unread = ("instruction", "input", "output")
+    assert parse_rows(rows({**ALPACA, "text": "x"}), format="text") == [Document("a.jsonl:1", "x", unread=unread)]
 
 
 def test_no_reading_is_refused() -> None:
@@ -127,7 +129,7 @@ def test_unknown_format() -> None:
         (messages(("user", 7), ("assistant", "b")), "turn 1: 'content' is a number, expected text"),
         (messages(("user", True), ("assistant", "b")), "turn 1: 'content' is true or false, expected text"),
         (messages(("user", {}), ("assistant", "b")), "turn 1: 'content' is an object, expected text"),
-        (messages(("user", "a"), ("tool", "b")), f"turn 2: unknown role 'tool'; {KNOWN}"),
+        (messages(("user", "a"), ("tool", "b")), f"turn 2: role 'tool': {NO_TOOLS}"),
         (messages(("user", "a"), (None, "b")), f"turn 2: unknown role None; {KNOWN}"),
         (messages(("user", "a")), "has no assistant turn, nothing to train on"),
         (messages(("assistant", "a")), "turn 1: a conversation starts with a user turn, got assistant"),
@@ -143,7 +145,8 @@ def test_unknown_format() -> None:
         (messages(("user", "a\x00"), ("assistant", "b")), f"turn 1: 'content' {NUL}"),
         (messages(("user", "a\ud83d"), ("assistant", "b")), f"turn 1: 'content' {HALF_PAIR}"),
         ({"messages": []}, "has no assistant turn, nothing to train on"),
-        ({"messages": "[]"}, "expected a list of turns in 'messages', got text"),
+        ({"messages": "[]"}, "has no assistant turn, nothing to train on"),
+        ({"messages": "[1"}, "expected a list of turns in 'messages', got text that is no list in JSON"),
         ({"messages": [7]}, "turn 1: expected an object, got a number"),
         ({"messages": [{"role": "user"}]}, "turn 1: no field 'content'; the turn has role"),
         ({"messages": [{"role": "user", "content": "a"}] * 2001}, "has 2001 turns, more than 2000"),
@@ -172,7 +175,7 @@ def test_bad_messages(fields: dict[str, Any], reason: str) -> None:
         (
             sharegpt(("human", "a"), ("alien", "b")),
             "sharegpt",
-            f"turn 2: unknown role 'alien'; {KNOWN}, human, gpt, chatgpt, bing, bard, claude",
+            f"turn 2: unknown role 'alien'; {KNOWN}",
         ),
         (sharegpt(("gpt", "a"), ("human", "b")), "sharegpt", "has no assistant turn, nothing to train on"),
         (
@@ -251,9 +254,13 @@ def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list
             "weight",
         ),
         (
+            {"prompt": "{q}", "text": "{q}"},
+            "data.columns: got prompt, text, which are of different formats; give prompt and completion, or messages, "
+            "or text, or prompt, chosen and rejected (weight goes with all, system with all but text)",
+        ),
+        (
             {"prompt": "{q}"},
-            "data.columns: got prompt; give prompt and completion, or messages, or text, "
-            "or prompt, chosen and rejected (weight goes with all, system with all but text)",
+            "a.jsonl:1: no field 'completion'; the row has q, n, l; map it with data.columns.completion",
         ),
         ({"text": "{q}", "system": "s"}, "data.columns: system does not go with text; a plain document has no turns"),
         ({"text": "{q"}, "data.columns.text: cannot read '{' in '{q'; " + SYNTAX),

@@ -41,6 +41,14 @@ def seen(preview: Preview, tmp_path: Path) -> Seen:
     return Seen(write_preview(preview, tmp_path / "out.html", recipe=RECIPE).read_text(encoding="utf-8"))
 
 
+def test_what_is_not_read_is_told_beside_the_checks(encoder: ChatEncoder, tmp_path: Path) -> None:
+    found = looked(encoder, [Document("a.jsonl:1", "<|im_start|>user\nHi<|im_end|>", unread=("system",))])
+    text = seen(found, tmp_path).text
+    assert "✓ every example has trained tokens" in text
+    assert "! not read: system in 1 row" in text
+    assert "! 1 of 1 rows spell a chat template as text (ChatML's <|im_start|>)" in text
+
+
 def test_tokens_figures_and_pictures_are_there(encoder: ChatEncoder, tmp_path: Path) -> None:
     found = looked(encoder)
     read = seen(found, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,11 @@ def rows(*fields: dict[str, Any]) -> list[Row]:
         ({"messages": [{"role": "user", "content": Q}]}, ASKED),
         ({"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]}, ASKED),
         ({"messages": LONG}, (Turn("user", "a"), Turn("assistant", "b"), *ASKED)),
+        ({"messages": json.dumps(LONG)}, (Turn("user", "a"), Turn("assistant", "b"), *ASKED)),
+        ({"messages": [{"role": "human", "content": [{"type": "text", "text": Q}]}]}, ASKED),
+        ({"system": "s", "messages": LONG[2:]}, (Turn("system", "s"), *ASKED)),
+        ({"prompt": LONG[2:]}, ASKED),
+        ({"prompt": Q, "completion": "a bad one", "label": False}, ASKED),
         ({"conversations": [{"from": "human", "value": Q}]}, ASKED),
         ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}, ASKED),
     ],
@@ -49,6 +55,8 @@ def test_what_a_row_asks(fields: dict[str, Any], turns: tuple[Turn, ...]) -> Non
 def test_columns_name_what_is_asked() -> None:
     (prompt,) = prompts_of(rows({"q": Q, "who": "you"}), columns={"prompt": "{q} ({who})"})
     assert prompt.turns == (Turn("user", f"{Q} (you)"),)
+    (prompt,) = prompts_of(rows({"prompt": Q}), columns={"system": "s"})
+    assert prompt.turns == (Turn("system", "s"), *ASKED)
     (prompt,) = prompts_of(rows({"talk": {"turns": LONG}}), columns={"messages": "{talk.turns}"})
     assert prompt.turns[-1] == Turn("user", Q)
 

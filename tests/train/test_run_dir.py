@@ -54,15 +54,26 @@ def test_a_run_that_cannot_be_built_leaves_the_old_one(recipe_for: RecipeFor, tr
 
 def test_resume_with_other_rows_is_refused(recipe_for: RecipeFor, train: Train, rows: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
-    shutil.copy(rows, mine)
+    pairs = map(json.loads, rows.read_text().splitlines())
+    chats = [[{"role": "user", "content": one["question"]}, {"role": "assistant", "content": one["answer"]}]
+             for one in pairs]  # fmt: skip
+    written = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    mine.write_text(written.replace('{"messages"', '{"context": "c", "messages"', 1))
     loaded = recipe_for("strategy=lora", f"data.train={mine}", "checkpoint.every_steps=2")
     train(loaded)
+    assert "not read: context in 1 row\n" in (tmp_path / "console.txt").read_text()
     (tmp_path / "run" / "summary.json").unlink()
-    mine.write_text(mine.read_text().replace("It is 4.", "It is 5."))
-    assert refusal(loaded, resume=True) == (
+    before = mine.read_text()
+    expected = (
         f"{tmp_path / 'run'}: cannot resume: {mine} gives other training rows than before; "
         "restore it, start a new output_dir, or give --allow-drift data"
     )
+    mine.write_text(before.replace("It is 4.", "It is 5."))
+    assert refusal(loaded, resume=True) == expected
+    # of these rows an older build (a3dff15) learned what it learned of `before`: it did not read `system`
+    mine.write_text(before.replace('{"messages"', '{"system": "Be brief.", "messages"', 1))
+    assert mine.read_text() != before
+    assert refusal(loaded, resume=True) == expected
 
 
 def test_resume_needs_a_recipe_that_can_be_read(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ KINDS = (
     Kind("near_overlap", "warning", "held-out rows nearly the same as a training row", "scores on them are flattered"),
     Kind("duplicate", "warning", "rows that repeat another exactly", FIX),
     Kind("empty", "warning", "rows with an empty question, answer or text", "they are not trained on"),
+    Kind("unread", "warning", "rows with fields that are not read", "map them with data.columns, or take them out"),
+    Kind("rendered", "warning", "rows that spell a chat template as text", "give them as messages: [{role, content}]"),
+    Kind("ends", "warning", "rows that end in a token's name", "take it off; an end is trained without it"),
     Kind("repeated_answer", "warning", "rows with an answer that many others have", "a model learns to say it always"),
     Kind("too_long", "warning", "rows longer than data.max_seq_len", "raise it, or shorten them"),
     Kind("answer_past", "warning", "rows whose answer begins past data.max_seq_len", "raise it; they are not trained"),
@@ -39,6 +42,7 @@ KINDS = (
     Kind("access_token", "warning", "rows with what looks like an access token", "take it out, and revoke it"),
     Kind("private_key", "warning", "rows with what looks like a private key", "take it out, and replace the key"),
     Kind("email", "note", "rows with an e-mail address", "a model can learn it by heart"),
+    Kind("strike_through", "note", "rows with </s>", "in a GGUF llama.cpp ends an answer at it; take it out"),
     Kind("near_duplicate", "note", "rows nearly the same as an earlier one", "are all of them needed?"),
     Kind("other_script", "note", "rows in another script than most", "are they meant?"),
     Kind("extreme_share", "note", "rows of which hardly any, or nearly every, token is trained", "are they meant?"),
@@ -80,6 +84,11 @@ class Findings:
         finding.count += 1
         if name == "bad_row" or len(finding.places) < PLACES_KEPT:
             finding.places.append(Place(where, detail, twin))
+
+    def drop(self, name: str) -> None:
+        """Forget a kind."""
+        self._found[name].count = 0
+        self._found[name].places.clear()
 
     def __getitem__(self, name: str) -> Finding:
         return self._found[name]

@@ -12,7 +12,7 @@ from gemma_ft.data.bad_rows import BadRows
 from gemma_ft.data.cache import Reading
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.items import Conversation, Item
+from gemma_ft.data.items import Item, texts_of
 
 Side = Literal["train", "eval"]
 
@@ -41,7 +41,7 @@ class CheckedRow:
 
     def texts(self) -> list[str]:
         """All that it says."""
-        return [text for item in self.items for text in _texts(item)]
+        return [text for item in self.items for text in texts_of(item)]
 
 
 def rows_in(chunk: Chunk, reading: Reading, bad: BadRows) -> list[CheckedRow]:
@@ -94,7 +94,3 @@ class Places:
     def where(self, row: int) -> str:
         """The place as a user finds it."""
         return self._chunks[self._parts[row]].where(self._offsets[row])
-
-
-def _texts(item: Item) -> list[str]:
-    return [turn.content for turn in item.turns] if isinstance(item, Conversation) else [item.text]

@@ -13,6 +13,7 @@ from gemma_ft.data.check.clean import CHANGES, Copy
 from gemma_ft.data.check.findings import Finding, Place
 from gemma_ft.data.check.survey import Report
 from gemma_ft.data.shown import visible
+from gemma_ft.data.stats import unread_line
 
 PLACES_SHOWN = 3
 BAD_ROWS_SHOWN = 20
@@ -25,6 +26,8 @@ def show_report(report: Report, console: Console) -> None:
         share = source.trained_tokens / max(source.tokens, 1)
         told = f"{source.rows:,} rows, {source.tokens:,} tokens, {share:.0%} trained ({source.format}: {source.why})"
         _say(console, f"{source.side:5}  {source.name}: {told}")
+        if source.unread:
+            _say(console, f"       {unread_line(source.unread)}")
     found = report.findings.all()
     if found:
         table = Table("severity", "rows", "what, and what to do", "where")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy
@@ -17,8 +17,9 @@ from gemma_ft.data.check.near import NearTexts, Pair
 from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
 from gemma_ft.data.chunks import Chunk
 from gemma_ft.data.dataset import TooLong
-from gemma_ft.data.documents import table_of, without_empty
+from gemma_ft.data.documents import remarks_of, table_of, without_empty
 from gemma_ft.data.items import Conversation, Item
+from gemma_ft.data.rendered import is_custom
 from gemma_ft.errors import DataError
 from gemma_ft.secrets import secret_kinds
 
@@ -26,6 +27,7 @@ SHORT_ANSWER = 5  # words: what is shorter may be a label, which many rows share
 OFTEN, OFTEN_SHARE = 5, 0.002  # rows, and share of all, from which on an answer is told as repeated
 EXTREME_SHARE = 0.02  # trained tokens among all: less, or so much short of all
 ENCODED_AT_ONCE = 1024  # rows
+ENDS_IN_GGUF = "</s>"  # llama.cpp takes a token of this text for an end of the answer (llama_vocab: special_eog_ids)
 MAIN_SCRIPT = 0.8  # share of the rows from which on the others are told
 
 
@@ -41,6 +43,7 @@ class SourceFacts:
     bad_rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    unread: dict[str, int] = field(default_factory=dict)  # rows by the path of a field that is not read
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class _Look:
             self.places.begin(chunk)
             for row in rows:
                 self._row(source, chunk, row)
+                self._remarks(chunk.where(row.offset), row, facts)
             self._lengths(source, chunk, rows, facts)
             facts.rows += len(rows)
             progress(len(rows))
@@ -124,6 +128,8 @@ class _Look:
     def report(self) -> Report:
         self._repeated_answers()
         self._near()
+        if not is_custom(self.findings["ends"].count, len(self.places)):  # prose may name a token at its end
+            self.findings.drop("ends")
         names = [name for name in self.script_names if name is not None]
         counts = numpy.bincount(numpy.array(self.scripts, numpy.uint8), minlength=len(names) + 1)[1:].tolist()
         scripts = dict(sorted(zip(names, counts, strict=True), key=lambda pair: -pair[1]))
@@ -144,6 +150,18 @@ class _Look:
             self.near.add(number, said)
             if source.side == "train":
                 self._answers(row, number)
+
+    def _remarks(self, where: str, row: CheckedRow, facts: SourceFacts) -> None:
+        """Unread fields and templates that are spelled out, once for a row, whatever number of items it has."""
+        made: dict[str, list[str]] = {}
+        for kind, what in dict.fromkeys(remark for item in row.items for remark in remarks_of(item)):
+            made.setdefault(kind, []).append(what)
+        for kind, whats in made.items():
+            self.findings.add(kind, where, ", ".join(whats))
+        for path in made.get("unread", ()):
+            facts.unread[path] = facts.unread.get(path, 0) + 1
+        if any(ENDS_IN_GGUF in text for text in row.texts()):
+            self.findings.add("strike_through", where)
 
     def _is_new(self, source: RowSource, row: CheckedRow, number: int, where: str) -> bool:
         """Whether the row says something that no earlier row did; told where it does not."""

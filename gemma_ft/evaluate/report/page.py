@@ -177,7 +177,7 @@ def _data_blocks(run: RunFacts) -> list[Block]:
     data, lengths = run.figure("data"), run.figure("lengths")
     if not isinstance(data, dict):
         return []
-    counts = {one.name: data[one.name] for one in fields(DataStats) if isinstance(data.get(one.name), int)}
+    counts = {one.name: data[one.name] for one in fields(DataStats) if _is_count(data.get(one.name))}
     blocks: list[Block] = [Note(DataStats(**counts).describe())]
     if isinstance(lengths, dict) and isinstance(documents := lengths.get("documents"), list):
         width = lengths.get("bin_tokens")
@@ -185,6 +185,11 @@ def _data_blocks(run: RunFacts) -> list[Block]:
             uri = histogram_picture(documents, width, title="Sequences by length", x_label="tokens")
             blocks.append(Picture(uri, "How many training sequences have how many tokens"))
     return blocks
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a figure of DataStats is a number, or numbers by name."""
+    return isinstance(value, int) or (isinstance(value, dict) and all(isinstance(one, int) for one in value.values()))
 
 
 def _environment_blocks(run: RunFacts) -> list[Block]:

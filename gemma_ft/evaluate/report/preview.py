@@ -83,12 +83,13 @@ def _headline(preview: Preview) -> Block:
 
 
 def _checks(preview: Preview) -> list[Block]:
+    warnings: list[Block] = [Note(f"! {line}", warning=True) for line in preview.warnings()]
     if not preview.faults:
-        return [Note("\n".join(f"✓ {line}" for line in preview.passed()))]
+        return [Note("\n".join(f"✓ {line}" for line in preview.passed())), *warnings]
     lines = [f"✗ {fault}" for fault in preview.faults[:FAULTS_SHOWN]]
     if (more := len(preview.faults) - FAULTS_SHOWN) > 0:
         lines.append(f"✗ ... and {count(more)} more")
-    return [Note("\n".join(lines), warning=True)]
+    return [Note("\n".join(lines), warning=True), *warnings]
 
 
 def _examples(preview: Preview) -> list[Block]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from gemma_ft.data.items import Role, Turn, misplaced, text_fault
+from gemma_ft.data.items import BETWEEN_PARTS, Role, Turn, misplaced, text_fault
 from gemma_ft.errors import UserError
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.server.faults import ApiFault
@@ -28,7 +28,6 @@ from gemma_ft.infer.server.fields import (
 )
 from gemma_ft.infer.server.limits import Limits
 
-BETWEEN_PARTS = "\n"  # of a content that is a list of text parts
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 PART = '{"type": "text", "text": ...}'
 

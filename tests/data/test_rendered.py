@@ -1,0 +1,137 @@
+"""Rows that went through a chat template before: recognised by how they begin, told, and encoded as before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from gemma_ft.data.cache import Reading
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.check.rows import RowSource
+from gemma_ft.data.check.survey import Report, survey
+from gemma_ft.data.dataset import prepare
+from gemma_ft.data.formats import parse_rows
+from gemma_ft.data.items import Conversation, Document, Turn
+from gemma_ft.data.preview import look_at
+from gemma_ft.data.rendered import rendered_as
+from gemma_ft.data.sources import Row, read_chunks
+
+File = Callable[[str, str | bytes], str]
+GEMMA = (
+    "<bos><start_of_turn>user\nWhat is the capital of Peru?<end_of_turn>\n<start_of_turn>model\nLima.<end_of_turn>\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "template"),
+    [
+        (GEMMA, "Gemma's <start_of_turn>"),
+        (GEMMA.removeprefix("<bos>").replace("\n", "\r\n"), "Gemma's <start_of_turn>"),
+        ("\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n", "ChatML's <|im_start|>"),
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+            "Llama 3's <|start_header_id|>",
+        ),
+        ("<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>", "Llama 4's <|header_start|>"),
+        ("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s>", "Llama 2's or Mistral's [INST]"),
+        ("[INST]Hi[/INST]", "Llama 2's or Mistral's [INST]"),
+        ("<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>", "Phi's or Zephyr's <|user|>"),
+        ("<|user|>Hi<|end|><|assistant|>Hello<|end|>", "Phi's or Zephyr's <|user|>"),
+        ("<|start|>assistant<|channel|>final<|message|>Hello<|return|>", "gpt-oss' <|start|>"),
+        ("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello", "DeepSeek's <｜User｜>"),
+        ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi", "Command R's <|START_OF_TURN_TOKEN|>"),
+        ('[{"role": "user", "content": "Hi"}]', 'a list of turns in JSON [{"role"'),
+    ],
+)
+def test_rendered_text_is_recognised(text: str, template: str) -> None:
+    """As the chat templates of the published tokenizers render (transformers 5.24, apply_chat_template)."""
+    assert rendered_as(Document("a.jsonl:1", text)) == template
+    assert rendered_as(Conversation("a.jsonl:1", (Turn("user", text), Turn("assistant", "b")))) == template
+    assert rendered_as(Conversation("a.jsonl:1", (Turn("user", "a"), Turn("assistant", text)))) == template
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Gemma begins a turn with <start_of_turn>.",
+        "<start_of_turn> is how Gemma begins a turn, and <end_of_turn> how it ends one.",
+        "<start_of_turn>user names who speaks.",
+        "<|im_start|> is ChatML's.",
+        "<bos> stands first.",
+        "[INST] was Llama 2's marker.",
+        "<|user|> is a marker of Phi.",
+        "[1] A footnote",
+        '[{"role": "admin", "name": "Ann"}]',
+        "<html><s>gone</s></html>",
+    ],
+)
+def test_text_that_names_a_marker_is_text(text: str) -> None:
+    assert rendered_as(Document("a.jsonl:1", text)) is None
+
+
+def told(encoder: ChatEncoder, *rows: dict[str, Any]) -> list[str]:
+    items = parse_rows([Row(f"a.jsonl:{n}", row) for n, row in enumerate(rows, start=1)])
+    preview = look_at(prepare(items, encoder, max_seq_len=256, packing=True), encoder)
+    assert preview.faults == []
+    assert preview.stats.describe().splitlines()[2:] == preview.warnings()  # which the start of a run shows
+    return preview.warnings()
+
+
+def test_counts_are_told_before_a_run(encoder: ChatEncoder) -> None:
+    """a3dff15 showed three green ticks for such rows."""
+    cure = "whose markers are learned as words: take them out, and give turns as messages"
+    assert told(encoder, {"text": GEMMA}, {"text": GEMMA}, {"text": "Gemma's turns begin with <start_of_turn>."}) == [
+        f"2 of 3 rows spell a chat template as text (Gemma's <start_of_turn>), {cure}"
+    ]
+    prompt, completion = GEMMA[: GEMMA.index("Lima")], GEMMA[GEMMA.index("Lima") :]
+    assert told(encoder, {"prompt": prompt, "completion": completion}) == [
+        f"1 of 1 rows spell a chat template as text (Gemma's <start_of_turn>), {cure}"
+    ]
+
+
+def test_answers_that_end_in_a_tokens_name_are_told_where_most_do(encoder: ChatEncoder) -> None:
+    rows = [{"prompt": f"{n}?", "completion": f"{n}.<eos>"} for n in range(4)]
+    other = {"prompt": "x", "completion": "y"}
+    assert told(encoder, *rows, other) == [
+        "4 of 5 rows end in <eos> as text, which is learned as a word: take it off, an end is trained without it"
+    ]
+    assert told(encoder, rows[0], rows[1]) == []
+    assert told(encoder, *rows[:3], *[other] * 4) == []
+
+
+def test_the_ids_stay(encoder: ChatEncoder) -> None:
+    document = Document("a.jsonl:1", GEMMA)
+    prepared = prepare([document], encoder, max_seq_len=256, packing=False)
+    assert prepared.examples[0]["input_ids"] == encoder.encode_document(document).input_ids
+
+
+@pytest.fixture
+def check(file: File, encoder: ChatEncoder) -> Callable[..., Report]:
+    def run(*texts: str) -> Report:
+        source = file("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        reading = Reading("text", {}, encoder)
+        return survey([RowSource("train", source, partial(read_chunks, source), reading, "named")], max_seq_len=512)
+
+    return run
+
+
+def test_data_check_tells_the_rows(check: Callable[..., Report]) -> None:
+    report = check(GEMMA, "A line that says nothing of it.", "<|im_start|>user\nHi<|im_end|>", "Ends in </s>")
+    assert {one.kind.name: [str(place) for place in one.places] for one in report.findings.all()} == {
+        "rendered": ["a.jsonl:1: Gemma's <start_of_turn>", "a.jsonl:3: ChatML's <|im_start|>"],
+        "strike_through": ["a.jsonl:4"],
+    }
+    assert (report.findings["rendered"].severity, report.findings["strike_through"].severity) == ("warning", "note")
+
+
+def test_data_check_tells_ends_where_most_rows_have_them(check: Callable[..., Report]) -> None:
+    report = check("One.<|im_end|>", "Two.<|im_end|>\n", "Three.<|im_end|>", "Four.")
+    assert [str(place) for place in report.findings["ends"].places] == [
+        f"a.jsonl:{n}: <|im_end|>" for n in (1, 2, 3)
+    ]  # fmt: skip
+    assert check("Gemma ends a turn with <end_of_turn>", "And this says nothing of it.").findings.all() == []
