@@ -2,7 +2,7 @@
 
 Such a text begins with a marker of a turn, as its template writes it; text that only names a marker does not. An answer
 may also have been given the name of a token that ends it; that it is no prose is told by how many rows end so.
-Source: the chat templates that the models' publishers ship (tokenizer_config.json: chat_template).
+Source: the chat templates that models are published with, as collected in TRL 1.16.0 (trl/chat_templates).
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ TEMPLATES = (
     ("Llama 3's", "<|start_header_id|>", rf"<\|start_header_id\|>{ROLE}<\|end_header_id\|>"),
     ("Llama 4's", "<|header_start|>", rf"<\|header_start\|>{ROLE}<\|header_end\|>"),
     ("Llama 2's or Mistral's", "[INST]", r"(?:\[SYSTEM_PROMPT\].*?)?\[INST\].*?\[/INST\]"),
-    ("Phi's or Zephyr's", "<|user|>", rf"<\|{ROLE}\|>(?:[ \t\r]*\n|.*?(?:<\|end\|>|<\|{ROLE}\|>|</s>))"),
+    ("Phi's, Zephyr's or GLM's", "<|user|>", rf"<\|{ROLE}\|>(?:[ \t\r]*\n|.*?(?:<\|end\|>|<\|{ROLE}\|>|</s>))"),
     ("gpt-oss'", "<|start|>", rf"<\|start\|>{ROLE}\b[^\n]*?<\|message\|>"),
-    ("DeepSeek's", "<｜User｜>", r"<｜(?:User|Assistant)｜>"),
+    ("DeepSeek's", "<｜User｜>", r"(?:(?!<｜).)*<｜User｜>.*?<｜Assistant｜>"),
     ("Command R's", "<|START_OF_TURN_TOKEN|>", r"<\|START_OF_TURN_TOKEN\|><\|\w+_TOKEN\|>"),
     ("a list of turns in JSON", '[{"role"', rf"\[\s*\{{\s*['\"](?:role|from)['\"]\s*:\s*['\"](?:{ROLE}|gpt)['\"]"),
 )
 BOS = (
     "<bos>",
     "<s>",
+    "[gMASK]",
+    "<sop>",
     "<|begin_of_text|>",
     "<|endoftext|>",
     "<|startoftext|>",

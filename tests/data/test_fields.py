@@ -131,7 +131,7 @@ def test_names_that_are_not(name: str) -> None:
     ],
 )
 def test_what_changes_the_meaning_of_an_answer_is_refused(fields: dict[str, Any], reason: str) -> None:
-    """a3dff15 trained "Go away." of TRL's unpaired preferences (TRL 0.26, dataset formats) as a good answer."""
+    """a3dff15 trained "Go away." of TRL's unpaired preferences (TRL 1.16.0, KTO's rows) as a good answer."""
     assert refusal(fields) == reason
 
 

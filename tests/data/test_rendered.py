@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from gemma_ft.data.cache import Reading
 from gemma_ft.data.chat import ChatEncoder
@@ -39,19 +42,42 @@ GEMMA = (
         ("<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>", "Llama 4's <|header_start|>"),
         ("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s>", "Llama 2's or Mistral's [INST]"),
         ("[INST]Hi[/INST]", "Llama 2's or Mistral's [INST]"),
-        ("<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>", "Phi's or Zephyr's <|user|>"),
-        ("<|user|>Hi<|end|><|assistant|>Hello<|end|>", "Phi's or Zephyr's <|user|>"),
+        ("<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>", "Phi's, Zephyr's or GLM's <|user|>"),
+        ("<|user|>Hi<|end|><|assistant|>Hello<|end|>", "Phi's, Zephyr's or GLM's <|user|>"),
         ("<|start|>assistant<|channel|>final<|message|>Hello<|return|>", "gpt-oss' <|start|>"),
-        ("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello", "DeepSeek's <｜User｜>"),
+        ("<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello", "DeepSeek's <｜User｜>"),
         ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi", "Command R's <|START_OF_TURN_TOKEN|>"),
         ('[{"role": "user", "content": "Hi"}]', 'a list of turns in JSON [{"role"'),
     ],
 )
 def test_rendered_text_is_recognised(text: str, template: str) -> None:
-    """As the chat templates of the published tokenizers render (transformers 5.24, apply_chat_template)."""
+    """The turns of each template by hand; below, as the templates themselves write them."""
     assert rendered_as(Document("a.jsonl:1", text)) == template
     assert rendered_as(Conversation("a.jsonl:1", (Turn("user", text), Turn("assistant", "b")))) == template
     assert rendered_as(Conversation("a.jsonl:1", (Turn("user", "a"), Turn("assistant", text)))) == template
+
+
+@pytest.mark.parametrize(
+    ("name", "marker"),
+    [
+        ("gemma", "<start_of_turn>"), ("gemma3", "<start_of_turn>"), ("gemma4", "<|turn>"), ("qwen3", "<|im_start|>"),
+        ("llama3", "<|start_header_id|>"), ("phi3", "<|user|>"), ("deepseekv3", "<｜User｜>"), ("gptoss", "<|start|>"),
+        ("cohere", "<|START_OF_TURN_TOKEN|>"), ("glm4moe", "<|user|>"),
+    ],
+)  # fmt: skip
+def test_what_published_templates_render_is_recognised(name: str, marker: str) -> None:
+    """The templates in TRL 1.16.0, rendered by transformers 5.24.0."""
+    package = find_spec("trl")
+    assert package is not None
+    assert package.origin is not None
+    template = (Path(package.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    system = [] if name == "gemma" else [{"role": "system", "content": "Be brief."}]  # it refuses them
+    for turns in (chat, system + chat):
+        (text,), _ = render_jinja_template([turns], chat_template=template, bos_token="<s>", eos_token="</s>")
+        template_name = rendered_as(Document("a.jsonl:1", text))
+        assert template_name is not None
+        assert template_name.endswith(f" {marker}")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def refusal(fields: dict[str, Any], **arguments: Any) -> str:
 )
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "as Python prints it"])
 def test_a_list_of_turns_as_text_is_read(name: str, turns: list[Any], format: str, write: Any) -> None:
-    """pandas 3's to_csv and to_json of a column of lists; a3dff15: no known format has the fields messages."""
+    """pandas 3.1.1 writes a column of lists as Python prints them; a3dff15: no known format has the fields messages."""
     fields = {name: write(turns)}
     assert detect_format([Row("a.jsonl:1", fields)])[0] == format
     assert said(fields) == said({name: turns})
@@ -91,7 +91,7 @@ def test_roles_have_their_other_names(role: str, expected: str) -> None:
 
 
 def test_prompt_and_completion_may_be_lists_of_turns() -> None:
-    """TRL's conversational forms (TRL 0.26, dataset formats): the completion is trained, answers in the prompt not."""
+    """As in TRL 1.16.0 (completion_only_loss): the completion is trained, answers in the prompt are not."""
     before = [{"role": "system", "content": "s"}, *TURNS]
     fields = {"prompt": [*before, {"role": "user", "content": "c"}], "completion": [TURNS[1]]}
     assert said(fields) == said({"messages": [*before, {"role": "user", "content": "c"}, TURNS[1]]})
