@@ -48,9 +48,26 @@ class Tasks:
         _require()
         if path is not None and not path.is_dir():
             raise UserError(f"--task-path: {path}: no such folder; give one that holds task files (.yaml)")
+        random.seed(SEEDS[0])
+        np.random.seed(SEEDS[1])
+        torch.manual_seed(SEEDS[2])
         with _quietly():
             self._loaded = _load(names, path)
+        self._drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.names = list(self._loaded["tasks"])
+
+    def _draw_again(self) -> None:
+        """Put every generator of random numbers to where `lm_eval.simple_evaluate` has it when it builds its requests.
+
+        A task draws few-shot examples, and whatever its own functions draw, each time its requests are built: once to
+        count them, and once for each model. All are to see the same, which are the harness's own.
+        """
+        ours, arrays, tensors = self._drawn
+        random.setstate(ours)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=SEEDS[3])
 
     def requests(self, encoder: ChatEncoder, *, context: int) -> int:
         """How many requests the tasks make of one model that reads `context` tokens.
@@ -59,6 +76,7 @@ class Tasks:
         """
         lm = _model()(None, encoder, batch_size=1, max_length=context)
         total = 0
+        self._draw_again()
         for name, task in self._loaded["tasks"].items():
             try:
                 with _quietly():
@@ -88,9 +106,7 @@ class Tasks:
         from lm_eval.evaluator import evaluate
 
         lm = _model()(model, encoder, batch_size=batch_size, on_progress=on_progress)
-        random.seed(SEEDS[0])
-        np.random.seed(SEEDS[1])
-        torch.manual_seed(SEEDS[2])
+        self._draw_again()
         with _quietly():
             found = evaluate(
                 lm=lm,
@@ -183,7 +199,6 @@ def _load(names: Sequence[str], path: Path | None) -> dict[str, Any]:
             raise UserError(f"--tasks: {name}: runs code that a model wrote; use lm-eval itself, in a sandbox")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEEDS[3])
     return loaded
 
 
