@@ -150,7 +150,7 @@ class _Work:
                 for task, figures in tasks.items()
             }
             if cut:
-                self.display.note(f"{name}: {cut:,} task requests did not fit the context and were cut at the left")
+                self.display.note(f"{name}: {cut:,} task requests did not fit the context: cut at the left, behind BOS")
         return found
 
     def _answers(self, model: Any) -> list[Reply]:

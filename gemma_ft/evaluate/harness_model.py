@@ -1,22 +1,22 @@
 """The native model and its engine behind lm-evaluation-harness's own model interface.
 
 Every convention of encoding and cutting is that of the harness's `hf` backend (lm_eval/models/huggingface.py, HFLM), so
-that the two agree item by item. Three things are decided here: there is exactly one BOS (in rolling requests HFLM puts
-a second one before text for which its tokenizer already adds one), the end of a turn ends an answer and is no part of
-its text, and chats are written under the system policy of the training.
+that the two agree item by item. Three things are decided here: whatever the model reads begins with exactly one BOS
+(HFLM cuts it off with the beginning of what is too long, has none in the later windows of a rolling request, and in
+its first a second one where its tokenizer adds one), the end of a turn ends an answer and is no part of its text, and
+chats are written under the system policy of the training.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.collate import Collator
@@ -36,8 +36,9 @@ Scored = tuple[float, bool]  # sum of log probabilities, whether greedy decoding
 class NativeLM(TemplateLM):
     """A native model, or one that PEFT wrapped, in eval mode, as the harness sees it.
 
-    `truncated` counts requests that were cut at the left because they did not fit the model's context. `on_progress`
-    hears how many more requests are done. `max_length`: the context, where there is no model yet.
+    `truncated` counts requests that were cut at the left, behind their BOS, because they did not fit the model's
+    context. `on_progress` hears how many more requests are done. `max_length`: the context, where there is no model
+    yet.
     """
 
     backend = "causal"
@@ -119,14 +120,13 @@ class NativeLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log probability of each whole text after BOS, in windows of the model's context, each full of context."""
+        """The log probability of each whole text after BOS, in windows of the model's context (`_windows`)."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids  # the prefix is the one BOS
-            pairs = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
-            for context, scored in map(make_disjoint_window, pairs):
+            for context, scored in self._windows(ids):
                 windows.append((None, context, scored))
                 owners.append(number)
         left = Counter(owners)
@@ -141,11 +141,29 @@ class NativeLM(TemplateLM):
             totals[owner] += total
         return totals
 
+    def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """(context, scored) ids of a text without its BOS: each token is scored once, and each window begins with BOS
+        and is full, with as few tokens of context as that takes, but one at least where any go before.
+        """
+        size = self.max_length
+        if ids:
+            yield [self.prefix_token_id], ids[:size]
+        for start in range(size, len(ids), size - 1):
+            end = min(start + size - 1, len(ids))
+            yield [self.prefix_token_id, *ids[end - size : start]], ids[start:end]
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """`ids` where they fit `room`, else BOS and the last ones: Gemma without BOS is another model."""
+        if len(ids) <= room:
+            return ids
+        self.truncated += 1
+        return [self.prefix_token_id, *ids[len(ids) - room + 1 :]]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], *, on_scored: Callable[[list[int]], None] | None = None, **_: Any
     ) -> list[Scored]:
         """(text, context ids, continuation ids) -> scores. Requests that differ in their last token alone, as the
-        choices of one question do, are one row of a batch; what is too long is cut at the left.
+        choices of one question do, are one row of a batch; what is too long is cut (`_cut`).
         """
         on_scored = on_scored or (lambda numbers: self._on_progress(len(numbers)))
         groups: dict[tuple[int, ...], list[Piece]] = {}
@@ -172,9 +190,7 @@ class NativeLM(TemplateLM):
                 "is empty" if not continuation else f"has {len(continuation)} tokens, the model reads {self.max_length}"
             )
             raise UserError(f"--tasks: a text to be scored {what}; mend the task")
-        whole = [*context, *continuation]
-        self.truncated += len(whole) > self.max_length + 1
-        ids = whole[-(self.max_length + 1) :]
+        ids = self._cut([*context, *continuation], self.max_length + 1)
         return Piece(ids, [IGNORE] * (len(ids) - len(continuation)) + list(continuation), number)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -208,10 +224,8 @@ class NativeLM(TemplateLM):
     def _request(self, context: str, options: dict[str, Any], *, seed: int) -> tuple[Request, list[str]]:
         """What the engine is asked, and the strings that end the answer. Raises: UserError as `options_of`."""
         max_new_tokens, sampling, stop = self.options_of(options, seed=seed)
-        ids = self.tok_encode(context)
-        room = self.max_length - max_new_tokens
-        self.truncated += len(ids) > room
-        return Request(ids[-room:], max_new_tokens, sampling), stop
+        ids = self._cut(self.tok_encode(context), self.max_length - max_new_tokens)
+        return Request(ids, max_new_tokens, sampling), stop
 
     def options_of(self, options: dict[str, Any], *, seed: int = SEED) -> tuple[int, Sampling, list[str]]:
         """A task's generation_kwargs as how long an answer may get, how it is chosen, and the strings that end it.
@@ -230,7 +244,7 @@ class NativeLM(TemplateLM):
             raise UserError(
                 f"--tasks: generation_kwargs: {sorted(known)[0]} is not supported; leave it out of the task"
             )
-        if not 0 < max_new_tokens < self.max_length:
+        if not 0 < max_new_tokens < self.max_length - 1:  # BOS alone is no prompt
             raise UserError(
                 f"--tasks: max_gen_toks {max_new_tokens} leaves no room for a prompt in {self.max_length} tokens of "
                 "context; lower it in the task"
