@@ -6,9 +6,6 @@ Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache as kept
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,39 +15,28 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.added_rows import AddedRows
-from gemma_ft.model.attention import (
-    Visible,
-    first_of_own,
-    first_visible,
-    resolve_attention,
-    visible_keys,
-    within_window,
-)
+from gemma_ft.model.attention import resolve_attention
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.linear import linear
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
+from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
+from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 
 FLOAT16_OVERFLOWS = "overflows in Gemma, whose activations pass 65504"
+NO_ATTENTIONS = (
+    "output_attentions: attention weights are not kept here; transformers' own class gives them, from the same folder "
+    "and with attn_implementation='eager'"
+)
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-@dataclass
-class GemmaCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output plus what the fused head counted: `token_count` labelled tokens, `token_accuracy` in
-    0..1.
-    """
-
-    token_count: Tensor | None = None
-    token_accuracy: Tensor | None = None
 
 
 class GemmaPreTrainedModel(PreTrainedModel):
@@ -60,7 +46,7 @@ class GemmaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer"]  # noqa: RUF012 (transformers' own attribute)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer in some older folders)
     _supports_sdpa = True  # whether it may run is decided by `resolve_attention`, which knows about the cap
 
@@ -101,112 +87,52 @@ class GemmaModel(GemmaPreTrainedModel):
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: Cache | KVPass | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions or self.config.output_attentions:
+            raise UserError(NO_ATTENTIONS)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        cache = past_key_values if cache is None else cache
         # A checkpointed layer runs twice in training and would write its keys to the cache twice.
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-        if isinstance(past_key_values, KVPass):
-            position_ids = past_key_values.position_ids
-            masks = self._masks_of_pass(past_key_values)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
+        windows = self.numerics.window_tokens
+        if isinstance(cache, KVPass):
+            position_ids = cache.position_ids
+            masks = masks_of_pass(cache, windows)
         else:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             if document_ids is None and attention_mask is None and position_ids is not None and seen == 0:
                 document_ids = documents_of(position_ids)
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-            masks = self._masks(x, attention_mask, document_ids, past_key_values, seen)
+            masks = masks_of(x, windows, attention_mask, document_ids, cache, seen)
         angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
-        if isinstance(past_key_values, KVPass) and past_key_values.single and not output_hidden_states:
-            last = decoded(self, x, angles, past_key_values)
+        if isinstance(cache, KVPass) and cache.single and not output_hidden_states:
+            last = decoded(self, x, angles, cache)
             if last is not None:
-                return BaseModelOutputWithPast(last_hidden_state=self.norm(last), past_key_values=past_key_values)
+                return BaseModelOutputWithPast(self.norm(last), cache)
 
         states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
-        for layer, window in zip(self.layers, self.numerics.window_tokens, strict=True):
+        for layer, window in zip(self.layers, windows, strict=True):
             if output_hidden_states:
                 states.append(x)
-            x = layer(x, angles, masks[window], past_key_values)
+            x = layer(x, angles, masks[window], cache)
         x = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*states, x) if output_hidden_states else None,
-        )
+        return BaseModelOutputWithPast(x, cache, (*states, x) if output_hidden_states else None)
 
     def _embedded(self, input_ids: Any) -> Tensor:
         added = self.added_rows
         x: Tensor = self.embed_tokens(input_ids) if added is None else added.embed(input_ids, self.embed_tokens)
         return x
-
-    def _masks(
-        self, x: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None, seen: int
-    ) -> dict[int | None, Visible]:
-        """What is visible, for each kind of layer: by its window."""
-        tokens = x.shape[1]
-        if document_ids is not None and seen:
-            raise ValueError("document_ids cannot be combined with a filled cache")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [batch, tokens], got {tuple(attention_mask.shape)}")
-        query_index = torch.arange(tokens, device=x.device) + seen
-
-        @kept
-        def begins() -> Tensor | None:
-            real = None if attention_mask is None else attention_mask.bool()
-            return first_of_own(tokens, key_is_real=real, document=document_ids, device=x.device)
-
-        def runs(window: int | None) -> Tensor | None:
-            low = begins()
-            return None if low is None else within_window(low, window)
-
-        masks: dict[int | None, Visible] = {}
-        for index, window in enumerate(self.numerics.window_tokens):
-            if window in masks:
-                continue
-            # A cache may hold only the newest keys of a local layer: their places start at `offset`.
-            length, offset = (tokens, 0) if cache is None else cache.get_mask_sizes(tokens, index)
-            key_is_real = None
-            if attention_mask is not None:
-                # A static cache is longer than what has been said so far: its empty places are no keys.
-                missing = max(offset + length - attention_mask.shape[1], 0)
-                key_is_real = nn.functional.pad(attention_mask, (0, missing))[:, offset : offset + length].bool()
-            mask = partial(
-                visible_keys,
-                query_index,
-                torch.arange(offset, offset + length, device=x.device),
-                window_tokens=window,
-                key_is_real=key_is_real,
-                query_document=document_ids,
-                key_document=document_ids,
-            )
-            masks[window] = Visible(mask, partial(runs, window)) if cache is None else Visible(mask)
-        return masks
-
-    def _masks_of_pass(self, one: KVPass) -> dict[int | None, Visible]:
-        """As `_masks`, for rows that each stand at their own position."""
-        windows = self.numerics.window_tokens
-
-        def visible(window: int | None) -> Visible:
-            layer = windows.index(window)
-
-            def mask() -> Tensor:
-                return visible_keys(one.position_ids, one.key_positions(layer), window_tokens=window)
-
-            def runs() -> Tensor | None:  # padding at the end of a row hides itself from those before it
-                device = one.position_ids.device
-                return first_visible(one.tokens, window_tokens=window, device=device) if one.fresh else None
-
-            def held() -> Tensor | None:
-                return one.held(layer) if one.single else None
-
-            return Visible(mask, runs, held=held, everything=one.sees_all(layer, window))
-
-        return {window: visible(window) for window in set(windows)}
 
 
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
@@ -279,6 +205,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         loss_weights: Tensor | None = None,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> GemmaCausalLMOutput:
         """Token ids [B, T] -> logits [B, T, V] in float32 or wider, and the loss when labels are given.
@@ -290,26 +217,30 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         is cut. loss_weights [B, T]: each token's loss is multiplied by its weight; the default divisor is then the
         weights of labelled tokens, so that a weight of 2 is the same as having the token twice. skip_logits: True
         leaves `.logits` None and never builds them; the default is True in training mode with labels. logits_to_keep:
-        only the last so many positions (0: all), or the positions of an index tensor.
+        only the last so many positions (0: all), or the positions of an index tensor. cache: `past_key_values` by the
+        name that it has from transformers 5.24 on.
+
+        Raises: UserError for output_attentions, and for an attention_mask that is none of [B, S].
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             document_ids=document_ids,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        result = GemmaCausalLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        loss = head = logits = None
         if labels is not None:
-            self._add_loss(result, hidden, labels, num_items_in_batch, loss_weights)
-        if labels is None or not (self.training if skip_logits is None else skip_logits):
+            head, loss = self._loss(hidden, labels, num_items_in_batch, loss_weights)
+        if head is None or not (self.training if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.head_logits(hidden[:, kept])
-        return result
+            logits = self.head_logits(hidden[:, kept])
+        return GemmaCausalLMOutput.of(loss, logits, getattr(outputs, CACHE), outputs.hidden_states, head)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., D] -> logits [..., V], capped, in float32 or wider."""
@@ -330,14 +261,13 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             added=None if added is None else added.rows,
         )
 
-    def _add_loss(
+    def _loss(
         self,
-        result: GemmaCausalLMOutput,
         hidden: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | float | None,
         loss_weights: Tensor | None,
-    ) -> None:
+    ) -> tuple[HeadLoss, Tensor]:
         if type(self.lm_head) is not nn.Linear:
             raise UserError(
                 "lm_head carries an adapter, which the fused loss would not train; remove it from the targets"
@@ -345,9 +275,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         head = self.head_loss(hidden, labels, loss_weights)
         divisor = torch.as_tensor(head.weight_sum if num_items_in_batch is None else num_items_in_batch)
         divisor = divisor.to(head.loss_sum)
-        result.loss = head.loss_sum / torch.where(divisor > 0, divisor, 1)  # nothing labelled: 0
-        result.token_count = head.token_count
-        result.token_accuracy = head.correct_count / head.token_count.clamp(min=1)
+        return head, head.loss_sum / torch.where(divisor > 0, divisor, 1)  # nothing labelled: 0
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
@@ -368,9 +296,3 @@ def _described(key: str | tuple[str, torch.Size, torch.Size]) -> str:
         return key
     name, found, expected = key
     return f"{name} is {list(found)}, config.json asks for {list(expected)}"
-
-
-def documents_of(position_ids: Tensor) -> Tensor:
-    """Position ids [B, T] -> document ids [B, T]: a new document wherever positions do not go on by one."""
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return torch.nn.functional.pad(breaks.long().cumsum(dim=1), (1, 0))

@@ -16,7 +16,8 @@ from gemma_ft.model.attention import (
     sdpa_attention,
     visible_keys,
 )
-from gemma_ft.model.gemma import GemmaForCausalLM, documents_of
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.masks import documents_of
 from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours, relative, tiny_config, token_rows
 
 NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"

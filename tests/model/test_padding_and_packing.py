@@ -139,7 +139,9 @@ def test_fault_28_packing_leaks_nothing_between_documents(shape: str) -> None:
 
 def test_misuse_of_masks_is_refused() -> None:
     model, ids = ours(SECOND), token_rows()
-    with pytest.raises(ValueError, match=r"^attention_mask must be \[batch, tokens\], got \(2, 1, 21, 21\)$"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask: expected ones and zeros, \[batch, tokens\], got shape \(2, 1, 21, 21\); "
+    ):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21))
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"^document_ids cannot be combined with a filled cache$"):

@@ -93,6 +93,7 @@ def test_the_loss_equals_transformers(shape: str, items: int | Tensor | None, tr
     expected = reference(shape).train(training)(ids, labels=labels, num_items_in_batch=items)
     assert relative(found.loss, expected.loss) <= TOLERANCE
     assert (found.logits is None) == training
+    found = ours(shape).train(training)(ids, labels=labels, skip_logits=True)
     assert found.token_count == (labels[:, 1:] != -100).sum()
     guesses = expected.logits[:, :-1].argmax(dim=-1)
     hits = (guesses == labels[:, 1:]).sum()

@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation.configuration_utils import (
+    DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS,
+    STATIC_CACHE_IMPLEMENTATIONS,
+)
 
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import FIRST, SECOND, SHAPES, TOKENS, ours, reference, relative, token_rows
@@ -56,6 +60,45 @@ def test_greedy_tokens_of_a_ragged_batch_equal_transformers(shape: str, options:
     ids, mask = ragged_prompts()
     wanted = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, **options}
     assert torch.equal(ours(shape).generate(ids, **wanted), reference(shape).generate(ids, **wanted))
+
+
+STATIC = [  # the offloaded ones are a GPU's
+    name
+    for name in (*STATIC_CACHE_IMPLEMENTATIONS, *DEPRECATED_STATIC_CACHE_IMPLEMENTATIONS)
+    if "offloaded" not in name
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "masked", "names"), [(5, False, ["static"]), (8, True, ["static"]), (13, False, STATIC)]
+)  # shorter than the window, as long, longer
+@pytest.mark.parametrize("shape", [FIRST, SECOND])
+def test_greedy_tokens_are_the_same_with_every_cache(shape: str, tokens: int, masked: bool, names: list[str]) -> None:
+    """transformers 5.24's names of caches; prompts without padding, for which its `generate` passes positions and no
+    mask.
+    """
+    model, ids = ours(shape), token_rows(2, tokens)
+    wanted = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    if masked:
+        wanted["attention_mask"] = torch.ones_like(ids)
+    expected = reference(shape).generate(ids, **wanted)
+    assert torch.equal(model.generate(ids, **wanted), expected)
+    for name in names:
+        assert torch.equal(model.generate(ids, **wanted, cache_implementation=name), expected), name
+
+
+@pytest.mark.parametrize("kind", ["alone", "packed", "packed, longer first", "late"])
+@pytest.mark.parametrize("shape", [FIRST, SECOND])
+def test_positions_mean_the_same_with_a_static_cache_as_without_one(shape: str, kind: str) -> None:
+    model, ids = ours(shape, dtype=torch.float64), token_rows()
+    lengths = {"packed": (6, 4, TOKENS - 10), "packed, longer first": (13, TOKENS - 13)}.get(kind, (TOKENS,))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None] + (3 if kind == "late" else 0)
+    with torch.no_grad():
+        whole = model(ids, position_ids=positions, use_cache=False).logits
+        for length in (TOKENS, TOKENS + 9):
+            cache = StaticCache(config=model.config, max_cache_len=length)
+            found = model(ids, position_ids=positions, past_key_values=cache).logits
+            assert relative(found, whole) <= TOLERANCE, length
 
 
 @pytest.mark.parametrize("shape", SHAPES)
