@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CGroup = tuple[Path, str, str, str]
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
 V2 = ("memory.max", "memory.current", "inactive_file ")
+BITSANDBYTES_CHATTER = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")  # loggers of no news
 REPORTED_PACKAGES = ("gemma-ft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -297,5 +298,5 @@ def quiet_bitsandbytes() -> None:
     """Silence bitsandbytes' import-time request for `kernels` and its per-call int8 cast warning (both mere log
     lines).
     """
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    for name in BITSANDBYTES_CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from gemma_ft import runtime
+
 Kind = Literal["nf4", "int8"]
 PACKED_ROWS = 32  # output features that bitsandbytes' packed CPU kernel takes at a time
 
@@ -17,8 +19,10 @@ def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.
 
     nf4 (arXiv:2305.14314) computes in `compute_dtype` and stores bytes in it too, so that FSDP can shard them as
     parameters. int8 (arXiv:2208.07339) multiplies in float16 inside bitsandbytes: the one declared exception to "no
-    float16", safe because each row is scaled by its own maximum first.
+    float16", safe because each row is scaled by its own maximum first. It says so in the log at every product, which is
+    kept quiet from here on, whoever loads the model.
     """
+    runtime.quiet_bitsandbytes()
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

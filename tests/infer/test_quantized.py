@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,44 @@ def test_a_quantized_model_says_what_its_dequantized_weights_say(
     assert relative(found, expected) <= within * (1 if dtype == torch.float32 else 4)
     assert relative(unrounded, expected) > 1e-2, "quantization is hardly seen: a weak test"
     assert all(len(answer.ids) == 12 or answer.stopped for answer in answers(model, 3))
+
+
+@pytest.fixture
+def as_imported() -> Iterator[list[logging.LogRecord]]:
+    """bitsandbytes' loggers as a Python session has them that only imported us; what they let through."""
+    heard: list[logging.LogRecord] = []
+    ear = logging.Handler()
+    ear.emit = heard.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in runtime.BITSANDBYTES_CHATTER]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+        logger.addHandler(ear)
+    above = logging.getLogger("bitsandbytes")
+    level = above.level
+    above.setLevel(logging.NOTSET)
+    yield heard
+    above.setLevel(level)
+    for logger, old in zip(loggers, before, strict=True):
+        logger.removeHandler(ear)
+        logger.setLevel(old)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_int8_says_nothing_at_every_product(
+    folder: Path, dtype: torch.dtype, as_imported: list[logging.LogRecord]
+) -> None:
+    """bitsandbytes 0.50 logs a cast to float16 in each forward of each layer."""
+    ids = token_rows(1, 6)
+    model = load_model(folder, dtype=dtype, quantize="int8")
+    model(ids)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    trained = load_base(Source(str(folder), None), dtype=dtype, quantize="int8", trainable=True).train()
+    trained(ids, labels=ids)
+    assert [record.getMessage() for record in as_imported] == []
+
+
+def test_other_words_of_bitsandbytes_are_heard(folder: Path, as_imported: list[logging.LogRecord]) -> None:
+    load_model(folder, dtype=torch.bfloat16, quantize="int8")
+    logging.getLogger(runtime.BITSANDBYTES_CHATTER[0]).error("damaged")
+    assert [record.getMessage() for record in as_imported] == ["damaged"]
