@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_ft.errors import Stopped, UserError, first_line
+from gemma_ft.recipe.home import expanded, given_path
 from gemma_ft.recipe.paths import shipped_launches
 from gemma_ft.runtime import pass_signals_on
 
@@ -44,8 +45,8 @@ def launch_ranks(config: str, ranks: int | None, arguments: Sequence[str]) -> in
 
 def find_config(name: str) -> Path:
     """The file of an accelerate config: a path, or the name of a shipped one. Raises: UserError."""
-    if os.path.isfile(name):
-        return Path(name)
+    if os.path.isfile(expanded(name)):
+        return given_path(name)
     shipped = {path.stem: path for path in shipped_launches()}
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]

@@ -21,6 +21,7 @@ from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import DataError, UserError, first_line
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
+from gemma_ft.recipe.home import expanded
 from gemma_ft.recipe.paths import locate, shipped_root
 from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
 
@@ -28,12 +29,12 @@ from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pi
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 
 
-def located(name: str) -> str:
-    """A path as it stands on this machine (current directory, then the files that ship), or `name` as it is: a hub
-    id.
+def located(name: str | Path) -> str:
+    """A path as it stands on this machine (home folder for `~`, current directory, then the files that ship), or `name`
+    as it is: a hub id.
     """
     found = locate(name)
-    return str(found) if found is not None else name
+    return str(found) if found is not None else expanded(name)
 
 
 def located_rows(name: str) -> str:
@@ -42,10 +43,10 @@ def located_rows(name: str) -> str:
     Raises: DataError when there is such a folder and nothing of that name here.
     """
     found = locate(name)
-    here = found is not None and (found == Path(name) or not found.is_relative_to(shipped_root()))
+    here = found is not None and (found == Path(expanded(name)) or not found.is_relative_to(shipped_root()))
     if found is not None and found.is_dir() and not here:
         raise DataError(f"{name}: no such folder here; paths count from the current directory")
-    return str(found) if found is not None else name
+    return str(found) if found is not None else expanded(name)
 
 
 def model_source(name: str, revision: str | None = None, *, key: str = "") -> Source:
@@ -127,12 +128,12 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     A run directory stands for its adapter on its base, or for its fully tuned model.
     Raises: UserError when there is no such model, or the adapter's base cannot be found.
     """
-    folder, hub = Path(located(str(path))), None
+    folder, hub = Path(located(path)), None
     if not folder.exists():
         hub = pinned(model_source(str(path)))
         folder = folder_of(hub, downloaded=True)
     own = _adapter_in(folder)
-    found = own if adapter is None else _adapter_in(Path(adapter))
+    found = own if adapter is None else _adapter_in(Path(located(adapter)))
     if adapter is not None and found is None:
         raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
     if own is None and (folder / "model" / "config.json").is_file():
@@ -227,7 +228,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
 
     Raises: UserError when there is none, or it is not Gemma's.
     """
-    folder = Path(located(str(path)))
+    folder = Path(located(path))
     inside = (folder / "adapter", folder / "model")
     found = next(filter(Path.is_dir, inside), folder)
     contract = Contract.read(found)

@@ -116,7 +116,7 @@ def cache_folder() -> Path:
     that a cluster made up) one among temporary files.
     """
     if named := os.environ.get("GEMMA_FT_CACHE"):
-        return Path(named)
+        return Path(os.path.expanduser(named))
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-ft"
     except RuntimeError:

@@ -163,7 +163,7 @@ def test_cli_modules_import_nothing_heavy_at_their_top(path: Path) -> None:
         for module, line in imported(node):
             top, _, rest = module.partition(".")
             allowed = rest.split(".")[0] in ("", "cli", "errors", "__version__") if top == "gemma_ft" else top in LIGHT
-            assert allowed, f"{name(path)}:{line}: {module}"
+            assert allowed or rest == "recipe.home", f"{name(path)}:{line}: {module}"
 
 
 def test_no_vague_room_names() -> None:

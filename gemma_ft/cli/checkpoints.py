@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+from gemma_ft.recipe.home import given_path
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", parser=given_path)]
 Verify = Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash; exit code 3 on damage.")]
 Prune = Annotated[
     int | None, typer.Option("--prune", metavar="N", min=1, help="Remove all but the newest N, and damaged ones.")

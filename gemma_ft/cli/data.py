@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.recipe.home import given_path
+
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change; ~key removes one.")
@@ -29,9 +31,9 @@ def _help_by_default(context: typer.Context) -> None:
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the report goes.")] = Path(
-        "data_report.json"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the report goes.", parser=given_path)
+    ] = Path("data_report.json"),
     strict: Annotated[bool, typer.Option("--strict", help="Exit 2 on warnings too.")] = False,
 ) -> int:
     """Find what is wrong with the rows; exit 2 on an error.
@@ -54,7 +56,10 @@ def check(
 
 def fix(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The new folder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="The new folder.", show_default=False, parser=given_path),
+    ],
     overrides: Overrides = None,
 ) -> int:
     """Write cleaned copies of the rows.

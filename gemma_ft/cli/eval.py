@@ -5,15 +5,19 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.recipe.home import given_path
+
 Source = Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="Run directory, or a recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change; ~key removes one.")
 ]
 AdapterDir = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder, instead of the run's own.")
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="Adapter folder, instead of the run's own.", parser=given_path),
 ]
 MergedDir = Annotated[
-    Path | None, typer.Option("--merged", metavar="DIR", help="Merged folder, instead of merging in memory.")
+    Path | None,
+    typer.Option("--merged", metavar="DIR", help="Merged folder, instead of merging in memory.", parser=given_path),
 ]
 Models = Annotated[
     str | None, typer.Option("--models", metavar="NAMES", help="Of base, adapter, merged, tuned; default: all.")
@@ -31,13 +35,19 @@ Tasks = Annotated[
     str | None, typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness to run as well.")
 ]
 TaskPath = Annotated[
-    Path | None, typer.Option("--task-path", metavar="DIR", help="Folder with task files (.yaml) of your own.")
+    Path | None,
+    typer.Option("--task-path", metavar="DIR", help="Folder with task files (.yaml) of your own.", parser=given_path),
 ]
 TaskLimit = Annotated[int | None, typer.Option("--task-limit", metavar="N", min=1, help="Rows of each task.")]
 TaskChat = Annotated[bool, typer.Option("--task-chat", help="Put each task's question into the chat template.")]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="FILE", help="Where results go; default, for a run as it is: its eval.json."),
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="Where results go; default, for a run as it is: its eval.json.",
+        parser=given_path,
+    ),
 ]
 
 

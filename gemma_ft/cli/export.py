@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from gemma_ft.recipe.home import given_path
+
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder or model folder.")],
@@ -13,7 +15,14 @@ def export(
         typer.Option("--to", help="A transformers folder, a PEFT folder, or a file for llama.cpp.", show_default=False),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="PATH", help="A new folder; for gguf also a file.gguf.", show_default=False)
+        Path,
+        typer.Option(
+            "--out",
+            metavar="PATH",
+            help="A new folder; for gguf also a file.gguf.",
+            show_default=False,
+            parser=given_path,
+        ),
     ],
     gguf_type: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,

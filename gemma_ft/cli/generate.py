@@ -14,6 +14,7 @@ import typer
 
 from gemma_ft.cli import model_options as options
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.recipe.home import given_path
 
 if TYPE_CHECKING:
     from gemma_ft.infer.batch_file import BatchFile, How
@@ -29,7 +30,10 @@ Rows = Annotated[
     str | None, typer.Option("--input", metavar="ROWS", help="Rows to answer, in any format that training reads.")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Their answers, as jsonl; goes on where it stopped.")
+    Path | None,
+    typer.Option(
+        "--output", metavar="FILE", help="Their answers, as jsonl; goes on where it stopped.", parser=given_path
+    ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue plain text instead of answering in a chat.")]
 Seed = Annotated[
@@ -179,12 +183,12 @@ def _work(
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
     from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
-    from gemma_ft.load import place_of
+    from gemma_ft.load import located, place_of
 
     place = place_of(model, adapter)
     try:
         identity = {**identity_of(place), **loading_of(place, dtype=dtype, quantize=quantize)}
-        return BatchFile(rows, output, how, identity)
+        return BatchFile(located(rows), output, how, identity)
     except DataError as error:
         raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
 

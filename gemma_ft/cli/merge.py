@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 import typer
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.home import given_path
 
 
 def merge(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or adapter folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new folder.", show_default=False, parser=given_path)
+    ],
     dtype: Annotated[
         Literal["bf16", "f32"] | None,
         typer.Option("--dtype", help="How weights are written; without it: as in the base.", show_default=False),
@@ -47,12 +50,12 @@ def merge(
 def _with_weight(text: str) -> tuple[Path, float]:
     """DIR or DIR:WEIGHT, in a linear combination. Raises: UserError."""
     folder, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or given_path(text).exists():
+        return given_path(text), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight) or weight == 0:
         raise UserError(f"--adapter {text}: expected DIR or DIR:WEIGHT with a number other than 0, got {number!r}")
-    return Path(folder), weight
+    return given_path(folder), weight

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.home import given_path
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,10 @@ QuantizeName = Literal["auto", "none", "nf4", "int8"]
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Run directory, adapter, model folder or hub id.")]
 Adapter = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder to put on MODEL.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--adapter", metavar="DIR", help="Adapter folder to put on MODEL.", show_default=False, parser=given_path
+    ),
 ]
 Dtype = Annotated[
     DtypeName | None,

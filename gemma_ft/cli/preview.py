@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.recipe.home import given_path
+
 
 def preview(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")],
@@ -16,7 +18,9 @@ def preview(
         list[str] | None,
         typer.Option("--row-id", metavar="WHERE", help="Show the examples that hold this row: file.jsonl:12, or 12."),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page, too.", parser=given_path)
+    ] = None,
 ) -> int:
     """Show rows as tokens, trained or masked; exit 2 on a fault."""
     from gemma_ft.recipe.load import load_recipe

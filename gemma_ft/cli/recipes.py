@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.home import given_path
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a recipe file.")]
 
@@ -53,7 +54,8 @@ def show_recipe(
 
 
 def copy_recipe(
-    name: Name, destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a folder.")]
+    name: Name,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a folder.", parser=given_path)],
 ) -> int:
     """Copy a recipe to a file of your own, to be edited there."""
     from gemma_ft.recipe.load import load_recipe

@@ -5,12 +5,19 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.recipe.home import given_path
+
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", parser=given_path)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="The page; else RUN/report.html, or comparison.html for several."),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The page; else RUN/report.html, or comparison.html for several.",
+            parser=given_path,
+        ),
     ] = None,
 ) -> int:
     """Write the page of a run, or one that compares several."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.home import given_path
 
 if TYPE_CHECKING:
     from gemma_ft.recipe.load import LoadedRecipe
@@ -18,7 +19,8 @@ Launch = Annotated[
 ]
 Nproc = Annotated[int | None, typer.Option("--nproc", metavar="N", min=1, help="With --launch: how many ranks.")]
 StopFile = Annotated[
-    Path | None, typer.Option("--stop-file", metavar="FILE", help="When it appears, stop with a checkpoint.")
+    Path | None,
+    typer.Option("--stop-file", metavar="FILE", help="When it appears, stop with a checkpoint.", parser=given_path),
 ]
 AllowDrift = Annotated[
     list[str] | None,

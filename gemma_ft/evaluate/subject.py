@@ -27,6 +27,7 @@ from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
+from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of
@@ -104,7 +105,7 @@ def find_subject(
 
     Raises: UserError in one line.
     """
-    folder = Path(name)
+    folder = given_path(name)
     as_it_is = adapter is None and merged is None and not overrides
     if adapter is not None and not any(
         (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)

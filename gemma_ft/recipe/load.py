@@ -14,6 +14,7 @@ import yaml
 
 from gemma_ft.errors import RecipeError
 from gemma_ft.recipe.faults import COMMAND_LINE, Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
+from gemma_ft.recipe.home import expanded
 from gemma_ft.recipe.paths import locate_recipe, shipped_recipes
 from gemma_ft.recipe.schema import Quantize, Recipe
 from gemma_ft.recipe.validate import annotation_at, takes_text, unknown_key, validate
@@ -219,7 +220,7 @@ def _expand_shorthand(document: Document) -> None:
 
 def _no_such_recipe(text: str) -> str:
     """What to say about a recipe that is not there."""
-    if os.path.isdir(text):
+    if os.path.isdir(expanded(text)):
         return "is a folder; name a recipe file in it"
     shipped = [path.stem for path in shipped_recipes()]
     near = did_you_mean(Path(text).name.removesuffix(".yaml"), shipped)

@@ -4,9 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma_ft.recipe.home import PathText, expanded
 from gemma_ft.recipe.schema import Source
-
-PathText = str | os.PathLike[str]
 
 
 def shipped_root() -> Path:
@@ -32,7 +31,10 @@ def names_of(sources: Sequence[Source]) -> str:
 
 
 def locate(text: PathText) -> Path | None:
-    """A file or folder as given, relative to the current directory, then to the shipped files; None when not there."""
+    """A file or folder as given (`~` is the home folder), relative to the current directory, then to the shipped files;
+    None when not there.
+    """
+    text = expanded(text)
     # os.path.exists and not Path.exists: a name that no file system can hold is simply not there
     return Path(text) if os.path.exists(text) else _shipped(text)
 
@@ -42,7 +44,8 @@ def locate_recipe(text: PathText, beside: Path | None = None) -> Path | None:
 
     `beside` is a folder looked in first: that of a recipe which extends `text`.
     """
-    for name in (os.fspath(text), f"{os.fspath(text)}.yaml"):
+    text = expanded(text)
+    for name in (text, f"{text}.yaml"):
         in_recipes = _shipped(os.path.join("recipes", name))
         for place in (beside / name if beside else None, Path(name), _shipped(name), in_recipes):
             if place is not None and os.path.isfile(place):

@@ -7,10 +7,22 @@ never coerced, so that `"3"` is not 3.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from gemma_ft.errors import UserError
+from gemma_ft.recipe.home import expanded
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise rule(str(error)) from error
+
+
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Location = Annotated[Text, AfterValidator(_expanded)]  # a path, or a name on the hub
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Rows = Annotated[int, Field(ge=0, le=10_000_000)]
@@ -30,7 +42,7 @@ class Section(BaseModel):
 class Source(Section):
     """Rows that lie together. In a recipe a source may also be its path alone."""
 
-    path: Text = Field(
+    path: Location = Field(
         description="File (.jsonl .json .csv .tsv .parquet .arrow .txt; .gz .zst), folder, pattern, URL, hub data set"
     )
     split: Text = Field("train", description="Split of a hub data set, or of a folder that names splits; or all")
@@ -124,9 +136,11 @@ class Model(Section):
     preset: Literal["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-tiny"] = Field(
         description="Shape of the model"
     )
-    weights: Text | None = Field(None, description="Folder or hub id; not set: the preset's own; random: fresh weights")
+    weights: Location | None = Field(
+        None, description="Folder or hub id; not set: the preset's own; random: fresh weights"
+    )
     revision: Text | None = Field(None, description="Revision of the hub id")
-    tokenizer: Text | None = Field(None, description="Folder or hub id; not set: the one beside the weights")
+    tokenizer: Location | None = Field(None, description="Folder or hub id; not set: the one beside the weights")
     added_tokens: list[Text] | None = Field(
         None, max_length=1000, description="New tokens: their text becomes a token, and their rows alone are trained"
     )
@@ -222,7 +236,7 @@ class Eval(Section):
     max_new_tokens: int = Field(256, ge=1, le=131_072, description="Longest generated answer")
     batch_size: Batch = Field(8, description="Rows scored at a time")
     samples: Rows = Field(3, description="Answers written to samples.jsonl at each evaluation; 0: none")
-    canary: Text | None = Field(
+    canary: Location | None = Field(
         "data/canary.jsonl",
         description="General rows scored with and without the adapter, to see forgetting; null: none",
     )
@@ -249,7 +263,7 @@ class Logging(Section):
 class Recipe(Section):
     """A run from data to tuned model. strategy decides which of adapter and quantize are used."""
 
-    output_dir: Text = Field(description="Everything the run writes goes here")
+    output_dir: Location = Field(description="Everything the run writes goes here")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Data order, adapter start and dropout")
     strategy: Literal["full", "lora", "qlora"] = Field(
         description="full: all weights; lora: an adapter; qlora: an adapter over quantized weights"

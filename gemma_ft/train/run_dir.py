@@ -17,6 +17,7 @@ import yaml
 from gemma_ft.checkpoint import replace_text
 from gemma_ft.errors import LockedError, UserError
 from gemma_ft.evaluate.run_files import RunFiles
+from gemma_ft.recipe.home import unexpanded
 from gemma_ft.recipe.load import dump_recipe, parse_recipe
 from gemma_ft.recipe.schema import Recipe
 
@@ -55,14 +56,20 @@ class RunDir(RunFiles):
     def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
         """See whether this run may write here, and leave everything as it is. `inputs`: files and folders it reads.
 
-        Raises: UserError when the directory holds a run and neither flag is given, when it cannot be written, or when
-        overwriting would remove what is no run, or what this run reads.
+        Raises: UserError when the directory holds a run and neither flag is given, when it cannot be written, when half
+        of its files lie elsewhere, or when overwriting would remove what is no run, or what this run reads.
         """
         try:
             present = [path for path in self._all if (path.exists() or path.is_symlink()) and not _is_empty(path)]
             nearest = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         except OSError as error:
             raise UserError(f"output_dir: {self.root}: {error.strerror}; choose another") from error
+        other = next((path for path in unexpanded(self.root) if (path / self.recipe.name).is_file()), None)
+        if other is not None and self.recipe not in present:
+            raise UserError(
+                f"{self.root}: files of this run lie in {other}, where an earlier gemma-ft wrote them; move what is in "
+                "that folder here and go on with --resume, or choose another output_dir"
+            )
         if present and self.recipe not in present:
             raise UserError(
                 f"{self.root}: holds {present[0].name} but no recipe.yaml, so it is not known to be a run; "

@@ -13,6 +13,7 @@ import pytest
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.run import train_recipe
+from gemma_ft.train.run_dir import RunDir
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -115,3 +116,42 @@ def test_a_held_out_set_that_cannot_be_scored_is_named(recipe_for: RecipeFor, tm
     path.write_text(json.dumps({"question": "word " * 99, "answer": "Yes."}) + "\n")
     text = refusal(recipe_for("strategy=lora", f"data.eval={path}"))
     assert text.startswith(f"held-out rows, {path}: none of the 1 rows can be trained on")
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder that is not the current one."""
+    for name in ("home", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_a_run_in_the_home_folder_is_in_one_place(
+    recipe_for: RecipeFor, train: Train, away: Path, tmp_path: Path
+) -> None:
+    """transformers 5.23's TrainingArguments expand `~` of output_dir by themselves: checkpoints came to lie below the
+    home folder, all else below a folder named `~`. A run that was written so is told, and goes on when it is joined.
+    """
+    short = ("strategy=lora", "output_dir=~/runs/x")
+    loaded = recipe_for(*short, "train.max_steps=1")
+    assert len(train(loaded)) == 1
+    root, other = away / "runs/x", Path.cwd() / "~/runs/x"
+    assert (root / "checkpoints/step-00000001").is_dir()
+    assert (root / "adapter").is_dir()
+    assert not Path("~").exists()
+    other.mkdir(parents=True)
+    for path in root.iterdir():
+        if path.name != "checkpoints":
+            path.rename(other / path.name)
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        assert refusal(loaded, **flags) == (
+            f"{root}: files of this run lie in {other}, where an earlier gemma-ft wrote them; move what is in that "
+            "folder here and go on with --resume, or choose another output_dir"
+        )
+    RunDir(away / "runs/y").check(resume=True, overwrite=False)  # what lies below `~` is not this run's
+    for path in other.iterdir():
+        path.rename(root / path.name)
+    assert [line["step"] for line in train(recipe_for(*short, "train.max_steps=2"), resume=True)] == [1, 2]
+    assert "resuming   after step 1" in (tmp_path / "console.txt").read_text()
