@@ -15,6 +15,8 @@ from gemma_ft.contract import Contract
 from gemma_ft.data.tokenizer import HUB_ID
 from gemma_ft.export.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.export.terms import TINY, Terms, is_tiny
+from gemma_ft.recipe.paths import locate, names_of
+from gemma_ft.recipe.schema import Source
 
 Form = Literal["hf", "adapter", "gguf"]
 LIBRARIES: dict[Form, str] = {"hf": "transformers", "adapter": "peft", "gguf": "gguf"}
@@ -63,19 +65,19 @@ class Card:
         found |= {"library_name": LIBRARIES[self.form], "pipeline_tag": "text-generation"}
         if self.terms.license is not None:
             found["license"] = self.terms.license[0]
-        data = self._recipe_part("data")
-        named = (str(data.get(key) or "").partition(":")[0] for key in ("train", "eval"))
-        on_hub = {name for name in named if _is_hub_data(name)}
+        recipe = self.record.recipe
+        sources = [*recipe.data.train, *(recipe.data.eval or ())] if recipe is not None else []
+        on_hub = {name for name in (source.path.partition(":")[0] for source in sources) if _is_hub_data(name)}
         if on_hub:
             found["datasets"] = sorted(on_hub)
-        strategy = (self.record.recipe or {}).get("strategy")
-        tags = [self.config.model_type, "gemma-ft", *([strategy] if strategy else [])]
+        tags = [self.config.model_type, "gemma-ft", *([recipe.strategy] if recipe is not None else [])]
         return {**found, "tags": tags}
 
     def _opening(self) -> str:
         recipe, family = self.record.recipe, FAMILIES[self.config.model_type]
         base = f"`{self.base}`" if self.base else "fresh weights"
-        how = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}.get((recipe or {}).get("strategy", ""))
+        ways = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}
+        how = ways[recipe.strategy] if recipe is not None else None
         what = {"hf": "The whole model", "adapter": "An adapter, to be put on the base", "gguf": "One GGUF file"}
         revision = self.contract.revision if self.contract is not None else None
         lines = [
@@ -88,16 +90,15 @@ class Card:
         return " ".join(line for line in lines if line)
 
     def _data(self) -> str:
-        data, summary = self._recipe_part("data"), self.record.summary or {}
-        if not data:
+        if self.record.recipe is None:
             return ""
-        counts = summary.get("data", {})
+        data, counts = self.record.recipe.data, (self.record.summary or {}).get("data", {})
         told = ", ".join(f"{counts[key]:,} {name}" for key, name in COUNTS if counts.get(key))
-        held_out = data.get("eval") or (f"{data['eval_fraction']:.1%} of it" if data.get("eval_fraction") else "none")
-        return _table(
-            ("", ""), [("trained on", f"`{public(data.get('train'))}`{': ' + told if told else ''}"),
-                       ("held out", f"`{public(held_out)}`")]
-        )  # fmt: skip
+        held_out = f"{data.eval_fraction:.1%} of it" if data.eval_fraction else "none"
+        if data.eval is not None:
+            held_out = _names(data.eval)
+        trained_on = f"`{_names(data.train)}`{': ' + told if told else ''}"
+        return _table(("", ""), [("trained on", trained_on), ("held out", f"`{held_out}`")])
 
     def _results(self) -> str:
         models = figures_by_model(self.record.evaluation)
@@ -166,12 +167,8 @@ class Card:
         recipe = self.record.recipe
         if recipe is None:
             return ""
-        text = yaml.safe_dump(public(recipe), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(public(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
         return f"<details><summary>The whole recipe</summary>\n\n```yaml\n{text}```\n\n</details>"
-
-    def _recipe_part(self, key: str) -> dict[str, Any]:
-        part = (self.record.recipe or {}).get(key)
-        return part if isinstance(part, dict) else {}
 
 
 _CHAT = """\
@@ -204,9 +201,15 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 }
 
 
+def _names(sources: Sequence[Source]) -> str:
+    """What sources of rows are called, without where they lie on this machine."""
+    return names_of([source.model_copy(update={"path": public(source.path, "path")}) for source in sources])
+
+
 def _is_hub_data(name: str) -> bool:
-    """Whether a recipe's data source is a data set of the hub: no file of the project or of its user ends so."""
-    return bool(HUB_ID.fullmatch(name)) and not name.startswith("data/") and "." not in name.rpartition("/")[2]
+    """Whether a recipe's data source is a data set of the hub: no file of the project ends so, or lies here."""
+    looks_so = HUB_ID.fullmatch(name) and not name.startswith("data/") and "." not in name.rpartition("/")[2]
+    return bool(looks_so) and locate(name) is None
 
 
 def _rows_of(metric: str, models: dict[str, dict[str, Any]]) -> str:

@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import yaml
-
+from gemma_ft.errors import UserError
 from gemma_ft.load import Place
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.validate import location_keys
 
 SECRET = re.compile(r"\b(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|wandb_)[A-Za-z0-9_-]{12,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
 # From the root, from home, from above, or from a drive; not the slashes inside an address or a relative path.
 LOCAL_PATH = re.compile(r"(?:\bfile://|(?<![\w:/.~])(?:~|\.\.|[A-Za-z]:)?)[/\\][^\s;,'\"]+")
-# Keys of a recipe and of merge.json whose whole value may be a path, with spaces and quotes in it.
-PATH_KEYS = {"train", "eval", "canary", "weights", "tokenizer", "output_dir", "rows", "folder", "name", "base"}
+# Keys of a recipe, of eval.json and of merge.json whose whole value may be a path, or several, with spaces and quotes.
+PATH_KEYS = location_keys() | {"train", "eval", "rows", "folder", "name", "base"}
+# From such a beginning to the last separator: where one path with spaces ends, and another begins, cannot be told.
+LOCAL_FOLDERS = re.compile(r"(?:\bfile://|(?<![\w:/.~])(?:~[\w.-]*|\.\.|[A-Za-z]:)?)[/\\](?:.*[/\\])?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """The files of a run, each None where it is missing or cannot be read."""
 
-    recipe: dict[str, Any] | None
+    recipe: Recipe | None
     summary: dict[str, Any] | None
     evaluation: dict[str, Any] | None  # eval.json
     merge: dict[str, Any] | None  # merge.json
@@ -39,7 +43,7 @@ def read_record(place: Place) -> RunRecord:
     if not (run / "recipe.yaml").is_file():  # a folder that is no run's: nothing beside it belongs to it
         return RunRecord(None, None, None, read_object(folder / "merge.json"))
     return RunRecord(
-        _yaml(run / "recipe.yaml"),
+        _recipe(run / "recipe.yaml"),
         read_object(run / "summary.json"),
         read_object(run / "eval.json"),
         read_object(folder / "merge.json"),
@@ -76,8 +80,8 @@ def public(value: Any, key: str | None = None) -> Any:
     if not isinstance(value, str):
         return value
     text = CREDENTIALS.sub("", SECRET.sub("[secret]", value))
-    if key in PATH_KEYS and _is_local(text):
-        return _last_name(text)
+    if key in PATH_KEYS:
+        text = _last_name(text) if _is_local(text) else LOCAL_FOLDERS.sub("", text)
     return LOCAL_PATH.sub(lambda path: _last_name(path[0]), text)
 
 
@@ -100,9 +104,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _yaml(path: Path) -> dict[str, Any] | None:
+def _recipe(path: Path) -> Recipe | None:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return load_recipe(path).recipe
+    except UserError:  # damaged, or of another version
         return None
-    return found if isinstance(found, dict) else None

@@ -7,6 +7,7 @@ import re
 from gemma_ft.errors import UserError
 
 GIB = 2**30
+LARGEST_BARE = 512  # a number alone that is larger is no count of GiB: 4090 is the name of a GPU, 24576 its MiB
 USABLE = 0.9  # of a device's nominal size: the rest goes to driver, ECC and what an allocator cannot join
 # nominal GiB of common GPUs, and some that have so much
 GPUS = {
@@ -24,12 +25,29 @@ GPUS = {
 
 
 def gpu_bytes(text: str) -> int:
-    """The bytes of `24GiB`, `24 GB`, `24` (GiB: what is sold as GB of a GPU are GiB). Raises: UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip(), re.IGNORECASE)
+    """The bytes of `24GiB`, `24 GB`, `24` (GiB: what is sold as GB of a GPU are GiB).
+
+    Raises: UserError for what is no size, among them the name of a GPU: `4090`, `A100`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gi?b?)?", text.strip(), re.IGNORECASE)
     size = float(match.group(1)) if match else 0.0
-    if not 1 <= size <= 10_000:
-        raise UserError(f"--gpu: {text!r} is no size of a GPU; give it as 24GiB")
-    return int(size * GIB)
+    if match and 1 <= size <= (10_000 if match.group(2) else LARGEST_BARE):
+        return int(size * GIB)
+    raise UserError(f"--gpu: {text!r} is no size of a GPU; {_cure(text)}")
+
+
+def _cure(text: str) -> str:
+    """What to give instead: the sizes of the GPU that a text names, where it is one of those that are known."""
+    asked = _letters(text)
+    named = [(gpu, size) for size, gpus in GPUS.items() for gpu in gpus.split(", ") if _letters(gpu) == asked]
+    if not named:
+        return "give it as 24GiB"
+    return f"the {named[0][0]} has {' or '.join(f'{size}GiB' for _, size in named)}"
+
+
+def _letters(name: str) -> str:
+    """A GPU's name as people spell it: `RTX 4090`, `rtx4090`, `4090`."""
+    return re.sub(r"[^a-z0-9]|rtx", "", name.lower())
 
 
 def smallest_gpu(needed: int) -> int | None:

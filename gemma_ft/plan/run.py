@@ -14,6 +14,7 @@ from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
 from gemma_ft.plan.storage import BYTES, Kind
 from gemma_ft.processor import float32_is_faster, processor_words
+from gemma_ft.recipe.batch_plan import micro_batch
 from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
 
@@ -148,12 +149,12 @@ def run_of(
     (None: micro_batch_size and max_seq_len).
 
     gradient_checkpointing: auto is taken as no layer: fit.py chooses. Raises: UserError for weights in a folder without
-    a Gemma's config.json.
+    a Gemma's config.json, and where no micro-batch deals the rows of a step to all ranks.
     """
     train, adapter = recipe.train, recipe.adapter
     ranks = ranks or Ranks()
     shape = _shape(recipe)
-    rows = rows or max(1, min(train.micro_batch_size, train.global_batch_size // ranks.size))
+    rows = rows or micro_batch(recipe, ranks.size)
     multiple = multiple_for(device, packing=recipe.data.packing)
     targets = None if adapter is None or adapter.targets == "all-linear" else frozenset(adapter.targets)
     run = Run(

@@ -22,7 +22,8 @@ def _expanded(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Location = Annotated[Text, AfterValidator(_expanded)]  # a path, or a name on the hub
+EXPANDED = AfterValidator(_expanded)
+Location = Annotated[Text, EXPANDED]  # a path, or a name on the hub
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Rows = Annotated[int, Field(ge=0, le=10_000_000)]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gemma_ft.recipe.faults import Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
-from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.schema import EXPANDED, Location, Recipe
 from gemma_ft.recipe.yaml_marks import Document
 from gemma_ft.secrets import ACCESS_TOKEN
 
@@ -77,6 +77,17 @@ def takes_text(annotation: Any) -> bool:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         return any(takes_text(part) for part in typing.get_args(annotation))
     return annotation is str
+
+
+def location_keys(section: type[BaseModel] = Recipe) -> frozenset[str]:
+    """The keys, in a block and in those below it, whose value is a path."""
+    found: set[str] = set()
+    for key, field in section.model_fields.items():
+        if EXPANDED in field.metadata or Location in typing.get_args(field.annotation):
+            found.add(key)
+        below = _section(field.annotation)
+        found |= location_keys(below) if below is not None else set()
+    return frozenset(found)
 
 
 def unknown_key(path: KeyPath) -> str:

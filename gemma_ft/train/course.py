@@ -20,6 +20,7 @@ from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.plan.run import multiple_for
+from gemma_ft.recipe.batch_plan import micro_batch
 from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.artefacts import base_fingerprint, round_weights, save_result
@@ -29,7 +30,7 @@ from gemma_ft.train.fitting import fit_micro_batch, recover
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.scoring import Figures, Scorer
-from gemma_ft.train.settings import micro_batch, training_arguments
+from gemma_ft.train.settings import training_arguments
 from gemma_ft.train.state import bytes_of, load_state, load_weights
 from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.summary import summary_of

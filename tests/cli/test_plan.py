@@ -17,6 +17,10 @@ RECIPES = "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_tin
     [
         (["gemma-3"], f"gemma-3: no recipe and no preset; presets: {PRESETS}; recipes: {RECIPES}"),
         (["sft_2b", "--gpu", "24TB"], "--gpu: '24TB' is no size of a GPU; give it as 24GiB"),
+        (["sft_2b", "--gpu", "4090"], "--gpu: '4090' is no size of a GPU; the RTX 4090 has 24GiB"),
+        (["sft_2b", "--gpu", "rtx3060"], "--gpu: 'rtx3060' is no size of a GPU; the RTX 3060 has 12GiB"),
+        (["sft_2b", "--gpu", "A100"], "--gpu: 'A100' is no size of a GPU; the A100 has 40GiB or 80GiB"),
+        (["sft_2b", "--gpu", "24576"], "--gpu: '24576' is no size of a GPU; give it as 24GiB"),
         (["sft_2b", "--gpu", "0"], "--gpu: '0' is no size of a GPU; give it as 24GiB"),
         (["--gpu", "24"], "--gpu: name a recipe or a preset that is to fit"),
         (["gemma-2b", "strategy=lora"], "plan: settings and --launch belong to a recipe; name one"),
@@ -33,6 +37,7 @@ def test_misuse_is_one_line(arguments: list[str], line: str, capsys: pytest.Capt
 
 def test_a_size_is_in_gib_however_it_is_written() -> None:
     assert {gpu_bytes(text) for text in ("24", "24GiB", "24 GB", "24g", "24gib")} == {24 * GIB}
+    assert [gpu_bytes(text) for text in ("141", "288", "512", "640GiB")] == [141 * GIB, 288 * GIB, 512 * GIB, 640 * GIB]
     assert [smallest_gpu(int(size * 0.9 * GIB)) for size in (8, 8.1, 141, 142)] == [8, 12, 141, None]
 
 

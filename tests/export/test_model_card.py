@@ -13,15 +13,18 @@ from gemma_ft.export.model_card import Card
 from gemma_ft.export.run_record import RunRecord, public
 from gemma_ft.export.terms import GEMMA_NOTICE, terms_of
 from gemma_ft.model.config import PRESETS
-from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.load import load_recipe, parse_recipe
 
 CONTRACT = Contract("a" * 64, "b" * 64, [1, 107], "fold", base="google/gemma-2-2b", revision="c" * 40)
-RECIPE = {
-    "output_dir": "/home/me/runs/x",
-    "strategy": "qlora",
-    "data": {"train": "tatsu-lab/alpaca", "eval": "/home/me/data/held_out.jsonl"},
-    "logging": {"run_name": "hf_abcdefghijklmnopqrstuvwxyz"},
-}
+RECIPE = parse_recipe(
+    {
+        "output_dir": "/home/me/runs/x",
+        "strategy": "qlora",
+        "data": {"train": "tatsu-lab/alpaca", "eval": "/home/me/data/held_out.jsonl"},
+        "model": {"preset": "gemma-2-2b"},
+        "adapter": {},
+    }
+)
 SUMMARY = {
     "data": {"rows": 2000, "tokens": 144039, "trained_tokens": 74731, "truncated": 3},
     "eval_before": {"loss": 2.0874319, "exact_match": 0.0},
@@ -102,7 +105,8 @@ def test_a_whole_card() -> None:
 
 
 def test_nothing_private_is_in_it() -> None:
-    text = card(recipe=RECIPE, summary=SUMMARY, merge=public(MERGE)).text()
+    secret = MERGE | {"policy": "hf_abcdefghijklmnopqrstuvwxyz"}
+    text = card(recipe=RECIPE, summary=SUMMARY, merge=public(secret)).text()
     assert "/home" not in text
     assert "hf_abc" not in text
     assert "[secret]" in text
@@ -173,7 +177,7 @@ def test_the_recipe_of_the_card_can_be_trained_again() -> None:
     from tests.export.tuned import ROOT
 
     recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml").recipe
-    text = card(recipe=recipe.model_dump(mode="json")).text()
+    text = card(recipe=recipe).text()
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == recipe.model_dump(mode="json")
 
 
@@ -181,6 +185,13 @@ def test_the_recipe_of_the_card_can_be_trained_again() -> None:
     ("value", "expected"),
     [
         ({"data": {"train": "/home/O'Neil, me/my rows.jsonl"}}, {"data": {"train": "my rows.jsonl"}}),
+        (
+            {"data": {"train": [{"path": "/home/O'Neil, me/my rows.jsonl"}]}},
+            {"data": {"train": [{"path": "my rows.jsonl"}]}},
+        ),
+        ({"rows": "10.0% of /home/O'Neil, me/a b/my rows.jsonl"}, {"rows": "10.0% of my rows.jsonl"}),
+        ({"rows": "data/a.jsonl, /home/me too/b.jsonl, ~/my c/d.jsonl"}, {"rows": "data/a.jsonl, d.jsonl"}),
+        ({"rows": "owner/name, data/my rows.jsonl"}, {"rows": "owner/name, data/my rows.jsonl"}),
         ({"model": {"weights": "C:\\my files\\w"}}, {"model": {"weights": "w"}}),
         ({"certificate": {"rows": "a b/../c d/x y.jsonl"}}, {"certificate": {"rows": "x y.jsonl"}}),
         ({"certificate": {"rows": "random tokens: /a/b: gone"}}, {"certificate": {"rows": "random tokens: b: gone"}}),
@@ -194,3 +205,17 @@ def test_the_recipe_of_the_card_can_be_trained_again() -> None:
 )
 def test_nothing_of_this_machine_is_left_of_a_value(value: Any, expected: Any) -> None:
     assert public(value) == expected
+
+
+def test_a_folder_of_the_users_is_no_data_set_of_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats" / "may").mkdir(parents=True)
+    sources = ["tatsu-lab/alpaca", "openai/gsm8k:main", "chats/may", "data/chats.jsonl", "../up", "s3://b/x.jsonl"]
+    recipe = parse_recipe(RECIPE.model_dump() | {"data": {"train": sources}})
+    text = card(recipe=recipe).text()
+    assert front(text)["datasets"] == ["openai/gsm8k", "tatsu-lab/alpaca"]
+    assert (
+        "| trained on | `tatsu-lab/alpaca, openai/gsm8k:main, chats/may, data/chats.jsonl, up, s3://b/x.jsonl` |"
+        in text
+    )
+    assert "| held out | `none` |" in text

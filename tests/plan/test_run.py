@@ -12,6 +12,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.plan.run import Device, Ranks, attention_of, ranks_in, run_of
 from gemma_ft.plan.shape import preset_shape
+from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_launches, shipped_root
 
@@ -65,6 +66,26 @@ def test_ranks_share_the_rows_of_a_step() -> None:
     assert (run_of(recipe).rows, run_of(recipe).accumulation) == (8, 4)
     shared = run_of(recipe, ranks=Ranks(8, "ddp"))
     assert (shared.rows, shared.accumulation) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "ranks", "expected"),
+    [(24, 8, 2, (6, 2)), (24, 8, 3, (8, 1)), (48, 16, 9, None), (32, 8, 3, None), (20, 10, 4, (5, 1))],
+)  # fmt: skip
+def test_rows_are_cut_as_training_cuts_them(
+    rows: int, micro: int, ranks: int, expected: tuple[int, int] | None
+) -> None:
+    given = [f"train.global_batch_size={rows}", f"train.micro_batch_size={micro}"]
+    recipe = load_recipe("sft_2b", given).recipe
+    if expected is None:
+        for refused in (lambda: run_of(recipe, ranks=Ranks(ranks, "ddp")), lambda: accumulation(recipe, ranks)):
+            with pytest.raises(UserError, match=f"{rows} rows cannot be dealt to {ranks} devices; use "):
+                refused()
+        return
+    planned = run_of(recipe, ranks=Ranks(ranks, "ddp"))
+    assert (planned.rows, planned.accumulation) == expected
+    assert (micro_batch(recipe, ranks), accumulation(recipe, ranks)) == expected
+    assert run_of(recipe, rows=1, ranks=Ranks(ranks, "ddp")).accumulation == rows // ranks  # where it is known better
 
 
 def test_the_vocabulary_is_that_of_the_weights() -> None:

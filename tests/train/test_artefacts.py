@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft import load_model, load_tokenizer
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
-from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.export.export import Wish, export_model
+from gemma_ft.recipe.load import LoadedRecipe, load_recipe
+from gemma_ft.train.run_dir import RunDir
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -122,6 +125,33 @@ def test_the_summary_has_what_others_rely_on(recipe_for: RecipeFor, train: Train
     assert summary["tokens"] > 100
     assert len(summary["samples"]) == 3
     assert summary["samples"][0].keys() == {"prompt", "expected", "before", "after"}
+
+
+def test_the_card_of_a_run_tells_its_sources_and_no_folder_of_this_machine(
+    recipe_for: RecipeFor, train: Train, rows: Path, tmp_path: Path
+) -> None:
+    """Out of the files that a run wrote: recipe.yaml holds each source as a block of its own."""
+    mine = tmp_path / "O'Neil, me" / "secret project" / "my rows.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(rows.read_bytes())
+    sources = json.dumps([str(mine), {"path": str(rows), "repeats": 2.0}])
+    out = trained(recipe_for, train, "strategy=lora", f"data.train={sources}", "train.max_steps=1")
+
+    def card(to: str) -> str:
+        export_model(str(out), Wish(to="adapter", out=tmp_path / to), console=Console(quiet=True))
+        return (tmp_path / to / "README.md").read_text(encoding="utf-8")
+
+    told = card("one")
+    assert "| trained on | `my rows.jsonl, rows.jsonl`: 30 rows, " in told
+    assert "| held out | `rows.jsonl` |" in told
+    assert "Neil" not in told
+    assert "secret project" not in told
+    assert "datasets:" not in told
+    recipe = load_recipe(out / "recipe.yaml", ["data.train=[{path: owner/name, split: test}, other/set:main]"]).recipe
+    RunDir(out).write_recipe(recipe)
+    told = card("two")
+    assert "\ndatasets:\n- other/set\n- owner/name\n" in told
+    assert "| trained on | `owner/name, other/set:main`: 30 rows, " in told
 
 
 def test_fault_22_no_stray_head_and_no_grown_vocabulary(recipe_for: RecipeFor, train: Train, small_gemma: Path) -> None:

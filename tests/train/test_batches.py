@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.train.batches import StepBatches, WithBlank
-from gemma_ft.train.settings import accumulation, micro_batch
 
 
 @given(st.integers(1, 90), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
