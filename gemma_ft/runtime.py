@@ -13,6 +13,7 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -170,9 +171,17 @@ def launched() -> Launch:
     )
 
 
+def hangup() -> tuple[signal.Signals, ...]:
+    """SIGHUP, which a terminal that goes away sends; nothing where this process was started with it ignored, as nohup
+    does: then it stays so.
+    """
+    return () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+
+
 def pass_signals_on() -> None:
     """Have torch's launcher hand on to its ranks every signal that stops a run; by itself it leaves SIGUSR1 out."""
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    numbers = (signal.SIGTERM, signal.SIGINT, *hangup(), signal.SIGQUIT, signal.SIGUSR1)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in numbers))
 
 
 def _number(name: str, default: int) -> int:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -59,7 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except _Terminated:
         return _say("stopped by a signal", TERMINATED)
     except BrokenPipeError:  # the reader of our output left, as `| head` does: nothing to say, and nowhere to say it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return CRASHED
     except typer.TyperException as error:
         return _say(_in_one_line(error), MISUSED)
@@ -74,13 +74,13 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came: what was begun is cleared away on the way out, as at Ctrl-C."""
+    """SIGTERM or SIGHUP came: what was begun is cleared away on the way out, as at Ctrl-C."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a verb as an exception does, unless the verb takes it over; python would end on the spot and leave
-    half-written folders.
+    """SIGTERM and SIGHUP end a verb as an exception does, unless the verb takes them over; python would end on the spot
+    and leave half-written folders.
     """
     if threading.current_thread() is not threading.main_thread():  # only there can a signal be waited for
         yield
@@ -89,11 +89,14 @@ def _terminable() -> Iterator[None]:
     def terminate(*_: object) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    from gemma_ft.runtime import hangup
+
+    before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, *hangup())}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def build_app() -> typer.Typer:
@@ -144,8 +147,16 @@ def _open_closed_streams() -> None:
 
 
 def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone; the exit code is all that can still be heard
+        _discard(sys.stderr)
     return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Let nothing be written to a stream any more, at Python's own end neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _in_one_line(error: typer.TyperException) -> str:

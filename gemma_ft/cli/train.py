@@ -48,7 +48,7 @@ def train(
 ) -> int:
     """Tune Gemma as a recipe says.
 
-    SIGTERM, Ctrl-C and SIGUSR1 end a run after its step, with a checkpoint; a second one ends it at once.
+    SIGTERM, SIGHUP, Ctrl-C and SIGUSR1 end a run after its step, with a checkpoint; a second one ends it at once.
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite: one continues the run, the other replaces it; give one")

@@ -201,7 +201,7 @@ def _start(reading: Reading) -> None:
     _reading = reading
     runtime.one_thread_for_tokens()
     gc.disable()  # millions of lists and no cycle among them
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 

@@ -169,7 +169,7 @@ class Course:
         self.run.cut_logs(self.progress.step)
         for said_at_the_end in (self.run.summary, self.run.report, self.run.eval_results, self.run.certificate):
             said_at_the_end.unlink(missing_ok=True)
-        self.log.trackers += build_trackers(self.recipe, self.run.root, self.display.say)
+        self.log.trackers += build_trackers(self.recipe, self.run.root, self.display.say, done=self.progress.step)
 
     def _save(self) -> Path:
         with self.world.phase("the result's save"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.checkpointing import choose_checkpointing
 from gemma_ft.train.course import Course
 from gemma_ft.train.display import Display
+from gemma_ft.train.guard import guarded
 from gemma_ft.train.outlook import outlook
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
@@ -42,13 +44,14 @@ def train_recipe(
     Raises: UserError and its children, one clear line each. Until the run is built, nothing in output_dir is touched.
     """
     stop, mode = StopRequest(stop_file), Mode(resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift))
-    with stop.listening():
+    console = console or Console()
+    with stop.listening(), guarded(console, partial(stop.ask, "a closed output")):
         try:
-            return _joined(loaded, stop, mode, console or Console())
+            return _joined(loaded, stop, mode, console)
         except UserError:
             raise
         except (Exception, StopNow) as error:
-            if stop.reason is None:
+            if not stop.signalled:
                 raise
             # what a signal raised inside a library may also come out of it as a fault of its own
             raise Stopped(f"stopped by {stop.reason}; nothing was lost, --resume goes on") from error

@@ -1,5 +1,5 @@
-"""Requests to stop: signals and the stop file. A run that trains ends at the next step, with a checkpoint; before and
-after that it ends at once, for there is nothing that a resume would not find.
+"""Requests to stop: signals, the stop file, an output that nobody reads. A run that trains ends at the next step, with
+a checkpoint; before and after that it ends at once, for there is nothing that a resume would not find.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from types import FrameType
 from typing import Any
 
 from gemma_ft.errors import Stopped
+from gemma_ft.runtime import hangup
 
 ECHO_SECONDS = 2.0  # in which a further signal is taken to be the first one again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # and SIGHUP, unless it was ignored at the start
 
 
 class StopNow(BaseException):
@@ -31,7 +32,7 @@ class StopRequest:
         self.file = file
         self.reason: str | None = None
         self._waits = False
-        self._since = 0.0
+        self._since: float | None = None  # when the first signal came
 
     def asked(self) -> bool:
         """Whether a signal or the stop file has asked."""
@@ -39,18 +40,29 @@ class StopRequest:
             self.reason = f"{self.file} is there"
         return self.reason is not None
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has asked."""
+        return self._since is not None
+
+    def ask(self, reason: str) -> None:
+        """Ask for the end after this step, for a reason that is no signal; any thread may."""
+        if self.reason is None:
+            self.reason = reason
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM, SIGINT and SIGUSR1 while this is open. A second one leaves at once."""
+        """Take the signals while this is open. A second one leaves at once."""
         if threading.current_thread() is not threading.main_thread():  # only there can a signal be taken
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        before = {number: signal.signal(number, self._take) for number in (*SIGNALS, *hangup())}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                late = number == signal.SIGHUP and self.reason == number.name  # a second one could say nothing new
+                signal.signal(number, signal.SIG_IGN if late else handler)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -62,10 +74,12 @@ class StopRequest:
             self._waits = False
 
     def _take(self, number: int, _: FrameType | None) -> Any:
-        if self.reason is not None:
-            if time.monotonic() - self._since < ECHO_SECONDS:
-                return  # a launcher hands on what its ranks were sent as well
+        if self._since is not None:
+            # a launcher hands on what its ranks were sent as well; of a terminal several send SIGHUP, each when it ends
+            if number == signal.SIGHUP or time.monotonic() - self._since < ECHO_SECONDS:
+                return
             os._exit(Stopped.exit_code)
-        self.reason, self._since = signal.Signals(number).name, time.monotonic()
+        self._since = time.monotonic()
+        self.ask(signal.Signals(number).name)
         if not self._waits:
             raise StopNow

@@ -81,6 +81,9 @@ class Watch:
 
     def _end(self, what: str) -> None:
         """Leave at once: the main thread may be inside a collective that will never come back."""
-        print(f"rank {self._rank}: {what}; the job ends, --resume goes on from its last checkpoint", file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone keeps nobody here
+            print(
+                f"rank {self._rank}: {what}; the job ends, --resume goes on from its last checkpoint", file=sys.stderr
+            )
+            sys.stderr.flush()
         os._exit(EXIT_CODE)

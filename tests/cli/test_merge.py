@@ -55,19 +55,20 @@ def test_a_run_is_merged_certified_and_told(made: Path, tmp_path: Path, capsys: 
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_half_written(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(folder: Path, *_: object, **__: object) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     monkeypatch.setattr("gemma_ft.export.merge.write_shards", killed)
     assert main(["merge", str(made / "run"), "--out", str(tmp_path / "out"), "--prompts", "0"]) == 143
     assert capsys.readouterr() == ("", "stopped by a signal\n")
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_no_certificate_when_none_is_asked_for(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

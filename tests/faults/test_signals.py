@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C, SIGUSR1 and the stop file at any moment, on one rank and two: no step is lost."""
+"""SIGTERM, Ctrl-C, SIGUSR1, SIGHUP and the stop file at any moment, on one rank and two: no step is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma_ft.checkpoint import fault_of
 from tests.faults.conftest import FULL, Runs, outcome
 from tests.forked import no_survivors
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def lost_steps(out: Path) -> int:

@@ -15,6 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gemma_ft import runtime
 from gemma_ft.infer.server.faults import ApiFault
 from gemma_ft.infer.server.limits import Limits
 
@@ -119,8 +120,8 @@ class SignalledServer(uvicorn.Server):
 
     @property
     def exit_code(self) -> int:
-        """0 after Ctrl-C, 143 after SIGTERM."""
-        return STOPPED_BY_SIGNAL if signal.SIGTERM in self.signals else 0
+        """0 after Ctrl-C, 143 after SIGTERM or SIGHUP."""
+        return STOPPED_BY_SIGNAL if {signal.SIGTERM, signal.SIGHUP} & set(self.signals) else 0
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Begin to serve, and say so."""
@@ -139,7 +140,8 @@ class SignalledServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, *runtime.hangup())
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
         finally:

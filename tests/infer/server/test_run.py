@@ -92,7 +92,7 @@ def test_a_port_in_use_and_an_address_that_is_not_here() -> None:
     assert str(caught.value) == "--host 203.0.113.9: cannot be bound: Cannot assign requested address"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_ends_it_with_its_code(number: int, code: int) -> None:
     """Nothing is raised again, and the handlers from before are back."""
     before = signal.getsignal(number)
