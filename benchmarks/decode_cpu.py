@@ -124,7 +124,7 @@ def logit_errors(folder: Path, quantize: str | None, arms: dict[str, Any]) -> di
     norm: answers part where two tokens are nearly as likely, and neither is to be less exact.
     """
     from gemma_ft.load import load_base
-    from gemma_ft.weights import Source
+    from gemma_ft.located import Source
 
     ids = torch.tensor(prompts(1))
     truth = load_base(Source(str(folder / "base"), None), dtype=torch.float32, quantize=quantize).eval()(ids).logits

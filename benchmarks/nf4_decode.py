@@ -18,9 +18,9 @@ from benchmarks.record import write_result
 from gemma_ft import runtime
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.load import load_base
+from gemma_ft.located import Source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.weights import Source
 
 STEPS, ROUNDS, BATCHES = 8, 5, (1, 8)
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 2048}

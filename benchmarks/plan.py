@@ -169,7 +169,7 @@ def one_arm(name: str, folder: Path) -> None:
     from gemma_ft import runtime
     from gemma_ft.adapters.lora import save_adapter
     from gemma_ft.load import load_base
-    from gemma_ft.weights import Source
+    from gemma_ft.located import Source
 
     runtime.quiet_libraries()
     arm, base = ARMS[name], folder / ARMS[name].preset

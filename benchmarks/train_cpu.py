@@ -103,7 +103,7 @@ def our_trainer(folder: Path, line: Line) -> Any:
 
     from gemma_ft.adapters.fused_layers import with_fused_layers
     from gemma_ft.load import load_base
-    from gemma_ft.weights import Source
+    from gemma_ft.located import Source
 
     base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
     start = with_fused_layers(PeftConfig.from_pretrained(str(folder / "adapter")))

@@ -10,8 +10,9 @@ import torch
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED, added_by
 from gemma_ft.data.tokenizer import pieces_of
 from gemma_ft.errors import UserError
+from gemma_ft.located import Source, folder_of
 from gemma_ft.model.added_rows import AddedRows
-from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, WeightFiles
 
 
 def begin_rows(model: Any, tokenizer: Any, source: Source) -> None:

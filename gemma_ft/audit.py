@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from gemma_ft.build import build_tokenizer, check_apart
+from gemma_ft.build_data import build_data
+from gemma_ft.build_inputs import build_tokenizer, check_apart
 from gemma_ft.build_sources import Described, chunks_of, described
 from gemma_ft.checkpoint import as_json, commit_folder, replace_text
 from gemma_ft.data.chat import ChatEncoder
@@ -19,7 +20,10 @@ from gemma_ft.data.check.findings import Severity
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.show import show_copies, show_report
 from gemma_ft.data.check.survey import survey
+from gemma_ft.data.preview import Preview, look_at
+from gemma_ft.data.preview_console import show
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe, Source
 
 
@@ -46,6 +50,29 @@ def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
     console.print(f"report: {out}", markup=False, highlight=False, soft_wrap=True)
     return 2 if report.findings.worst() in ("error", *(["warning"] if strict else [])) else 0
+
+
+def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
+    """Print what a recipe would train on, as coloured tokens with counts: the first `rows` examples, or those that hold
+    some rows. Returns it.
+
+    Raises: DataError, also for a row that is not there.
+    """
+    for note in loaded.notes:
+        print(f"note: {note}")
+    data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
+    found = look_at(
+        data.train,
+        data.encoder,
+        format=data.train_format,
+        rows=rows,
+        row_ids=row_ids,
+        held_out={item.where for item in data.held_out_items},
+        global_batch_size=loaded.recipe.train.global_batch_size,
+        streamed=data.streamed is not None,
+    )
+    show(found)
+    return found
 
 
 def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:

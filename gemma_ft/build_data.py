@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build_sources import Described, Progress, ReadSource, chunks_of, described, items_of, read_source
 from gemma_ft.build_stream import streamed_examples
@@ -22,6 +21,9 @@ from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.paths import names_of
 from gemma_ft.recipe.schema import Data, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

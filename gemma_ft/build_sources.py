@@ -16,7 +16,7 @@ from gemma_ft.data.formats import check_format, detect_format
 from gemma_ft.data.items import Item
 from gemma_ft.data.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
-from gemma_ft.load import located_rows
+from gemma_ft.located import located_rows
 from gemma_ft.recipe.schema import Data, Source
 
 Progress = Callable[[int], None]

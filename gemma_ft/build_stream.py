@@ -10,7 +10,7 @@ from gemma_ft.data.files import files_at, find_files
 from gemma_ft.data.items import Item
 from gemma_ft.data.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.streamed import StreamedExamples
-from gemma_ft.load import located_rows
+from gemma_ft.located import located_rows
 from gemma_ft.recipe.schema import Recipe, Source
 
 

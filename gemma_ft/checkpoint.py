@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from gemma_ft.errors import CheckpointError, DiskError
 
@@ -175,16 +173,6 @@ def replace_text(path: Path, text: str) -> None:
         staging.unlink(missing_ok=True)
         raise
     _sync(path.parent)
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, from whatever device they are on."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path))
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read what `save_tensors` wrote, onto the CPU."""
-    return load_file(str(path))
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -15,9 +15,10 @@ from transformers.quantizers import AutoHfQuantizer
 from gemma_ft.adapters.quantize import Kind, keep_trainable, make_hollow, quantization_config
 from gemma_ft.errors import UserError
 from gemma_ft.load import checked_folder
+from gemma_ft.located import Source
 from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.weights import Source, WeightFiles
+from gemma_ft.weights import WeightFiles
 
 
 def hollow_base(

@@ -18,45 +18,14 @@ from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
-from gemma_ft.errors import DataError, UserError, first_line
+from gemma_ft.errors import UserError, first_line
+from gemma_ft.located import Source, folder_of, located, model_source, pinned
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
-from gemma_ft.recipe.home import expanded
-from gemma_ft.recipe.paths import locate, shipped_root
-from gemma_ft.weights import ADAPTER_WEIGHTS, Source, WeightFiles, folder_of, pinned
+from gemma_ft.weights import ADAPTER_WEIGHTS, WeightFiles
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
-
-
-def located(name: str | Path) -> str:
-    """A path as it stands on this machine (home folder for `~`, current directory, then the files that ship), or `name`
-    as it is: a hub id.
-    """
-    found = locate(name)
-    return str(found) if found is not None else expanded(name)
-
-
-def located_rows(name: str) -> str:
-    """As `located`, for rows: of what ships with the project a file, and never a folder, which was not meant.
-
-    Raises: DataError when there is such a folder and nothing of that name here.
-    """
-    found = locate(name)
-    here = found is not None and (found == Path(expanded(name)) or not found.is_relative_to(shipped_root()))
-    if found is not None and found.is_dir() and not here:
-        raise DataError(f"{name}: no such folder here; paths count from the current directory")
-    return str(found) if found is not None else expanded(name)
-
-
-def model_source(name: str, revision: str | None = None, *, key: str = "") -> Source:
-    """An absolute folder or a hub id out of what a user wrote; `key` begins the message of the error."""
-    found = locate(name)
-    if found is not None and found.is_dir():
-        return Source(str(found.resolve()), None)
-    if found is not None or not tokenizers.HUB_ID.fullmatch(name):
-        raise UserError(f"{key}{name}: no such folder; name a folder with a model, or a hub id (owner/name)")
-    return Source(name, revision)
 
 
 def load_base(

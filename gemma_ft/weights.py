@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_ft.data.hub import snapshot
 from gemma_ft.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor in every Gemma
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -41,14 +39,6 @@ _DTYPES = {
 # What a fingerprint reads of a large tensor: training, quantizing or casting changes nearly every element, so that a
 # few blocks tell two bases apart without reading 54 GB.
 _SAMPLE_BLOCKS, _BLOCK_BYTES = 64, 4096
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: an absolute folder, or a hub id with the revision asked for."""
-
-    name: str
-    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -130,24 +120,14 @@ class WeightFiles:
         return digest.hexdigest()
 
 
-def pinned(source: Source) -> Source:
-    """A folder as it is; a hub id with the commit that its revision stands for now, downloaded.
-
-    Raises: UserError in one line.
-    """
-    return source if Path(source.name).is_absolute() else Source(source.name, folder_of(source).name)
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, from whatever device they are on."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path))
 
 
-def folder_of(source: Source, *, downloaded: bool = False) -> Path:
-    """The local folder of a source; of a hub id the one in its cache, downloaded first unless it already is.
-
-    Raises: UserError in one line.
-    """
-    folder = Path(source.name)
-    if folder.is_absolute():
-        return folder
-    wanted: dict[str, Any] = {"local_files_only": True} if downloaded else {"allow_patterns": HUB_FILES}
-    return snapshot(source.name, revision=source.revision, **wanted)
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote, onto the CPU."""
+    return load_file(str(path))
 
 
 def file_hash(path: Path) -> str:

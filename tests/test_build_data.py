@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.build import build_tokenizer, inputs_of
 from gemma_ft.build_data import BuiltData, build_data
+from gemma_ft.build_inputs import build_tokenizer, inputs_of
 from gemma_ft.errors import DataError, RecipeError
 from gemma_ft.recipe.load import load_recipe
 

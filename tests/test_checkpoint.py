@@ -19,9 +19,9 @@ from gemma_ft.checkpoint import (
     newest_valid,
     prune,
     replace_text,
-    save_tensors,
 )
 from gemma_ft.errors import CheckpointError, DiskError
+from gemma_ft.weights import save_tensors
 
 
 def write(folder: Path) -> None:

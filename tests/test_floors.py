@@ -16,11 +16,11 @@ FLOORS = [
     ["launch"],
     ["kernels"],
     ["data", "model", "adapters"],
-    ["weights"],
+    ["weights", "located"],
     ["contract", "added_tokens"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["hollow"],
-    ["build_sources"],
+    ["build_sources", "build_inputs"],
     ["build_stream"],
     ["build_data"],
     ["build", "checkpoint", "plan"],

@@ -32,6 +32,7 @@ from gemma_ft.cli import (
     train,
 )
 from gemma_ft.cli import eval as evaluation
+from gemma_ft.cli.start import collect_late
 from gemma_ft.errors import DiskError, UserError, first_line
 
 CRASHED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -42,6 +43,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; a failure is a plain line on stderr, never a traceback."""
     _open_closed_streams()
+    collect_late()
     with _terminable():
         return _run(arguments)
 

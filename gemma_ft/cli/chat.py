@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_ft.cli import model_options as options
+from gemma_ft.cli.start import check_model
 
 if TYPE_CHECKING:
     from gemma_ft.infer.repl import Screen
@@ -39,6 +40,7 @@ def chat(
     first fault ends them.
     """
     options.check_texts(system, stop)
+    check_model(model, adapter)
     from gemma_ft.runtime import quiet_libraries
 
     quiet_libraries()

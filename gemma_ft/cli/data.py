@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.cli.start import check_weights
 from gemma_ft.recipe.home import given_path
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
@@ -44,6 +45,7 @@ def check(
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    check_weights(loaded.recipe)
     from rich.console import Console
 
     from gemma_ft.runtime import quiet_libraries
@@ -70,6 +72,7 @@ def fix(
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    check_weights(loaded.recipe)
     from rich.console import Console
 
     from gemma_ft.runtime import quiet_libraries

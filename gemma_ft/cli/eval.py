@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.cli.start import check_model
 from gemma_ft.recipe.home import given_path
 
 Source = Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="Run directory, or a recipe.")]
@@ -69,6 +70,7 @@ def evaluate(
     out: Out = None,
 ) -> int:
     """Score a tuned Gemma beside its base."""
+    check_model(source, adapter)
     from rich.console import Console
 
     from gemma_ft.runtime import quiet_libraries

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gemma_ft.cli.start import check_model
 from gemma_ft.recipe.home import given_path
 
 
@@ -44,6 +45,7 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> int:
     """Write a tuned model for transformers, PEFT, llama.cpp or the hub."""
+    check_model(run)
     from gemma_ft.runtime import quiet_libraries
 
     quiet_libraries()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_ft.cli import model_options as options
+from gemma_ft.cli.start import check_model
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.recipe.home import given_path
 
@@ -83,6 +84,7 @@ def generate(
     for_rows |= {"--overwrite": overwrite, "--batch-size": batch_size}
     _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
     options.check_texts(system, stop)
+    check_model(model, adapter)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
     from gemma_ft.runtime import quiet_libraries
@@ -183,7 +185,8 @@ def _work(
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
     from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
-    from gemma_ft.load import located, place_of
+    from gemma_ft.load import place_of
+    from gemma_ft.located import located
 
     place = place_of(model, adapter)
     try:

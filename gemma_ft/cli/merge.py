@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gemma_ft.cli.start import check_model
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.home import given_path
 
@@ -37,6 +38,7 @@ def merge(
     ] = 32,
 ) -> int:
     """Merge an adapter into its base and certify that the model is the same."""
+    check_model(model)
     named = [_with_weight(text) for text in adapters or ()]
     from gemma_ft.runtime import quiet_libraries
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_ft.cli.start import check_weights
 from gemma_ft.recipe.home import given_path
 
 
@@ -26,10 +27,11 @@ def preview(
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    check_weights(loaded.recipe)
     from gemma_ft.runtime import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.build import preview_recipe
+    from gemma_ft.audit import preview_recipe
 
     if html is None:
         return 2 if preview_recipe(loaded, rows=rows, row_ids=row_ids or ()).faults else 0

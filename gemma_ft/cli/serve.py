@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.cli.model_options import Adapter, Dtype, Model, Quantize, memory_advice, open_model
+from gemma_ft.cli.start import check_model
 from gemma_ft.errors import UserError
 
 NEEDED = ("fastapi", "uvicorn")
@@ -37,6 +38,7 @@ def serve(
     from gemma_ft.infer.server.binding import checked_binding, open_socket
     from gemma_ft.infer.server.limits import Limits
 
+    check_model(model, adapter)
     binding = checked_binding(host, port, api_key_env)
     opened = open_socket(binding)
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_ft.cli.start import check_weights
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.home import given_path
 
@@ -59,6 +60,7 @@ def train(
     from gemma_ft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    check_weights(loaded.recipe)
     if prove_resume:
         return _prove(loaded, [recipe, *(overrides or ())])
     if launch is not None:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from gemma_ft.data.template import CONTROL_TOKENS, START_OF_TURN
 from gemma_ft.data.tokenizer_facts import HTML_TAGS
 
+SPACE = "\u2581"  # in a piece
 LONGEST_RUN = 31  # of one blank, as a piece
 UNUSED = 100
 OTHERS = ("<mask>", "<2mass>", "[@BOS@]", "[toxicity=0]")
@@ -28,14 +29,20 @@ def lacks_tokens(tokenizer: Any) -> bool:
 def register_tokens(tokenizer: Any) -> None:
     """Make added tokens of what is one in Gemma and in this tokenizer's vocabulary, with the ids that it has there.
 
+    Runs of spaces are looked for in the text as it is after normalization: these conversions rank merges by the id of
+    the piece, and so would cut 32 spaces otherwise than SentencePiece (31 first, then the rest).
     Source: the added tokens of Gemma 2's published tokenizer.json, whose vocabulary is Gemma 1's; the turn tokens are
     special there, the rest is not.
     """
     backend = tokenizer.backend_tokenizer
-    runs = [blank * count for blank in "\n\t\u2581" for count in range(1 if blank == "\n" else 2, LONGEST_RUN + 1)]
+    runs = [
+        blank * count for blank in ("\n", "\t", SPACE) for count in range(1 if blank == "\n" else 2, LONGEST_RUN + 1)
+    ]
     tags = [f"<{slash}{tag}>" for tag in HTML_TAGS for slash in ("", "/")]
     unused = [f"<unused{number}>" for number in range(UNUSED)]
     names = [*CONTROL_TOKENS, *OTHERS, *unused, *runs, *tags]
     special = {*CONTROL_TOKENS, tokenizer.mask_token}  # what transformers makes of them when it opens them again
     known = [(number, name) for name in names if (number := backend.token_to_id(name)) is not None]
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=name in special) for _, name in sorted(known)])
+    tokenizer.add_tokens(
+        [AddedToken(name, normalized=name[0] == SPACE, special=name in special) for _, name in sorted(known)]
+    )

@@ -20,7 +20,7 @@ from gemma_ft.data.items import Conversation, Document
 from gemma_ft.data.sources import read_rows
 from gemma_ft.errors import DataError
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.load import located_rows
+from gemma_ft.located import located_rows
 
 ROWS, TOKENS = 32, 128  # so few and so short that they may be scored at every interval
 TOLERATED = 0.1  # nats per token that the canary loss may rise without a word

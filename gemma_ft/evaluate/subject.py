@@ -19,7 +19,7 @@ from gemma_ft.adapters.quantize import keep_trainable
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import added_by
 from gemma_ft.added_tokens import begin_rows
-from gemma_ft.build import FRESH, build_tokenizer, weights_source
+from gemma_ft.build_inputs import FRESH, build_tokenizer, weights_source
 from gemma_ft.contract import CONTRACT, Contract
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.run_files import RunFiles
@@ -27,10 +27,11 @@ from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
+from gemma_ft.located import Source, folder_of
 from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.weights import EMBEDDING, Source, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, WeightFiles
 
 BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
 # What was fixed when something was trained: it is read from there, and a setting for it would change nothing.

@@ -26,8 +26,8 @@ from gemma_ft.export.merge import Progress, merge_into
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.export.probes import Probe, probes_for
 from gemma_ft.load import load_base
+from gemma_ft.located import Source
 from gemma_ft.model.added_rows import AddedRows
-from gemma_ft.weights import Source
 
 POSITIONS_AT_ONCE = 64  # of float64 logits: 130 MB for Gemma's vocabulary
 

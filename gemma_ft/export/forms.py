@@ -25,7 +25,8 @@ from gemma_ft.export.merged import MergedWeights, merged_weights
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.export.papers import Papers
 from gemma_ft.load import Place, load_tokenizer
-from gemma_ft.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, folder_of, write_shards
+from gemma_ft.located import folder_of
+from gemma_ft.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, write_shards
 
 AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 PROMPTS = 32  # held-out rows that the certificate of a merge compares

@@ -16,10 +16,11 @@ from gemma_ft.errors import RecipeError, UserError
 from gemma_ft.export.deltas import Adapter, wide
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
 from gemma_ft.load import Place, check_base
+from gemma_ft.located import folder_of
 from gemma_ft.model.config import config_in
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles
 
 Policy = Literal["original", "dequantized"]
 

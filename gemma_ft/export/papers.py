@@ -17,8 +17,8 @@ from gemma_ft.export.model_card import Card, Form
 from gemma_ft.export.run_record import RunRecord, public, read_record
 from gemma_ft.export.terms import Terms, terms_of
 from gemma_ft.load import Place
+from gemma_ft.located import folder_of
 from gemma_ft.model.config import PRESETS, config_in
-from gemma_ft.weights import folder_of
 
 CARD, NOTICE = "README.md", "NOTICE"
 

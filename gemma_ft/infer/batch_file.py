@@ -20,7 +20,8 @@ from gemma_ft.infer.prompts import Prompt, prompts_of
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session
 from gemma_ft.load import Place
-from gemma_ft.weights import WeightFiles, folder_of
+from gemma_ft.located import folder_of
+from gemma_ft.weights import WeightFiles
 
 ADDED = ("output", "finish", "index")
 

@@ -15,7 +15,8 @@ from gemma_ft.errors import UserError
 from gemma_ft.infer.engine import Engine
 from gemma_ft.infer.session import Session
 from gemma_ft.load import load_model
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.located import Source, folder_of
+from gemma_ft.weights import WeightFiles
 
 
 class Untuned:

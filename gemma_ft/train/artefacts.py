@@ -18,13 +18,14 @@ from gemma_ft.checkpoint import commit_folder, write_json
 from gemma_ft.contract import adapter_hash, contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.located import Source, folder_of
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.sharding import whole
 from gemma_ft.train.state import trained
 from gemma_ft.train.world import World
-from gemma_ft.weights import EMBEDDING, HEAD, Source, WeightFiles, folder_of
+from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles
 
 
 def save_result(

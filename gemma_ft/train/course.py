@@ -19,6 +19,7 @@ from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
+from gemma_ft.located import Source
 from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.batch_plan import micro_batch
 from gemma_ft.recipe.paths import names_of
@@ -37,7 +38,6 @@ from gemma_ft.train.summary import summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer, Progress
 from gemma_ft.train.world import World
-from gemma_ft.weights import Source
 
 # What a run is made of beside its recipe, and what is said of it when it changed.
 INPUTS = {

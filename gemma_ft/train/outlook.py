@@ -11,12 +11,12 @@ from gemma_ft.build_data import BuiltData
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.kernels import flex_attention, native, product
 from gemma_ft.kernels.gpu import serves as gpu
+from gemma_ft.located import Source
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.checkpointing import Checkpointing
 from gemma_ft.train.world import World
-from gemma_ft.weights import Source
 
 FILLS = 4096  # tokens of a micro-batch that keep a GPU busy for longer than its kernels take to be started
 

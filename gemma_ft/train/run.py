@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma_ft.build import build_model, build_tokenizer, check_apart, inputs_of
+from gemma_ft.build import build_model
 from gemma_ft.build_data import build_data
+from gemma_ft.build_inputs import build_tokenizer, check_apart, inputs_of
 from gemma_ft.checkpoint import newest_valid
 from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.canary import build_canary

@@ -23,8 +23,9 @@ from gemma_ft import runtime
 from gemma_ft.adapters.quantize import fill_quantized, quantized
 from gemma_ft.errors import UserError
 from gemma_ft.hollow import base_name, is_hollow
+from gemma_ft.located import Source, folder_of
 from gemma_ft.train.world import World
-from gemma_ft.weights import Source, WeightFiles, folder_of
+from gemma_ft.weights import WeightFiles
 
 
 def shard(model: Any, source: Source | None, world: World) -> None:

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gemma_ft.checkpoint import is_disk_full, load_tensors, save_tensors, write_json
+from gemma_ft.checkpoint import is_disk_full, write_json
 from gemma_ft.errors import CheckpointError, DiskError, NonFiniteError
 from gemma_ft.train.sharding import put, reshard, whole
 from gemma_ft.train.world import World
+from gemma_ft.weights import load_tensors, save_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state.json"
 FILE_BYTES = 2**30  # of tensors in one file: what a rank gathers and holds at a time

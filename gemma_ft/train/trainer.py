@@ -26,6 +26,7 @@ from gemma_ft.data.chat import IGNORE
 from gemma_ft.data.examples import Examples
 from gemma_ft.data.streamed import StreamedExamples
 from gemma_ft.evaluate.held_out import held_out_loss
+from gemma_ft.located import Source
 from gemma_ft.train.batches import DealtRows, placeholder
 from gemma_ft.train.checkpointing import Checkpointing
 from gemma_ft.train.saving import OwnCheckpoints
@@ -33,7 +34,6 @@ from gemma_ft.train.schedule import learning_rate_factor
 from gemma_ft.train.sharding import reshard, shard, whole
 from gemma_ft.train.stop import StopRequest
 from gemma_ft.train.world import World
-from gemma_ft.weights import Source
 
 
 @dataclass

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from gemma_ft import runtime
 from gemma_ft.cli.app import main
 from gemma_ft.export import certificate
-from gemma_ft.load import Source, load_base
+from gemma_ft.load import load_base
+from gemma_ft.located import Source
 from gemma_ft.recipe.load import dump_recipe, load_recipe
 from tests.export.tuned import ROOT, TINY, names_in, save_tuned
 

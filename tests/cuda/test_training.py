@@ -15,7 +15,8 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_ft.build import build_model, build_tokenizer
+from gemma_ft.build import build_model
+from gemma_ft.build_inputs import build_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.load import load_model
 from gemma_ft.model.gemma import GemmaForCausalLM

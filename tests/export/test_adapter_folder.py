@@ -18,7 +18,8 @@ from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes
 from gemma_ft.export.export import Wish, export_model
-from gemma_ft.load import Source, load_base, load_model
+from gemma_ft.load import load_base, load_model
+from gemma_ft.located import Source
 from gemma_ft.weights import WeightFiles
 from tests.export.tuned import names_in, save_base, save_tuned, wrap
 from tests.parity.amplified import ours

@@ -27,7 +27,8 @@ from gemma_ft.export.certificate import (
 from gemma_ft.export.merge import merge_to_folder
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.probes import Probe, probes_for
-from gemma_ft.load import Source, load_base, place_of
+from gemma_ft.load import load_base, place_of
+from gemma_ft.located import Source
 from gemma_ft.recipe.load import dump_recipe, load_recipe
 from tests.export.tuned import ROOT, names_in, save_tuned, wrap
 

@@ -22,7 +22,8 @@ from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.export import forms
 from gemma_ft.export.export import Wish, export_model
-from gemma_ft.load import Source, load_base, load_model, place_of
+from gemma_ft.load import load_base, load_model, place_of
+from gemma_ft.located import Source
 from tests.export.tuned import TINY, names_in, same_bytes, save_base, save_tuned, tensors
 
 BESIDE = ["README.md", "chat_template.jinja", "config.json", "gemma_ft.json", "generation_config.json",

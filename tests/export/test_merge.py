@@ -23,7 +23,8 @@ from gemma_ft.data.template import chat_template
 from gemma_ft.export.dequantize import Stored, quantized_names, there_and_back
 from gemma_ft.export.merge import merge_into, merge_to_folder, verify
 from gemma_ft.export.merged import merged_weights
-from gemma_ft.load import Source, load_base, place_of
+from gemma_ft.load import load_base, place_of
+from gemma_ft.located import Source
 from gemma_ft.weights import WeightFiles, write_shards
 from tests.export.tuned import linear_names, names_in, same_bytes, save_tuned, tensors
 from tests.parity.amplified import SECOND, ours, relative

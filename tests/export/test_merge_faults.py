@@ -18,7 +18,8 @@ from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export import hf_folder
 from gemma_ft.export.merge import merge_to_folder
-from gemma_ft.load import Source, load_base, place_of
+from gemma_ft.load import load_base, place_of
+from gemma_ft.located import Source
 from gemma_ft.weights import WeightFiles
 from tests.export.tuned import names_in, save_tuned
 

@@ -18,9 +18,9 @@ from gemma_ft.adapters.quantize import allow_packing, keep_trainable
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.kernels import native
 from gemma_ft.load import load_base, load_model
+from gemma_ft.located import Source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.weights import Source
 from tests.parity.amplified import amplify, relative, token_rows
 
 LINEARS = 2 * 7

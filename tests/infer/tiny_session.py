@@ -16,7 +16,7 @@ from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
 from gemma_ft.load import load_model, load_tokenizer
-from gemma_ft.weights import Source
+from gemma_ft.located import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "gemma-tiny"

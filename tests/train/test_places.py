@@ -18,8 +18,9 @@ from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
 from gemma_ft.infer.session import open_session
 from gemma_ft.load import check_base, load_model, place_of
+from gemma_ft.located import Source
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.weights import Source, WeightFiles
+from gemma_ft.weights import WeightFiles
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]

@@ -13,8 +13,9 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-from gemma_ft.build import build_model, build_tokenizer
+from gemma_ft.build import build_model
 from gemma_ft.build_data import build_data
+from gemma_ft.build_inputs import build_tokenizer
 from gemma_ft.data.collate import Collator
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.schedule import learning_rate_factor

@@ -19,7 +19,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.infer.server.app import served_id
 from gemma_ft.infer.server.limits import Limits
 from gemma_ft.infer.session import Session
-from gemma_ft.weights import Source
+from gemma_ft.located import Source
 from tests.infer.server.conftest import (
     MODEL,
     PATIENCE,
