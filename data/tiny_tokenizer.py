@@ -76,7 +76,7 @@ def write_tokenizer(model: bytes, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in ("tokenizer.json", "tokenizer_config.json"):
         (folder / stale).unlink(missing_ok=True)
-    (folder / "tokenizer.model").write_bytes(model)  # save_pretrained drops it, and GGUF export needs its scores
+    (folder / "tokenizer.model").write_bytes(model)  # save_pretrained drops it
     tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True)
     # A run of spaces must match after the normalizer has made spaces U+2581; every other piece matches the raw text.
     tokenizer.add_tokens(

@@ -14,8 +14,8 @@ PIECES = "tokenizer.model"
 def save_tokenizer(tokenizer: Any, folder: Path, *, system_policy: SystemPolicy | None) -> None:
     """Write the tokenizer's files, with the chat template of this system policy (None: its own), into `folder`.
 
-    transformers leaves tokenizer.model behind, which GGUF needs for its scores: it is copied from where the tokenizer
-    came from.
+    transformers leaves tokenizer.model behind, which other programs read: it is copied from where the tokenizer came
+    from.
     """
     if system_policy is not None:
         tokenizer.chat_template = chat_template(system_policy)

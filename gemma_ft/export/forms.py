@@ -19,6 +19,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
 from gemma_ft.export.certificate import BeyondLimit, certify
 from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
+from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge import FACTS, merge_to_folder, verify
 from gemma_ft.export.merged import MergedWeights, merged_weights
@@ -168,6 +169,8 @@ class GgufForm:
         self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
         self.bytes = sum(tensor.bytes for tensor in self.tensors)
         check_out(out, self.bytes)
+        self.tokenizer = load_tokenizer(str(self.weights.tokenizer_folder))
+        self.vocabulary = read_vocabulary(self.tokenizer, rows=self.weights.vocab_size)
         self.alone = out.suffix == ".gguf"
         self.file = out.name if self.alone else f"{out.name}-{self.kind}.gguf"
         taken = self.alone and (out.parent / "Modelfile").exists()
@@ -211,19 +214,26 @@ class GgufForm:
             os.replace(staged / name, self.out.parent / name)
 
     def notes(self) -> list[str]:
-        if self.place.adapter is None:
-            return []
-        return [f"no certificate: gemma-ft merge {self.place.adapter} --out DIR, then export DIR, gives one"]
+        notes = []
+        if self.place.adapter is not None:
+            notes.append(f"no certificate: gemma-ft merge {self.place.adapter} --out DIR, then export DIR, gives one")
+        if ends := self.vocabulary.ends_by_text():
+            notes.append(
+                f"llama.cpp takes {', '.join(ends)} for the end of an answer, whatever the file says; it was text in "
+                "training, and an answer that holds it stops there"
+            )
+        return notes
 
     def _fill(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
-        contract, tokens = self.place.contract, self.weights.tokenizer_folder
-        tokenizer = load_tokenizer(str(tokens))
+        contract = self.place.contract
         if contract is not None:
-            contract.encoder(tokenizer, tokens)  # refuses another template than the trained one
+            contract.encoder(
+                self.tokenizer, self.weights.tokenizer_folder
+            )  # refuses another template than the trained one
         write_gguf(
             self.weights,
-            tokenizer,
-            tokens,
+            self.tokenizer,
+            self.vocabulary,
             folder / self.file,
             kind=self.kind,
             name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),

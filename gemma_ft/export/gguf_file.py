@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
-from gemma_ft.export.gguf_tokenizer import add_vocabulary, read_vocabulary
+from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.model.config import GemmaNumerics
 
@@ -114,7 +114,7 @@ def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTyp
 def write_gguf(
     weights: MergedWeights,
     tokenizer: Any,
-    pieces: Path,
+    vocabulary: GgufVocabulary,
     out: Path,
     *,
     kind: GgufType,
@@ -123,18 +123,16 @@ def write_gguf(
     contract: Contract | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[GgufTensor]:
-    """Write a model's weights with `tokenizer` (its chat template included) as the GGUF file `out`, and reopen it;
-    returns its tensors.
+    """Write a model's weights with `tokenizer`'s chat template and its `vocabulary` as the GGUF file `out`, and reopen
+    it; returns its tensors.
 
-    pieces: the folder of tokenizer.model. license: name and link. on_progress: is told tensors done, tensors in all.
+    license: name and link. on_progress: is told tensors done, tensors in all.
     Memory holds one tensor of `weights`.
     Raises: UserError when llama.cpp could not run it as it is, or a weight does not fit `kind`.
     """
     gguf = gguf_library()
     config = gguf_config(weights)
     tensors = plan_tensors(weights, config, kind)
-    rows = next(tensor.rows for tensor in tensors if tensor.name == "token_embd.weight")
-    vocabulary = read_vocabulary(pieces, tokenizer, rows=rows)
     writer = gguf.GGUFWriter(str(out), config.model_type)
     try:
         _add_general(gguf, writer, kind, name, license, contract)

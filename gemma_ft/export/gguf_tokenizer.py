@@ -4,19 +4,24 @@ ids.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gemma_ft.data.tokenizer import ContentEncoder, ControlIds
-from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.export.gguf_pieces import CONTROL, UNKNOWN, UNUSED, Piece, pieces_of
 
-# Kinds of tokens, with the numbers that both SentencePiece and GGUF give them.
-# Source: sentencepiece_model.proto, SentencePiece.Type; ggml docs/gguf.md, tokenizer.ggml.token_type.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PAD_SCORE = -10000.0  # of ids that no text gives
-SPACE_SIGN = "\u2581"
+# Texts of tokens that end an answer in llama.cpp, whatever their kind in the file says. Source: llama.cpp
+# src/llama-vocab.cpp, llama_vocab::impl::load, special_eog_ids.
+ENDS_BY_TEXT = frozenset({
+    "</s>", "<eos>", "<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<|eot_id|>", "<|eom_id|>",
+    "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|endoftext|>", "<|end_of_text|>",
+    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|fim_pad|>", "<fim-pad>",
+    "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>",
+    "<|file_sep|>",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,44 +34,41 @@ class GgufVocabulary:
     control: ControlIds
     unknown: int
 
+    def ends_by_text(self) -> list[str]:
+        """Tokens that are text, in training as in the file, but that llama.cpp ends an answer at."""
+        named = zip(self.tokens, self.kinds, strict=True)
+        return [text for text, kind in named if text in ENDS_BY_TEXT and kind not in (CONTROL, UNKNOWN)]
 
-def read_vocabulary(folder: Path, tokenizer: Any, *, rows: int) -> GgufVocabulary:
-    """The vocabulary of `folder` for an embedding of `rows` rows. Rows beyond the last token become unused tokens.
 
-    Scores and kinds are SentencePiece's, from tokenizer.model; tokens that were added later come from the transformers
-    tokenizer. What counts as a control token there does here: no text may become one. Runs of blanks are stored with
-    spaces, for llama.cpp looks for user-defined tokens in the text as it was typed.
-    Raises: UserError: no tokenizer.model, one of another tokenizer, or more tokens than rows.
+def read_vocabulary(tokenizer: Any, *, rows: int) -> GgufVocabulary:
+    """The vocabulary of a transformers tokenizer for an embedding of `rows` rows. Rows beyond the last token become
+    unused tokens.
+
+    It is made of tokenizer.json alone, which decides the ids of training. What counts as a control token there does
+    here: no text may become one.
+    Raises: UserError: more tokens than rows, or a tokenizer whose ids llama.cpp would not give.
     """
-    pieces = _pieces(folder)
-    names = {id: name for name, id in tokenizer.get_vocab().items()}
-    if max(names) >= rows:
+    where = tokenizer.name_or_path
+    control = ContentEncoder(tokenizer).control_ids
+    backend = tokenizer.backend_tokenizer
+    try:
+        pieces = pieces_of(json.loads(backend.to_str()), control, backend.model)
+    except UserError as error:
+        raise UserError(f"{where}: its tokenizer {error}") from error
+    if max(pieces) >= rows:
         raise UserError(
-            f"{folder}: the tokenizer has {max(names) + 1:,} tokens, the embedding {rows:,} rows; "
+            f"{where}: the tokenizer has {max(pieces) + 1:,} tokens, the embedding {rows:,} rows; "
             "restore the tokenizer files that were saved with the weights"
         )
-    control = ContentEncoder(tokenizer).control_ids
-    added = {int(id) for id in tokenizer.added_tokens_decoder}
-    tokens, scores, kinds = [], [], []
-    for id in range(rows):
-        name = names.get(id)
-        piece, score, kind = pieces[id] if id < len(pieces) else (name, PAD_SCORE, USER_DEFINED)
-        if piece != name and name is not None:
-            raise UserError(
-                f"{folder}/{PIECES}: token {id} is {piece!r}, but tokenizer.json has {name!r}; "
-                "restore the tokenizer files that were saved with the weights"
-            )
-        if name is None or piece is None:  # a row that pads the embedding
-            piece, score, kind = f"[PAD{id}]", PAD_SCORE, UNUSED
-        elif kind != UNKNOWN and id in control:
-            kind = CONTROL
-        elif id in added and kind == NORMAL:
-            kind = USER_DEFINED
-        tokens.append(piece.replace(SPACE_SIGN, " ") if kind == USER_DEFINED else piece)
-        scores.append(score)
-        kinds.append(kind)
-    unknown = kinds.index(UNKNOWN)
-    return GgufVocabulary(tokens, scores, kinds, ControlIds.from_tokenizer(tokenizer), unknown)
+    filled = [pieces.get(id) or Piece(f"[PAD{id}]", UNUSED, PAD_SCORE) for id in range(rows)]
+    kinds = [piece.kind for piece in filled]
+    return GgufVocabulary(
+        tokens=[piece.text for piece in filled],
+        scores=[piece.score for piece in filled],
+        kinds=kinds,
+        control=ControlIds.from_tokenizer(tokenizer),
+        unknown=kinds.index(UNKNOWN),
+    )
 
 
 def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, template: str) -> None:
@@ -89,21 +91,3 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, template: str) -> No
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_chat_template(template)
-
-
-def _pieces(folder: Path) -> list[tuple[str, float, int]]:
-    """(text, score, kind) of every piece of tokenizer.model. Raises: UserError when it is missing or damaged."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from sentencepiece import sentencepiece_model_pb2
-
-    path = folder / PIECES
-    if not path.is_file():
-        raise UserError(f"{folder}: there is no {PIECES} in it, which GGUF needs for its scores; copy the base's there")
-    model = sentencepiece_model_pb2.ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise UserError(f"{path}: damaged; copy the base's there") from error
-    if not model.pieces:
-        raise UserError(f"{path}: damaged; copy the base's there")
-    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]

@@ -28,6 +28,7 @@ from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.export.gguf_file import write_gguf
+from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.load import load_model, place_of
 from tests.export.tuned import TINY
@@ -49,9 +50,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {"gemma2": Path(TINY), "gemma": loud_gemma_1(root / "gemma")}
     for family, folder in list(made.items()):
         weights, tokenizer = MergedWeights(place_of(folder), []), load_tokenizer(str(folder))
+        vocabulary = read_vocabulary(tokenizer, rows=weights.vocab_size)
         for kind in TYPES:
             made[f"{family}-{kind}"] = root / f"{family}-{kind}.gguf"
-            write_gguf(weights, tokenizer, folder, made[f"{family}-{kind}"], kind=kind, name=family)
+            write_gguf(weights, tokenizer, vocabulary, made[f"{family}-{kind}"], kind=kind, name=family)
     return made
 
 
