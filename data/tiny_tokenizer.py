@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
-from transformers import AddedToken, GemmaTokenizer
+from transformers import GemmaTokenizer
 
+from gemma_ft.data.tokenizer_model import settings_from_pieces
 from tiny_words import MADE_UP
 
 WANTED_PIECES = 2048
@@ -70,6 +71,9 @@ def train_pieces(texts: Iterable[str]) -> bytes:
 def write_tokenizer(model: bytes, folder: Path) -> int:
     """The three tokenizer files in the folder from a SentencePiece model's bytes; returns the number of pieces.
 
+    tokenizer.json is what Gemma 2's published one is to its tokenizer.model: merges by score, the tab under its own
+    character where tokenizer.model has the byte piece, user-defined pieces as added tokens.
+
     No chat template is stored: like the published base models, this one gets it from the toolkit when it is tuned.
     Raises ValueError when transformers' tokenizer does not have exactly the model's pieces.
     """
@@ -77,11 +81,7 @@ def write_tokenizer(model: bytes, folder: Path) -> int:
     for stale in ("tokenizer.json", "tokenizer_config.json"):
         (folder / stale).unlink(missing_ok=True)
     (folder / "tokenizer.model").write_bytes(model)  # save_pretrained drops it
-    tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True)
-    # A run of spaces must match after the normalizer has made spaces U+2581; every other piece matches the raw text.
-    tokenizer.add_tokens(
-        [AddedToken(piece, normalized=piece.startswith("▁"), special=False) for piece in user_defined_pieces()[1:]]
-    )
+    tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True, **settings_from_pieces(folder))
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     stored = json.loads(settings.read_text(encoding="utf-8"))

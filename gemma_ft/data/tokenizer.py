@@ -19,6 +19,7 @@ from gemma_ft.data.items import text_fault
 from gemma_ft.data.registered_tokens import lacks_tokens, register_tokens
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
 from gemma_ft.data.tokenizer_facts import BLANK_RUN, spells_control, tokenizer_facts
+from gemma_ft.data.tokenizer_model import settings_from_pieces
 from gemma_ft.errors import DataError, UserError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -155,13 +156,15 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, trained_
     from transformers import GemmaTokenizer
 
     folder = _tokenizer_folder(path_or_hub_id, revision)
+    pieces = settings_from_pieces(folder)
     try:
-        tokenizer = GemmaTokenizer.from_pretrained(str(folder), add_bos_token=True)
+        tokenizer = GemmaTokenizer.from_pretrained(str(folder), add_bos_token=True, **pieces)
     except Exception as error:  # transformers raises many kinds; each becomes one line for the user
         raise UserError(f"{path_or_hub_id}: the tokenizer files cannot be read: {first_line(error)}") from error
     ControlIds.from_tokenizer(tokenizer)
     if lacks_tokens(tokenizer) and (trained_sha256 is None or ContentEncoder(tokenizer).sha256 != trained_sha256):
         register_tokens(tokenizer)
+    tokenizer.init_kwargs.pop("vocab_file", None)  # a place on this machine, which would be saved with it
     tokenizer.padding_side = "right"
     if not tokenizer.chat_template:
         tokenizer.chat_template = chat_template("fold")

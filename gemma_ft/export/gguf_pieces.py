@@ -161,7 +161,8 @@ def _scores(spans: list[tuple[int, int, str]], model: Any) -> dict[str, float]:
             reached, before = last, name
     for character in sorted(runs):
         _check_runs(character, [name for *_, name in spans if set(name) == {character}], model)
-    return {name: -float(place) for place, (*_, name) in enumerate(spans)}
+    top = next((place for place, (*_, name) in enumerate(spans) if len(set(name)) > 1), 0)
+    return {name: float(top - place) for place, (*_, name) in enumerate(spans)}  # 0, -1, ... as SentencePiece's are
 
 
 def _check_runs(character: str, names: list[str], model: Any) -> None:

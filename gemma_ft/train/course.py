@@ -15,6 +15,7 @@ from gemma_ft import runtime
 from gemma_ft.build_data import BuiltData
 from gemma_ft.checkpoint import as_json, check_space, checkpoint_folder, checkpoints_of, replace_text
 from gemma_ft.data.collate import Collator
+from gemma_ft.data.tokenizer_model import note_of_pieces
 from gemma_ft.errors import DataError, NonFiniteError, Stopped, UserError
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.evaluate.held_out import Score
@@ -43,7 +44,7 @@ from gemma_ft.train.world import World
 INPUTS = {
     "data": "{names} gives other training rows",
     "held_out": "the held-out rows are others",
-    "tokenizer": "the tokenizer is another",
+    "tokenizer": "the tokenizer is another{pieces}",
     "base": "the base weights are others",
 }
 SAMPLES_KEPT = 10
@@ -77,9 +78,9 @@ class Course:
             )
         held_out = self.data.held_out.examples.fingerprint() if self.data.held_out else None
         inputs = {
+            "tokenizer": self.data.encoder.content.sha256,  # first: other ids make other rows
             "data": rows,
             "held_out": held_out,
-            "tokenizer": self.data.encoder.content.sha256,
             "base": base_fingerprint(self.source),
         }
         self.progress = Progress(extra={"inputs": inputs, "total": self.total})
@@ -112,7 +113,7 @@ class Course:
         for name, value in now["inputs"].items():
             if before["inputs"].get(name, value) == value:
                 continue
-            what = INPUTS[name].format(names=names_of(self.recipe.data.train))
+            what = INPUTS[name].format(names=names_of(self.recipe.data.train), pieces=note_of_pieces(self.tokenizer))
             if name not in allow_drift:
                 raise UserError(
                     f"{self.run.root}: cannot resume: {what} than before; restore it, start a new output_dir, or give "

@@ -143,10 +143,10 @@ def test_the_contract_travels_in_the_file(tmp_path: Path) -> None:
 def test_scores_and_kinds_are_those_of_sentencepiece() -> None:
     found = read_vocabulary(load_tokenizer(TINY), rows=2050)
     kinds = {0: CONTROL, 1: CONTROL, 2: CONTROL, 3: UNKNOWN, 4: CONTROL, 5: CONTROL, 6: CONTROL, 7: USER_DEFINED,
-             15: USER_DEFINED, 22: USER_DEFINED, 48: BYTE, 1000: NORMAL, 2048: UNUSED, 2049: UNUSED}  # fmt: skip
+             15: NORMAL, 22: USER_DEFINED, 48: BYTE, 57: BYTE, 1000: NORMAL, 2048: UNUSED, 2049: UNUSED}  # fmt: skip
     assert {id: found.kinds[id] for id in kinds} == kinds
-    texts = {4: "<mask>", 6: "<end_of_turn>", 7: "\n", 15: "  ", 22: "<table>", 48: "<0x00>", 1000: "▁exam",
-             2049: "[PAD2049]"}  # fmt: skip
+    texts = {4: "<mask>", 6: "<end_of_turn>", 7: "\n", 15: "▁▁", 22: "<table>", 48: "<0x00>", 57: "<0x09>",
+             1000: "▁exam", 2049: "[PAD2049]"}  # fmt: skip
     assert {id: found.tokens[id] for id in texts} == texts
     assert (found.scores[1000], found.scores[2048], found.unknown) == (-696.0, -10000.0, 3)
 

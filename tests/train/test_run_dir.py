@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GemmaTokenizer
 
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import LoadedRecipe
@@ -75,6 +76,25 @@ def test_resume_with_other_rows_is_refused(recipe_for: RecipeFor, train: Train, 
     mine.write_text(before.replace('{"messages"', '{"system": "Be brief.", "messages"', 1))
     assert mine.read_text() != before
     assert refusal(loaded, resume=True) == expected
+
+
+def test_resume_with_another_tokenizer_is_refused(
+    recipe_for: RecipeFor, train: Train, small_gemma: Path, tmp_path: Path
+) -> None:
+    """A version before trained with what transformers makes of tokenizer.model alone: other ids for runs of blanks."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_gemma, folder, ignore=shutil.ignore_patterns("tokenizer*.json", "*.jinja"))
+    GemmaTokenizer.from_pretrained(str(folder)).save_pretrained(str(folder))
+    loaded = recipe_for("strategy=lora", f"model.weights={folder}", "checkpoint.every_steps=2")
+    train(loaded)
+    (tmp_path / "run" / "summary.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert refusal(loaded, resume=True) == (
+        f"{tmp_path / 'run'}: cannot resume: the tokenizer is another (made of tokenizer.model alone, which "
+        "transformers does with other ids for runs of blanks; "
+        f"GemmaTokenizer.from_pretrained('{folder}').save_pretrained('{folder}') keeps those) than before; "
+        "restore it, start a new output_dir, or give --allow-drift tokenizer"
+    )
 
 
 def test_resume_needs_a_recipe_that_can_be_read(recipe_for: RecipeFor, train: Train, tmp_path: Path) -> None:
