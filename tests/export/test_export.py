@@ -56,6 +56,27 @@ def export(source: Path | str, out: Path, to: Any, *, dry_run: bool = False, api
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(("name", "named"), [("</s>", True), ("[EOS]", True), ("</h2>", False)])
+def test_a_gguf_export_names_text_that_llama_cpp_ends_an_answer_at(
+    name: str, named: bool, dry_run: bool, made: Path, tmp_path: Path
+) -> None:
+    """llama.cpp src/llama-vocab.cpp finds end tokens by their text: "</s>" is one, and text in every Gemma."""
+    folder = shutil.copytree(made / "base", tmp_path / "base")
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["model"]["vocab"][name] = spec["model"]["vocab"].pop("</h2>")
+    next(token for token in spec["added_tokens"] if token["content"] == "</h2>")["content"] = name
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "text_tokens": [name]}))
+    said = export(folder, tmp_path / "x.gguf", "gguf", dry_run=dry_run)
+    line = (
+        f"note: llama.cpp takes {name} for the end of an answer, whatever the file says; it was text in training, and "
+        "an answer that holds it stops there"
+    )
+    assert [one for one in said if "llama.cpp" in one] == ([line] if named else [])
+
+
 def refusal(*arguments: Any, **wish: Any) -> str:
     with pytest.raises(UserError) as error:
         export(*arguments, **wish)

@@ -46,15 +46,18 @@ def kind_of(name: str) -> int:
     return CONTROL if CONTROL_NAME.fullmatch(name) else NORMAL
 
 
-def rebuilt_model(tokenizer_json: Path) -> bytes:
+def rebuilt_model(tokenizer_json: Path, *, typed: bool = False) -> bytes:
     """The bytes of a tokenizer.model with the same ids as `tokenizer_json` (Gemma 1 or 2).
 
-    Byte pieces have their SentencePiece names: the one that tokenizer.json calls "\\t" is `<0x09>`.
+    typed: control tokens but pad, eos, bos and unk are found in a text, as in Google's own; without it no text becomes
+    one. Byte pieces have their SentencePiece names: the one that tokenizer.json calls "\\t" is `<0x09>`.
     """
     names = vocabulary(tokenizer_json)
     if "<0x09>" not in names:
         names[names.index("\t")] = "<0x09>"
     kinds = [kind_of(name) for name in names]
+    if typed:
+        kinds = [USER_DEFINED if kind == CONTROL and id > 3 else kind for id, kind in enumerate(kinds)]
     first = kinds.index(NORMAL)
     model = sentencepiece_model_pb2.ModelProto()
     for id, (name, kind) in enumerate(zip(names, kinds, strict=True)):
