@@ -13,9 +13,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.template import SystemPolicy
+from gemma_ft.data.own_template import own_encoder
+from gemma_ft.data.template import SystemPolicy, unmarked
 from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.model.config import config_in, read_generation_config
 from gemma_ft.weights import ADAPTER_WEIGHTS, file_hash
 
 CONTRACT = "gemma_ft.json"
@@ -26,7 +28,7 @@ ONE_BOS = "once, at the start of every sequence"
 class Contract:
     """What was trained, as far as a server must know it."""
 
-    template_sha256: str  # of the chat template under the system policy
+    template_sha256: str  # of the chat template under the system policy, without marks of what is trained (unmarked)
     tokenizer_sha256: str  # data.tokenizer.ContentEncoder.sha256: vocabulary, merges, added tokens
     stop_ids: list[int]
     system: SystemPolicy
@@ -67,8 +69,8 @@ class Contract:
         Raises: UserError when the tokenizer, its chat template or its stop tokens are not those of the training.
         """
         encoder = ChatEncoder(tokenizer, self.system)
-        trained_template = encoder.template_hash == self.template_sha256
-        if not trained_template or sha256_of(tokenizer.chat_template or "") != self.template_sha256:
+        own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        if {encoder.template_hash, sha256_of(unmarked(own))} != {self.template_sha256}:
             raise UserError(f"{where}: its chat template is not the one that was trained ({CONTRACT}); {_RESTORE}")
         if self.bos != ONE_BOS:
             raise UserError(f"{where}: trained with BOS {self.bos!r} ({CONTRACT}), which this version cannot serve")
@@ -92,9 +94,30 @@ def contract_of(encoder: ChatEncoder, **facts: Any) -> Contract:
         tokenizer_sha256=encoder.content.sha256,
         pieces_sha256=pieces_hash(encoder.tokenizer),
         stop_ids=encoder.stop_ids,
-        system=encoder.system_policy,
+        system=encoder.trained_policy,
         **facts,
     )
+
+
+def asking_encoder(tokenizer: Any, where: str | Path, contract: Contract | None, model: Path) -> ChatEncoder:
+    """The encoder that asks a model as it was trained: by its contract, else in its own chat template. Its answers end
+    where the contract, the template, the tokenizer or the folder of the model says.
+
+    Raises: UserError, as Contract.encoder; UnknownTemplate, as own_encoder.
+    """
+    encoder = contract.encoder(tokenizer, where) if contract is not None else own_encoder(tokenizer, where)
+    own = [tokenizer.eos_token_id] if contract is None and tokenizer.eos_token_id is not None else []
+    return encoder.but(stop_ids=[*own, *stop_ids_in(model)])
+
+
+def stop_ids_in(model: Path) -> list[int]:
+    """The ids at which transformers ends an answer of the model in a folder: those of generation_config.json, or of
+    config.json where there is none. Raises: UserError when the file is damaged.
+    """
+    config = read_generation_config(model)
+    found = config_in(model).eos_token_id if config is None else config.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return [id for id in ids if type(id) is int]
 
 
 def pieces_hash(tokenizer: Any) -> str | None:

@@ -19,11 +19,12 @@ from gemma_ft.data.items import text_fault
 from gemma_ft.data.registered_tokens import lacks_tokens, register_tokens
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
 from gemma_ft.data.tokenizer_facts import BLANK_RUN, spells_control, tokenizer_facts
+from gemma_ft.data.tokenizer_files import LEGACY_TEMPLATE, own_template
 from gemma_ft.data.tokenizer_model import settings_from_pieces
 from gemma_ft.errors import DataError, UserError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", LEGACY_TEMPLATE]
 ADDED_BY_USER = "text_tokens"  # the setting of a tokenizer that names them
 
 
@@ -146,10 +147,10 @@ def _without(spec: dict[str, Any], control: set[str]) -> Tokenizer:
 def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, trained_sha256: str | None = None) -> Any:
     """Gemma's fast transformers tokenizer from a folder (tokenizer.json or tokenizer.model) or a hub id.
 
-    It adds BOS to plain text, pads on the right, and has a chat template: its own, or ours where it has none (a base
-    model tuned on chats must not be saved without one). Tokens that the first conversions of Gemma 1 have in the
-    vocabulary alone are added tokens of it (`register_tokens`), unless `trained_sha256`, the ContentEncoder's sha256 of
-    a finished training, says that they were none then.
+    It adds BOS to plain text, pads on the right, and has a chat template: its own (of several the one named default),
+    or ours where it has none (a base model tuned on chats must not be saved without one). Tokens that the first
+    conversions of Gemma 1 have in the vocabulary alone are added tokens of it (`register_tokens`), unless
+    `trained_sha256`, the ContentEncoder's sha256 of a finished training, says that they were none then.
 
     Raises: UserError in one line: no such folder, no tokenizer in it, not Gemma's, gated, or not reachable.
     """
@@ -166,19 +167,8 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, trained_
         register_tokens(tokenizer)
     tokenizer.init_kwargs.pop("vocab_file", None)  # a place on this machine, which would be saved with it
     tokenizer.padding_side = "right"
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = chat_template("fold")
+    tokenizer.chat_template = own_template(tokenizer, folder) or chat_template("fold")
     return tokenizer
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether a folder brings a chat template of its own."""
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    try:
-        return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def _tokenizer_folder(path_or_hub_id: str, revision: str | None) -> Path:

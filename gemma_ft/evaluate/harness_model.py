@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.collate import Collator
-from gemma_ft.data.template import BOS, chat_template
+from gemma_ft.data.template import BOS
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.perplexity import Piece, example_of, final_states, head_loss
 from gemma_ft.infer.engine import Engine, Request
@@ -93,7 +93,7 @@ class NativeLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template under the system policy of the training; None when the harness wants none."""
-        return _template(self.encoder) if chat_template else None
+        return self.encoder.format.template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as it was trained, up to where the model speaks, or to be continued after its last words.
@@ -104,7 +104,7 @@ class NativeLM(TemplateLM):
             return str(
                 self.tokenizer.apply_chat_template(
                     chat_history,
-                    chat_template=_template(self.encoder),
+                    chat_template=self.encoder.format.template,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
@@ -250,7 +250,3 @@ class NativeLM(TemplateLM):
                 "context; lower it in the task"
             )
         return max_new_tokens, Sampling(**values, seed=seed) if sampled else Sampling(), stop
-
-
-def _template(encoder: ChatEncoder) -> str:
-    return chat_template(encoder.system_policy)

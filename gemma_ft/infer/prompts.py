@@ -82,7 +82,7 @@ def system_turns(encoder: ChatEncoder, text: str | None) -> list[Turn]:
     fault = text_fault(text)
     if fault:
         raise UserError(f"the system text {fault}")
-    if encoder.system_policy != "fold":
+    if encoder.system_policy in ("error", "drop"):
         done = {"error": "refuse", "drop": "leave out"}[encoder.system_policy]
         raise UserError(f"this model was trained to {done} system texts; put the text into the question")
     return [Turn("system", text)]

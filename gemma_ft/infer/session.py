@@ -10,14 +10,23 @@ from typing import Any, Literal
 import torch
 
 from gemma_ft import runtime
-from gemma_ft.contract import CONTRACT
+from gemma_ft.contract import CONTRACT, asking_encoder
 from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.chat_format import System, gemma_format
 from gemma_ft.data.items import Turn
-from gemma_ft.data.tokenizer import has_chat_template
+from gemma_ft.data.tokenizer_files import has_chat_template
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.text import TextStream
 from gemma_ft.load import Place, load_tokenizer, model_at, place_of
+from gemma_ft.weights import folder_of
+
+SYSTEM_TEXTS: dict[System, str] = {
+    "fold": "goes before the first question (fold)",
+    "turn": "is a turn of its own",
+    "drop": "is left out (drop)",
+    "error": "is refused (error)",
+}
 
 
 @dataclass
@@ -86,21 +95,23 @@ def open_session(
     """
     place = place_of(path, adapter)
     tokenizer = load_tokenizer(place.folder)
+    encoder = asking_encoder(tokenizer, path, place.contract, folder_of(place.base))
     notes: list[str] = []
-    if place.contract is not None:
-        encoder = place.contract.encoder(tokenizer, path)
-    else:
-        encoder = ChatEncoder(tokenizer)
-        notes = _notes_without_contract(path, place)
+    if place.contract is None:
+        # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
+        encoder = encoder.but(system="fold") if encoder.system_policy == "error" else encoder
+        notes = _notes_without_contract(path, place, encoder)
     dtype = dtype or runtime.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)
 
 
-def _notes_without_contract(path: str | Path, place: Place) -> list[str]:
+def _notes_without_contract(path: str | Path, place: Place, encoder: ChatEncoder) -> list[str]:
     """What a user should know of a model that does not say how it was trained."""
     if place.adapter is None and not has_chat_template(place.folder):
         return [f"{path}: a base model without a chat template; it was never tuned to answer"]
     unchecked = "; whether its adapter belongs to this base cannot be checked" if place.adapter is not None else ""
-    return [f"{path}: no {CONTRACT} with it; a system text goes before the first question (fold){unchecked}"]
+    name, system = encoder.format.name, SYSTEM_TEXTS[encoder.system_policy]
+    asked = "" if name == gemma_format().name else f"asked in {name}, as its own chat template writes; "
+    return [f"{path}: no {CONTRACT} with it; {asked}a system text {system}{unchecked}"]

@@ -76,7 +76,7 @@ def save_result(
                 write_json(config, fields | said)
         else:
             save_adapter(model, folder, gathered)
-        save_tokenizer(tokenizer, folder, system_policy=encoder.system_policy)
+        save_tokenizer(tokenizer, folder, system_policy=encoder.trained_policy)
         sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder))
         sealed.write(folder)
 

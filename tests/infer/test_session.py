@@ -130,7 +130,7 @@ def test_a_base_model_is_told_from_a_tuned_one(session: Session, adapter: Path) 
     (adapter / CONTRACT).unlink()
     without = open_session(adapter, dtype=torch.float32)
     assert without.notes == [
-        f"{adapter}: no {CONTRACT} with it; a system text goes before the first question (fold); "
+        f"{adapter}: no {CONTRACT} with it; a system text is left out (drop); "
         "whether its adapter belongs to this base cannot be checked"
     ]
 
