@@ -55,15 +55,19 @@ class BuiltData:
 
 
 def build_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Progress = lambda documents: None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = lambda documents: None,
+    *,
+    encoder: ChatEncoder | None = None,
 ) -> BuiltData:
     """Read, check, encode and pack the recipe's rows; what was encoded before is taken from the cache. `progress` hears
-    how many training documents have come.
+    how many training documents have come. encoder: another than the recipe's.
 
     Raises: DataError naming what is wrong, rows by their place; DiskError when the cache cannot be written.
     """
     data = recipe.data
-    encoder = ChatEncoder(tokenizer, data.system, data.trained_turns)
+    encoder = encoder or ChatEncoder(tokenizer, data.system, data.trained_turns)
     skipped = BadRows()
     if data.streaming:
         return _streamed(recipe, encoder, skipped)

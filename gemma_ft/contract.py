@@ -112,10 +112,10 @@ def asking_encoder(tokenizer: Any, where: str | Path, contract: Contract | None,
 
 def stop_ids_in(model: Path) -> list[int]:
     """The ids at which transformers ends an answer of the model in a folder: those of generation_config.json, or of
-    config.json where there is none. Raises: UserError when the file is damaged.
+    config.json where there is none. Raises: UserError when a file is damaged.
     """
-    config = read_generation_config(model)
-    found = config_in(model).eos_token_id if config is None else config.eos_token_id
+    config = read_generation_config(model) or (config_in(model) if (model / "config.json").is_file() else None)
+    found = config.eos_token_id if config is not None else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
     return [id for id in ids if type(id) is int]
 

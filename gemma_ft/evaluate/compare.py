@@ -201,7 +201,7 @@ def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _W
     recipe = _recipe(subject, options)
     tokenizer = subject.tokenizer()
     settings = _settings(subject, options, recipe)
-    data = build_data(recipe, tokenizer)
+    data = build_data(recipe, tokenizer, encoder=subject.encoder(tokenizer, recipe.data))
     if data.held_out is None and not options.tasks:
         raise UserError(
             f"{subject.source}: no held-out rows; set data.eval to a file of them"

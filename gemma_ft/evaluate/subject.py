@@ -20,7 +20,9 @@ from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import added_by
 from gemma_ft.added_tokens import begin_rows
 from gemma_ft.build_inputs import FRESH, build_tokenizer, weights_source
-from gemma_ft.contract import CONTRACT, Contract
+from gemma_ft.contract import CONTRACT, Contract, stop_ids_in
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.own_template import own_encoder
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export.merge import FACTS, merge_into
@@ -30,7 +32,7 @@ from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
 from gemma_ft.located import Source, folder_of
 from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.schema import Data, Recipe
 from gemma_ft.weights import EMBEDDING, WeightFiles
 
 BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
@@ -83,6 +85,23 @@ class Subject:
         if self.contract is not None:
             self.contract.encoder(tokenizer, trained)
         return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> ChatEncoder:
+        """How rows become tokens: as training wrote them; for an adapter without a contract in its own chat template,
+        with the recipe's way with system turns where that refuses them. Answers end where the base's do, too.
+
+        Raises: UserError when its chats begin without BOS; UnknownTemplate, as own_encoder.
+        """
+        adapter = self.place.adapter if self.place is not None else None
+        if self.place is None or adapter is None or self.contract is not None:
+            encoder = ChatEncoder(tokenizer, data.system, data.trained_turns)
+        else:
+            encoder = own_encoder(tokenizer, adapter, data.trained_turns)
+            encoder = encoder.but(system=data.system) if encoder.system_policy == "error" else encoder
+        if not encoder.format.bos:
+            raise UserError(f"{adapter}: its chats begin without BOS, and rows are scored with one; ask it by generate")
+        base = folder_of(self.place.base) if self.place is not None else None
+        return encoder.but(stop_ids=stop_ids_in(base) if base is not None else ())
 
     @property
     def quantize(self) -> tuple[str | None, bool]:

@@ -18,6 +18,7 @@ from gemma_ft.contract import Contract
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
 from gemma_ft.export.certificate import BeyondLimit, certify
+from gemma_ft.export.gguf_chat import chat_notes
 from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
@@ -25,7 +26,7 @@ from gemma_ft.export.merge import FACTS, merge_to_folder, verify
 from gemma_ft.export.merged import MergedWeights, merged_weights
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.export.papers import Papers
-from gemma_ft.load import Place, load_tokenizer
+from gemma_ft.load import Place
 from gemma_ft.located import folder_of
 from gemma_ft.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, write_shards
 
@@ -94,7 +95,7 @@ class HfForm:
         return vars(facts)
 
     def notes(self) -> list[str]:
-        return []
+        return self.papers.notes
 
     def _copy(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
         names = list(self.weights.infos)
@@ -140,6 +141,7 @@ class AdapterForm:
 
     def notes(self) -> list[str]:
         notes = vllm_notes(read_config(self.adapter), WeightFiles.open(self.adapter, "adapter_model").names)
+        notes += self.papers.notes
         if self.base_id is None and Path(self.place.base.name).is_absolute():
             notes.append(
                 f"the base is the local folder {self.place.base.name}, which nobody else can resolve; "
@@ -160,7 +162,7 @@ class GgufForm:
 
     def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
         gguf_library()
-        self.place, self.papers, self.out = place, papers, out
+        self.place, self.papers, self.out, self.encoder = place, papers, out, papers.encoder
         files = WeightFiles.open(folder_of(place.base))
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
@@ -169,8 +171,7 @@ class GgufForm:
         self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
         self.bytes = sum(tensor.bytes for tensor in self.tensors)
         check_out(out, self.bytes)
-        self.tokenizer = load_tokenizer(str(self.weights.tokenizer_folder))
-        self.vocabulary = read_vocabulary(self.tokenizer, rows=self.weights.vocab_size)
+        self.vocabulary = read_vocabulary(self.encoder.tokenizer, rows=self.weights.vocab_size)
         self.alone = out.suffix == ".gguf"
         self.file = out.name if self.alone else f"{out.name}-{self.kind}.gguf"
         taken = self.alone and (out.parent / "Modelfile").exists()
@@ -214,7 +215,7 @@ class GgufForm:
             os.replace(staged / name, self.out.parent / name)
 
     def notes(self) -> list[str]:
-        notes = []
+        notes = chat_notes(self.encoder)
         if self.place.adapter is not None:
             notes.append(f"no certificate: gemma-ft merge {self.place.adapter} --out DIR, then export DIR, gives one")
         if ends := self.vocabulary.ends_by_text():
@@ -226,27 +227,23 @@ class GgufForm:
 
     def _fill(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
         contract = self.place.contract
-        if contract is not None:
-            contract.encoder(
-                self.tokenizer, self.weights.tokenizer_folder
-            )  # refuses another template than the trained one
         write_gguf(
             self.weights,
-            self.tokenizer,
+            self.encoder.tokenizer,
             self.vocabulary,
             folder / self.file,
             kind=self.kind,
             name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),
             license=self.papers.terms.license,
             contract=replace(contract, base=self.papers.base, quantize=None) if contract is not None else None,
+            encoder=self.encoder,
             on_progress=counted,
         )
         self._beside(folder)
 
     def _beside(self, folder: Path) -> None:
         contract = self.place.contract
-        policy = contract.system if contract is not None else "fold"
-        text = modelfile(self.file, policy, notice=self.papers.terms.notice)
+        text = modelfile(self.file, self.encoder, notice=self.papers.terms.notice)
         (folder / self.modelfile).write_text(text, encoding="utf-8")
         if self.alone:
             return

@@ -20,7 +20,10 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.contract import Contract
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.own_template import own_encoder
 from gemma_ft.errors import UserError
+from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merged import MergedWeights
 from gemma_ft.model.config import GemmaNumerics
@@ -121,13 +124,14 @@ def write_gguf(
     name: str,
     license: tuple[str, str] | None = None,
     contract: Contract | None = None,
+    encoder: ChatEncoder | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[GgufTensor]:
-    """Write a model's weights with `tokenizer`'s chat template and its `vocabulary` as the GGUF file `out`, and reopen
-    it; returns its tensors.
+    """Write a model's weights with the `vocabulary` of `tokenizer` as the GGUF file `out`, and reopen it; returns its
+    tensors.
 
-    license: name and link. on_progress: is told tensors done, tensors in all.
-    Memory holds one tensor of `weights`.
+    encoder: how its chats are asked (default: as the tokenizer's own chat template says). license: name and link.
+    on_progress: is told tensors done, tensors in all. Memory holds one tensor of `weights`.
     Raises: UserError when llama.cpp could not run it as it is, or a weight does not fit `kind`.
     """
     gguf = gguf_library()
@@ -137,7 +141,8 @@ def write_gguf(
     try:
         _add_general(gguf, writer, kind, name, license, contract)
         _add_hyperparameters(writer, config)
-        add_vocabulary(writer, vocabulary, tokenizer.chat_template)
+        add_vocabulary(writer, vocabulary)
+        add_chat(writer, encoder if encoder is not None else own_encoder(tokenizer, weights.tokenizer_folder))
         for tensor in tensors:
             stored = _type(gguf, tensor.stored)
             writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.bytes, raw_dtype=stored)

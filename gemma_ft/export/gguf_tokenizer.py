@@ -71,10 +71,9 @@ def read_vocabulary(tokenizer: Any, *, rows: int) -> GgufVocabulary:
     )
 
 
-def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, template: str) -> None:
-    """Give a GGUFWriter the vocabulary and the chat template, for llama.cpp's SentencePiece tokenizer ("llama").
-
-    Gemma's has no space put before a text, and one BOS at the start of every sequence.
+def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
+    """Give a GGUFWriter the vocabulary, for llama.cpp's SentencePiece tokenizer ("llama"); Gemma's has no space put
+    before a text. What ends an answer and the chat template are gguf_chat's.
     """
     control = vocabulary.control
     writer.add_tokenizer_model("llama")
@@ -83,11 +82,6 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary, template: str) -> No
     writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.kinds)
     writer.add_bos_token_id(control.bos)
-    writer.add_eos_token_id(control.eos)
-    writer.add_eot_token_id(control.end_of_turn)
     writer.add_unk_token_id(vocabulary.unknown)
     writer.add_pad_token_id(control.pad)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(template)

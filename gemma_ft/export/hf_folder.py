@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from gemma_ft.checkpoint import commit_folder, write_json
-from gemma_ft.contract import Contract
-from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.contract import Contract, asking_encoder, stop_ids_in
+from gemma_ft.data.own_template import UnknownTemplate
+from gemma_ft.data.tokenizer import ControlIds
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.load import load_tokenizer
@@ -84,23 +85,26 @@ def write_beside_weights(
     contract: Contract | None,
     dtype: torch.dtype,
     vocab_size: int,
-) -> ChatEncoder:
+) -> None:
     """Write config.json, generation_config.json, the tokenizer and gemma_ft.json into `folder`.
 
     base: the folder of the model whose config.json is taken over. tokenizer_from: a folder or hub id. contract: what
     was trained; its chat template is written, and gemma_ft.json says that nothing is quantized any more. Without one
-    the tokenizer keeps its own template and there is no gemma_ft.json. dtype, vocab_size: of the weights. Returns the
-    encoder.
+    the tokenizer keeps its own template and there is no gemma_ft.json. dtype, vocab_size: of the weights.
     Raises: UserError when the tokenizer is not the one of the contract.
     """
     tokenizer = load_tokenizer(tokenizer_from)
-    encoder = contract.encoder(tokenizer, tokenizer_from) if contract is not None else ChatEncoder(tokenizer)
+    try:
+        stop_ids = asking_encoder(tokenizer, tokenizer_from, contract, base).stop_ids
+    except UnknownTemplate:  # copied as it is
+        stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *stop_ids_in(base)]))
     write_json(folder / "config.json", config_fields(base, dtype) | {"vocab_size": vocab_size})
-    write_json(folder / "generation_config.json", generation_fields(base, encoder))
+    write_json(
+        folder / "generation_config.json", generation_fields(base, ControlIds.from_tokenizer(tokenizer), stop_ids)
+    )
     save_tokenizer(tokenizer, folder, system_policy=contract.system if contract is not None else None)
     if contract is not None:
         replace(contract, quantize=None, adapter_sha256=None).write(folder)
-    return encoder
 
 
 def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -120,14 +124,12 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     return {**fields, **former, "architectures": [architecture], "dtype": name, "tie_word_embeddings": True}
 
 
-def generation_fields(base: Path, encoder: ChatEncoder) -> dict[str, Any]:
-    """The base's generation_config.json (where it has one) with the ids that a chat starts and stops with: an answer
-    ends at eos and at `<end_of_turn>`.
-    """
+def generation_fields(base: Path, control: ControlIds, stop_ids: list[int]) -> dict[str, Any]:
+    """The base's generation_config.json (where it has one) with the ids at which an answer ends, its own among them."""
     path = base / "generation_config.json"
-    control = encoder.control
-    ids = {"bos_token_id": control.bos, "eos_token_id": encoder.stop_ids, "pad_token_id": control.pad}
-    return {**(_json_object(path) if path.is_file() else {}), **ids}
+    own = _json_object(path) if path.is_file() else {}
+    ids = {"bos_token_id": control.bos, "pad_token_id": control.pad}
+    return {**own, **{key: id for key, id in ids.items() if own.get(key) is None}, "eos_token_id": stop_ids}
 
 
 def _json_object(path: Path) -> dict[str, Any]:

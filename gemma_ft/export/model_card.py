@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.contract import Contract
+from gemma_ft.contract import ONE_BOS, Contract
+from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer import HUB_ID
 from gemma_ft.export.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.export.terms import TINY, Terms, is_tiny
@@ -25,6 +26,13 @@ FAMILIES = {"gemma": "Gemma 1", "gemma2": "Gemma 2"}
 # Fields of summary.json's data, and what a reader calls them.
 COUNTS = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "trained tokens"), ("truncated", "rows cut"),
           ("dropped", "rows dropped"))  # fmt: skip
+
+SYSTEM_TEXTS = {
+    "fold": "goes before the first question, after it a blank line",
+    "turn": "is a turn of its own",
+    "error": "is refused",
+    "drop": "is left out",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Card:
     base: str | None  # as others may name it: a hub id, or the name of a folder
     file: str | None = None
     rounded_to: str | None = None  # the type that the weights were cast to after they were merged
+    chats: ChatEncoder | None = None  # how it is asked, where that is known
 
     def text(self) -> str:
         """The whole card, in Markdown with the hub's front matter."""
@@ -139,26 +148,24 @@ class Card:
         return opening + "\n\n" + _table(("", ""), rows)
 
     def _contract(self) -> str:
-        contract = self.contract
-        if contract is None:
+        contract, chats = self.contract, self.chats
+        if contract is None and chats is None:
             return ""
-        policy = {
-            "fold": "goes before the first question, after it a blank line",
-            "error": "is refused",
-            "drop": "is left out",
-        }
-        return (
-            "As trained, and as `gemma_ft.json` says; `gemma-ft chat` and `gemma-ft serve` refuse anything else.\n\n"
-            + _table(
-                ("", ""),
-                [
-                    ("BOS", contract.bos),
-                    ("an answer ends at", f"token ids {', '.join(map(str, contract.stop_ids))}"),
-                    ("a system turn", policy[contract.system]),
-                    ("chat template", f"SHA-256 `{contract.template_sha256[:16]}...`"),
-                ],
+        bos, system, stop_ids, template = "", "", [], ""
+        opening = "As its own chat template writes them."
+        if chats is not None:
+            bos = ONE_BOS if chats.format.bos else "none: a chat begins with its first turn"
+            system, stop_ids, template = SYSTEM_TEXTS[chats.system_policy], chats.stop_ids, chats.format.name
+        if contract is not None:
+            opening = (
+                "As trained, and as `gemma_ft.json` says; `gemma-ft chat` and `gemma-ft serve` refuse anything else."
             )
-        )
+            bos, system = contract.bos, SYSTEM_TEXTS[contract.system]
+            stop_ids = chats.stop_ids if chats is not None else contract.stop_ids
+            template = f"SHA-256 `{contract.template_sha256[:16]}...`"
+        rows = [("BOS", bos), ("an answer ends at", f"token ids {', '.join(map(str, stop_ids))}"),
+                ("a system turn", system), ("chat template", template)]  # fmt: skip
+        return f"{opening}\n\n{_table(('', ''), rows)}"
 
     def _use(self) -> str:
         return USES[self.form].format(name=self.name, base=self.base, file=self.file)

@@ -11,12 +11,14 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.checkpoint import write_json
-from gemma_ft.contract import Contract
+from gemma_ft.contract import Contract, asking_encoder
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.own_template import UnknownTemplate
 from gemma_ft.export.merge import FACTS
 from gemma_ft.export.model_card import Card, Form
 from gemma_ft.export.run_record import RunRecord, public, read_record
 from gemma_ft.export.terms import Terms, terms_of
-from gemma_ft.load import Place
+from gemma_ft.load import Place, load_tokenizer
 from gemma_ft.located import folder_of
 from gemma_ft.model.config import PRESETS, config_in
 
@@ -35,12 +37,33 @@ class Papers:
     terms: Terms
     record: RunRecord
     base: str | None
+    chats: ChatEncoder | UnknownTemplate  # how it is asked, or why that is not known
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """How its chats are asked. Raises: UnknownTemplate where that is not known."""
+        if isinstance(self.chats, UnknownTemplate):
+            raise self.chats
+        return self.chats
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of a chat template that is copied as it is."""
+        return [str(self.chats)] if isinstance(self.chats, UnknownTemplate) else []
 
     @classmethod
     def of(cls, place: Place, name: str, base_id: str | None = None) -> Papers:
-        """The papers of a place. Raises: UserError when its config.json cannot be read."""
+        """The papers of a place. Raises: UserError when its config.json cannot be read, or its tokenizer is not the one
+        of its contract.
+        """
         config, contract = config_of(place), place.contract
         known = contract.base if contract is not None else place.base.name
+        tokenizer = load_tokenizer(place.folder)
+        chats: ChatEncoder | UnknownTemplate
+        try:
+            chats = asking_encoder(tokenizer, place.folder, contract, folder_of(place.base, downloaded=True))
+        except UnknownTemplate as error:
+            chats = error
         return cls(
             name=name,
             config=config,
@@ -48,6 +71,7 @@ class Papers:
             terms=terms_of(config, contract),
             record=read_record(place),
             base=base_id or public(known, "base"),
+            chats=chats,
         )
 
     def write(
@@ -72,7 +96,8 @@ class Papers:
             replace(written, base=self.base).write(folder)
         if record.merge is not None and form != "adapter" and rounded_to is None:
             write_json(folder / FACTS, record.merge)
-        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to)
+        chats = self.chats if isinstance(self.chats, ChatEncoder) else None
+        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats)
         (folder / CARD).write_text(card.text(), encoding="utf-8")
         if self.terms.notice is not None:
             (folder / NOTICE).write_text(self.terms.notice, encoding="utf-8")

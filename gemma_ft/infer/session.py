@@ -95,7 +95,7 @@ def open_session(
     """
     place = place_of(path, adapter)
     tokenizer = load_tokenizer(place.folder)
-    encoder = asking_encoder(tokenizer, path, place.contract, folder_of(place.base))
+    encoder = asking_encoder(tokenizer, path, place.contract, folder_of(place.base, downloaded=True))
     notes: list[str] = []
     if place.contract is None:
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.

@@ -15,7 +15,7 @@ from gemma_ft import runtime
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.adapters.token_rows import rows_of, weight_name
 from gemma_ft.checkpoint import commit_folder, write_json
-from gemma_ft.contract import adapter_hash, contract_of
+from gemma_ft.contract import adapter_hash, contract_of, stop_ids_in
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.located import Source, folder_of
@@ -64,7 +64,9 @@ def save_result(
 
     def write(folder: Path) -> None:
         if full:
-            model.generation_config.eos_token_id = encoder.stop_ids  # Trainer sets it to the tokenizer's eos alone
+            own = stop_ids_in(folder_of(source, downloaded=True)) if source else []
+            ends = encoder.but(stop_ids=own).stop_ids
+            model.generation_config.eos_token_id = ends  # Trainer sets it to the tokenizer's eos alone
             weights = _in_one_table(model, gathered)
             rows = rows_of(model)
             vocab_size = model.config.vocab_size + (0 if rows is None else len(rows.weight))

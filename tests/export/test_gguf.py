@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemma_ft.contract import Contract, contract_of
 from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.template import chat_template
 from gemma_ft.data.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
@@ -123,7 +124,7 @@ def test_all_that_llama_cpp_reads_of_a_gemma_2(folders: dict[str, Path], tmp_pat
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.chat_template": load_tokenizer(str(folders["gemma2"])).chat_template,
+        "tokenizer.chat_template": chat_template("fold", marked=False),
     }
 
 

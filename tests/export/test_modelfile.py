@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.chat_format import gemma_format
 from gemma_ft.data.template import SYSTEM_POLICIES, SystemPolicy, chat_template
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.export.modelfile import go_template, modelfile
@@ -65,15 +67,15 @@ LICENSE \"\"\"Terms\"\"\"
 
 
 def test_the_whole_file() -> None:
-    first, _, rest = modelfile("x.gguf", "fold", notice="Terms").partition("\n")
+    first, _, rest = modelfile("x.gguf", ChatEncoder(load_tokenizer(TINY)), notice="Terms").partition("\n")
     assert first.startswith("# ollama create NAME -f ")
     assert rest == FOLDED
 
 
 def test_a_system_turn_is_dropped_or_refused_as_trained() -> None:
-    assert "System" not in go_template("drop")
-    assert go_template("error").endswith(go_template("drop"))
-    assert "system turns are refused by this model" in go_template("error")
+    assert "System" not in go_template(gemma_format("drop"))
+    assert go_template(gemma_format("error")).endswith(go_template(gemma_format("drop")))
+    assert "system turns are refused by this model" in go_template(gemma_format("error"))
 
 
 @pytest.mark.parametrize("policy", SYSTEM_POLICIES)
@@ -82,7 +84,7 @@ def test_go_renders_the_trained_turns(policy: SystemPolicy, tmp_path: Path) -> N
     if go is None:
         pytest.skip("Go is not installed: Ollama's template language is its text/template")
     (tmp_path / "main.go").write_text(PROGRAM)
-    (tmp_path / "template").write_text(go_template(policy))
+    (tmp_path / "template").write_text(go_template(gemma_format(policy)))
     messages = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
     run = subprocess.run([go, "run", str(tmp_path / "main.go"), str(tmp_path / "template")],
                          input=json.dumps(messages), capture_output=True, text=True, check=True)  # fmt: skip
