@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from gemma_ft.contract import CONTRACT, Contract, contract_of
+from gemma_ft.contract import CONTRACT, Contract, asking_encoder, contract_of, sha256_of
 from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.template import SYSTEM_POLICIES, SystemPolicy
+from gemma_ft.data.items import Turn
+from gemma_ft.data.template import SYSTEM_POLICIES, SystemPolicy, chat_template
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
@@ -51,6 +53,64 @@ def test_what_is_written_is_read_and_served(tmp_path: Path, policy: SystemPolicy
     assert Contract.read(tmp_path) == contract
     encoder = contract.encoder(load_tokenizer(str(tmp_path)), tmp_path)
     assert encoder.system_policy == policy
+
+
+# Of a contract that the build before wrote: SHA-256 of its chat templates, which had no marks of what is trained.
+FORMER: dict[SystemPolicy, str] = {
+    "fold": "42b5b9f53e8342f672747f2237e89eca180914e90a08ab3be320d54cae0f24fa",
+    "error": "0d4096f1b1d7882ecf23efe32375411da8a4b162baa116b662633e292cedc679",
+    "drop": "58325e79fe00d78a1c2a6c7f154b26758bb0974853a1230ae101421c31b45fd1",
+}
+
+
+@pytest.mark.parametrize("policy", SYSTEM_POLICIES)
+def test_what_the_build_before_wrote_is_served(tmp_path: Path, policy: SystemPolicy) -> None:
+    """Its template file and its hash, in a folder; the ids are the same, and what is written anew keeps the hash."""
+    saved(tmp_path, policy)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(chat_template(policy, marked=False))
+    assert sha256_of(template.read_text()) == FORMER[policy]
+    change(tmp_path, template_sha256=FORMER[policy])
+    encoder = serve(tmp_path)
+    assert contract_of(encoder) == Contract.read(tmp_path)
+    turns = [Turn("user", " Hi? "), Turn("assistant", "Yes."), Turn("user", "So?")]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    stock = AutoTokenizer.from_pretrained(str(tmp_path)).apply_chat_template(messages, add_generation_prompt=True)
+    assert encoder.encode_prompt(turns) == stock["input_ids"]
+    anew = tmp_path / "anew"  # as a merge or an export writes it
+    anew.mkdir()
+    save_tokenizer(load_tokenizer(str(tmp_path)), anew, system_policy=policy)
+    contract_of(encoder).write(anew)
+    assert "{% generation %}" in (anew / "chat_template.jinja").read_text()
+    assert serve(anew).template_hash == FORMER[policy]
+
+
+def test_a_template_of_the_build_before_under_another_policy_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(chat_template("drop", marked=False))
+    assert refusal(tmp_path).startswith("FOLDER: its chat template is not the one that was trained (gemma_ft.json)")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [1, 6, 50, 51]}, {"eos_token_id": 7}, [1, 6, 50, 51]),
+        ({"eos_token_id": 8}, {}, [1, 6, 8]),
+        ({"do_sample": True}, {"eos_token_id": 7}, [1, 6]),
+        (None, {"eos_token_id": [7, 1]}, [1, 6, 7]),
+    ],
+)
+def test_answers_end_at_the_stop_ids_of_contract_and_folder(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], expected: list[int]
+) -> None:
+    """transformers 5.24 reads them from generation_config.json, and from config.json where there is none."""
+    contract = saved(tmp_path)
+    told = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    encoder = asking_encoder(load_tokenizer(str(tmp_path)), tmp_path, contract, tmp_path)
+    assert encoder.stop_ids == expected
 
 
 def test_no_contract_is_none_and_later_fields_do_no_harm(tmp_path: Path) -> None:

@@ -184,22 +184,22 @@ class ChatEncoder:
         leads = ["" if turn.role in cut else self._leads[turn.role] for turn in turns]
         return self.content.encode_many([lead + turn.content for lead, turn in zip(leads, turns, strict=True)])
 
-    def _said(self, turn: Turn, content: list[int], learned: bool) -> tuple[list[int], list[int]]:
-        """What stands before the text of a turn, and the text; what is learned begins where the model is asked."""
+    def _said(self, turn: Turn, content: list[int], last: bool) -> tuple[list[int], list[int]]:
+        """What stands before the text of a turn, and the text; a last answer begins where the model is asked for it."""
         head = self._heads[turn.role]
         if turn.role in self.format.stripped:
             return head, content
         whole = [*self._begins[turn.role], *content]
-        if whole[: len(head)] == head:
-            return head, whole[len(head) :]
-        return (head, self.content.encode(turn.content)) if learned else (whole, [])
+        if last and turn.role == "assistant" and whole[: len(head)] != head:
+            return head, self.content.encode(turn.content)
+        return whole[: len(head)], whole[len(head) :]
 
     def _assemble(self, turns: Sequence[Turn], contents: Sequence[list[int]], where: str) -> Encoded:
         ids = [self.control.bos] if self.format.bos else []
         labels = [IGNORE] * len(ids)
         for turn, content in zip(turns, contents, strict=True):
             learned = turn.role == "assistant" and turn.train and (self.trained_turns == "all" or turn is turns[-1])
-            head, text = self._said(turn, content, learned)
+            head, text = self._said(turn, content, turn is turns[-1])
             said = [*text, self.control.end_of_turn]
             ids += head + said + self._after_turn
             trained = said if learned else [IGNORE] * len(said)

@@ -36,7 +36,7 @@ MIXED = " Two  blanks,\n\n\ta tab, <b>bold</b>, </s> <start of turn> [INST] æ—¥æ
 PLAIN_CHATS: tuple[Chat, ...] = (
     (("user", "Hello"),),
     (("user", "Hello"), ("assistant", "Yes?"), ("user", "Why?"), ("assistant", "So."), ("user", "Then?")),
-    (("user", MIXED), ("assistant", MIXED), ("user", "\n\n" + MIXED)),
+    (("user", MIXED), ("assistant", "\n" + MIXED), ("user", "\n\n" + MIXED)),
     (("user", ""), ("assistant", ""), ("user", "")),
     (("user", "1 + 1?"), ("assistant", "<think>\nadd\n</think>\n\n2"), ("user", "2 + 2?")),
 )

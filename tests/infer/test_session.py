@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft.contract import CONTRACT, contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
+from gemma_ft.data.own_template import CURE
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DataError, UserError
@@ -22,6 +24,7 @@ from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
 from gemma_ft.load import load_model
 from gemma_ft.recipe.paths import locate
+from tests.foreign import EOT, IM_END, TEMPLATES, foreign_tokenizer, save_foreign
 
 TINY = str(locate("data/gemma-tiny"))
 ASKED = "Set up a design review on"
@@ -153,4 +156,78 @@ def test_stop_ids_that_were_not_trained_are_refused(adapter: Path) -> None:
         open_session(adapter)
     assert str(raised.value) == (
         f"{adapter}: stop ids [1, 6], but trained with [1]; restore the tokenizer files that were saved with it"
+    )
+
+
+def stock_answer(folder: Path, chat: list[dict[str, str]], new: int) -> list[int]:
+    """What transformers gives with the folder's own template and stop ids."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    answer: list[int] = model.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :].tolist()
+    return [id for id in answer if id not in model.generation_config.eos_token_id]
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3's headers", "Gemma's turns, system refused"])
+def test_a_folder_tuned_elsewhere_is_asked_in_its_own_template(tmp_path: Path, name: str) -> None:
+    """As transformers 5.24 asks it: `apply_chat_template`, and `generate` with generation_config.json."""
+    folder = save_foreign(tmp_path / "model", TEMPLATES[name], stop_ids=(1, 6, IM_END, EOT))
+    session = open_session(folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": "Set up a design review"}]
+    ids = session.chat_ids([Turn("user", chat[0]["content"])])
+    stock = AutoTokenizer.from_pretrained(str(folder)).apply_chat_template(chat, add_generation_prompt=True)
+    assert ids == stock["input_ids"]
+    assert stock_answer(folder, chat, 12) == our_answer(session, ids, 12)
+    known = {"ChatML": "asked in ChatML, as its own chat template writes; a system text is a turn of its own",
+             "Llama 3's headers": "asked in Llama 3's headers, as its own chat template writes; "
+             "a system text is a turn of its own"}  # fmt: skip
+    told = known.get(name, "a system text goes before the first question (fold)")
+    assert session.notes == [f"{folder}: no {CONTRACT} with it; {told}"]
+
+
+def our_answer(session: Session, ids: list[int], new: int) -> list[int]:
+    [answer] = generate_answers(
+        session.model, [ids], stop_ids=session.encoder.stop_ids, max_new_tokens=new, batch_size=1
+    )
+    return list(answer.ids)
+
+
+@pytest.mark.parametrize(
+    ("eos", "stop_ids", "expected"),
+    [
+        ("<|im_end|>", [1, IM_END], [1, IM_END]),
+        ("<eos>", [1, 6, 50, 51], [1, IM_END, 6, 50, 51]),
+        ("<eos>", None, [1, IM_END]),
+        ("<|eot_id|>", [2050], [1, IM_END, 2052, 2050]),
+    ],
+)
+def test_an_answer_ends_at_the_stop_ids_of_template_tokenizer_and_folder(
+    tmp_path: Path, eos: str, stop_ids: list[int] | None, expected: list[int]
+) -> None:
+    session = open_session(save_foreign(tmp_path / "model", eos=eos, stop_ids=stop_ids), dtype=torch.float32)
+    assert session.encoder.stop_ids == expected
+    assert session.engine.stop_ids == frozenset(expected)
+
+
+def test_an_adapter_with_a_template_of_its_own_is_asked_in_it(tmp_path: Path) -> None:
+    """As Unsloth, axolotl and LLaMA-Factory save one: the tokenizer beside the adapter."""
+    base, adapter = save_foreign(tmp_path / "base", TEMPLATES["Gemma's turns, a system turn"]), tmp_path / "adapter"
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(base, dtype=torch.float32), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(adapter))
+    assert open_session(adapter, dtype=torch.float32).encoder.format.name == "Gemma's turns"  # the base's
+    foreign_tokenizer(TEMPLATES["ChatML"]).save_pretrained(str(adapter))
+    session = open_session(adapter, dtype=torch.float32)
+    assert session.encoder.format.name == "ChatML"
+    assert session.encoder.stop_ids == [1, IM_END]
+
+
+def test_a_folder_whose_template_is_none_of_the_known_is_refused(tmp_path: Path) -> None:
+    folder = save_foreign(tmp_path / "model", "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}")
+    with pytest.raises(UserError) as raised:
+        open_session(folder)
+    assert str(raised.value) == (
+        f"{folder}: its chat template writes none of the turns that are known here "
+        f"(Gemma's turns, ChatML, Llama 3's headers); {CURE}"
     )

@@ -13,14 +13,17 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from gemma_ft import load_model, load_tokenizer
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
+from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.export.export import Wish, export_model
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.train.run_dir import RunDir
 
+TINY = Path(__file__).resolve().parents[2] / "data" / "gemma-tiny"
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
 SUMMARY_KEYS = {
@@ -178,3 +181,13 @@ def test_a_folder_with_a_missing_weight_is_refused(small_gemma: Path, tmp_path: 
     with pytest.raises(UserError) as caught:
         load_model(tmp_path)
     assert str(caught.value) == f"{tmp_path}: missing keys in the weights: model.layers.3.mlp.up_proj.weight"
+
+
+def test_trl_takes_the_saved_template_for_its_assistant_only_loss(tmp_path: Path) -> None:
+    """TRL 1.16 refuses one without `{% generation %}`, or whose mask leaves out the end of a turn
+    (trainer/sft_trainer.py).
+    """
+    save_tokenizer(load_tokenizer(TINY), tmp_path, system_policy="fold")
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert has_generation_markers(tokenizer.chat_template)
+    assert is_chat_template_stop_token_trained(tokenizer, tokenizer.chat_template)
