@@ -8,10 +8,15 @@ from shutil import copyfile
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
+from gemma_ft.contract import contract_of
+from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.load import load_model
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -73,4 +78,21 @@ def save_foreign(folder: Path, template: str = CHATML, *, eos: str = "<|im_end|>
         (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     foreign_tokenizer(template, eos).save_pretrained(str(folder))
     copyfile(TINY / "tokenizer.model", folder / "tokenizer.model")
+    return folder
+
+
+def save_foreign_adapter(folder: Path, base: Path, template: str | None = None, *, contract: bool = False) -> Path:
+    """A LoRA adapter on a base by stock PEFT, with a tokenizer of its own where it has a template, or as our training
+    leaves one (system turns are left out).
+    """
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(load_model(base, dtype=torch.float32), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(str(folder))
+    if template is not None:
+        foreign_tokenizer(template).save_pretrained(str(folder))
+    if contract:
+        tokenizer = load_tokenizer(str(base))
+        save_tokenizer(tokenizer, folder, system_policy="drop")
+        contract_of(ChatEncoder(tokenizer, "drop"), base=str(base)).write(folder)
     return folder

@@ -45,9 +45,7 @@ def chat_notes(encoder: ChatEncoder) -> list[str]:
     left, text = StopKeys.of(encoder).left, [id for id in encoder.stop_ids if id not in encoder.content.control_ids]
     notes = []
     if left:
-        notes.append(
-            f"GGUF has keys for three stop ids (eos, eot, eom); {_named(encoder, left)} does not fit into them"
-        )
+        notes.append(f"GGUF has keys for three stop ids (eos, eot, eom); there is none for {_named(encoder, left)}")
     if text:
         notes.append(f"the Modelfile has no stop line for {_named(encoder, text)}, which is ordinary text")
     if not encoder.format.bos:

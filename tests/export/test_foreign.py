@@ -9,23 +9,19 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
-from gemma_ft.contract import contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chat_format import gemma_format
 from gemma_ft.data.own_template import CURE, own_encoder
-from gemma_ft.data.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.export import Wish, export_model
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
 from gemma_ft.export.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
-from gemma_ft.load import load_model, load_tokenizer, place_of
-from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign
+from gemma_ft.load import place_of
+from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
 
@@ -44,18 +40,6 @@ def ends(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_foreign(tmp_path_factory.mktemp("foreign") / "model")
-
-
-def adapter_on(base: Path, folder: Path, *, contract: bool) -> Path:
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model = get_peft_model(load_model(base, dtype=torch.float32), config)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(folder))
-    if contract:
-        tokenizer = load_tokenizer(base)
-        save_tokenizer(tokenizer, folder, system_policy="drop")
-        contract_of(ChatEncoder(tokenizer, "drop"), base=str(base)).write(folder)
-    return folder
 
 
 def test_a_transformers_folder_keeps_template_and_stop_ids(chatml: Path, tmp_path: Path) -> None:
@@ -99,7 +83,7 @@ def test_a_merge_keeps_the_stop_ids_of_its_base(tmp_path: Path, contract: bool) 
     generation = base / "generation_config.json"
     told = json.loads(generation.read_text(encoding="utf-8"))
     generation.write_text(json.dumps({**told, "pad_token_id": 3, "top_k": 64}), encoding="utf-8")
-    merge_to_folder(place_of(adapter_on(base, tmp_path / "adapter", contract=contract)), tmp_path / "x")
+    merge_to_folder(place_of(save_foreign_adapter(tmp_path / "adapter", base, contract=contract)), tmp_path / "x")
     found = json.loads((tmp_path / "x" / "generation_config.json").read_text(encoding="utf-8"))
     assert found == {**told, "eos_token_id": [1, 6, 50, 51], "pad_token_id": 3, "top_k": 64}
     saved = (tmp_path / "x" / "chat_template.jinja").read_text(encoding="utf-8")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.chat_format import gemma_format
-from gemma_ft.data.template import SYSTEM_POLICIES, SystemPolicy, chat_template
+from gemma_ft.data.own_template import own_encoder
+from gemma_ft.data.template import SYSTEM_POLICIES
 from gemma_ft.data.tokenizer import load_tokenizer
 from gemma_ft.export.modelfile import go_template, modelfile
 from tests.export.tuned import TINY
+from tests.foreign import TEMPLATES, foreign_tokenizer
 
 # Ollama's own way with a template: system texts joined, neighbours of one role joined, then text/template.
 # Source: ollama template/template.go (Execute, collate).
@@ -78,22 +82,29 @@ def test_a_system_turn_is_dropped_or_refused_as_trained() -> None:
     assert "system turns are refused by this model" in go_template(gemma_format("error"))
 
 
-@pytest.mark.parametrize("policy", SYSTEM_POLICIES)
-def test_go_renders_the_trained_turns(policy: SystemPolicy, tmp_path: Path) -> None:
+ENCODERS: dict[str, Callable[[], ChatEncoder]] = {
+    policy: partial(lambda one: ChatEncoder(load_tokenizer(TINY), one), policy) for policy in SYSTEM_POLICIES
+} | {name: partial(lambda one: own_encoder(foreign_tokenizer(one), "x"), one) for name, one in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_go_renders_the_turns_of_the_template(name: str, tmp_path: Path) -> None:
     go = shutil.which("go")
     if go is None:
         pytest.skip("Go is not installed: Ollama's template language is its text/template")
     (tmp_path / "main.go").write_text(PROGRAM)
-    (tmp_path / "template").write_text(go_template(gemma_format(policy)))
+    encoder = ENCODERS[name]()
+    (tmp_path / "template").write_text(go_template(encoder.format))
     messages = [[{"role": role, "content": text} for role, text in chat] for chat in CHATS]
     run = subprocess.run([go, "run", str(tmp_path / "main.go"), str(tmp_path / "template")],
                          input=json.dumps(messages), capture_output=True, text=True, check=True)  # fmt: skip
-    tokenizer = load_tokenizer(TINY)
-    tokenizer.chat_template = chat_template(policy)
+    tokenizer = encoder.tokenizer
     for chat, found in zip(messages, json.loads(run.stdout), strict=True):
-        if policy == "error" and chat[0]["role"] == "system":
+        if encoder.system_policy == "error" and chat[0]["role"] == "system":
             assert found.startswith("error: ")
             assert "system turns are refused by this model" in found
             continue
-        expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert "<bos>" + found == expected
+        expected = tokenizer.apply_chat_template(
+            chat, chat_template=encoder.format.template, tokenize=False, add_generation_prompt=True
+        )
+        assert "<bos>" * encoder.format.bos + found == expected

@@ -24,7 +24,7 @@ from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
 from gemma_ft.load import load_model
 from gemma_ft.recipe.paths import locate
-from tests.foreign import EOT, IM_END, TEMPLATES, foreign_tokenizer, save_foreign
+from tests.foreign import EOT, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 TINY = str(locate("data/gemma-tiny"))
 ASKED = "Set up a design review on"
@@ -211,11 +211,8 @@ def test_an_answer_ends_at_the_stop_ids_of_template_tokenizer_and_folder(
 
 def test_an_adapter_with_a_template_of_its_own_is_asked_in_it(tmp_path: Path) -> None:
     """As Unsloth, axolotl and LLaMA-Factory save one: the tokenizer beside the adapter."""
-    base, adapter = save_foreign(tmp_path / "base", TEMPLATES["Gemma's turns, a system turn"]), tmp_path / "adapter"
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(base, dtype=torch.float32), config)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(adapter))
+    base = save_foreign(tmp_path / "base", TEMPLATES["Gemma's turns, a system turn"])
+    adapter = save_foreign_adapter(tmp_path / "adapter", base)
     assert open_session(adapter, dtype=torch.float32).encoder.format.name == "Gemma's turns"  # the base's
     foreign_tokenizer(TEMPLATES["ChatML"]).save_pretrained(str(adapter))
     session = open_session(adapter, dtype=torch.float32)
