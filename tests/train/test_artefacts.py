@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -72,14 +73,19 @@ def test_the_adapter_opens_in_stock_peft(
     assert (automatic - stock).abs().max() <= 1e-5 * scale
 
 
-def test_the_full_model_opens_in_stock_transformers(recipe_for: RecipeFor, train: Train) -> None:
-    out = trained(recipe_for, train, "strategy=full")
+def test_the_full_model_opens_in_stock_transformers(
+    recipe_for: RecipeFor, train: Train, small_gemma: Path, tmp_path: Path
+) -> None:
+    base = Path(copytree(small_gemma, tmp_path / "base"))
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [1, 50]}))
+    out = trained(recipe_for, train, "strategy=full", f"model.weights={base}")
     stock = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     assert type(stock).__module__.startswith("transformers.")
     expected = logits(stock)
     assert (logits(load_model(out, dtype=torch.float32)) - expected).abs().max() <= 1e-5 * expected.abs().max()
     tokenizer = load_tokenizer(str(out / "model"))
-    stops = ChatEncoder(tokenizer).stop_ids
+    stops = [*ChatEncoder(tokenizer).stop_ids, 50]  # and those of its base
     assert stock.config.use_cache is True
     assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == stops
 
