@@ -19,7 +19,7 @@ from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.text import TextStream
 from gemma_ft.load import Place, load_tokenizer, model_at, place_of
-from gemma_ft.weights import folder_of
+from gemma_ft.located import folder_of
 
 SYSTEM_TEXTS: dict[System, str] = {
     "fold": "goes before the first question (fold)",
