@@ -4,10 +4,9 @@ tokenizer.model alone. What may differ is listed here, and nothing else may.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import shutil
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from gemma_ft.data.tokenizer import ContentEncoder, load_tokenizer
 from gemma_ft.export.export import Wish, export_model
@@ -27,10 +24,6 @@ from tests.real.sentencepiece_model import processor, published_order, rebuilt_m
 
 FAMILIES = ("gemma1", "gemma2")
 ENDS = {"1": "<eos>", "107": "<end_of_turn>", "213": STRIKE_END}  # the last by its text alone
-SHAPE = {
-    "vocab_size": 256_000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,32 +80,18 @@ def test_tokenizer_model_alone_is_the_published_tokenizer(gemma2_tokenizer: Path
     assert ContentEncoder(made).encode("a" + " " * 32 + "b") == [235250, 168, 518]
 
 
-def random_model(folder: Path, tokenizer: Path, family: str) -> Path:
-    """A folder with a tiny random Gemma of 256,000 rows and a tokenizer as transformers 5 leaves it."""
-    torch.manual_seed(0)
-    if family == "gemma2":
-        model: Any = Gemma2ForCausalLM(Gemma2Config(**SHAPE, query_pre_attn_scalar=16))
-    else:
-        model = GemmaForCausalLM(GemmaConfig(**SHAPE))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder)
-    return folder
-
-
 def test_llama_cpp_gives_the_ids_of_training(
-    published: Published, tmp_path: Path, request: pytest.FixtureRequest
+    published: Published, llama_cpp: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """llama.cpp in xllamacpp 2026.10.11549, on a GGUF made without any tokenizer.model."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("xllamacpp is not installed")
-    family = request.node.callspec.params["published"]
-    model, console = random_model(tmp_path / "model", published.folder, family), Console(file=io.StringIO(), width=200)
+    model: Path = request.getfixturevalue(request.node.callspec.params["published"])
+    console = Console(file=io.StringIO(), width=200)
     export_model(str(model), Wish(to="gguf", out=tmp_path / "x.gguf"), console=console)
     assert "note: llama.cpp takes </s> for the end of an answer" in console.file.getvalue()  # type: ignore[attr-defined]
     done = subprocess.run(
         [sys.executable, llama_child.__file__, str(tmp_path / "x.gguf")],
         input=json.dumps({"texts": published.texts}), capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(llama_cpp)},
     )  # fmt: skip
     found = json.loads(done.stdout)
     different = differing(published, found["ids"])
