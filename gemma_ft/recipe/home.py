@@ -44,8 +44,11 @@ def unexpanded(path: Path) -> Iterator[Path]:
     """Where a path below a home folder would lie if its `~` were the name of a folder in the current directory: where
     gemma-ft wrote the files of a run, all but its checkpoints, before it read `~`.
     """
-    here = Path.cwd()
-    for literal in sorted(here.glob("~*")):
+    try:
+        found = sorted(Path.cwd().glob("~*"))
+    except OSError:  # the current directory is gone
+        return
+    for literal in found:
         home = os.path.expanduser(literal.name)
         if home != literal.name and path.is_relative_to(home):
             yield literal / path.relative_to(home)
