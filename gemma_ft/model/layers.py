@@ -50,15 +50,25 @@ class GemmaScaledEmbedding(nn.Embedding):
     Source: google/gemma_pytorch gemma/model.py GemmaModel (normalizer).
     """
 
+    @property
+    def embed_scale(self) -> Tensor:
+        """sqrt(D), rounded to the activation dtype: what a layer around this one multiplies rows with that it looks up
+        by itself. A scalar on the CPU, which a GPU need not wait for.
+
+        Source: the name that transformers 5.24's Gemma2TextScaledWordEmbedding has for it, and that peft 0.21.2 reads
+        (tuners/tuners_utils.py `_get_embed_scale`).
+        """
+        kind = self.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return torch.tensor(self.embedding_dim**0.5, dtype=dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         return self.scaled(super().forward(input))
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Rows [..., D] of the table -> what the first layer is given."""
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        # a scalar on the CPU, which a GPU need not wait for
-        return rows * torch.tensor(self.embedding_dim**0.5, dtype=rows.dtype)
+        scale = self.embed_scale
+        return rows.to(scale.dtype) * scale
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
