@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.collate import Collator
@@ -144,19 +144,8 @@ def head_loss(model: Any, states: Tensor, labels: Tensor) -> HeadLoss:
 
 
 def _native(model: Any) -> Any:
-    """The Gemma inside PEFT's wrapper. Raises: UserError when its head is more than one weight.
-
-    A head that was trained as a whole is one: PEFT's wrapper around it gives the `weight` that is switched on.
-    """
-    native = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = native.lm_head
-    if hasattr(head, "original_module"):
-        from peft.utils import ModulesToSaveWrapper  # takes seconds, which a model without one need not wait for
-
-        head = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
-    if type(head) is not nn.Linear:
-        raise UserError("lm_head carries an adapter, which cannot be scored; merge the adapter first")
-    return native
+    """The Gemma inside PEFT's wrapper, whose head may carry an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def example_of(piece: Piece) -> dict[str, list[int]]:

@@ -27,7 +27,7 @@ from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.linear import linear
-from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
+from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, layered_head_loss, softcapped
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 
@@ -250,7 +250,11 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         return softcapped(logits, self.model.numerics.final_softcap)
 
     def head_loss(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor | None = None) -> HeadLoss:
-        """Final hidden states [B, T, D], labels and loss weights [B, T] -> `fused_head_loss` of this model's head."""
+        """Final hidden states [B, T, D], labels and loss weights [B, T] -> `fused_head_loss` of this model's head, or
+        `layered_head_loss` where something is put around the head.
+        """
+        if type(self.lm_head) is not nn.Linear:
+            return layered_head_loss(self.head_logits, hidden, labels, words=self.vocab_size, loss_weights=loss_weights)
         added = self.model.added_rows
         return fused_head_loss(
             hidden,
@@ -268,10 +272,6 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | float | None,
         loss_weights: Tensor | None,
     ) -> tuple[HeadLoss, Tensor]:
-        if type(self.lm_head) is not nn.Linear:
-            raise UserError(
-                "lm_head carries an adapter, which the fused loss would not train; remove it from the targets"
-            )
         head = self.head_loss(hidden, labels, loss_weights)
         divisor = torch.as_tensor(head.weight_sum if num_items_in_batch is None else num_items_in_batch)
         divisor = divisor.to(head.loss_sum)

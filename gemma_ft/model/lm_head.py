@@ -5,12 +5,15 @@ Letters: M labelled rows, D hidden, V vocabulary, A rows added to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from gemma_ft.kernels.head_rows import capped, head_rows
 from gemma_ft.kernels.product import times, times_transposed
@@ -57,19 +60,67 @@ def fused_head_loss(
     once, so that nothing of size V is kept for backward when the head is frozen (a trained head keeps its own gradient,
     [V, D]).
     """
-    targets = labels[:, 1:].reshape(-1)
-    labelled = targets != IGNORED
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]  # [M, D]
-    targets = targets[labelled]
-    if chunk_rows is None:
-        chunk_rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
-        if weight.device.type == "cpu":
-            chunk_rows = min(chunk_rows, max(CPU_ROWS, CPU_BYTES // (4 * weight.shape[0])))
+    rows, targets, each = _labelled(hidden, labels, loss_weights)
+    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
-    each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]  # [M]
     loss_sum, correct = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
-    count = labelled.sum()
+    return _head_loss(loss_sum, correct, targets, each)
+
+
+def layered_head_loss(
+    logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    words: int,
+    loss_weights: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> HeadLoss:
+    """As `fused_head_loss`, for a head that is more than one weight, such as one with an adapter around it.
+
+    `logits`: rows [m, D] -> capped logits [m, V], differentiable; `words`: V. They exist for `chunk_rows` rows at a
+    time here too, and are made once more for backward.
+    """
+    rows, targets, each = _labelled(hidden, labels, loss_weights)
+    chunk_rows = chunk_rows or _chunk_rows(words, rows.device)
+
+    def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        found, target = logits(rows), targets[start : start + chunk_rows]
+        losses = cross_entropy(found, target, reduction="none")
+        if each is not None:
+            losses = losses * each[start : start + chunk_rows].to(losses.dtype)
+        return losses.sum(), (found.detach().argmax(-1) == target).sum()
+
+    sums = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    correct = torch.zeros((), dtype=torch.int64, device=rows.device)
+    for start in range(0, max(len(rows), 1), chunk_rows):  # without a label too: a loss of 0 that has a gradient
+        some = rows[start : start + chunk_rows]
+        if torch.is_grad_enabled():
+            loss, hits = checkpoint(part, start, some, use_reentrant=False)
+        else:
+            loss, hits = part(start, some)
+        sums, correct = sums + loss, correct + hits
+    return _head_loss(sums, correct, targets, each)
+
+
+def _labelled(hidden: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows [M, D] whose next token is labelled, those labels [M], and their loss weights [M]."""
+    targets = labels[:, 1:].reshape(-1)
+    labelled = targets != IGNORED
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]
+    each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]
+    return rows, targets[labelled], each
+
+
+def _chunk_rows(words: int, device: torch.device) -> int:
+    """How many rows of logits of so many words exist at a time."""
+    most = max(16, CHUNK_BYTES // (4 * words))
+    return min(most, max(CPU_ROWS, CPU_BYTES // (4 * words))) if device.type == "cpu" else most
+
+
+def _head_loss(loss_sum: Tensor, correct: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
+    count = torch.full((), len(targets), device=targets.device)
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
 
 
