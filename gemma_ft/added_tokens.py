@@ -29,19 +29,20 @@ def begin_rows(model: Any, tokenizer: Any, source: Source) -> None:
 
 
 def take_rows(model: Any, files: WeightFiles, config: Any, folder: Path) -> None:
-    """Give `model` the rows of the tokens that an adapter adds, and take them from what PEFT is to do by `config`.
+    """Give `model` the rows of the tokens that an adapter adds, and take them from what PEFT is to do by `config`;
+    rows that the base has itself are PEFT's to replace.
 
     Raises: UserError where they do not go with this base.
     """
-    said, known = added_by(config, folder / "adapter_config.json"), model.config.vocab_size
-    if said is None or said.first < known:  # rows of the base's own: PEFT's layer
+    said = added_by(config, folder / "adapter_config.json", model.config.vocab_size)
+    if said is None:
         return
     rows = [files.tensor(name) for name in (TRAINED, INITIAL) if name in files.names]
     shape = (said.count, model.config.hidden_size)
-    if said.first != known or TRAINED not in files.names or any(tuple(one.shape) != shape for one in rows):
+    if TRAINED not in files.names or any(tuple(one.shape) != shape for one in rows):
         raise UserError(
-            f"{folder}: adds {said.count} tokens from id {said.first}, but its base has {known} tokens of width "
-            f"{shape[1]}, or the rows are not in it; the adapter is not whole, or another base's"
+            f"{folder}: adds {said.count} tokens from id {said.first}, but the rows of width {shape[1]} are not in it; "
+            "the adapter is not whole, or another base's"
         )
     added = AddedRows(said.first, rows[-1])
     with torch.no_grad():

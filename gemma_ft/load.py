@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft import runtime
-from gemma_ft.adapters.quantize import Kind, allow_packing, keep_trainable, quantization_config
-from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.adapters.quantize import INT8_DORA, Kind, allow_packing, keep_trainable, quantization_config
+from gemma_ft.adapters.saved import adapter_config, for_loading, saved_base_weights
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
 from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
@@ -105,6 +105,10 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     found = own if adapter is None else _adapter_in(Path(located(adapter)))
     if adapter is not None and found is None:
         raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
+    if found is not None:
+        adapter_config(found)  # one that is not computed here is refused before anything is read
+        if not (found / ADAPTER_WEIGHTS).is_file():
+            raise UserError(f"{found}: no {ADAPTER_WEIGHTS} in it; other forms of weights are not opened")
     if own is None and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     if (folder / "config.json").is_file():
@@ -117,8 +121,6 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
         )
     else:
         source = model_source(str(path))  # a file: refused
-    if found is not None and not (found / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{found}: no {ADAPTER_WEIGHTS} in it; other forms of weights are not opened")
     base = folder_of(source, downloaded=True)
     # An adapter of another toolkit may come without a tokenizer: then the base's serves.
     beside = found if found is not None and (found / "tokenizer_config.json").is_file() else base
@@ -178,11 +180,14 @@ def model_at(
 ) -> Any:
     """The model of a place; the rest as `load_model`."""
     check_base(place)
+    kind = place.trained_over if quantize == "auto" else quantize
+    if kind == "int8" and place.adapter is not None and getattr(adapter_config(place.adapter), "use_dora", False):
+        raise UserError(f"{place.adapter}: {INT8_DORA}")
     double_quant = place.contract is None or place.adapter is None or place.contract.double_quant
     model = load_base(
         place.base,
         dtype=dtype,
-        quantize=place.trained_over if quantize == "auto" else quantize,
+        quantize=kind,
         double_quant=double_quant,
         device=device,
         trainable=False,
@@ -226,15 +231,16 @@ def _base_of(adapter: Path) -> Source:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     """`model` with the adapter of a folder on it. Raises: UserError when any tensor of it is damaged, missing, or has
-    no place: PEFT would go on without it.
+    no place: PEFT would go on without it; or would leave another base than the folder's beside it.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     from gemma_ft.adapters.fused_layers import with_fused_layers
 
-    config = adapter_config(folder)
+    config = for_loading(adapter_config(folder))
     files = WeightFiles.open(folder, "adapter_model")
     take_rows(model, files, config, folder)
+    _check_same_base(model, files, config, folder)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), config=with_fused_layers(config), is_trainable=False)
     except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
@@ -246,6 +252,22 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         what = f"has no tensor {lost[0]}" if lost else f"{foreign[0]} belongs to no layer of its base"
         raise UserError(f"{folder}/{ADAPTER_WEIGHTS}: {what}; the adapter is not whole, or another base's")
     return wrapped
+
+
+def _check_same_base(model: Any, files: WeightFiles, config: Any, folder: Path) -> None:
+    """Raises: UserError where the weights of an adapter hold base weights that are not those of `model`: PEFT would
+    put them in, and with the adapter off another model would answer than its base.
+    """
+    for name in saved_base_weights(files.names, config):
+        table = model.get_input_embeddings().weight
+        saved = files.tensor(name)
+        if name.endswith(".bias") or (
+            saved.shape == table.shape and not torch.equal(saved.to(table.dtype), table.detach().cpu())
+        ):
+            raise UserError(
+                f"{folder}: {name} holds another weight than its base has; merge it (gemma-ft merge), or train with "
+                "the base's own left as they are"
+            )
 
 
 def checked_folder(source: Source) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
 from gemma_ft.kernels.decode import LinearParts
 
 
-def with_fused_layers(config: LoraConfig) -> LoraConfig:
+def with_fused_layers(config: PeftConfig) -> PeftConfig:
     """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers;
-    unchanged where the user asks for plain ones.
+    unchanged where the user asks for plain ones, and where it makes none.
     """
-    if not runtime.own_kernels_wanted():
+    if not runtime.own_kernels_wanted() or not isinstance(config, LoraConfig):
         return config
     config._register_custom_module({nn.Linear: _layer})
     return config

@@ -11,6 +11,8 @@ from transformers import BitsAndBytesConfig
 from gemma_ft import runtime
 
 Kind = Literal["nf4", "int8"]
+# PEFT's DoRA reads every weight in each pass; bitsandbytes then takes an int8 layer for one without scales.
+INT8_DORA = "a DoRA adapter cannot be used over int8 weights (bitsandbytes loses their scales); use nf4, or none"
 PACKED_ROWS = 32  # output features that bitsandbytes' packed CPU kernel takes at a time
 
 

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gemma_ft.adapters.kinds import lora_fault, type_fault
+from gemma_ft.adapters.token_rows import HEAD, LAYER
 from gemma_ft.errors import UserError, first_line
 
 
 def adapter_config(adapter: Path) -> Any:
-    """PEFT's config of a LoRA, rsLoRA or DoRA adapter, which live wholly in the layers that they wrap.
+    """PEFT's config of an adapter that is computed here as PEFT computes it (adapters/kinds.py).
 
-    Raises: UserError for other kinds, whose work is done by PEFT's wrapper around the model, and would be lost; and for
-    ranks and alphas that are none, which PEFT takes as they are.
+    Raises: UserError for other kinds; for what a newer PEFT wrote and this one would drop; and for ranks and alphas
+    that are none, which PEFT takes as they are.
     """
+    path = adapter / "adapter_config.json"
+    said = _read(path)
+    fault = type_fault(said["peft_type"]) if isinstance(said.get("peft_type"), str) else None
+    if fault is not None:
+        raise UserError(f"{path}: {fault}")
     from peft import LoraConfig, PeftConfig
 
-    path = adapter / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ImportError) as error:
         raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if not isinstance(config, LoraConfig) or kind != "LORA":
-        raise UserError(f"{path}: a {kind} adapter is not supported; only LoRA, rsLoRA and DoRA are")
-    odd = next((name for name in ("alora_invocation_tokens", "layer_replication") if getattr(config, name, None)), None)
-    if odd is not None:
-        raise UserError(f"{path}: {odd} is set, which is not supported; only plain LoRA, rsLoRA and DoRA are")
+    fault = _newer_fault(said, config) or (lora_fault(config) if isinstance(config, LoraConfig) else None)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}")
+    if not isinstance(config, LoraConfig):  # rows of tokens alone
+        return config
     fault = (
         _rank_fault("r", config.r)
         or _alpha_fault("lora_alpha", config.lora_alpha)
@@ -39,6 +46,57 @@ def adapter_config(adapter: Path) -> Any:
     if fault is not None:
         raise UserError(f"{path}: {fault}; fetch it again")
     return config
+
+
+def for_loading(config: Any) -> Any:
+    """`config`, so that PEFT gives its layers no start of their own (a decomposition of each weight, for some), which
+    the weights of the file then overwrite.
+    """
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True
+    return config
+
+
+def saved_base_weights(names: Iterable[str], config: Any) -> list[str]:
+    """Of the tensors of an adapter those that are weights of its base, which PEFT saves beside what it trained: the
+    embedding where it is a target or was resized, and biases that were trained in place.
+    """
+    whole = {one.rpartition(".")[2] for one in getattr(config, "modules_to_save", None) or ()}
+    apart = bool(whole & {LAYER, HEAD})  # then these are what was trained
+    biased = getattr(config, "bias", "none") != "none"
+    found = []
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        table = module.removesuffix(".base_layer").rpartition(".")[2] in (LAYER, HEAD) and kind == "weight"
+        if (table and (module.endswith(".base_layer") or not apart)) or (
+            biased and kind == "bias" and ".lora_" not in name
+        ):
+            found.append(name)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
+    return said if isinstance(said, dict) else {}
+
+
+def _newer_fault(said: dict[str, Any], config: Any) -> str | None:
+    """What a newer PEFT set that this one does not know, and would leave out of the computation; or None."""
+    from peft import __version__
+
+    version = said.get("peft_version")
+    known = {one.name for one in dataclasses.fields(config)}
+    unknown = next((key for key, value in said.items() if key not in known and value), None)
+    if unknown is None or not isinstance(version, str) or _numbers(version) <= _numbers(__version__):
+        return None
+    return f"{unknown}: was set by PEFT {version}, {__version__} does not know it; install that PEFT"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(one) for one in re.findall(r"\d+", version)[:3]]
 
 
 def _rank_fault(key: str, value: Any) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_ft.errors import UserError
 
-LAYER = "embed_tokens"
+LAYER, HEAD = "embed_tokens", "lm_head"  # one tensor in every Gemma
 _PLACE = f"base_model.model.model.{LAYER}.token_adapter."
 TRAINED = f"{_PLACE}trainable_tokens_delta"  # whole rows, whatever the name says
 INITIAL = f"{_PLACE}trainable_tokens_original"  # PEFT has it in memory and ignores it in a file
@@ -46,22 +46,42 @@ def weight_name(model: Any, rows: Any) -> str:
     return next(name for name, one in model.named_parameters() if one is rows.weight)
 
 
-def added_by(config: Any, path: Path) -> Added | None:
-    """The tokens whose rows an adapter trains, by its PEFT config; None where there are none.
+def rows_trained(config: Any, path: Path) -> dict[str, list[int]]:
+    """Layer -> ids of the tokens whose rows an adapter trains in it, by its PEFT config; empty where there are none.
 
-    Raises: UserError where their ids are not one run, for the embedding.
+    Raises: UserError for what are no ids.
     """
     found = getattr(config, "trainable_token_indices", None)
-    if not found:
+    key = "trainable_token_indices"
+    if hasattr(config, "token_indices"):  # PEFT's type that has nothing else
+        key, layers = "token_indices", config.target_modules or LAYER
+        found = dict.fromkeys([layers] if isinstance(layers, str) else layers, config.token_indices)
+    rows = {LAYER: found} if isinstance(found, list) else found or {}
+    good = isinstance(rows, dict) and all(isinstance(ids, list) and ids for ids in rows.values())
+    if not good or any(type(one) is not int or not 0 <= one < 2**31 for ids in rows.values() for one in ids):
+        raise UserError(f"{path}: {key}: expected ids of tokens, got {found!r}; fetch it again")
+    return rows
+
+
+def added_by(config: Any, path: Path, known: int) -> Added | None:
+    """The tokens that an adapter adds to the `known` ones of its base; None where all rows it trains are the base's.
+
+    Raises: UserError where those beyond the base's are not one run behind them, for the embedding, and nothing else.
+    """
+    rows = rows_trained(config, path)
+    highest = max((one for ids in rows.values() for one in ids), default=-1)
+    if highest < known:
         return None
-    ids: Any = found.get(LAYER) if isinstance(found, dict) and len(found) == 1 else found
-    numbers = isinstance(ids, list) and ids and all(type(one) is int and 0 <= one < 2**31 for one in ids)
-    if not numbers or ids != list(range(ids[0], ids[0] + len(ids))):
+    ids = next(iter(rows.values()))
+    own = hasattr(config, "trainable_token_indices") and all(ids == other for other in rows.values())
+    behind = ids == list(range(known, known + len(ids)))
+    if not own or not behind or not any(one.rpartition(".")[2] == LAYER for one in rows):
         raise UserError(
-            f"{path}: trainable_token_indices: expected ids of {LAYER}, one after the other; other rows are not "
-            "supported"
+            f"{path}: trains the rows of tokens up to id {highest}, its base has {known}; rows that are added must be "
+            f"all that is trained of {LAYER}, and follow each other from id {known}: give a base whose embedding was "
+            "resized to them, or the base that it was trained on"
         )
-    return Added(ids[0], len(ids))
+    return Added(known, len(ids))
 
 
 def add_to_folder(folder: Path, trained: Tensor, initial: Tensor) -> None:

@@ -167,8 +167,8 @@ def _check_merged(merged: Path, place: Place) -> None:
     """
     rows = [WeightFiles.open(folder).info(EMBEDDING).shape[0] for folder in (merged, folder_of(place.base))]
     if place.adapter is not None:
-        added = added_by(adapter_config(place.adapter), place.adapter / "adapter_config.json")
-        rows[1] = max(rows[1], added.first + added.count if added else 0)
+        added = added_by(adapter_config(place.adapter), place.adapter / "adapter_config.json", rows[1])
+        rows[1] += added.count if added else 0
     if rows[0] != rows[1]:
         raise UserError(f"--merged {merged}: has {rows[0]} tokens, {place.base.name} {rows[1]}; give a merge of it")
     contract = Contract.read(merged)

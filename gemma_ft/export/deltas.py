@@ -1,76 +1,30 @@
-"""What an adapter folder changes in its base: LoRA, rsLoRA, DoRA, and weights that were trained as a whole.
+"""What an adapter folder changes in its base: LoRA, rsLoRA, DoRA, rows of tokens, and weights that were trained as a
+whole.
 
 Everything is read and checked before the base is touched; each tensor of the folder is used exactly once or refused.
-Letters: O rows and I columns of a base weight, R rank.
+Embedding and head are one tensor in every Gemma: what changes either must have stayed one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from gemma_ft.adapters.saved import adapter_config
-from gemma_ft.adapters.token_rows import INITIAL, TRAINED, Added, added_by
+from gemma_ft.adapters.token_rows import INITIAL, Added, added_by, rows_trained
 from gemma_ft.errors import UserError
+from gemma_ft.export.low_rank import ENDINGS, FIRST_ZERO, LowRank, add_low_rank
 from gemma_ft.weights import EMBEDDING, HEAD, WeightFiles
 
 _PREFIX = "base_model.model."
-_PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
-# Initial weights that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) start by rewriting it.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Settings of PEFT under which an adapter computes something else than W + scale * B A, beside those that no model of
-# ours takes (adapters.saved).
-_OTHER_FORMS = (
-    "fan_in_fan_out",
-    "lora_bias",
-    "megatron_config",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "target_parameters",
-)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a weight of `dtype` is merged in: float32, or wider where it is."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def add_low_rank(weight: Tensor, a: Tensor, b: Tensor, *, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    """`weight` [O, I] changed in place to W + scale * B A, for A [R, I] and B [O, R]; returned.
-
-    With a magnitude m [O] (DoRA) each row is then brought to its length: m * (W + scale * B A) / |W + scale * B A|.
-    The arithmetic has the dtype of `weight`, which is float32 or wider; no second tensor of its size is made.
-    Source: arXiv:2106.09685 eq. 3; arXiv:2402.09353 eq. 5; peft 0.21.2 tuners/lora/layer.py `get_delta_weight`,
-    variants.py `DoraLinearVariant.merge_safe`.
-    """
-    assert weight.dtype == wide(weight.dtype), "a merge in less than float32 loses what was trained"
-    weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=scale)
-    if magnitude is not None:
-        weight.mul_((magnitude.to(weight.dtype) / torch.linalg.vector_norm(weight, dim=1))[:, None])
-    return weight
-
-
-@dataclass
-class _LowRank:
-    """The names of the tensors that change one weight, and by how much."""
-
-    names: dict[str, str] = field(default_factory=dict)  # a, b, magnitude -> tensor of the adapter
-    rank: int = 0
-    scale: float = 0.0
+_ROWS = "trainable_tokens_delta"  # whole rows, whatever the name says
+_BASE = ".base_layer.weight"  # a weight of the base that PEFT saved beside what changes it
+# Settings of PEFT's LoRA under which its factors are not all that changes a weight, or are kept in another form.
+_OTHER_FORMS = ("lora_bias", "use_bdlora", "monteclora_config", "target_parameters")
 
 
 class Adapter:
@@ -79,18 +33,19 @@ class Adapter:
     `share` is its weight in a linear combination of several.
     """
 
-    def __init__(self, folder: Path, files: WeightFiles, config: LoraConfig, share: float) -> None:
+    def __init__(self, folder: Path, files: WeightFiles, config: Any, share: float) -> None:
         self.folder, self.files, self.config, self.share = folder, files, config, share
-        self._low_rank: dict[str, _LowRank] = {}
-        self._whole: dict[str, str] = {}  # trained as a whole (modules_to_save): target -> tensor of the adapter
-        self.added = self._added()
+        self._low_rank: dict[str, LowRank] = {}
+        self._whole: dict[str, str] = {}  # replaced as a whole (modules_to_save): target -> tensor of the adapter
+        self._rows: str | None = None  # the tensor that holds rows of tokens, and their ids
+        self._ids: list[int] = []
+        self.added: Added | None = None  # how many of them the base does not have, once it is known
         for name in files.names:
-            if name not in (TRAINED, INITIAL):
-                self._place(name)
+            self._place(name)
+        self._place_rows()
         for target, change in self._low_rank.items():
-            missing = {"a", "b"} - change.names.keys()
-            if missing or (config.use_dora and "magnitude" not in change.names):
-                part = "lora_magnitude_vector" if not missing else f"lora_{missing.pop().upper()}"
+            if change.missing or (config.use_dora and "magnitude" not in change.names):
+                part = f"lora_{change.missing.pop().upper()}" if change.missing else "lora_magnitude_vector"
                 raise UserError(f"{folder}: has no {part} for {target}; the adapter is not whole, save it again")
             change.rank, change.scale = self._scale(target.removesuffix(".weight"))
         self._tie()
@@ -106,29 +61,26 @@ class Adapter:
         odd = next((name for name in _OTHER_FORMS if getattr(config, name, None)), None)
         if odd is not None:
             raise UserError(f"{path}: {odd} is set, which cannot be merged; only LoRA, rsLoRA and DoRA can")
-        if config.init_lora_weights not in _PLAIN_STARTS:
-            raise UserError(
-                f"{path}: init_lora_weights {config.init_lora_weights!r} rewrote the base; save it as a plain LoRA "
-                "with PEFT's path_initial_model_for_weight_conversion"
-            )
         return cls(folder, WeightFiles.open(folder, stem="adapter_model"), config, share)
 
     @property
     def targets(self) -> set[str]:
         """Names of the base weights that change."""
-        return {*self._low_rank, *self._whole, *([EMBEDDING] if self.added else [])}
+        return {*self._low_rank, *self._whole, *([EMBEDDING] if self._ids else [])}
 
     @property
     def kind(self) -> str:
-        """lora, rslora or dora."""
+        """lora, rslora, dora, or token_rows where nothing else was trained."""
+        if not self._low_rank and self._ids:
+            return "token_rows"
         if any("magnitude" in change.names for change in self._low_rank.values()):
             return "dora"
         return "rslora" if self.config.use_rslora else "lora"
 
     @property
     def combines(self) -> bool:
-        """Whether it is a sum that can be weighted: neither magnitudes nor whole weights nor tokens of its own."""
-        return self.kind != "dora" and not self._whole and self.added is None
+        """Whether it is a sum that can be weighted: neither magnitudes nor whole weights nor rows of tokens."""
+        return self.kind != "dora" and not self._whole and not self._ids
 
     def replaces(self, target: str) -> bool:
         """Whether the base's value of a weight is not needed."""
@@ -138,70 +90,74 @@ class Adapter:
         """`weight` [O, I] of the base, float32 or wider, changed in place as the adapter says; returned. The embedding
         grows by the rows of added tokens.
         """
-        if target == EMBEDDING and self.added is not None:
-            return torch.cat((weight, self.files.tensor(TRAINED).to(weight.dtype)))
         if target in self._whole:
-            return weight.copy_(self.files.tensor(self._whole[target]))
-        change = self._low_rank.get(target)
-        if change is None:
+            weight.copy_(self.files.tensor(self._whole[target]))
+        if target in self._low_rank:
+            change = self._low_rank[target]
+            add_low_rank(weight, **change.parts(self.files), scale=change.scale * self.share)
+        if target != EMBEDDING or self._rows is None:
             return weight
-        parts = {part: self.files.tensor(name) for part, name in change.names.items()}
-        return add_low_rank(weight, **parts, scale=change.scale * self.share)
+        rows = self.files.tensor(self._rows).to(weight.dtype)
+        return torch.cat((weight, rows)) if self.added else weight.index_copy_(0, torch.tensor(self._ids), rows)
 
     def check_against(self, shapes: dict[str, tuple[int, ...]], base: str) -> None:
         """Raises UserError naming the first tensor that has no place in a base of these shapes, or does not fit it."""
-        if self.added is not None:
-            rows, width = shapes[EMBEDDING]
-            first, found = self.added.first, self.files.info(TRAINED).shape
-            if first < rows:
-                raise UserError(f"{self.folder}: trains rows that {base} has itself (from id {first}); wrong base?")
-            if first != rows or found[1:] != (width,):
-                raise UserError(
-                    f"{self.folder}: adds tokens from id {first} in rows of {found[-1]}, {base} has {rows} rows of "
-                    f"{width}; wrong base?"
-                )
-        for target in sorted(self.targets - ({EMBEDDING} if self.added else set())):
-            change = self._low_rank.get(target)
-            names = change.names if change else {"whole": self._whole[target]}
+        if self._rows is not None:
+            known, width = shapes[EMBEDDING]
+            self.added = added_by(self.config, self.folder / "adapter_config.json", known)
+            self._check_shape(self._rows, (len(self._ids), width), base)
+        for target in sorted(self.targets - ({EMBEDDING} if self._rows else set())):
+            names = list(self._low_rank[target].names.values()) if target in self._low_rank else [self._whole[target]]
             if target not in shapes:
-                raise UserError(f"{self.folder}: {names.popitem()[1]} belongs to no weight of {base}; wrong base?")
-            rows, *columns = shapes[target]
-            wanted = {"whole": shapes[target], "magnitude": (rows,)}
-            if change:
-                wanted |= {"a": (change.rank, *columns), "b": (rows, change.rank)}
-            for part, name in names.items():
-                found = self.files.info(name).shape
-                if found != wanted[part]:
-                    raise UserError(
-                        f"{self.folder}: {name} is {list(found)}, {base} asks for {list(wanted[part])}; wrong base, or "
-                        "a config that is not this adapter's"
-                    )
+                raise UserError(f"{self.folder}: {names[-1]} belongs to no weight of {base}; wrong base?")
+            if target in self._whole:
+                self._check_shape(self._whole[target], shapes[target], base)
+            wrong = self._low_rank[target].misfit(self.files, shapes[target]) if target in self._low_rank else None
+            if wrong is not None:
+                self._check_shape(*wrong, base)
 
-    def _added(self) -> Added | None:
-        """Raises: UserError where the file does not hold the rows that the config speaks of."""
-        said = added_by(self.config, self.folder / "adapter_config.json")
-        if said is None:
-            return None
-        count = self.files.info(TRAINED).shape[0] if TRAINED in self.files.names else 0
-        if count != said.count:
-            raise UserError(f"{self.folder}: has rows of {count} tokens, the config names {said.count}; save it again")
-        return said
+    def _check_shape(self, name: str, wanted: tuple[int, ...], base: str) -> None:
+        """Raises: UserError where a tensor is not of the shape that the base asks for."""
+        found = self.files.info(name).shape
+        if found != wanted:
+            raise UserError(
+                f"{self.folder}: {name} is {list(found)}, {base} asks for {list(wanted)}; wrong base, or a config that "
+                "is not this adapter's"
+            )
+
+    def _place_rows(self) -> None:
+        """Raises: UserError where the file does not hold the rows that the config speaks of, for both ends of the
+        model.
+        """
+        rows = rows_trained(self.config, self.folder / "adapter_config.json")
+        if not rows:
+            return
+        self._ids = next(iter(rows.values()))
+        held = [name for name in self.files.names if name.endswith(_ROWS)]
+        count = self.files.info(held[0]).shape[0] if held else 0
+        if count != len(self._ids):
+            raise UserError(
+                f"{self.folder}: has rows of {count} tokens, the config names {len(self._ids)}; save it again"
+            )
+        ends = {name for name in held if name.removeprefix(_PREFIX).startswith(EMBEDDING.removesuffix("weight"))}
+        first = self.files.tensor(held[0])
+        alike = all(ids == self._ids for ids in rows.values())
+        if not ends or not alike or any(not torch.equal(self.files.tensor(name), first) for name in held[1:]):
+            raise UserError(f"{self.folder}: {_APART}")
+        (self._rows,) = ends
 
     def _place(self, name: str) -> None:
         """Find out which weight a tensor belongs to. Raises: UserError for a tensor that no merge can use."""
+        if name == INITIAL or name.endswith(_ROWS):
+            return
         inner = name.removeprefix(_PREFIX)
-        for ending, part in _PARTS.items():
+        for ending, part in ENDINGS.items():
             if name.startswith(_PREFIX) and inner.endswith(ending):
-                target = inner.removesuffix(ending) + ".weight"
-                if target in (EMBEDDING, HEAD):
-                    raise UserError(f"{self.folder}: {name}: {_TIED}")
-                self._low_rank.setdefault(target, _LowRank()).names[part] = name
+                self._low_rank.setdefault(inner.removesuffix(ending) + ".weight", LowRank()).names[part] = name
                 return
-        if ".lora_embedding_" in name or name.endswith(".base_layer.weight"):
-            raise UserError(f"{self.folder}: {name}: {_TIED}")
         if not name.startswith(_PREFIX) or "lora_" in inner or not inner.endswith(".weight"):
             raise UserError(f"{self.folder}: {name} cannot be merged; only LoRA, rsLoRA and DoRA can")
-        self._whole[inner] = name
+        self._whole[inner.replace(_BASE, ".weight")] = name
 
     def _scale(self, module: str) -> tuple[int, float]:
         """Rank and scale of one module: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732 theorem 3.2).
@@ -220,38 +176,46 @@ class Adapter:
         return rank, scale
 
     def _tie(self) -> None:
-        """Embedding and head are one tensor in every Gemma: what was trained must have stayed one."""
-        found = [target for target in (EMBEDDING, HEAD) if target in self._whole]
-        if not found:
-            return
-        if len(found) == 2:
-            one, other = (self.files.tensor(self._whole[target]) for target in found)
-            tied = torch.equal(one, other)
-        else:  # PEFT trains a copy of the one it was told of, unless it was told to tie the other to it
-            module = found[0].removesuffix(".weight").rpartition(".")[2]
-            copied = any(name.rpartition(".")[2] == module for name in self.config.modules_to_save or ())
-            tied = self.config.ensure_weight_tying or not copied
-        if not tied:
-            raise UserError(
-                f"{self.folder}: embedding and head were trained apart, but are one tensor in every Gemma; train with "
-                "ensure_weight_tying=True in PEFT's LoraConfig"
-            )
-        self._whole[EMBEDDING] = self._whole.pop(found[0])
-        self._whole.pop(HEAD, None)
+        """Raises: UserError where embedding and head did not stay one; the change of both is the embedding's."""
+        for changes in (self._low_rank, self._whole):
+            found = [target for target in (EMBEDDING, HEAD) if target in changes]
+            if len(found) == 2:
+                one, other = (self._values(target, changes) for target in found)
+                tied = one.keys() == other.keys() and all(torch.equal(one[part], other[part]) for part in one)
+            else:  # PEFT trains a copy of the one it was told of, unless it was told to tie the other to it
+                tied = not found or self.config.ensure_weight_tying or not self._was_target(found[0])
+            if not tied or any("magnitude" in self._low_rank[one].names for one in found if one in self._low_rank):
+                raise UserError(f"{self.folder}: {_APART}")
+            if found == [HEAD]:
+                changes[EMBEDDING] = changes[HEAD]  # type: ignore[assignment]
+            changes.pop(HEAD, None)
+
+    def _values(self, target: str, changes: dict[str, Any]) -> dict[str, Tensor]:
+        change = changes[target]
+        return change.parts(self.files) if isinstance(change, LowRank) else {"whole": self.files.tensor(change)}
+
+    def _was_target(self, target: str) -> bool:
+        """Whether a weight was named to be trained, and is not one that PEFT saved beside others."""
+        module = target.removesuffix(".weight").rpartition(".")[2]
+        copied = any(name.rpartition(".")[2] == module for name in self.config.modules_to_save or ())
+        return copied or target in self._low_rank
 
     def _check_values(self) -> None:
         """Raises UserError for values that are not finite, and for an adapter that changes nothing."""
-        does_something = bool(self._whole) or self.added is not None
+        does_something = bool(self._ids) or any(_BASE not in name for name in self._whole.values())
         for name in self.files.names:
             tensor = self.files.tensor(name)
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{self.folder}: {name} holds NaN or infinite values; take an earlier checkpoint")
-            does_something |= name.endswith(".lora_B.weight") and bool(tensor.any())
+            does_something |= name.endswith(FIRST_ZERO) and bool(tensor.any())
         if not does_something and self.kind != "dora":
             raise UserError(f"{self.folder}: every lora_B is zero, so it was never trained; there is nothing to merge")
 
 
-_TIED = "an adapter on the embedding or the head cannot be merged: they are one tensor in every Gemma"
+_APART = (
+    "embedding and head were trained apart, but are one tensor in every Gemma; train with ensure_weight_tying=True in "
+    "PEFT's LoraConfig"
+)
 
 
 def facts_of(adapter: Adapter) -> dict[str, Any]:
@@ -260,6 +224,6 @@ def facts_of(adapter: Adapter) -> dict[str, Any]:
         "folder": "/".join(adapter.folder.resolve().parts[-2:]),
         "weight": adapter.share,
         "kind": adapter.kind,
-        "rank": adapter.config.r,
+        "rank": getattr(adapter.config, "r", None),
         "sha256": adapter.files.fingerprint(),
     }

@@ -13,8 +13,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft import runtime
 from gemma_ft.contract import Contract
 from gemma_ft.errors import RecipeError, UserError
-from gemma_ft.export.deltas import Adapter, wide
+from gemma_ft.export.deltas import Adapter
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
+from gemma_ft.export.low_rank import wide
 from gemma_ft.load import Place, check_base
 from gemma_ft.located import folder_of
 from gemma_ft.model.config import config_in

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gemma_ft.errors import UserError
-from gemma_ft.export.deltas import Adapter, add_low_rank
+from gemma_ft.export.deltas import Adapter
+from gemma_ft.export.low_rank import add_low_rank
 from tests.export.tuned import wrap
 from tests.parity.amplified import ours, relative
 
@@ -83,17 +84,16 @@ ONLY = "only LoRA, rsLoRA and DoRA can"
     ("fields", "line"),
     [
         ({"lora_bias": True}, f"A/adapter_config.json: lora_bias is set, which cannot be merged; {ONLY}"),
-        ({"fan_in_fan_out": True}, f"A/adapter_config.json: fan_in_fan_out is set, which cannot be merged; {ONLY}"),
+        ({"target_parameters": ["q_proj.weight"]},
+         f"A/adapter_config.json: target_parameters is set, which cannot be merged; {ONLY}"),
         ({"trainable_token_indices": [1]}, "A: has rows of 0 tokens, the config names 1; save it again"),
         ({"trainable_token_indices": {"embed_tokens": [1, 3]}},
-         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
-         "rows are not supported"),
+         "A: has rows of 0 tokens, the config names 2; save it again"),
         ({"trainable_token_indices": {"embed_tokens": []}},
-         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
-         "rows are not supported"),
-        ({"trainable_token_indices": {"lm_head": [1]}},
-         "A/adapter_config.json: trainable_token_indices: expected ids of embed_tokens, one after the other; other "
-         "rows are not supported"),
+         "A/adapter_config.json: trainable_token_indices: expected ids of tokens, got {'embed_tokens': []}; fetch it "
+         "again"),
+        ({"trainable_token_indices": [1.5]},
+         "A/adapter_config.json: trainable_token_indices: expected ids of tokens, got [1.5]; fetch it again"),
         ({"init_lora_weights": "pissa"},
          "A/adapter_config.json: init_lora_weights 'pissa' rewrote the base; save it as a plain LoRA with PEFT's "
          "path_initial_model_for_weight_conversion"),
@@ -150,6 +150,12 @@ def test_patterns_of_ranks_and_alphas_are_followed(tmp_path: Path) -> None:
     Adapter.open(tmp_path)
 
 
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", "mica", True, False])
+def test_a_start_that_leaves_the_base_is_merged(start: Any, adapter: Path) -> None:
+    set_config(adapter, init_lora_weights=start)
+    assert Adapter.open(adapter).kind == "lora"
+
+
 def nan_in(weights: dict[str, torch.Tensor]) -> None:
     weights[f"{Q0}.lora_A.weight"][0, 0] = torch.nan
 
@@ -178,11 +184,7 @@ def renamed(new: str) -> Callable[[dict[str, torch.Tensor]], None]:
         (renamed(f"{Q0}.ia3_l"), f"A: {Q0}.ia3_l cannot be merged; {ONLY}"),
         (renamed("prompt_embeddings"), f"A: prompt_embeddings cannot be merged; {ONLY}"),
         (renamed("base_model.model.model.embed_tokens.lora_embedding_A"),
-         "A: base_model.model.model.embed_tokens.lora_embedding_A: an adapter on the embedding or the head cannot be "
-         "merged: they are one tensor in every Gemma"),
-        (renamed("base_model.model.lm_head.lora_B.weight"),
-         "A: base_model.model.lm_head.lora_B.weight: an adapter on the embedding or the head cannot be merged: they "
-         "are one tensor in every Gemma"),
+         "A: has no lora_A for model.embed_tokens.weight; the adapter is not whole, save it again"),
     ],
 )  # fmt: skip
 def test_a_tensor_that_no_merge_can_use_is_refused(change: Any, line: str, adapter: Path) -> None:
@@ -190,9 +192,19 @@ def test_a_tensor_that_no_merge_can_use_is_refused(change: Any, line: str, adapt
     assert refused(adapter) == line
 
 
-@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
-def test_embedding_and_head_that_were_trained_apart_are_refused(modules: list[str], tmp_path: Path) -> None:
-    wrap(ours("gemma-2b"), target_modules=["q_proj"], modules_to_save=modules).save_pretrained(tmp_path)
+APART: list[dict[str, Any]] = [
+    *({"modules_to_save": one} for one in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])),
+    *({"target_modules": ["q_proj", *one]} for one in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])),
+    {"target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True},
+    {"trainable_token_indices": {"lm_head": [3, 4]}},
+    {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3, 5]}},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", APART, ids=str)
+def test_embedding_and_head_that_were_trained_apart_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    wrap(ours("gemma-2b"), **{"target_modules": ["q_proj"], **settings}).save_pretrained(tmp_path)
     assert refused(tmp_path) == (
         "A: embedding and head were trained apart, but are one tensor in every Gemma; train with "
         "ensure_weight_tying=True in PEFT's LoraConfig"
@@ -211,7 +223,10 @@ def test_embedding_and_head_that_were_trained_as_one_are_the_embedding(module: s
 
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
     get_peft_model(ours("gemma-2b"), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert refused(tmp_path) == "A/adapter_config.json: a LOHA adapter is not supported; only LoRA, rsLoRA and DoRA are"
+    assert refused(tmp_path) == (
+        "A/adapter_config.json: a LOHA adapter is not supported: it changes layers otherwise than LoRA does; merge it "
+        "with PEFT (merge_and_unload) where it was trained, and give the merged folder"
+    )
 
 
 def test_a_config_that_is_no_json_is_refused(adapter: Path) -> None:

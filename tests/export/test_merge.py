@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +37,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "few targets": {"target_modules": ["q_proj", "down_proj"]},
     "norms as a whole": {"modules_to_save": ["norm"]},
     "embedding as a whole": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "rows of tokens": {"trainable_token_indices": [3, 40, 12]},
+    "rows of tokens, both ends named": {"trainable_token_indices": {"embed_tokens": [7], "lm_head": [7]}},
+    "rows of tokens and a norm": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": [5],
+        "modules_to_save": ["norm"],
+    },
+    "a setting that linear layers ignore": {"fan_in_fan_out": True},
 }
 FILES = ["chat_template.jinja", "config.json", "gemma_ft.json", "generation_config.json", "merge.json",
          "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]  # fmt: skip
@@ -66,6 +74,55 @@ def test_a_merge_is_that_of_peft(kind: str, base: Path, first_base: Path, tmp_pa
         assert {name for name in before if not same_bytes(found[name], before[name])} == changed
         assert facts.changed == len(changed) > 0
         assert facts.tensors == len(before)
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "one": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "among others": {
+        "target_modules": ["q_proj", "lm_head", "embed_tokens"], "ensure_weight_tying": True, "use_rslora": True,
+    },
+    "with ranks of their own": {
+        "target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True,
+        "rank_pattern": {"embed_tokens": 2, "lm_head": 2}, "alpha_pattern": {"embed_tokens": 3, "lm_head": 3},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TIED)
+def test_lora_on_the_tied_embedding_is_merged_once(kind: str, base: Path, tmp_path: Path) -> None:
+    """The adapter as it is applied is the measure: peft 0.21.2's own merge adds it to the shared tensor twice, once for
+    each end of the model.
+    """
+    adapter = save_tuned(tmp_path / "adapter", base, native(base, torch.float32), **TIED[kind])
+    merge_to_folder(place_of(adapter), tmp_path / "merged")
+    ids = torch.arange(8, 40)[None]
+    live = load_model(adapter, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected, found = live(ids).logits, stock(ids).logits
+    assert relative(found, expected) <= 1e-5
+    assert relative(native(base, torch.float32).eval()(ids).logits, expected) > 1e-2
+
+
+def test_an_adapter_of_rows_alone_is_merged(base: Path, tmp_path: Path) -> None:
+    """PEFT's type TRAINABLE_TOKENS, which saves the rows for both ends of the model."""
+    wrapped = get_peft_model(native(base, torch.float32), TrainableTokensConfig(token_indices=[9, 4]))
+    with torch.no_grad():
+        for weight in wrapped.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.ones_like(weight))
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    facts = merge_to_folder(place_of(tmp_path / "adapter"), tmp_path / "merged")
+    assert (facts.changed, facts.adapters[0]["kind"], facts.adapters[0]["rank"]) == (1, "token_rows", None)
+    before, after = (
+        tensors(base)["model.embed_tokens.weight"],
+        tensors(tmp_path / "merged")["model.embed_tokens.weight"],
+    )
+    torch.testing.assert_close(after[[4, 9]], before[[4, 9]] + 1)
+    others = [row for row in range(len(before)) if row not in (4, 9)]
+    assert torch.equal(after[others], before[others])
 
 
 def test_fault_26_untouched_tensors_keep_their_bytes_and_dtype(base_bf16: Path, tmp_path: Path) -> None:

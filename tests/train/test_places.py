@@ -229,10 +229,15 @@ def test_an_adapter_is_what_was_saved(run: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "a PROMPT_TUNING adapter is not supported; only LoRA, rsLoRA and DoRA are"),
+        (
+            {"peft_type": "PROMPT_TUNING"},
+            "a PROMPT_TUNING adapter is not supported: part of it is not in the layers but around the model, and "
+            "cannot be merged either; train LoRA",
+        ),
         (
             {"alora_invocation_tokens": [5]},
-            "alora_invocation_tokens is set, which is not supported; only plain LoRA, rsLoRA and DoRA are",
+            "alora_invocation_tokens is set, which is not supported: PEFT switches it on by the prompt's tokens, "
+            "around the model; train plain LoRA",
         ),
         (
             {"base_model_name_or_path": 5},
