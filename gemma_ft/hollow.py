@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
-from gemma_ft.adapters.quantize import Kind, keep_trainable, make_hollow, quantization_config
+from gemma_ft.adapters.quantize import Kind, make_hollow, quantization_config
 from gemma_ft.errors import UserError
 from gemma_ft.load import checked_folder
 from gemma_ft.located import Source
 from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.linear import keep_trainable
 from gemma_ft.weights import WeightFiles
 
 

@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft import runtime
-from gemma_ft.adapters.quantize import INT8_DORA, Kind, allow_packing, keep_trainable, quantization_config
+from gemma_ft.adapters.kinds import quantized_fault
+from gemma_ft.adapters.quantize import Kind, allow_packing, quantization_config
 from gemma_ft.adapters.saved import adapter_config, for_loading, saved_base_weights
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
 from gemma_ft.added_tokens import take_rows
@@ -40,8 +41,8 @@ def load_base(
 ) -> Any:
     """A model from a folder or hub id, frozen weights quantized on the way in when asked.
 
-    `trainable`: False for a model that is only asked: 4-bit weights may then be packed for speed, after which no
-    gradient passes them.
+    `trainable`: False for a model that is only asked: 4-bit weights may then be packed for speed, after which a
+    backward is refused.
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else runtime.default_device()
@@ -61,9 +62,7 @@ def load_base(
         from gemma_ft.adapters.unpacked import keep_unpacked
 
         keep_unpacked(model)
-    if trainable:
-        keep_trainable(model)
-    elif quantize == "nf4":
+    if not trainable and quantize == "nf4":
         allow_packing(model)
     return model
 
@@ -165,7 +164,7 @@ def load_model(
 
     `quantize`: None, "nf4" or "int8" for the frozen weights, "auto" for what the adapter was trained over. `adapter`:
     an adapter folder to put on the model that `path` names. A run directory gives its adapter on its base, or its fully
-    tuned model. The model is to be asked, not trained on.
+    tuned model. The model is to be asked: a backward is refused where its 4-bit weights were packed for speed.
     Raises: UserError when there is no such model, or the adapter's base cannot be found or is another.
     """
     if quantize not in (None, "nf4", "int8", "auto"):
@@ -181,8 +180,9 @@ def model_at(
     """The model of a place; the rest as `load_model`."""
     check_base(place)
     kind = place.trained_over if quantize == "auto" else quantize
-    if kind == "int8" and place.adapter is not None and getattr(adapter_config(place.adapter), "use_dora", False):
-        raise UserError(f"{place.adapter}: {INT8_DORA}")
+    fault = quantized_fault(adapter_config(place.adapter), kind) if place.adapter is not None else None
+    if fault is not None:
+        raise UserError(f"{place.adapter}/adapter_config.json: {fault}")
     double_quant = place.contract is None or place.adapter is None or place.contract.double_quant
     model = load_base(
         place.base,

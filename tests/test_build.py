@@ -14,7 +14,7 @@ import torch
 from transformers.integrations import replace_with_bnb_linear
 
 from gemma_ft.adapters.lora import add_adapter
-from gemma_ft.adapters.quantize import keep_trainable, quantization_config
+from gemma_ft.adapters.quantize import quantization_config
 from gemma_ft.build import build_model
 from gemma_ft.build_inputs import build_tokenizer, weights_source
 from gemma_ft.errors import UserError
@@ -22,6 +22,7 @@ from gemma_ft.load import load_model
 from gemma_ft.located import Source, model_source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_recipes, shipped_root
 from gemma_ft.recipe.schema import Recipe

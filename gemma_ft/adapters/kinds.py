@@ -83,3 +83,23 @@ def lora_fault(config: Any) -> str | None:
         return f"init_lora_weights {start!r} rewrote the base; {STARTS[row]}"
     task = getattr(config.task_type, "value", config.task_type)
     return None if task in TASKS else f"task_type {task} is not supported; only adapters for CAUSAL_LM are"
+
+
+# PEFT's layers over quantized weights lack them.
+_NOT_QUANTIZED = ("monteclora_config", "use_bdlora", "velora_config")
+_QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def quantized_fault(config: Any, kind: str | None) -> str | None:
+    """Why an adapter cannot be computed over frozen weights that are stored as `kind`, or None."""
+    if kind is None:
+        return None
+    if kind == "int8" and getattr(config, "use_dora", False):
+        # PEFT reads each weight, and bitsandbytes then takes the layer for one whose scales it has in hand
+        return "use_dora is set, which cannot be computed over int8 weights; take nf4, or the weights as they are"
+    odd = next((name for name in _NOT_QUANTIZED if getattr(config, name, None)), None)
+    whole = [one for one in getattr(config, "modules_to_save", None) or () if one.rpartition(".")[2] in _QUANTIZED]
+    if odd is None and not whole:
+        return None
+    what = f"{odd} is set" if odd is not None else f"modules_to_save names {whole[0]}"
+    return f"{what}, which cannot be computed over {kind} weights; take them as they are"

@@ -11,8 +11,6 @@ from transformers import BitsAndBytesConfig
 from gemma_ft import runtime
 
 Kind = Literal["nf4", "int8"]
-# PEFT's DoRA reads every weight in each pass; bitsandbytes then takes an int8 layer for one without scales.
-INT8_DORA = "a DoRA adapter cannot be used over int8 weights (bitsandbytes loses their scales); use nf4, or none"
 PACKED_ROWS = 32  # output features that bitsandbytes' packed CPU kernel takes at a time
 
 
@@ -79,38 +77,25 @@ def fill_quantized(layer: Any, state: dict[str, Tensor], device: torch.device) -
     layer.quant_state = QuantState.from_dict(dict(state), device=device)
 
 
-def keep_trainable(model: nn.Module) -> int:
-    """Make quantized layers safe to train after an evaluation; returns how many were touched.
-
-    On CPUs with AVX512-BF16, bitsandbytes repacks a Linear4bit's weight in the first no-grad forward in eval mode;
-    after that its backward gives no gradient to the layers below, with no more than a warning. The switch is a public
-    attribute of each module.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    touched = 0
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            touched += 1
-    return touched
-
-
 def allow_packing(model: nn.Module) -> int:
     """Let quantized layers of a model that is only asked use bitsandbytes' packed kernel; returns how many may.
 
     In the first no-grad forward on a CPU with AVX512-BF16 it repacks their weights, rounds the block scales to bf16 and
     computes in bf16. So a layer may do it only when it computes in bf16 anyway, and when its shape is one that the
-    kernel takes; others are kept as they are. Packed weights must not be read as NF4 afterwards.
+    kernel takes; others stay as they are. Packed weights must not be read as NF4 afterwards, and refuse a backward.
     """
+    from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 
+    from gemma_ft.adapters.unpacked import PackedLinear4bit
+
     allowed = 0
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            block = module.weight.quant_state.blocksize if module.weight.quant_state is not None else 0
-            fits = module.out_features % PACKED_ROWS == 0 and block > 0 and module.in_features % block == 0
-            if not (fits and module.compute_dtype == torch.bfloat16):
-                module.support_avx512bf16_for_cpu = False
-            allowed += module.support_avx512bf16_for_cpu
+    for name, module in list(model.named_modules()):
+        if type(module) is not Linear4bit or module.weight.quant_state is None or not has_avx512bf16():
+            continue
+        block = module.weight.quant_state.blocksize
+        fits = module.out_features % PACKED_ROWS == 0 and block > 0 and module.in_features % block == 0
+        if fits and module.compute_dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+            model.set_submodule(name, PackedLinear4bit(module))
+            allowed += 1
     return allowed

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layer with our product. Imported only where a model has such layers."""
+"""bitsandbytes' 4-bit layer with our product, or with its packed one. Imported only where a model has such layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain, state_of
+from gemma_ft.errors import UserError
 from gemma_ft.kernels.decode import LinearParts
 from gemma_ft.kernels.nf4 import serves_nf4, serves_nf4_on_gpu
 from gemma_ft.kernels.product import times
@@ -54,6 +55,40 @@ class UnpackedLinear4bit(Linear4bit):
         state = state_of(self)
         own = self.bias is None and self.compute_dtype in (None, state.dtype)
         return LinearParts(self.weight, state) if own else None
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """(out, x) -> out, for an `out` that was made of x and does not know it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
+        ctx.mark_dirty(out)  # the same tensor, so that what is added to it in place is seen
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise UserError(
+            "4-bit weights that have answered are packed for this CPU, and pass no gradient; load the model with "
+            "GemmaForCausalLM.from_pretrained to train it"
+        )
+
+
+class PackedLinear4bit(Linear4bit):
+    """bitsandbytes' layer that packs its weight when it is first asked, and refuses what it then would leave out of a
+    backward without a word.
+    """
+
+    def __init__(self, layer: Linear4bit) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)
+        self.support_avx512bf16_for_cpu = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        asked = x.requires_grad and torch.is_grad_enabled()
+        if asked and getattr(state_of(self), "packing_format_for_cpu", False):
+            out = _WithoutGradient.apply(out.detach(), x)
+        return out
 
 
 def keep_unpacked(model: nn.Module) -> int:

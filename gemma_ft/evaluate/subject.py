@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft import runtime
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.adapters.quantize import keep_trainable
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.adapters.token_rows import added_by
 from gemma_ft.added_tokens import begin_rows
@@ -30,6 +29,7 @@ from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
 from gemma_ft.located import Source, folder_of
+from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Data, Recipe

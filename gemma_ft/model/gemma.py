@@ -26,7 +26,7 @@ from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
-from gemma_ft.model.linear import linear
+from gemma_ft.model.linear import keep_trainable, linear
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, layered_head_loss, softcapped
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
@@ -157,7 +157,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         """A model from a folder or hub id, as transformers' own method, whichever family its config.json names.
 
         Raises: UserError when a weight is missing, unexpected, untied or of another shape: nothing is silently left at
-        random; and for weights stored in float16, where that is not asked for by name.
+        random; and for weights stored in float16, where that is not asked for by name. Quantized weights stay as they
+        were stored, so that the model can be asked and then trained.
         """
         if not isinstance(config, PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
@@ -178,6 +179,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
                 f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
                 "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
             )
+        keep_trainable(model)
         asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
         if model.dtype == torch.float16 and asked not in (torch.float16, "float16"):
             raise UserError(f"{name_or_path}: stored in float16, which {FLOAT16_OVERFLOWS}; pass dtype=torch.bfloat16")

@@ -1,4 +1,6 @@
-"""Linear layers of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient."""
+"""Linear layers of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient; and
+how it stays one that can be trained.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,19 @@ def is_plain(layer: Any) -> bool:
     if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None:
         return False
     return type(layer.weight) is nn.Parameter and unhooked(layer)
+
+
+def keep_trainable(model: nn.Module) -> int:
+    """Have no layer of a model rewrite its frozen weight when it is asked; returns how many would have.
+
+    On CPUs with AVX512-BF16 bitsandbytes' 4-bit layers pack it for speed in the first pass without a gradient, and from
+    then on give none to the layers below them, without a word. They do so where this public attribute of theirs says
+    so. Source: bitsandbytes 0.50.2 nn/modules.py `Linear4bit.forward`, autograd/_functions.py `matmul_4bit`.
+    """
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in found:
+        module.support_avx512bf16_for_cpu = False
+    return len(found)
 
 
 def _serves(layer: Any, x: Tensor) -> bool:

@@ -303,6 +303,10 @@ class Recipe(Section):
         strategy = info.data.get("strategy")
         if adapter is None and strategy in ("lora", "qlora"):
             raise rule(f"{strategy} needs an adapter block; add one, or set strategy: full", key="strategy")
+        quantize = info.data.get("quantize")
+        if adapter is not None and adapter.dora and strategy == "qlora" and quantize and quantize.kind == "int8":
+            raise rule("magnitudes cannot be computed over int8 weights; set quantize: nf4, or dora: false",
+                       key="adapter.dora")  # fmt: skip
         return adapter
 
 

@@ -14,13 +14,16 @@ from bitsandbytes.nn import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
 
 from gemma_ft import runtime
-from gemma_ft.adapters.quantize import allow_packing, keep_trainable
+from gemma_ft.adapters.quantize import allow_packing, quantization_config
+from gemma_ft.errors import UserError
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.kernels import native
 from gemma_ft.load import load_base, load_model
 from gemma_ft.located import Source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.linear import keep_trainable
+from tests.export.tuned import save_tuned, wrap
 from tests.parity.amplified import amplify, relative, token_rows
 
 LINEARS = 2 * 7
@@ -98,12 +101,78 @@ def test_shapes_that_the_packed_kernel_does_not_take_are_left_alone() -> None:
     ).to("cpu")
     expected = has_avx512bf16()
     assert allow_packing(layers) == int(expected)
-    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [expected, False, False]
+    assert [type(layer).__name__ for layer in layers] == [
+        "PackedLinear4bit" if expected else "Linear4bit",
+        *["Linear4bit"] * 2,
+    ]
     with torch.no_grad():
-        for layer in layers.eval():
+        for layer in layers[:1].eval():
             assert layer(torch.ones(1, layer.in_features, dtype=torch.bfloat16)).isfinite().all()
     assert keep_trainable(layers) == 3
-    assert allow_packing(layers) == 0, "what was kept trainable is not packed"
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * 3
+
+
+def fresh(folder: Path, **more: Any) -> Any:
+    """The public class, as a notebook loads it."""
+    config = quantization_config("nf4", compute_dtype=torch.bfloat16, **{"double_quant": True, **more})
+    return GemmaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+
+
+def gradient(model: Any) -> float:
+    """The norms of a LoRA's gradients, summed."""
+    wrapped = wrap(model).train()
+    wrapped(input_ids=token_rows(), labels=token_rows()).loss.backward()
+    return sum(float(weight.grad.float().norm()) for weight in wrapped.parameters() if weight.grad is not None)
+
+
+ASK: dict[str, Any] = {
+    "generate": lambda model: model.generate(token_rows(), max_new_tokens=3, do_sample=False),
+    "a pass": lambda model: model(token_rows()),
+    "one row": lambda model: model(token_rows(1, 1)),
+}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("how", ASK)
+def test_a_model_that_has_answered_trains_with_its_whole_gradient(folder: Path, how: str, double_quant: bool) -> None:
+    """bitsandbytes 0.50.2 packs the weights of a stock layer on CPUs with AVX512-BF16: an eighth of it was left."""
+    model = fresh(folder, double_quant=double_quant).eval()
+    with torch.no_grad():
+        ASK[how](model)
+    assert gradient(model) == pytest.approx(gradient(fresh(folder, double_quant=double_quant)), rel=1e-6)
+
+
+def test_a_loaded_model_that_has_answered_trains_with_its_whole_gradient(folder: Path) -> None:
+    if not native.operations().functions:
+        pytest.skip(native.operations().reason)
+    model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
+    with torch.no_grad():
+        model(token_rows())
+    assert gradient(model) == pytest.approx(
+        gradient(load_model(folder, dtype=torch.bfloat16, quantize="nf4")), rel=1e-6
+    )
+
+
+@pytest.mark.usefixtures("without_cpp")
+@packs
+def test_a_packed_model_refuses_a_backward_and_nothing_else(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
+    with torch.no_grad():
+        first = model(token_rows()).logits
+    assert packed(model) == LINEARS
+    assert torch.equal(model(token_rows()).logits, first), "asked with gradients on, which nobody wants"
+    with pytest.raises(UserError) as caught:
+        gradient(model)
+    assert str(caught.value) == (
+        "4-bit weights that have answered are packed for this CPU, and pass no gradient; load the model with "
+        "GemmaForCausalLM.from_pretrained to train it"
+    )
+
+
+@pytest.mark.usefixtures("without_cpp")
+def test_a_model_that_may_be_packed_and_has_not_answered_trains(folder: Path) -> None:
+    asked_later = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
+    assert gradient(asked_later) == pytest.approx(gradient(fresh(folder)), rel=1e-6)
 
 
 def answers(model: Any, batch_size: int) -> Any:
@@ -174,3 +243,52 @@ def test_other_words_of_bitsandbytes_are_heard(folder: Path, as_imported: list[l
     load_model(folder, dtype=torch.bfloat16, quantize="int8")
     logging.getLogger(runtime.BITSANDBYTES_CHATTER[0]).error("damaged")
     assert [record.getMessage() for record in as_imported] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "line"),
+    [
+        ("int8", {"use_dora": True},
+         "use_dora is set, which cannot be computed over int8 weights; take nf4, or the weights as they are"),
+        ("int8", {"use_dora": True, "target_modules": ["lm_head"]},
+         "use_dora is set, which cannot be computed over int8 weights; take nf4, or the weights as they are"),
+        ("nf4", {"modules_to_save": ["down_proj"]},
+         "modules_to_save names down_proj, which cannot be computed over nf4 weights; take them as they are"),
+        ("int8", {"velora_config": {"num_groups": 8}},
+         "velora_config is set, which cannot be computed over int8 weights; take them as they are"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_quantized_layers_cannot_have_is_refused(
+    kind: str, settings: dict[str, Any], line: str, folder: Path, tmp_path: Path
+) -> None:
+    model = load_base(Source(str(folder), None), dtype=torch.float32)
+    save_tuned(tmp_path, folder, model, contract=False, **{"target_modules": ["q_proj"], **settings})
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path, dtype=torch.float32, quantize=kind)
+    assert str(caught.value) == f"{tmp_path}/adapter_config.json: {line}"
+    assert load_model(tmp_path, dtype=torch.float32) is not None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "settings", [{"trainable_token_indices": [9, 5]}, {"modules_to_save": ["norm"]}, {"r": 2}], ids=str
+)
+def test_others_are_computed_over_quantized_weights(
+    kind: str, settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """As over the float32 weights that bitsandbytes 0.50.2 gives back, twice alike."""
+    save_tuned(
+        tmp_path, folder, load_base(Source(str(folder), None), dtype=torch.float32), contract=False,
+        **{"target_modules": ["q_proj"], **settings},
+    )  # fmt: skip
+    found, exact = (load_model(tmp_path, dtype=torch.float32, quantize=one) for one in (kind, None))
+    plain = load_model(folder, dtype=torch.float32, quantize=kind)
+    with torch.no_grad():
+        for name, module in exact.get_base_model().named_modules():
+            if name.endswith("_proj"):
+                base = module.base_layer if hasattr(module, "base_layer") else module
+                base.weight.copy_(dequantize_module_weight(plain.get_submodule(name)))
+        expected, first, second = exact(token_rows()).logits, found(token_rows()).logits, found(token_rows()).logits
+    assert torch.equal(first, second)
+    assert relative(first, expected) <= (1e-5 if kind == "nf4" else 5e-2)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.paths import shipped_recipes
 from tests.recipe.conftest import GOOD, Write, refusal
 
@@ -98,6 +99,24 @@ checkpoint: {keep: 2, keep: 3}
 def test_one_fault_is_one_line(write: Write, override: str, line: str | None) -> None:
     expected = f"command line: {line}" if line else "my.yaml:1: output_dir: missing; every recipe needs it"
     assert refusal(write(), override) == [expected]
+
+
+INT8 = ("strategy=qlora", "quantize=int8", "adapter.dora=true")
+
+
+@pytest.mark.parametrize(
+    "overrides", [INT8, (*INT8, "adapter.rslora=true"), (*INT8, "train.precision=float32", "adapter.targets=[q_proj]")]
+)
+def test_magnitudes_over_int8_are_refused(write: Write, overrides: tuple[str, ...]) -> None:
+    """peft 0.21.2 reads each weight for DoRA; bitsandbytes 0.50.2 then takes the layer for one that it has set up."""
+    where = "magnitudes cannot be computed over int8 weights; set quantize: nf4, or dora: false"
+    assert refusal(write(), *overrides) == [f"command line: adapter.dora: {where}"]
+
+
+@pytest.mark.parametrize("instead", ["strategy=lora", "quantize=nf4", "adapter.dora=false", "adapter={rank: 4}"])
+def test_what_is_near_to_it_is_no_fault(write: Write, instead: str) -> None:
+    recipe = load_recipe(write(), [*INT8[:2], *(() if "adapter=" in instead else INT8[2:]), instead]).recipe
+    assert recipe.adapter is not None
 
 
 @pytest.mark.parametrize(
