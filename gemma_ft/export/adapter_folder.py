@@ -76,8 +76,8 @@ def vllm_notes(config: dict[str, Any], names: Sequence[str]) -> list[str]:
         notes.append("vLLM refuses DoRA adapters; export --to hf for it")
     if config.get("modules_to_save"):
         notes.append("vLLM refuses adapters with modules_to_save; export --to hf for it")
-    if config.get("trainable_token_indices"):
-        notes.append("vLLM refuses adapters with tokens of their own; export --to hf for it")
+    if config.get("trainable_token_indices") or config.get("peft_type") == "TRAINABLE_TOKENS":
+        notes.append("vLLM refuses adapters with rows of tokens; export --to hf for it")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         notes.append("vLLM refuses adapters with a bias; export --to hf for it")
     if config.get("rank_pattern") or config.get("alpha_pattern"):

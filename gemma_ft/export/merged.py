@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft import runtime
+from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.contract import Contract
 from gemma_ft.errors import RecipeError, UserError
 from gemma_ft.export.deltas import Adapter
@@ -198,6 +199,7 @@ def _with_adapter(place: Place, folder: Path) -> Place:
     adapter = inside if (inside / "adapter_config.json").is_file() else folder
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json in it; name a run or a PEFT adapter folder")
+    adapter_config(adapter)  # one that is not computed here is refused before anything is read
     contract = Contract.read(adapter)
     return Place(place.base, adapter, adapter if contract is not None else place.folder, contract)
 
