@@ -33,7 +33,7 @@ def weights_source(recipe: Recipe) -> Source:
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights, with `model.added_tokens`."""
     if recipe.model.tokenizer is not None:
-        source = model_source(recipe.model.tokenizer, key="model.tokenizer: ")
+        source = model_source(recipe.model.tokenizer, key="model.tokenizer: ", weights=False)
     elif recipe.model.weights == FRESH:
         raise UserError("model.tokenizer: fresh weights come without a tokenizer; name a folder or hub id")
     else:

@@ -17,8 +17,9 @@ from gemma_ft.data.own_template import own_encoder
 from gemma_ft.data.template import SystemPolicy, unmarked
 from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.located import ADAPTER_WEIGHTS
 from gemma_ft.model.config import config_in, read_generation_config
-from gemma_ft.weights import ADAPTER_WEIGHTS, file_hash
+from gemma_ft.weights import file_hash
 
 CONTRACT = "gemma_ft.json"
 ONE_BOS = "once, at the start of every sequence"

@@ -20,10 +20,21 @@ from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
 from gemma_ft.errors import UserError, first_line
-from gemma_ft.located import Source, folder_of, located, model_source, pinned
+from gemma_ft.located import (
+    ADAPTER_WEIGHTS,
+    Source,
+    adapter_in,
+    check_is_model,
+    folder_of,
+    located,
+    model_source,
+    pinned,
+    refuse_no_adapter,
+    taken_for_folder,
+)
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
-from gemma_ft.weights import ADAPTER_WEIGHTS, WeightFiles
+from gemma_ft.weights import WeightFiles
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -100,10 +111,10 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     if not folder.exists():
         hub = pinned(model_source(str(path)))
         folder = folder_of(hub, downloaded=True)
-    own = _adapter_in(folder)
-    found = own if adapter is None else _adapter_in(Path(located(adapter)))
+    own = adapter_in(folder)
+    found = own if adapter is None else adapter_in(Path(located(adapter)))
     if adapter is not None and found is None:
-        raise UserError(f"{adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one")
+        refuse_no_adapter(Path(adapter))
     if found is not None:
         adapter_config(found)  # one that is not computed here is refused before anything is read
         if not (found / ADAPTER_WEIGHTS).is_file():
@@ -115,6 +126,8 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
     elif own is not None:
         source = pinned(_base_of(own))
     elif folder.is_dir():
+        for file in sorted(folder.glob("*.gguf")):
+            raise UserError(f"{file}: {'; '.join(taken_for_folder(file))}")
         raise UserError(
             f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
         )
@@ -203,16 +216,13 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     Raises: UserError when there is none, or it is not Gemma's.
     """
     folder = Path(located(path))
+    if folder.is_file():
+        raise UserError(f"{path}: {'; '.join(taken_for_folder(folder))}")
     inside = (folder / "adapter", folder / "model")
     found = next(filter(Path.is_dir, inside), folder)
     contract = Contract.read(found)
     trained = contract.tokenizer_sha256 if contract is not None else None
     return tokenizers.load_tokenizer(str(found), revision=revision, trained_sha256=trained)
-
-
-def _adapter_in(folder: Path) -> Path | None:
-    """The adapter folder that a run or an adapter folder stands for, or None."""
-    return next((one for one in (folder / "adapter", folder) if (one / "adapter_config.json").is_file()), None)
 
 
 def _base_of(adapter: Path) -> Source:
@@ -276,6 +286,7 @@ def checked_folder(source: Source) -> Path:
     """
     folder = folder_of(source)
     if (folder / "adapter_config.json").is_file():
+        check_is_model(folder, source.name)
         raise UserError(
             f"{source.name}: an adapter lies in this model folder and would be put on unasked; "
             "move it to its own folder"

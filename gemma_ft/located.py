@@ -5,9 +5,10 @@ Nothing here needs torch or transformers: rows are looked at without them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemma_ft.data.hub import snapshot
 from gemma_ft.data.tokenizer import HUB_ID
@@ -15,6 +16,9 @@ from gemma_ft.errors import DataError, UserError
 from gemma_ft.recipe.home import expanded
 from gemma_ft.recipe.paths import locate, shipped_root
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+NO_WEIGHTS = "a file, not a folder"  # what `taken_for_folder` says of a file that holds none
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 
 
@@ -46,14 +50,70 @@ def located_rows(name: str) -> str:
     return str(found) if found is not None else expanded(name)
 
 
-def model_source(name: str, revision: str | None = None, *, key: str = "") -> Source:
-    """An absolute folder or a hub id out of what a user wrote; `key` begins the message of the error."""
+def model_source(name: str, revision: str | None = None, *, key: str = "", weights: bool = True) -> Source:
+    """An absolute folder or a hub id out of what a user wrote; `key` begins the message of the error.
+
+    Raises: UserError for what is neither; and, where its weights are wanted, for the folder of an adapter or a run.
+    """
     found = locate(name)
     if found is not None and found.is_dir():
+        if weights:
+            check_is_model(found, name, key)
         return Source(str(found.resolve()), None)
-    if found is not None or not HUB_ID.fullmatch(name):
+    if found is not None:
+        raise UserError(f"{key}{name}: {'; '.join(taken_for_folder(found))}")
+    if not HUB_ID.fullmatch(name):
         raise UserError(f"{key}{name}: no such folder; name a folder with a model, or a hub id (owner/name)")
     return Source(name, revision)
+
+
+def check_is_model(folder: Path, name: str, key: str = "") -> None:
+    """Raises: UserError, begun by `key`, for the folder of an adapter or a run where a model's own weights are wanted."""
+    if (folder / "config.json").is_file():
+        return
+    adapter = adapter_in(folder)
+    if adapter is not None:
+        what = "an adapter" if adapter == folder else "a run with an adapter"
+        raise UserError(
+            f"{key}{name}: {what}, no model of its own; merge it first (gemma-ft merge {name} --out DIR) and give DIR"
+        )
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(f"{key}{name}: a run; give the model in it, {os.path.join(name, 'model')}")
+
+
+def adapter_in(folder: Path) -> Path | None:
+    """The adapter folder that a run or an adapter folder stands for, or None."""
+    return next((one for one in (folder / "adapter", folder) if (one / "adapter_config.json").is_file()), None)
+
+
+def taken_for_folder(file: Path) -> tuple[str, str]:
+    """What a file is that was given where a folder with a model is wanted, and what to give instead."""
+    a_model = "name a folder with a model, or a hub id (owner/name)"
+    magic = b""
+    if file.is_file() and os.access(file, os.R_OK):
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+    if magic == b"GGUF" or file.suffix.lower() == ".gguf":
+        return "a GGUF file, which gemma-ft writes but does not read", f"{a_model}: the safetensors that it was made of"
+    if file.name.endswith((".safetensors", ".safetensors.index.json")):
+        if file.name.startswith(ADAPTER_WEIGHTS.partition(".")[0]):
+            return "the weights of an adapter", f"name their folder, {file.parent}"
+        if (file.parent / "config.json").is_file():
+            return "the weights of a model", f"name their folder, {file.parent}"
+        return "weights alone, with no config.json beside them", a_model
+    if file.suffix.lower() in PICKLES:
+        return "a pickle, which can run code when it is opened and is refused", (
+            f"convert it to safetensors where it was made; {a_model}"
+        )
+    return NO_WEIGHTS, a_model
+
+
+def refuse_no_adapter(place: Path, key: str = "") -> NoReturn:
+    """Raises: UserError that says what lies where an adapter is wanted."""
+    what, cure = taken_for_folder(place) if place.is_file() else ("no adapter_config.json in it", "")
+    if place.name != ADAPTER_WEIGHTS:
+        cure = "name a PEFT adapter folder, or a run with one"
+    raise UserError(f"{key}{place}: {what}; {cure}")
 
 
 def pinned(source: Source) -> Source:

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_ft.errors import UserError
+from gemma_ft.located import PICKLES, taken_for_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor in every Gemma
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64,
@@ -81,6 +80,8 @@ class WeightFiles:
                 f"{folder}/{pickles[0]}: a pickle can run code when it is opened and is refused; "
                 "convert it to safetensors where it was made"
             )
+        for file in sorted(folder.glob("*.gguf")):
+            raise UserError(f"{file}: {'; '.join(taken_for_folder(file))}")
         raise UserError(f"{folder}: there is no {stem}.safetensors in it, nor an index of shards")
 
     @property

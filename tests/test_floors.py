@@ -16,7 +16,8 @@ FLOORS = [
     ["launch"],
     ["kernels"],
     ["data", "model", "adapters"],
-    ["weights", "located"],
+    ["located"],
+    ["weights"],
     ["contract", "added_tokens"],
     ["load"],  # a model from where it lies; build puts one together from a recipe
     ["hollow"],

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_ft.errors import UserError
-from gemma_ft.located import Source, folder_of
-from gemma_ft.weights import PICKLES, WeightFiles, write_shards
+from gemma_ft.located import PICKLES, Source, folder_of
+from gemma_ft.weights import WeightFiles, write_shards
 
 NAMES = ["b.weight", "a.weight", "c.weight", "d.weight"]
 

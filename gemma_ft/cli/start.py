@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma_ft.errors import UserError
+
 if TYPE_CHECKING:
     from gemma_ft.recipe.schema import Recipe
 
@@ -36,17 +38,21 @@ def collect_late() -> None:
 
 
 def check_model(name: str, adapter: Path | None = None) -> None:
-    """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family. What is not
-    there, or damaged, is refused where it is opened.
+    """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family, or a file of
+    weights. What is not there, or damaged, is refused where it is opened.
     """
+    from gemma_ft.located import NO_WEIGHTS, taken_for_folder
     from gemma_ft.model.config_file import check_family
     from gemma_ft.recipe.paths import locate
 
-    for folder in filter(None, (locate(name), adapter)):
+    found = locate(name)
+    if found is not None and found.is_file() and (what := taken_for_folder(found))[0] != NO_WEIGHTS:
+        raise UserError(f"{name}: {'; '.join(what)}")
+    for folder in filter(None, (found, adapter)):
         for place in (folder, folder / "model"):
             check_family(place, name)
         for place in (folder, folder / "adapter"):
-            base = locate(found) if (found := _base_of(place)) else None
+            base = locate(named) if (named := _base_of(place)) else None
             if base is not None:
                 check_family(base, f"{place}/adapter_config.json: base model {base}")
 

@@ -28,7 +28,7 @@ from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
-from gemma_ft.located import Source, folder_of
+from gemma_ft.located import NO_WEIGHTS, Source, folder_of, refuse_no_adapter, taken_for_folder
 from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
@@ -130,9 +130,9 @@ def find_subject(
     if adapter is not None and not any(
         (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)
     ):
-        raise UserError(
-            f"--adapter {adapter}: no adapter_config.json in it; name a PEFT adapter folder, or a run with one"
-        )
+        refuse_no_adapter(adapter, "--adapter ")
+    if folder.is_file() and (what := taken_for_folder(folder)[0]) != NO_WEIGHTS:
+        raise UserError(f"{name}: {what}; give a run directory or a recipe")
     if folder.is_dir() or adapter is not None:
         _check_overrides(overrides, str(adapter or name))
     if folder.is_dir():
@@ -153,7 +153,8 @@ def find_subject(
         adapter = run.adapter
     base = None if recipe.model.weights == FRESH else weights_source(recipe)
     if merged is not None and not (merged / "config.json").is_file():
-        raise UserError(f"--merged {merged}: no config.json in it; give a folder that gemma-ft merge wrote")
+        what = taken_for_folder(merged)[0] if merged.is_file() else "no config.json in it"
+        raise UserError(f"--merged {merged}: {what}; give a folder that gemma-ft merge wrote")
     place = _place(base, adapter)
     if merged is not None and place is not None:
         _check_merged(merged, place)
