@@ -68,7 +68,7 @@ def model_source(name: str, revision: str | None = None, *, key: str = "", weigh
 
 
 def check_is_model(folder: Path, name: str, key: str = "") -> None:
-    """Raises: UserError, begun by `key`, for the folder of an adapter or a run where a model's own weights are wanted."""
+    """Raises: UserError, begun by `key`, for the folder of an adapter or a run where a model is wanted."""
     if (folder / "config.json").is_file():
         return
     adapter = adapter_in(folder)

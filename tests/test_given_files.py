@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gemma_ft.__main__ import main
-from gemma_ft.build import build_tokenizer, weights_source
+from gemma_ft.build_inputs import build_tokenizer, weights_source
 from gemma_ft.errors import UserError
 from gemma_ft.load import checked_folder, load_model, load_tokenizer, model_source, place_of
 from gemma_ft.recipe.load import load_recipe
