@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from gemma_ft.__main__ import main
 from gemma_ft.build_inputs import build_tokenizer, weights_source
 from gemma_ft.errors import UserError
-from gemma_ft.load import checked_folder, load_model, load_tokenizer, model_source, place_of
+from gemma_ft.load import checked_folder, load_model, load_tokenizer, place_of
+from gemma_ft.located import Source, model_source
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.weights import Source, WeightFiles
+from gemma_ft.weights import WeightFiles
 
 MODEL = "name a folder with a model, or a hub id (owner/name)"
 GGUF = f"a GGUF file, which gemma-ft writes but does not read; {MODEL}: the safetensors that it was made of"
