@@ -145,6 +145,7 @@ def test_an_adapter_or_a_run_as_weights_is_to_be_merged_first(here: Path) -> Non
     (here / "on" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "run/adapter"})
     )
+    (here / "on" / "adapter_model.safetensors").write_bytes(b"abc")
     assert line(place_of, "on").startswith("on/adapter_config.json: base model run/adapter: an adapter, no model of")
 
 

@@ -70,7 +70,7 @@ def evaluate(
     out: Out = None,
 ) -> int:
     """Score a tuned Gemma beside its base."""
-    check_model(source, adapter)
+    check_model(source, adapter, instead="give a run directory or a recipe")
     from rich.console import Console
 
     from gemma_ft.runtime import quiet_libraries

@@ -37,17 +37,19 @@ def collect_late() -> None:
     gc.set_threshold(OBJECTS_OF_A_START, *usual[1:])
 
 
-def check_model(name: str, adapter: Path | None = None) -> None:
+def check_model(name: str, adapter: Path | None = None, *, instead: str | None = None) -> None:
     """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family, or a file of
-    weights. What is not there, or damaged, is refused where it is opened.
+    weights, and says what to give `instead`. What is not there, or damaged, is refused where it is opened.
     """
     from gemma_ft.located import NO_WEIGHTS, taken_for_folder
     from gemma_ft.model.config_file import check_family
     from gemma_ft.recipe.paths import locate
 
     found = locate(name)
-    if found is not None and found.is_file() and (what := taken_for_folder(found))[0] != NO_WEIGHTS:
-        raise UserError(f"{name}: {'; '.join(what)}")
+    if found is not None and found.is_file():
+        what, cure = taken_for_folder(found)
+        if what != NO_WEIGHTS:
+            raise UserError(f"{name}: {what}; {instead or cure}")
     for folder in filter(None, (found, adapter)):
         for place in (folder, folder / "model"):
             check_family(place, name)

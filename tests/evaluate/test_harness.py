@@ -243,12 +243,20 @@ def test_answers_are_those_of_the_hf_backend(
 
 
 def test_the_end_of_a_turn_is_no_part_of_an_answer(
-    model: Any, encoder: ChatEncoder, theirs: Callable[[bool], Any], requests: dict[str, list[Any]]
+    model: Any, encoder: ChatEncoder, theirs: Callable[[bool], Any], requests: dict[str, list[Any]], tmp_path: Path
 ) -> None:
     """The hf backend writes it into the text, where the tokenizer does not hold it for special."""
+    from lm_eval.models.huggingface import HFLM
+
+    tiny = shipped_root() / "data" / "gemma-tiny"
+    spec = json.loads((tiny / "tokenizer.json").read_text())
+    spec["added_tokens"] = [{**token, "special": token["id"] < 4} for token in spec["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    shutil.copy(tiny / "tokenizer_config.json", tmp_path)
+    stock = HFLM(theirs(True).model, tokenizer=str(tmp_path), device="cpu", batch_size=3, add_bos_token=True)
     asked = [request_like(requests["local_open"][0], (OPEN[3], {"until": ["\n"], "max_gen_toks": 20}))]
     found = NativeLM(model, encoder, batch_size=3).generate_until(asked)
-    expected = theirs(True).generate_until(asked, disable_tqdm=True)
+    expected = stock.generate_until(asked, disable_tqdm=True)
     assert found == [text.removesuffix(END_OF_TURN) for text in expected]
     assert expected[0].endswith(END_OF_TURN)
 
