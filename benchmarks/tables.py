@@ -54,6 +54,16 @@ def startup(result: dict[str, Any]) -> Rows:
             *([name, f"{seconds:.2f}"] for name, seconds in result["seconds"].items())]  # fmt: skip
 
 
+def starts(result: dict[str, Any]) -> Rows:
+    seconds = result["cpu_seconds"]
+    rows = [["CPU seconds until", "now", "before", "now, of before"]]
+    for what, ratio in result["ratios"].items():
+        if f"{what}: now" in seconds:
+            now, before = (f"{seconds[f'{what}: {arm}']:.1f}" for arm in ("now", "before"))
+            rows.append([what, now, before, f"{ratio['median']:.2f}x"])
+    return rows
+
+
 def merge_speed(result: dict[str, Any]) -> Rows:
     speed = result["megabytes_per_second"]
     return [["", "ours MB/s", "PEFT MB/s", "over PEFT", "largest difference, of the largest change"],
@@ -128,6 +138,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "decode_cpu": decode_cpu,
     "merge_speed": merge_speed,
     "startup": startup,
+    "starts": starts,
     "tiny": tiny,
     "profile_cpu": profile_cpu,
     "curves": curves,

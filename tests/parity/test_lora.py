@@ -57,10 +57,11 @@ def test_fault_15_a_fresh_adapter_changes_no_logit(shape: str, dtype: torch.dtyp
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_adapters_equal_those_on_stock(shape: str, kind: str) -> None:
+    """In float64: in float32 the rounding of stock's own sums comes to 1e-5 on some processors."""
     ids = token_rows()
     grads = []
     for build in (ours, reference):
-        model = wrapped(build(shape), **KINDS[kind])
+        model = wrapped(build(shape, dtype=torch.float64), **KINDS[kind])
         stir(model)
         model.train()(input_ids=ids, labels=masked_labels(ids)).loss.backward()
         grads.append(gradients(model))
