@@ -30,15 +30,18 @@ def weights_source(recipe: Recipe) -> Source:
     return model_source(name, recipe.model.revision, key="model.weights: ")
 
 
-def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights, with `model.added_tokens`."""
+def build_tokenizer(recipe: Recipe, trained_sha256: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe: `model.tokenizer`, else the one beside the weights, with `model.added_tokens`.
+
+    trained_sha256: as `load_tokenizer` takes it, of a run that goes on.
+    """
     if recipe.model.tokenizer is not None:
         source = model_source(recipe.model.tokenizer, key="model.tokenizer: ", weights=False)
     elif recipe.model.weights == FRESH:
         raise UserError("model.tokenizer: fresh weights come without a tokenizer; name a folder or hub id")
     else:
         source = weights_source(recipe)
-    tokenizer = load_tokenizer(source.name, revision=source.revision)
+    tokenizer = load_tokenizer(source.name, revision=source.revision, trained_sha256=trained_sha256)
     add_tokens(tokenizer, recipe.model.added_tokens or ())
     return tokenizer
 

