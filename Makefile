@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-real test-lowest test-gpu test-ranks bench faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -58,6 +58,9 @@ test-real: setup  ## every claim from rows to clients with the published tokeniz
 	$(BIN)/python -m tests.real.fetch $(if $(filter required,$(REAL)),--required)
 	$(OFFLINE) OMP_NUM_THREADS=1 GEMMA_FT_REAL=$(REAL) $(BIN)/python -m pytest -m real tests/real -n 2 --dist loadscope
 
+test-slow: setup  ## what proves the tests of a GPU on a CPU, compiles every kernel, and runs the notebook
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests
+
 LOWEST := .venv-lowest
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt $(STAMP)
@@ -72,7 +75,7 @@ test-lowest: $(LOWEST)/.installed  ## parity and artefacts with the oldest packa
 
 # not a command of .ci: nothing of it is of use without a GPU
 test-gpu: setup  ## parity, laws, faults, kernels and the engine on a GPU, and that every arm of its benchmark begins
-	$(OFFLINE) $(BIN)/python -m pytest tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_steps.py \
+	$(OFFLINE) $(BIN)/python -m pytest -m 'not faults' tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_steps.py \
 		tests/test_gpu_bench.py
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy

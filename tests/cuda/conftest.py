@@ -32,6 +32,13 @@ PROBED = (
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a CPU they prove their own code alone, in minutes: make test-slow."""
+    for item in items:
+        if not CUDA and item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     runtime.quiet_libraries()

@@ -23,6 +23,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_no_kernel_spills(tmp_path: Path) -> None:
     """In a process of its own: where the interpreter stands in for a GPU, nothing compiles."""
