@@ -131,7 +131,8 @@ def _read_whole(splits: Sequence[str], rest: Sequence[str]) -> str | None:
 
 def _chosen(found: Splits, split: str, rest: Sequence[str]) -> Choice:
     names = sorted(found.files[split])
-    others = [f"{name} ({_files(len(files))})" for name, files in found.files.items() if name != split]
+    left = {name: set(files).difference(names) for name, files in found.files.items()}
+    others = [f"{name} ({_files(len(files))})" for name, files in left.items() if files]
     others += rest[:NAMED]
     if len(rest) > NAMED:
         others.append(f"{_files(len(rest) - NAMED)} more")
@@ -191,17 +192,21 @@ def _some(files: Mapping[str, Sequence[str]], *, sure: bool) -> Splits | None:
 
 
 def _by_words(rows: Sequence[str], *, of_folders: bool) -> dict[str, list[str]]:
-    """Files by the keyword in their own name, or in that of a folder they lie in."""
+    """Files by the keyword in their own name, or in that of a folder they lie in; a folder that is named for several
+    splits (train_test_split) tells none.
+    """
+    end = f"({BETWEEN}.*)?" if of_folders else f"{BETWEEN}.*"
+    patterns = {
+        split: re.compile(f"(.*{BETWEEN})?({'|'.join(words)}){end}", re.S | re.I) for split, words in KEYWORDS.items()
+    }
     found: dict[str, list[str]] = {}
-    for split, keywords in KEYWORDS.items():
-        words = "|".join(keywords)
-        end = f"({BETWEEN}.*)?" if of_folders else f"{BETWEEN}.*"
-        pattern = re.compile(f"(.*{BETWEEN})?({words}){end}", re.S)
-        for name in rows:
-            *folders, base = name.split("/")
-            if any(map(pattern.fullmatch, folders if of_folders else [base])):
+    for name in rows:
+        *folders, base = name.split("/")
+        for part in folders if of_folders else [base]:
+            told = [split for split, pattern in patterns.items() if pattern.fullmatch(part)]
+            for split in told if len(told) == 1 or not of_folders else ():
                 found.setdefault(split, []).append(name)
-    return found
+    return {split: list(dict.fromkeys(files)) for split, files in found.items()}
 
 
 # Configurations in a card

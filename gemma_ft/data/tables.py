@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,16 +11,23 @@ from gemma_ft.data.json_rows import MAX_ROW_BYTES
 from gemma_ft.errors import DataError, first_line
 
 ROWS_AT_ONCE = 1024  # decoded from a table
+MARKS = ",;\t|"  # between the cells of a CSV file
+HEADER_CHARACTERS = 1 << 16
+MARK_LINE = re.compile(r'\ufeff?"?sep=(.)"?[ \t]*(?:\r?\n|\r)')  # Excel's own
 ARROW_FILE = b"ARROW1"  # what an Arrow file begins with; a stream does not
 
 
 def csv_rows(source: str, text: str, *, tabs: bool = False) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(first line, fields, or why there are none) of the rows under a header line; quoted fields may hold line breaks.
-    Cells are parted by tabs or commas, or by what the header has instead of them, as spreadsheets write it: ";".
+    Cells are parted by tabs or commas, or by what the header has instead of them, as spreadsheets write it (";"), or
+    what a line "sep=;" before it names.
     """
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a setting of the whole process: given back below
-    mark = "\t" if tabs else _mark(text)
     try:
+        said = MARK_LINE.match(text)
+        if said is not None:  # an empty line in its place, so that the others keep their numbers
+            text = f"\n{text[said.end() :]}"
+        mark = "\t" if tabs else said[1] if said else _mark(text.lstrip())
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         yield from _under_header(source, rows)
     except csv.Error as error:
@@ -30,9 +38,10 @@ def csv_rows(source: str, text: str, *, tabs: bool = False) -> Iterator[tuple[in
 
 
 def _mark(text: str) -> str:
-    header = text.lstrip().partition("\n")[0]
-    others = [mark for mark in ";\t" if mark in header]
-    return others[0] if len(others) == 1 and not {",", '"'} & set(header) else ","
+    """What parts the cells of a header."""
+    start = text[:HEADER_CHARACTERS]
+    found = [mark for mark in MARKS if len(next(csv.reader(io.StringIO(start, newline=""), delimiter=mark), [])) > 1]
+    return found[0] if "," in found or len(found) == 1 else ","
 
 
 def _under_header(source: str, rows: Any) -> Iterator[tuple[int, dict[str, Any] | str]]:

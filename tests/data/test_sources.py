@@ -242,12 +242,24 @@ def test_lines_that_are_no_lines_are_read_as_what_they_are(file: File) -> None:
         ("a.csv", "question\tanswer\na, b\tc\n", {"question": "a, b", "answer": "c"}),
         ("a.csv", "question,answer;\na,b;c\n", {"question": "a", "answer;": "b;c"}),
         ("a.csv", '"a;b"\nc;d\n', {"a;b": "c;d"}),
+        ("a.csv", '"question";"answer"\n"a, b";"c;d"\n', {"question": "a, b", "answer": "c;d"}),  # all cells quoted
+        ("a.csv", '"q;1"\t"answer"\n"a"\t"b"\n', {"q;1": "a", "answer": "b"}),
+        ("a.csv", "question|answer\na, b|c\n", {"question": "a, b", "answer": "c"}),
+        ("a.csv", "text\na;b|c\n", {"text": "a;b|c"}),
         ("a.ndjson", '{"question": "a"}\n', {"question": "a"}),
     ],
 )
 def test_other_marks_between_cells(file: File, name: str, content: str, expected: dict[str, str]) -> None:
     """ ";" is what spreadsheets write where a comma stands in numbers."""
     assert read_rows(file(name, content)) == [Row(f"{name}:{1 if name == 'a.ndjson' else 2}", expected)]
+
+
+@pytest.mark.parametrize(("start", "mark"), [("sep=;\r\n", ";"), ('\ufeff"sep=|"\n', "|"), ("sep=,\n", ",")])
+def test_a_line_of_excel_names_the_mark(file: File, start: str, mark: str) -> None:
+    """a3dff15 took the line for the header."""
+    rows = f"question{mark}answer\n'a{mark}b\n"
+    assert read_rows(file("a.csv", start + rows)) == [Row("a.csv:3", {"question": "'a", "answer": "b"})]
+    assert read_rows(file("b.csv", "sep,b\nsep=;,c\n")) == [Row("b.csv:2", {"sep": "sep=;", "b": "c"})]
 
 
 def test_columns_without_a_name_have_that_of_pandas(file: File) -> None:

@@ -114,6 +114,41 @@ def test_each_split_is_read_alone(write: Write, names: list[str], line: str) -> 
     assert read(folder, "all") == sorted(names)
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "line"),
+    [
+        (["Test.jsonl", "Train.jsonl"], ["Train.jsonl"], "split train (1 file); not read: test (1 file)"),
+        (
+            ["TRAINING/a.jsonl", "Dev/a.jsonl", "Rows-Test.jsonl"],
+            ["TRAINING/a.jsonl"],
+            "split train (1 file); not read: validation (1 file), test (1 file)",
+        ),
+        (["Latest.jsonl", "Contest.jsonl"], ["Contest.jsonl", "Latest.jsonl"], ""),
+        (
+            ["train_test_split/test.jsonl", "train_test_split/train.jsonl"],
+            ["train_test_split/train.jsonl"],
+            "split train (1 file); not read: test (1 file)",
+        ),
+        (["train-val/a.jsonl"], ["train-val/a.jsonl"], ""),
+    ],
+)
+def test_a_test_set_is_not_trained_where_datasets_would(
+    write: Write, names: list[str], train: list[str], line: str
+) -> None:
+    """datasets 5.2.0 tells capitals apart, and takes a folder named for two splits as both: it trains these test sets,
+    and so did a3dff15.
+    """
+    folder = write(*names)
+    assert read(folder) == train
+    assert told(folder) == line
+    assert known_to_datasets(folder)["train"] != train or not line
+
+
+def test_no_file_is_told_as_not_read_that_is(write: Write) -> None:
+    write("train_test.jsonl", "val.jsonl")
+    assert told() == "split train (1 file); not read: validation (1 file)"
+
+
 def test_a_split_that_is_not_there_is_refused(write: Write) -> None:
     write("train.jsonl", "test.jsonl")
     cure = "set the source's split, or split: all for every file in it"
