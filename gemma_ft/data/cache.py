@@ -38,7 +38,7 @@ from gemma_ft.data.items import Item
 from gemma_ft.data.sources import Row
 from gemma_ft.errors import DiskError
 
-LAYOUT = 5  # of the files, and of how formats.py reads a row: another number finds none of the older ones
+LAYOUT = 6  # of the files, and of how formats.py reads a row: another number finds none of the older ones
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
 ALONE = 1  # chunks that are encoded here before other processes, which start slowly, are asked to help

@@ -146,10 +146,12 @@ def _after(system: list[Turn], turns: list[Turn]) -> list[Turn]:
 
 def _dialog(fields: Fields, columns: Columns, keys: tuple[str, str]) -> list[Turn]:
     """The turns of a row's list."""
-    name = next((name for name in LIST_FIELDS if name in fields), LIST_FIELDS[0])
     if "messages" in columns:
         return turns_in(fill_value(columns["messages"], fields), columns["messages"].strip(" {}"), keys, fields)
-    return turns_in(fields.get(name), name, keys, fields)
+    name = next((name for name in LIST_FIELDS if name in fields), LIST_FIELDS[SPEAKERS.index(keys)])
+    if name not in fields:
+        raise FieldError(f"no field {name!r}; the row has {', '.join(map(str, fields)) or 'none'}")
+    return turns_in(fields[name], name, keys, fields)
 
 
 def _checked(where: str, turns: list[Turn], left_out: int = 0) -> Conversation:
@@ -212,6 +214,11 @@ def _preference(where: str, fields: Fields, columns: Columns) -> list[Item]:
     """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
     chosen, rejected = (said(*_part(fields, columns, key), "assistant", fields) for key in ("chosen", "rejected"))
     if chosen[0].role == "assistant":
+        if "prompt" not in columns and "prompt" not in fields:
+            raise FieldError(
+                f"no field 'prompt'; the row has {', '.join(map(str, fields))}; map it with data.columns.prompt, or "
+                "give whole chats, as lists of turns, in 'chosen' and 'rejected'"
+            )
         prompt = asked(said(*_part(fields, columns, "prompt"), "user", fields))
         if [turn.content.strip() for turn in chosen] == [turn.content.strip() for turn in rejected]:
             raise FieldError("'chosen' and 'rejected' are the same answer")

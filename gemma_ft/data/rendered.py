@@ -2,7 +2,9 @@
 
 Such a text begins with a marker of a turn, as its template writes it; text that only names a marker does not. An answer
 may also have been given the name of a token that ends it; that it is no prose is told by how many rows end so.
-Source: the chat templates that models are published with, as collected in TRL 1.16.0 (trl/chat_templates).
+Source: the chat templates that models are published with, as collected in TRL 1.16.0 (trl/chat_templates); those of
+plain words as in the data sets Anthropic/hh-rlhf and timdettmers/openassistant-guanaco, in stanford_alpaca's train.py
+(PROMPT_DICT) and in FastChat's conversation.py (vicuna_v1.1): they need the marker of an answer too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ TEMPLATES = (
     ("gpt-oss'", "<|start|>", rf"<\|start\|>{ROLE}\b[^\n]*?<\|message\|>"),
     ("DeepSeek's", "<｜User｜>", r"(?:(?!<｜).)*<｜User｜>.*?<｜Assistant｜>"),
     ("Command R's", "<|START_OF_TURN_TOKEN|>", r"<\|START_OF_TURN_TOKEN\|><\|\w+_TOKEN\|>"),
+    ("Anthropic's", "Human:", r"Human:.*?\n\s*Assistant:"),
+    ("Guanaco's", "### Human:", r"### Human:.*?### Assistant:"),
+    ("Alpaca's", "### Instruction:", r"(?:Below is an instruction[^\n]*\n\s*)?### Instruction:.*?### Response:"),
+    ("Vicuna's", "USER:", r"(?:A chat between[^\n]*?\s)?USER:.*?\sASSISTANT:"),
     ("a list of turns in JSON", '[{"role"', rf"\[\s*\{{\s*['\"](?:role|from)['\"]\s*:\s*['\"](?:{ROLE}|gpt)['\"]"),
 )
 BOS = (
@@ -44,7 +50,8 @@ ENDS = (
     "<turn|>",
 )  # fmt: skip
 FEWEST_ENDS, ENDS_SHARE = 3, 0.5  # rows, and share of all rows, from which on it is a custom of the data
-MARKS = ("<", "[")  # with which every opening begins
+# With which every opening begins.
+MARKS = ("<", "[", "Human:", "### ", "Below is an instruction", "USER:", "A chat between")
 
 
 def rendered_as(item: Item) -> str | None:

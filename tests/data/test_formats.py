@@ -150,7 +150,9 @@ def test_unknown_format() -> None:
         ({"messages": [7]}, "turn 1: expected an object, got a number"),
         ({"messages": [{"role": "user"}]}, "turn 1: no field 'content'; the turn has role"),
         ({"messages": [{"role": "user", "content": "a"}] * 2001}, "has 2001 turns, more than 2000"),
-        ({"other": 1}, "expected a list of turns in 'messages', got null"),
+        ({"other": 1}, "no field 'messages'; the row has other"),
+        ({}, "no field 'messages'; the row has none"),
+        ({"messages": None}, "expected a list of turns in 'messages', got null"),
     ],
 )
 def test_bad_messages(fields: dict[str, Any], reason: str) -> None:
@@ -177,6 +179,7 @@ def test_bad_messages(fields: dict[str, Any], reason: str) -> None:
             "sharegpt",
             f"turn 2: unknown role 'alien'; {KNOWN}",
         ),
+        ({"prompt": "a", "completion": "b"}, "sharegpt", "no field 'conversations'; the row has prompt, completion"),
         (sharegpt(("gpt", "a"), ("human", "b")), "sharegpt", "has no assistant turn, nothing to train on"),
         (
             sharegpt(("human", "a"), ("human", "b"), ("gpt", "c")),

@@ -108,9 +108,23 @@ def test_preferences_may_have_lists_of_turns() -> None:
     assert said({"prompt": TURNS[:1], "chosen": chosen, "rejected": rejected}) == expected
     assert said({"prompt": "It's a?", "chosen": chosen[0], "rejected": rejected[0]}) == expected
     assert said({"prompt": "It's a?", "chosen": TURNS, "rejected": TURNS[:1] + rejected}) == expected
-    assert refusal({"chosen": chosen, "rejected": rejected}) == (
-        "a.jsonl:1: no field 'prompt'; the row has chosen, rejected"
-    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "c"}]}, "chosen, rejected"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            "chosen, rejected",  # as Anthropic/hh-rlhf is published
+        ),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "question, chosen, rejected"),
+    ],
+)
+def test_preferences_without_a_prompt_name_the_cure(fields: dict[str, Any], names: str) -> None:
+    """a3dff15 told the fields, and not what to do."""
+    cure = "map it with data.columns.prompt, or give whole chats, as lists of turns, in 'chosen' and 'rejected'"
+    assert refusal(fields) == f"a.jsonl:1: no field 'prompt'; the row has {names}; {cure}"
 
 
 @pytest.mark.parametrize(
