@@ -184,7 +184,9 @@ class Adapter:
                 tied = one.keys() == other.keys() and all(torch.equal(one[part], other[part]) for part in one)
             else:  # PEFT trains a copy of the one it was told of, unless it was told to tie the other to it
                 tied = not found or self.config.ensure_weight_tying or not self._was_target(found[0])
-            if not tied or any("magnitude" in self._low_rank[one].names for one in found if one in self._low_rank):
+            if any("magnitude" in self._low_rank[one].names for one in found if one in self._low_rank):
+                raise UserError(f"{self.folder}: {_MAGNITUDES}")
+            if not tied:
                 raise UserError(f"{self.folder}: {_APART}")
             if found == [HEAD]:
                 changes[EMBEDDING] = changes[HEAD]  # type: ignore[assignment]
@@ -215,6 +217,10 @@ class Adapter:
 _APART = (
     "embedding and head were trained apart, but are one tensor in every Gemma; train with ensure_weight_tying=True in "
     "PEFT's LoraConfig"
+)
+_MAGNITUDES = (
+    "DoRA on the embedding or the head cannot be merged: they are one tensor in every Gemma, and each has its own "
+    "magnitude; train them without use_dora, with ensure_weight_tying=True in PEFT's LoraConfig"
 )
 
 

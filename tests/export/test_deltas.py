@@ -195,7 +195,6 @@ def test_a_tensor_that_no_merge_can_use_is_refused(change: Any, line: str, adapt
 APART: list[dict[str, Any]] = [
     *({"modules_to_save": one} for one in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])),
     *({"target_modules": ["q_proj", *one]} for one in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])),
-    {"target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True},
     {"trainable_token_indices": {"lm_head": [3, 4]}},
     {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3, 5]}},
 ]
@@ -208,6 +207,19 @@ def test_embedding_and_head_that_were_trained_apart_are_refused(settings: dict[s
     assert refused(tmp_path) == (
         "A: embedding and head were trained apart, but are one tensor in every Gemma; train with "
         "ensure_weight_tying=True in PEFT's LoraConfig"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_dora_on_the_embedding_or_the_head_names_its_own_cure(module: str, tied: bool, tmp_path: Path) -> None:
+    """a3dff15 and later advised ensure_weight_tying=True, also where it was set."""
+    settings = {"target_modules": [module], "use_dora": True, "ensure_weight_tying": tied}
+    wrap(ours("gemma-2b"), **settings).save_pretrained(tmp_path)
+    assert refused(tmp_path) == (
+        "A: DoRA on the embedding or the head cannot be merged: they are one tensor in every Gemma, and each has its "
+        "own magnitude; train them without use_dora, with ensure_weight_tying=True in PEFT's LoraConfig"
     )
 
 
