@@ -65,6 +65,9 @@ class InterruptedWork(UserError):
 
 
 def first_line(error: BaseException, *, kind: bool = False) -> str:
-    """What a library says, cut at its first line; its class where it says nothing, or in front of it with `kind`."""
-    name, first = type(error).__name__, next(iter(str(error).strip().splitlines()), "")
+    """What a library says, cut at its first line, or at the second where the first is a heading ("Error(s) in ...:");
+    its class where it says nothing, or in front of it with `kind`.
+    """
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    first = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
     return f"{name}: {first}" if first and kind else first or name

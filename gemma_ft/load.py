@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from gemma_ft import runtime
 from gemma_ft.adapters.kinds import quantized_fault
 from gemma_ft.adapters.quantize import Kind, allow_packing, quantization_config
-from gemma_ft.adapters.saved import adapter_config, for_loading, saved_base_weights
+from gemma_ft.adapters.saved import adapter_config, for_loading, resized_fault, saved_base_weights
 from gemma_ft.adapters.token_rows import INITIAL, TRAINED
 from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
@@ -249,6 +249,9 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
     config = for_loading(adapter_config(folder))
     files = WeightFiles.open(folder, "adapter_model")
+    fault = resized_fault(files.shapes(), model.config.vocab_size)
+    if fault is not None:
+        raise UserError(f"{folder}: {fault}")
     take_rows(model, files, config, folder)
     _check_same_base(model, files, config, folder)
     try:

@@ -96,6 +96,10 @@ class WeightFiles:
         """Where and what a tensor is. Raises: KeyError."""
         return self._entries[name]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name; none is read."""
+        return {name: self.info(name).shape for name in self.names}
+
     def tensor(self, name: str) -> Tensor:
         """A tensor on the CPU, in the dtype of its file."""
         try:

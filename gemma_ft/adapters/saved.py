@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ def saved_base_weights(names: Iterable[str], config: Any) -> list[str]:
         ):
             found.append(name)
     return found
+
+
+def resized_fault(shapes: Mapping[str, tuple[int, ...]], vocab_size: int) -> str | None:
+    """What is to be told of an adapter that holds an embedding or a head of another vocabulary than its base's, or
+    None. shapes: of its tensors, by name.
+    """
+    for name, shape in shapes.items():
+        whole = name.endswith(".weight") and ".lora_" not in name
+        if whole and {LAYER, HEAD} & set(name.split(".")) and len(shape) == 2 and shape[0] != vocab_size:
+            return (
+                f"holds an embedding of {shape[0]:,} tokens, its base has {vocab_size:,}: the vocabulary was resized; "
+                f"in PEFT, call resize_token_embeddings({shape[0]}) on the base, put the adapter on it, merge it "
+                "(merge_and_unload), and give the merged folder"
+            )
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

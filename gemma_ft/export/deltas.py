@@ -14,7 +14,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.adapters.saved import adapter_config, resized_fault
 from gemma_ft.adapters.token_rows import INITIAL, Added, added_by, rows_trained
 from gemma_ft.errors import UserError
 from gemma_ft.export.low_rank import ENDINGS, FIRST_ZERO, LowRank, add_low_rank
@@ -102,8 +102,11 @@ class Adapter:
 
     def check_against(self, shapes: dict[str, tuple[int, ...]], base: str) -> None:
         """Raises UserError naming the first tensor that has no place in a base of these shapes, or does not fit it."""
+        known, width = shapes[EMBEDDING]
+        fault = resized_fault(self.files.shapes(), known)
+        if fault is not None:
+            raise UserError(f"{self.folder}: {fault}")
         if self._rows is not None:
-            known, width = shapes[EMBEDDING]
             self.added = added_by(self.config, self.folder / "adapter_config.json", known)
             self._check_shape(self._rows, (len(self._ids), width), base)
         for target in sorted(self.targets - ({EMBEDDING} if self._rows else set())):

@@ -233,6 +233,31 @@ def test_embedding_and_head_that_were_trained_as_one_are_the_embedding(module: s
     assert "lm_head.weight" not in opened.targets
 
 
+RESIZED: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [101, 102]},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", RESIZED, ids=str)
+def test_an_adapter_over_a_resized_vocabulary_names_the_cure(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What other toolkits save where tokens were added; a3dff15 said "wrong base?", and of the first nothing."""
+    base = ours("gemma-2b")
+    known, width = base.model.embed_tokens.weight.shape
+    base.resize_token_embeddings(known + 2)
+    wrap(base, **settings).save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does where it sees a resize
+    opened = Adapter.open(tmp_path)
+    with pytest.raises(UserError) as caught:
+        opened.check_against({"model.embed_tokens.weight": (known, width)}, "B")
+    assert str(caught.value) == (
+        f"{tmp_path}: holds an embedding of {known + 2:,} tokens, its base has {known:,}: the vocabulary was resized; "
+        f"in PEFT, call resize_token_embeddings({known + 2}) on the base, put the adapter on it, merge it "
+        "(merge_and_unload), and give the merged folder"
+    )
+
+
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
     get_peft_model(ours("gemma-2b"), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert refused(tmp_path) == (

@@ -203,8 +203,20 @@ def test_an_adapter_is_whole_or_refused(run: Path, tmp_path: Path) -> None:
     other = changed(
         run, tmp_path / "other", lambda tensors: {key: one[:, :1].contiguous() for key, one in tensors.items()}
     )
-    assert refused(other).startswith(f"{other}: does not fit its base: ")
+    assert refused(other).startswith(f"{other}: does not fit its base: Error(s) in loading state_dict for ")
+    assert ": size mismatch for base_model.model." in refused(other), "the line that says what"
     assert "\n" not in refused(other)
+
+
+def test_an_adapter_over_a_resized_vocabulary_names_the_cure(run: Path, tmp_path: Path) -> None:
+    """What other toolkits save where tokens were added; a3dff15 cut PEFT's text at a heading."""
+    name = "base_model.model.model.embed_tokens.weight"
+    wide = changed(run, tmp_path / "wide", lambda tensors: {**tensors, name: torch.ones(2112, 4)})
+    assert refused(wide) == (
+        f"{wide}: holds an embedding of 2,112 tokens, its base has 2,048: the vocabulary was resized; in PEFT, call "
+        "resize_token_embeddings(2112) on the base, put the adapter on it, merge it (merge_and_unload), and give the "
+        "merged folder"
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
