@@ -213,8 +213,8 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
         ({"num_attention_heads": 0}, "num_attention_heads 0 is no number of heads; fetch the file again"),
         (
             {"num_attention_heads": None},
-            "Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got "
-            "NoneType (value: None)",
+            "Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, "
+            "got NoneType (value: None)",
         ),
     ],
     ids=str,
