@@ -19,7 +19,7 @@ from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.text import TextStream
 from gemma_ft.load import Place, load_tokenizer, model_at, place_of
-from gemma_ft.located import folder_of
+from gemma_ft.located import adapter_in, folder_of, located
 
 SYSTEM_TEXTS: dict[System, str] = {
     "fold": "goes before the first question (fold)",
@@ -96,15 +96,23 @@ def open_session(
     place = place_of(path, adapter)
     tokenizer = load_tokenizer(place.folder)
     encoder = asking_encoder(tokenizer, path, place.contract, folder_of(place.base, downloaded=True))
-    notes: list[str] = []
+    notes = _notes_of_own_adapter(path, place) if adapter is not None else []
     if place.contract is None:
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
         encoder = encoder.but(system="fold") if encoder.system_policy == "error" else encoder
-        notes = _notes_without_contract(path, place, encoder)
+        notes += _notes_without_contract(path if adapter is None else adapter, place, encoder)
     dtype = dtype or runtime.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)
+
+
+def _notes_of_own_adapter(path: str | Path, place: Place) -> list[str]:
+    """What a user should know of a model that has an adapter of its own, where another is put on its base."""
+    own = adapter_in(Path(located(path)))
+    if own is None or place.adapter is None or own.samefile(place.adapter):
+        return []
+    return [f"{path}: its own adapter is left off, {place.adapter} is put on its base; to have both, merge the first"]
 
 
 def _notes_without_contract(path: str | Path, place: Place, encoder: ChatEncoder) -> list[str]:

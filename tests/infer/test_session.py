@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,20 @@ def test_a_base_model_is_told_from_a_tuned_one(session: Session, adapter: Path) 
         f"{adapter}: no {CONTRACT} with it; a system text is left out (drop); "
         "whether its adapter belongs to this base cannot be checked"
     ]
+
+
+def test_an_adapter_that_is_left_off_is_told(adapter: Path, tmp_path: Path) -> None:
+    """a3dff15 put the second adapter on the first one's base without a word, and named the first in its notes."""
+    second = tmp_path / "second"
+    shutil.copytree(adapter, second)
+    unchecked = "a system text is left out (drop); whether its adapter belongs to this base cannot be checked"
+    left = f"{adapter}: its own adapter is left off, {second} is put on its base; to have both, merge the first"
+    assert open_session(adapter, adapter=second, dtype=torch.float32).notes == [left]
+    (second / CONTRACT).unlink()
+    notes = open_session(adapter, adapter=second, dtype=torch.float32).notes
+    assert notes == [left, f"{second}: no {CONTRACT} with it; {unchecked}"]
+    assert open_session(adapter, adapter=adapter, dtype=torch.float32).notes == []
+    assert open_session(TINY, adapter=adapter, dtype=torch.float32).notes == []
 
 
 def test_fault_18_what_was_not_trained_so_is_refused(adapter: Path) -> None:
