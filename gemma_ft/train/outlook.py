@@ -8,6 +8,8 @@ import torch
 
 from gemma_ft import runtime
 from gemma_ft.build_data import BuiltData
+from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.own_template import UnknownTemplate, own_encoder
 from gemma_ft.evaluate.canary import Canary
 from gemma_ft.kernels import flex_attention, native, product
 from gemma_ft.kernels.gpu import serves as gpu
@@ -52,6 +54,8 @@ def outlook(
         *(("", line) for line in lines[1:]),
         *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),
     ]
+    if data.train.stats.terminators:
+        rows += _template_rows(data.encoder)
     if data.skipped:
         rows.append(("", f"{len(data.skipped):,} bad rows left out, see bad_rows.jsonl"))
     if data.held_out is not None:
@@ -75,6 +79,17 @@ def outlook(
     rows.append(("memory", checkpointing.describe()))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
+
+
+def _template_rows(encoder: ChatEncoder) -> list[tuple[str, str]]:
+    """What to know where the base was tuned on chats in another template than a run trains."""
+    try:
+        own = own_encoder(encoder.tokenizer, "base").format.name
+    except UnknownTemplate:
+        own = "a template that is not known here"
+    if own == encoder.format.name:
+        return []
+    return [("chats", f"the base was tuned in {own}; this run trains {encoder.format.name}, in which it is then asked")]
 
 
 def sharing(world: World) -> str:

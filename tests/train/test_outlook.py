@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gemma_ft.data.chat import ChatEncoder, chat_template
 from gemma_ft.kernels import native, product
 from gemma_ft.train import outlook
+from tests.foreign import CHATML, TEMPLATES, foreign_tokenizer
 
 
 def base(device: str) -> SimpleNamespace:
@@ -68,3 +70,21 @@ def test_small_micro_batches_on_a_gpu_are_told(
         ((_, told),) = found
         assert f"about {micro * tokens:,} tokens" in told
         assert f"train.micro_batch_size={enough} would make them {enough * tokens:,}" in told
+
+
+@pytest.mark.parametrize(
+    ("template", "own"),
+    [
+        (CHATML, "ChatML"),
+        (TEMPLATES["Llama 3's headers"], "Llama 3's headers"),
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", "a template that is not known here"),
+        (TEMPLATES["Gemma's turns, system refused"], None),
+        (None, None),
+    ],
+    ids=["ChatML", "Llama 3", "unknown", "Google's own", "none"],
+)
+def test_a_base_that_was_tuned_in_another_template_is_told(template: str | None, own: str | None) -> None:
+    tokenizer = foreign_tokenizer()
+    tokenizer.chat_template = template or chat_template("fold")
+    told = f"the base was tuned in {own}; this run trains Gemma's turns, in which it is then asked"
+    assert outlook._template_rows(ChatEncoder(tokenizer)) == ([("chats", told)] if own else [])
