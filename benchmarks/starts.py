@@ -29,7 +29,7 @@ from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.presets import PRESETS
 from tests.real.fetch import packages
 
-TURNS = 5
+TURNS = 3
 STOCK = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,7 +17,7 @@ HARMLESS = {
     "licence", "copyright", "author", "authors", "annotator", "worker", "date", "time", "datetime", "timestamp",
     "created", "updated", "modified", "model", "model_name", "generator", "generated_by", "version", "revision",
     "score", "scores", "rating", "ratings", "quality", "perplexity", "tokens", "length", "cache_control",
-    "annotations",
+    "annotations", "is_classification", "is_synthetic",
 }  # fmt: skip
 NAME_SHOWN = 60
 HARMLESS_FORMS = re.compile(

@@ -167,6 +167,7 @@ def test_what_torch_watches_takes_the_reference() -> None:
 
 
 @built
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
 def test_a_damaged_library_is_built_again(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: None
