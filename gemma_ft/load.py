@@ -19,6 +19,7 @@ from gemma_ft.added_tokens import take_rows
 from gemma_ft.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.data import tokenizer as tokenizers
 from gemma_ft.data.hub import hub_reason
+from gemma_ft.data.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.located import (
     ADAPTER_WEIGHTS,
@@ -135,7 +136,7 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
         source = model_source(str(path))  # a file: refused
     base = folder_of(source, downloaded=True)
     # An adapter of another toolkit may come without a tokenizer: then the base's serves.
-    beside = found if found is not None and (found / "tokenizer_config.json").is_file() else base
+    beside = found if found is not None and brings_tokenizer(found) else base
     return Place(source, found, beside, Contract.read(found or base))
 
 
@@ -211,7 +212,8 @@ def model_at(
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a run directory, an adapter or model folder, or a hub id, ready for text and chats.
+    """The tokenizer of a run directory, an adapter or model folder, or a hub id, ready for text and chats; that of its
+    base for an adapter folder which brings none (PEFT saves none).
 
     Raises: UserError when there is none, or it is not Gemma's.
     """
@@ -220,6 +222,10 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
         raise UserError(f"{path}: {'; '.join(taken_for_folder(folder))}")
     inside = (folder / "adapter", folder / "model")
     found = next(filter(Path.is_dir, inside), folder)
+    own = adapter_in(folder)
+    if own is not None and not (folder / "config.json").is_file() and not brings_tokenizer(own):
+        base = _base_of(own)
+        return tokenizers.load_tokenizer(base.name, revision=base.revision)
     contract = Contract.read(found)
     trained = contract.tokenizer_sha256 if contract is not None else None
     return tokenizers.load_tokenizer(str(found), revision=revision, trained_sha256=trained)

@@ -19,7 +19,7 @@ from gemma_ft.data.items import text_fault
 from gemma_ft.data.registered_tokens import lacks_tokens, register_tokens
 from gemma_ft.data.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
 from gemma_ft.data.tokenizer_facts import BLANK_RUN, spells_control, tokenizer_facts
-from gemma_ft.data.tokenizer_files import LEGACY_TEMPLATE, own_template
+from gemma_ft.data.tokenizer_files import LEGACY_TEMPLATE, VOCABULARIES, own_template
 from gemma_ft.data.tokenizer_model import settings_from_pieces
 from gemma_ft.errors import DataError, UserError, first_line
 
@@ -183,6 +183,6 @@ def _tokenizer_folder(path_or_hub_id: str, revision: str | None) -> Path:
             what = "a file, not a folder" if folder.exists() else "no such folder"
             raise UserError(f"{path_or_hub_id}: {what}; name a folder with tokenizer files, or a hub id (owner/name)")
         folder = snapshot(path_or_hub_id, revision=revision, allow_patterns=TOKENIZER_FILES)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{path_or_hub_id}: there is no tokenizer.json or tokenizer.model in it")
     return folder

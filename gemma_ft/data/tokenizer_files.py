@@ -10,7 +10,13 @@ from typing import Any
 from gemma_ft.data.template import SystemPolicy, chat_template
 
 PIECES = "tokenizer.model"
+VOCABULARIES = ("tokenizer.json", PIECES)  # a tokenizer is opened from either
 LEGACY_TEMPLATE = "chat_template.json"  # of transformers' processors, which tokenizers do not read
+
+
+def brings_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder, or a part of one: it is then the one to open, or to refuse."""
+    return any((folder / name).is_file() for name in (*VOCABULARIES, "tokenizer_config.json"))
 
 
 def own_template(tokenizer: Any, folder: Path) -> Any:

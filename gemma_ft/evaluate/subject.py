@@ -22,6 +22,7 @@ from gemma_ft.build_inputs import FRESH, build_tokenizer, weights_source
 from gemma_ft.contract import CONTRACT, Contract, stop_ids_in
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.own_template import own_encoder
+from gemma_ft.data.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export.merge import FACTS, merge_into
@@ -79,7 +80,7 @@ class Subject:
         changed.
         """
         trained = self.tuned or (self.place.adapter if self.place is not None else None)
-        if trained is None or not (trained / "tokenizer_config.json").is_file():
+        if trained is None or not brings_tokenizer(trained):
             return build_tokenizer(self.recipe)
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(trained)
         if self.contract is not None:

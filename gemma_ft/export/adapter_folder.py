@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemma_ft.checkpoint import write_json
-from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.data.tokenizer_files import brings_tokenizer, save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.load import Place, check_base, load_tokenizer
 from gemma_ft.weights import WeightFiles
@@ -34,7 +34,7 @@ def write_adapter(place: Place, folder: Path, *, base_id: str | None = None) -> 
     if Path(place.base.name).is_absolute():  # of a hub id the weights need not be here
         check_base(place)
     check_finite(WeightFiles.open(place.adapter, "adapter_model"))
-    tokenizer_from = place.adapter if (place.adapter / "tokenizer_config.json").is_file() else place.base.name
+    tokenizer_from = place.adapter if brings_tokenizer(place.adapter) else place.base.name
     tokenizer = load_tokenizer(str(tokenizer_from))
     if place.contract is not None:
         place.contract.encoder(tokenizer, tokenizer_from)

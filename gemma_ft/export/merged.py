@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft import runtime
 from gemma_ft.adapters.saved import adapter_config
 from gemma_ft.contract import Contract
+from gemma_ft.data.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import RecipeError, UserError
 from gemma_ft.export.deltas import Adapter
 from gemma_ft.export.dequantize import Stored, quantized_names, skeleton, there_and_back
@@ -79,7 +80,7 @@ class MergedWeights:
     def tokenizer_folder(self) -> Path:
         """Where the tokenizer lies: beside the adapter, else beside the base."""
         beside = self.place.adapter
-        return beside if beside is not None and (beside / "tokenizer_config.json").is_file() else self.base_folder
+        return beside if beside is not None and brings_tokenizer(beside) else self.base_folder
 
     def other_policy(self) -> MergedWeights | None:
         """The same merge under the other policy, where there is one."""

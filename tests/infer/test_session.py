@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gemma_ft import load
 from gemma_ft.contract import CONTRACT, contract_of
 from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.items import Turn
@@ -243,3 +244,36 @@ def test_a_folder_whose_template_is_none_of_the_known_is_refused(tmp_path: Path)
         f"{folder}: its chat template writes none of the turns that are known here "
         f"(Gemma's turns, ChatML, Llama 3's headers); {CURE}"
     )
+
+
+def without_files(adapter: Path, *kept: str) -> Path:
+    """What PEFT saves of an adapter, and what is kept of its tokenizer."""
+    for file in adapter.iterdir():
+        if file.name not in ("adapter_config.json", "adapter_model.safetensors", *kept):
+            file.unlink()
+    return adapter
+
+
+@pytest.mark.parametrize("in_a_run", [False, True], ids=["adapter", "run"])
+def test_an_adapter_without_a_tokenizer_is_opened_with_that_of_its_base(adapter: Path, in_a_run: bool) -> None:
+    """As the command line asks it; the README: load_model and load_tokenizer open any of them."""
+    without_files(adapter)
+    opened = load.load_tokenizer(adapter.parent if in_a_run else adapter)
+    assert ChatEncoder(opened).content.sha256 == ChatEncoder(load_tokenizer(TINY)).content.sha256
+    assert opened.chat_template == load_tokenizer(TINY).chat_template
+
+
+def test_a_tokenizer_beside_an_adapter_is_the_one_opened_without_its_settings_too(adapter: Path) -> None:
+    """tokenizer.json decides the ids, and may hold tokens that the base's has not."""
+    foreign_tokenizer().save_pretrained(adapter)
+    without_files(adapter, "tokenizer.json")
+    assert len(load.load_tokenizer(adapter)) == len(foreign_tokenizer()) > len(load_tokenizer(TINY))
+    assert load.place_of(adapter).folder == adapter
+
+
+def test_what_is_left_of_a_tokenizer_beside_an_adapter_is_refused_not_replaced(adapter: Path) -> None:
+    without_files(adapter, "tokenizer_config.json")
+    assert load.place_of(adapter).folder == adapter
+    with pytest.raises(UserError) as refused:
+        load.load_tokenizer(adapter)
+    assert str(refused.value) == f"{adapter}: there is no tokenizer.json or tokenizer.model in it"
