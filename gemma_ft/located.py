@@ -6,6 +6,7 @@ Nothing here needs torch or transformers: rows are looked at without them.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,7 +76,8 @@ def check_is_model(folder: Path, name: str, key: str = "") -> None:
     if adapter is not None:
         what = "an adapter" if adapter == folder else "a run with an adapter"
         raise UserError(
-            f"{key}{name}: {what}, no model of its own; merge it first (gemma-ft merge {name} --out DIR) and give DIR"
+            f"{key}{name}: {what}, no model of its own; merge it first (gemma-ft merge {shlex.quote(name)} --out DIR) "
+            "and give DIR"
         )
     if (folder / "model" / "config.json").is_file():
         raise UserError(f"{key}{name}: a run; give the model in it, {os.path.join(name, 'model')}")

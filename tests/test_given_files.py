@@ -5,6 +5,7 @@ with what to give instead.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,13 @@ def test_what_is_a_model_is_taken_as_before(here: Path) -> None:
     assert line(checked_folder, model_source("both")).endswith("move it to its own folder")
     assert line(model_source, "nowhere/at/all") == f"nowhere/at/all: no such folder; {MODEL}"
     assert model_source("google/gemma-2-2b") == Source("google/gemma-2-2b", None)
+
+
+@pytest.mark.parametrize("name", ["my run", "Anna's run", "run $1"])
+def test_a_command_in_a_message_can_be_pasted(here: Path, name: str) -> None:
+    """A shell takes the folder for one word, whatever is in its name."""
+    (here / name).mkdir()
+    (here / name / "adapter_config.json").write_text("{}")
+    message = line(model_source, name)
+    command = message.partition("(")[2].partition(")")[0]
+    assert shlex.split(command) == ["gemma-ft", "merge", name, "--out", "DIR"]

@@ -5,6 +5,7 @@ none.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -217,7 +218,8 @@ class GgufForm:
     def notes(self) -> list[str]:
         notes = chat_notes(self.encoder)
         if self.place.adapter is not None:
-            notes.append(f"no certificate: gemma-ft merge {self.place.adapter} --out DIR, then export DIR, gives one")
+            adapter = shlex.quote(str(self.place.adapter))
+            notes.append(f"no certificate: gemma-ft merge {adapter} --out DIR, then export DIR, gives one")
         if ends := self.vocabulary.ends_by_text():
             notes.append(
                 f"llama.cpp takes {', '.join(ends)} for the end of an answer, whatever the file says; it was text in "
