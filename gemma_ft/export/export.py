@@ -14,6 +14,7 @@ from gemma_ft.data.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.forms import AdapterForm, Form, GgufForm, HfForm, Step
 from gemma_ft.export.gguf_file import GgufType
+from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge_display import DTYPES, show_certificate
 from gemma_ft.export.model_card import Form as FormName
 from gemma_ft.export.papers import Papers
@@ -63,6 +64,7 @@ def export_model(
     """
     console = console or Console()
     wish.check()
+    check_free(wish.out)  # before tokenizers and weights are read
     form = _form(source, wish)
     if dry_run:
         _say(console, f"export {source} to {wish.out}, dry run: nothing is written or sent")
