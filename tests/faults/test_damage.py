@@ -23,7 +23,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 # What changes nothing: a tokenizer without a template gets the one that was trained, tokenizer.json decides, and
-# tokenizer.model alone is the same tokenizer (the hash of the contract holds vocabulary, merges and added tokens to it).
+# tokenizer.model alone is the same tokenizer: the hash of the contract holds vocabulary, merges, added tokens to it.
 HARMLESS = {"chat_template.jinja missing", "chat_template.jinja empty", "tokenizer.model missing",
             "tokenizer.json missing"}  # fmt: skip
 
