@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_ft.cli.start import check_weights
 from gemma_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def plan(
     if locate_recipe(name) is None:
         raise UserError(f"{name}: no recipe and no preset; {known()}")
     loaded = load_recipe(name, overrides or ())
+    check_weights(loaded.recipe)
     text, fits = recipe_plan(loaded, size, _ranks(launch, nproc))
     print(text)
     return 0 if fits else 2

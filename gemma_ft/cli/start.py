@@ -60,15 +60,18 @@ def check_model(name: str, adapter: Path | None = None, *, instead: str | None =
 
 
 def check_weights(recipe: Recipe) -> None:
-    """Raises: UserError when the recipe's weights lie on this machine and are not of its preset."""
+    """Raises: UserError when what the recipe names as its weights lies on this machine, and is no model folder or not
+    of its preset.
+    """
+    from gemma_ft.build_inputs import FRESH, weights_source
     from gemma_ft.model.config_file import check_size
     from gemma_ft.model.presets import PRESETS
     from gemma_ft.recipe.paths import locate
 
     name = recipe.model.weights or PRESETS[recipe.model.preset].weights
-    folder = locate(name)
-    if folder is not None:
-        check_size(folder, recipe.model.preset, str(folder.resolve()))
+    if name != FRESH and locate(name) is not None:
+        folder = weights_source(recipe).name
+        check_size(Path(folder), recipe.model.preset, folder)
 
 
 def _base_of(adapter: Path) -> str | None:

@@ -81,7 +81,7 @@ def test_an_adapter_of_another_family_is_refused_at_once(
     )
 
 
-@pytest.mark.parametrize("verb", [["train"], ["preview"], ["data", "check"]], ids=" ".join)
+@pytest.mark.parametrize("verb", [["train"], ["preview"], ["data", "check"], ["plan"]], ids=" ".join)
 def test_weights_of_another_size_are_refused_before_their_tokenizer_is_read(
     verb: list[str], at_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +90,24 @@ def test_weights_of_another_size_are_refused_before_their_tokenizer_is_read(
     assert capsys.readouterr().err == (
         f"model.preset: {folder} is not a gemma-2-2b (num_hidden_layers 6, not 26); set model.preset: gemma-tiny\n"
     )
+
+
+@pytest.mark.parametrize("verb", [["train"], ["preview"], ["data", "check"], ["plan"]], ids=" ".join)
+def test_weights_that_are_no_model_folder_are_refused_at_once(
+    verb: list[str], at_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "x.gguf", tmp_path / "run"
+    file.write_bytes(b"GGUF")
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    for place, told in (
+        (file, "a GGUF file, which gemma-ft writes"),
+        (run, "a run with an adapter, no model of its own"),
+    ):
+        assert main([*verb, "sft_tiny", f"model.weights={place}"]) == 2
+        assert capsys.readouterr().err.startswith(f"model.weights: {place}: {told}")
+    assert main(["plan", "sft_tiny", "model.weights=random", "strategy=full", "~adapter", "~quantize",
+                 "model.tokenizer=data/gemma-tiny"]) == 0  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"hidden_size": "x"'])
