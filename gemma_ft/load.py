@@ -30,8 +30,8 @@ from gemma_ft.located import (
     located,
     model_source,
     pinned,
+    refuse_file,
     refuse_no_adapter,
-    taken_for_folder,
 )
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
@@ -128,7 +128,7 @@ def place_of(path: str | Path, adapter: str | Path | None = None) -> Place:
         source = pinned(_base_of(own))
     elif folder.is_dir():
         for file in sorted(folder.glob("*.gguf")):
-            raise UserError(f"{file}: {'; '.join(taken_for_folder(file))}")
+            refuse_file(file)
         raise UserError(
             f"{path}: neither a model, an adapter nor a finished run; expected config.json or adapter/ in it"
         )
@@ -219,7 +219,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     """
     folder = Path(located(path))
     if folder.is_file():
-        raise UserError(f"{path}: {'; '.join(taken_for_folder(folder))}")
+        refuse_file(folder, str(path))
     inside = (folder / "adapter", folder / "model")
     found = next(filter(Path.is_dir, inside), folder)
     own = adapter_in(folder)

@@ -62,7 +62,7 @@ def model_source(name: str, revision: str | None = None, *, key: str = "", weigh
             check_is_model(found, name, key)
         return Source(str(found.resolve()), None)
     if found is not None:
-        raise UserError(f"{key}{name}: {'; '.join(taken_for_folder(found))}")
+        refuse_file(found, f"{key}{name}")
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{key}{name}: no such folder; name a folder with a model, or a hub id (owner/name)")
     return Source(name, revision)
@@ -108,6 +108,20 @@ def taken_for_folder(file: Path) -> tuple[str, str]:
             f"convert it to safetensors where it was made; {a_model}"
         )
     return NO_WEIGHTS, a_model
+
+
+def refuse_file(file: Path, name: str | None = None) -> NoReturn:
+    """Raises: UserError that says what a file is which the user named (`name`) where a model's folder is wanted."""
+    raise UserError(f"{name or file}: {'; '.join(taken_for_folder(file))}")
+
+
+def refuse_weights(file: Path, name: str, instead: str | None = None) -> None:
+    """Raises: UserError for a file of weights, however it is named, that says what to give `instead`. Any other file
+    passes.
+    """
+    what, cure = taken_for_folder(file)
+    if what != NO_WEIGHTS:
+        raise UserError(f"{name}: {what}; {instead or cure}")
 
 
 def refuse_no_adapter(place: Path, key: str = "") -> NoReturn:

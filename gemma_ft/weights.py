@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_ft.errors import UserError
-from gemma_ft.located import PICKLES, taken_for_folder
+from gemma_ft.located import PICKLES, refuse_file
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor in every Gemma
 MAX_SHARD_BYTES = 5 * 10**9
@@ -81,7 +81,7 @@ class WeightFiles:
                 "convert it to safetensors where it was made"
             )
         for file in sorted(folder.glob("*.gguf")):
-            raise UserError(f"{file}: {'; '.join(taken_for_folder(file))}")
+            refuse_file(file)
         raise UserError(f"{folder}: there is no {stem}.safetensors in it, nor an index of shards")
 
     @property

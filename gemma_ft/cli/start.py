@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemma_ft.errors import UserError
-
 if TYPE_CHECKING:
     from gemma_ft.recipe.schema import Recipe
 
@@ -41,15 +39,13 @@ def check_model(name: str, adapter: Path | None = None, *, instead: str | None =
     """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family, or a file of
     weights, and says what to give `instead`. What is not there, or damaged, is refused where it is opened.
     """
-    from gemma_ft.located import NO_WEIGHTS, taken_for_folder
+    from gemma_ft.located import refuse_weights
     from gemma_ft.model.config_file import check_family
     from gemma_ft.recipe.paths import locate
 
     found = locate(name)
     if found is not None and found.is_file():
-        what, cure = taken_for_folder(found)
-        if what != NO_WEIGHTS:
-            raise UserError(f"{name}: {what}; {instead or cure}")
+        refuse_weights(found, name, instead)
     for folder in filter(None, (found, adapter)):
         for place in (folder, folder / "model"):
             check_family(place, name)

@@ -13,9 +13,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from gemma_ft.data.template import CONTROL_TOKENS, START_OF_TURN
-from gemma_ft.data.tokenizer_facts import HTML_TAGS
+from gemma_ft.data.tokenizer_facts import HTML_TAGS, SPACE_SIGN
 
-SPACE = "\u2581"  # in a piece
 LONGEST_RUN = 31  # of one blank, as a piece
 UNUSED = 100
 OTHERS = ("<mask>", "<2mass>", "[@BOS@]", "[toxicity=0]")
@@ -36,7 +35,9 @@ def register_tokens(tokenizer: Any) -> None:
     """
     backend = tokenizer.backend_tokenizer
     runs = [
-        blank * count for blank in ("\n", "\t", SPACE) for count in range(1 if blank == "\n" else 2, LONGEST_RUN + 1)
+        blank * count
+        for blank in ("\n", "\t", SPACE_SIGN)
+        for count in range(1 if blank == "\n" else 2, LONGEST_RUN + 1)
     ]
     tags = [f"<{slash}{tag}>" for tag in HTML_TAGS for slash in ("", "/")]
     unused = [f"<unused{number}>" for number in range(UNUSED)]
@@ -44,5 +45,5 @@ def register_tokens(tokenizer: Any) -> None:
     special = {*CONTROL_TOKENS, tokenizer.mask_token}  # what transformers makes of them when it opens them again
     known = [(number, name) for name in names if (number := backend.token_to_id(name)) is not None]
     tokenizer.add_tokens(
-        [AddedToken(name, normalized=name[0] == SPACE, special=name in special) for _, name in sorted(known)]
+        [AddedToken(name, normalized=name[0] == SPACE_SIGN, special=name in special) for _, name in sorted(known)]
     )

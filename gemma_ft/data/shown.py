@@ -15,7 +15,7 @@ import numpy
 from gemma_ft.data.chat import IGNORE, ChatEncoder
 from gemma_ft.data.counts import trained_between
 from gemma_ft.data.examples import Examples
-from gemma_ft.data.tokenizer_facts import BYTE_PIECE
+from gemma_ft.data.tokenizer_facts import BYTE_PIECE, SPACE_SIGN
 
 KINDS = ("trained", "masked", "control", "control, trained", "truncated")
 DOCUMENTS_SHOWN = 3  # of an example
@@ -128,7 +128,7 @@ def _tokens(ids: Sequence[int], kinds: Sequence[str], encoder: ChatEncoder) -> I
             text = bytes(int(piece[3:5], 16) for piece in pieces).decode("utf-8", errors="replace")
             yield Token(kind, visible(text), numbers)
         else:
-            yield from (Token(kind, visible(name.replace("\u2581", " ")), (number,)) for _, name, number in group)
+            yield from (Token(kind, visible(name.replace(SPACE_SIGN, " ")), (number,)) for _, name, number in group)
 
 
 def visible(piece: str) -> str:

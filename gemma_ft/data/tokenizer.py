@@ -85,6 +85,8 @@ def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
 
     Raises: UserError for a name that is no text, is there twice, or is a token already.
     """
+    if not names:
+        return
     known = tokenizer.get_vocab()
     control = tokenizer.convert_ids_to_tokens(sorted(ContentEncoder(tokenizer).control_ids))
     for place, name in enumerate(names):
@@ -98,9 +100,8 @@ def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
             why = f"{name!r} holds {inner}, which other libraries would find in it; choose another name"
         if why is not None:
             raise UserError(f"model.added_tokens: {why}")
-    if names:
-        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-        tokenizer.init_kwargs[ADDED_BY_USER] = [*_added_by_user(tokenizer), *names]  # saved in tokenizer_config.json
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    tokenizer.init_kwargs[ADDED_BY_USER] = [*_added_by_user(tokenizer), *names]  # saved in tokenizer_config.json
 
 
 def _added_by_user(tokenizer: Any) -> list[str]:

@@ -19,10 +19,11 @@ from pydantic import TypeAdapter, ValidationError
 from gemma_ft.data.template import CONTROL_TOKENS
 
 LAYOUT = 1  # of what is kept: another number finds none of the older facts. Raise it with any change of what is found
+SPACE_SIGN = "\u2581"  # SentencePiece's sign for a space in a piece
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 # Added tokens that are text: runs of blanks and line breaks, and HTML tags. The tags are named, because "<eos>" looks
 # like one.
-BLANK_RUN = re.compile(r"[\n\t\r \u2581]+")
+BLANK_RUN = re.compile(rf"[\n\t\r {SPACE_SIGN}]+")
 HTML_TAGS = (
     *("table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6"),
     *("blockquote", "strong", "em", "b", "i", "u", "s", "sub", "sup", "code", "pre", "p", "a", "ul", "ol", "li"),

@@ -14,9 +14,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from gemma_ft.data.template import END_OF_TURN, START_OF_TURN
+from gemma_ft.data.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
 
-PIECES = "tokenizer.model"
 CONTROL, USER_DEFINED = 3, 4  # sentencepiece_model.proto, SentencePiece.Type
 BPE = 2  # the same, TrainerSpec.ModelType
 TAB, TAB_BYTE = "\t", "<0x09>"

@@ -29,7 +29,7 @@ from gemma_ft.export.merge import FACTS, merge_into
 from gemma_ft.export.merged import merged_weights
 from gemma_ft.export.run_record import read_object
 from gemma_ft.load import Place, load_base, load_model, load_tokenizer, place_of
-from gemma_ft.located import NO_WEIGHTS, Source, folder_of, refuse_no_adapter, taken_for_folder
+from gemma_ft.located import Source, folder_of, refuse_no_adapter, refuse_weights, taken_for_folder
 from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.home import given_path
 from gemma_ft.recipe.load import load_recipe
@@ -132,8 +132,8 @@ def find_subject(
         (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)
     ):
         refuse_no_adapter(adapter, "--adapter ")
-    if folder.is_file() and (what := taken_for_folder(folder)[0]) != NO_WEIGHTS:
-        raise UserError(f"{name}: {what}; give a run directory or a recipe")
+    if folder.is_file():
+        refuse_weights(folder, name, "give a run directory or a recipe")
     if folder.is_dir() or adapter is not None:
         _check_overrides(overrides, str(adapter or name))
     if folder.is_dir():

@@ -8,13 +8,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.tokenizer_facts import BYTE_PIECE
+from gemma_ft.data.tokenizer_facts import BYTE_PIECE, SPACE_SIGN
 from gemma_ft.errors import UserError
 
 # Kinds of tokens, with the numbers that both SentencePiece and GGUF give them.
 # Source: sentencepiece_model.proto, SentencePiece.Type; ggml docs/gguf.md, tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE_SIGN = "\u2581"
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 PROBED = 3  # runs of one character are compared up to so many times the longest piece
 INSTEAD = "use --to hf instead"
