@@ -75,7 +75,7 @@ test-lowest: $(LOWEST)/.installed  ## parity and artefacts with the oldest packa
 
 # not a command of .ci: nothing of it is of use without a GPU
 test-gpu: setup  ## parity, laws, faults, kernels and the engine on a GPU, and that every arm of its benchmark begins
-	$(OFFLINE) $(BIN)/python -m pytest -m 'not faults' tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_steps.py \
+	$(OFFLINE) $(BIN)/python -m pytest -m 'not faults' tests/cuda tests/kernels tests/infer/test_cuda.py tests/infer/test_decode_step.py \
 		tests/test_gpu_bench.py
 
 test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy

@@ -44,7 +44,7 @@ def kernels(numbers: str) -> Iterator[Kernel]:
     """All of them, over numbers of that type."""
     import triton
 
-    from gemma_ft.kernels.gpu import geglu, head_rows, rms_norm, rotary
+    from gemma_ft.kernels.triton import cross_entropy, geglu, rms_norm, rotary
 
     flat = {"count": "i32"}
     forward = {"gate": numbers, "up": numbers, "out": numbers, **flat}
@@ -65,49 +65,54 @@ def kernels(numbers: str) -> Iterator[Kernel]:
         given = {**angles, **strides, "heads": "i32", "tokens": "i32", "half": "i32"}
         yield Kernel(f"rotary, {heads} heads of {2 * half}", rotary._turn, given, {"HEADS": heads, "HALF": half})
     given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1"}
-    known = {"CAPS": True, "WEIGHS": True, "GRADS": True, "BLOCK": head_rows.BLOCK}
-    yield Kernel("head", head_rows._rows, given | {"size": "i32", "cap": "fp32"}, known, head_rows.WARPS)
+    known = {"CAPS": True, "WEIGHS": True, "GRADS": True, "BLOCK": cross_entropy.BLOCK}
+    yield Kernel("head", cross_entropy._rows, given | {"size": "i32", "cap": "fp32"}, known, cross_entropy.WARPS)
     yield from _of_nf4(numbers)
     yield from _of_decoding(numbers)
 
 
 def _of_nf4(numbers: str) -> Iterator[Kernel]:
-    from gemma_ft.kernels.gpu import few_rows_nf4, nf4
+    from gemma_ft.kernels.triton import gemv_nf4, nf4
 
     read = {"packed": "*u8", "absmax": "*u8"} | dict.fromkeys(("code", "code2", "absmax2", "offset"), "*fp32")
     form = {"NESTED": True, "BLOCK": 64, "BLOCK2": 256}
     given = {**read, "out": numbers, "count": "i32"}
     yield Kernel("nf4 to numbers", nf4._dequantize, given, {**form, "BYTES": nf4.BYTES}, fuses=False)
     counts = dict.fromkeys(("rows", "outputs", "inputs", "tiles"), "i32")
-    tile = few_rows_nf4.TILES[DTYPES[numbers]]
-    known = {**form, "OUTPUTS": few_rows_nf4.OUTPUTS, "TILE": tile}
+    tile = gemv_nf4.TILES[DTYPES[numbers]]
+    known = {**form, "OUTPUTS": gemv_nf4.OUTPUTS, "TILE": tile}
     given = {**read, **counts, "x": numbers, "out": "*fp32"}
-    yield Kernel("few rows of nf4", few_rows_nf4._products, given, known, few_rows_nf4.WARPS, False,
+    yield Kernel("few rows of nf4", gemv_nf4._products, given, known, gemv_nf4.WARPS, False,
                  ("outputs", "inputs"))  # fmt: skip
-    known = {"SPLITS": few_rows_nf4.MOST_SPLITS, "ADDED": few_rows_nf4.ADDED}
-    yield Kernel("the same, its splits", few_rows_nf4._sum, {"parts": "*fp32", "out": numbers, "count": "i32"}, known)
+    known = {"SPLITS": gemv_nf4.MOST_SPLITS, "ADDED": gemv_nf4.ADDED}
+    yield Kernel("the same, its splits", gemv_nf4._sum, {"parts": "*fp32", "out": numbers, "count": "i32"}, known)
 
 
 def _of_decoding(numbers: str) -> Iterator[Kernel]:
-    from gemma_ft.kernels.gpu import few_rows_lora, one_query
+    from gemma_ft.kernels.triton import decode_attention, gemv_lora
 
     counts = {"inputs": "i32", "outputs": "i32", "rank": "i32", "scaling": "fp32"}
     given = {**counts, "x": numbers, "low": numbers, "a": "*fp32", "b": "*fp32", "out": numbers}
-    known, even = {"STEP": few_rows_lora.STEP}, ("inputs", "outputs")
-    yield Kernel("LoRA of few rows, A", few_rows_lora._low, given, known, even=even)
-    known = {"BLOCK": few_rows_lora.BLOCK, "RANK": 16}
-    yield Kernel("LoRA of few rows, B", few_rows_lora._add, given, known, even=even)
-    step, warps, stages = one_query.STEPS[DTYPES[numbers]]
+    known, even = {"STEP": gemv_lora.STEP}, ("inputs", "outputs")
+    yield Kernel("LoRA of few rows, A", gemv_lora._low, given, known, even=even)
+    known = {"BLOCK": gemv_lora.BLOCK, "RANK": 16}
+    yield Kernel("LoRA of few rows, B", gemv_lora._add, given, known, even=even)
+    step, warps, stages = decode_attention.STEPS[DTYPES[numbers]]
     parts = {**dict.fromkeys(("tops", "totals", "sums"), "*fp32"), "held": "*i64", "spans": "i32"}
     strides = ("q_b", "q_head", "k_b", "k_head", "k_place", "v_b", "v_head", "v_place")
     given = dict.fromkeys(("query", "keys", "values"), numbers) | dict.fromkeys(strides, "i32") | parts
     for name, width, heads in (("gemma-2b", 256, 8), ("gemma-2-2b", 256, 2), ("gemma-2-27b", 128, 2)):
-        known = {"CAPS": True, "HEADS": heads, "GROUP": one_query.GROUP, "H": width, "SPAN": one_query.SPAN,
+        known = {"CAPS": True, "HEADS": heads, "GROUP": decode_attention.GROUP, "H": width, "SPAN": decode_attention.SPAN,
                  "STEP": step, "STAGES": stages}  # fmt: skip
-        yield Kernel(f"one query, {name}", one_query._spans, given | {"scale": "fp32", "cap": "fp32"}, known, warps,
+        yield Kernel(f"one query, {name}", decode_attention._spans, given | {"scale": "fp32", "cap": "fp32"}, known, warps,
                      even=strides)  # fmt: skip
-    known = {"H": 256, "SPAN": one_query.SPAN, "TOGETHER": one_query.TOGETHER, "WIDTH": one_query.WIDTH}
-    yield Kernel("the same, its spans", one_query._joined, {**parts, "out": numbers, "heads": "i32"}, known)
+    known = {
+        "H": 256,
+        "SPAN": decode_attention.SPAN,
+        "TOGETHER": decode_attention.TOGETHER,
+        "WIDTH": decode_attention.WIDTH,
+    }
+    yield Kernel("the same, its spans", decode_attention._joined, {**parts, "out": numbers, "heads": "i32"}, known)
 
 
 def compiled(kernel: Kernel, capability: int) -> dict[str, int]:

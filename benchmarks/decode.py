@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.record import ROOT, write_result
-from gemma_ft import runtime
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Turn
+from gemma_ft.build.pretrained import load_model, load_tokenizer
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.infer.generate import generate_answers
-from gemma_ft.load import load_model, load_tokenizer
+from gemma_ft.system import environment
 
 TINY = ROOT / "data" / "gemma-tiny"
 PROMPTS, TOKENS, BATCH, ROUNDS = 50, 64, 16, 5
@@ -100,7 +100,7 @@ def measure(dtype: torch.dtype, asked: list[list[int]], stop_ids: list[int]) -> 
 
 def main() -> None:
     """Measure in float32 and bf16, and write the result file."""
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     encoder = ChatEncoder(load_tokenizer(TINY))
     asked = prompts(encoder)
     long = torch.randint(100, 2000, (4, 1500), generator=torch.Generator().manual_seed(0)).tolist()

@@ -105,7 +105,7 @@ def arms_of(folder: Path, quantize: str | None) -> dict[str, Callable[..., Answe
     from transformers import AutoModelForCausalLM
 
     from gemma_ft.adapters.quantize import quantization_config
-    from gemma_ft.load import load_model
+    from gemma_ft.build.pretrained import load_model
 
     more: dict[str, Any] = {}
     if quantize:
@@ -123,8 +123,8 @@ def logit_errors(folder: Path, quantize: str | None, arms: dict[str, Any]) -> di
     """How far the logits of a prompt are from those computed in float32 on the same stored weights, relative to their
     norm: answers part where two tokens are nearly as likely, and neither is to be less exact.
     """
-    from gemma_ft.load import load_base
-    from gemma_ft.located import Source
+    from gemma_ft.build.located import Source
+    from gemma_ft.build.pretrained import load_base
 
     ids = torch.tensor(prompts(1))
     truth = load_base(Source(str(folder / "base"), None), dtype=torch.float32, quantize=quantize).eval()(ids).logits
@@ -164,9 +164,9 @@ def equal_tokens(one: list[list[int]], other: list[list[int]]) -> int:
 
 def main(names: list[str], *, new: int = NEW, turns: int = TURNS) -> None:
     """Some lines or all, and the result file."""
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     chosen = [name for name in LINES if name in names] or list(LINES)
     lines: dict[str, Any] = {}
     errors: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import write_result
-from gemma_ft import runtime
+from gemma_ft.system import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "gemma-tiny"
@@ -66,14 +66,14 @@ def write_rows(path: Path, rows: int) -> None:
 
 def ours(rows: Path, folder: Path) -> int:
     """All rows through the cache, which is empty: checked, encoded, labelled, written. Returns the tokens."""
-    from gemma_ft.data.bad_rows import BadRows
-    from gemma_ft.data.cache import Cache, Reading
-    from gemma_ft.data.chat import ChatEncoder
-    from gemma_ft.data.sources import read_chunks
-    from gemma_ft.data.tokenizer import load_tokenizer
+    from gemma_ft.data.encode.cache import Cache, Reading
+    from gemma_ft.data.encode.chat import ChatEncoder
+    from gemma_ft.data.encode.tokenizer import load_tokenizer
+    from gemma_ft.data.read.bad_rows import BadRows
+    from gemma_ft.data.read.sources import read_chunks
 
     reading = Reading("prompt_completion", {}, ChatEncoder(load_tokenizer(str(TINY))))
-    found = Cache(folder, runtime.processors()).documents(read_chunks(str(rows)), reading, BadRows())
+    found = Cache(folder, environment.processors()).documents(read_chunks(str(rows)), reading, BadRows())
     return int(found.column("tokens").sum())
 
 
@@ -84,7 +84,7 @@ def theirs(rows: Path, folder: Path) -> int:
     """
     import datasets
 
-    from gemma_ft.data.tokenizer import load_tokenizer
+    from gemma_ft.data.encode.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(TINY))
 
@@ -96,7 +96,7 @@ def theirs(rows: Path, folder: Path) -> int:
         return {"input_ids": ids, "labels": labels}
 
     data = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(folder))
-    found = data.map(encode, batched=True, num_proc=runtime.processors(), remove_columns=[ASKED, ANSWERED])
+    found = data.map(encode, batched=True, num_proc=environment.processors(), remove_columns=[ASKED, ANSWERED])
     return sum(len(part) for batch in found.iter(10_000) for part in batch["input_ids"])
 
 

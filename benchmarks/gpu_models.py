@@ -57,7 +57,7 @@ def base(config: Any, *, native: bool, device: torch.device, attention: str | No
         return model
     model = in_nf4(model)
     if native:
-        from gemma_ft.adapters.unpacked import keep_unpacked
+        from gemma_ft.adapters.nf4_linear import keep_unpacked
 
         keep_unpacked(model)  # as a load does
     return model

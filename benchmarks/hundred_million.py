@@ -53,6 +53,6 @@ def write_base(folder: Path, vocabulary: int = VOCABULARY, *, lively: bool = Fal
 
 def tokenizer() -> Any:
     """One that fits any of these models."""
-    from gemma_ft.data.tokenizer import load_tokenizer
+    from gemma_ft.data.encode.tokenizer import load_tokenizer
 
     return load_tokenizer(str(ROOT / "data" / "gemma-tiny"))

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gpu_models
 from benchmarks.record import ROOT, write_result
 from benchmarks.tables import columns, launches
-from gemma_ft.kernels import geglu, head_rows, native, rms_norm, rotary
+from gemma_ft.kernels import cpp_backend, cross_entropy, geglu, rms_norm, rotary
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 
 TOKENS, ROWS, SHOWN = 32, 2, 10
@@ -153,7 +153,7 @@ class _Kernels:
         cap: float | None, *, with_grad: bool,
     ) -> None:  # fmt: skip
         with self.count.instead("triton.head_rows"):
-            found = head_rows.head_rows_reference(logits, targets, weights, cap, with_grad=with_grad)
+            found = cross_entropy.head_rows_reference(logits, targets, weights, cap, with_grad=with_grad)
             for one, value in zip((losses, correct, logits), found, strict=True):
                 if value is not None:
                     one.copy_(value)
@@ -176,21 +176,21 @@ def as_on_a_gpu(count: Launches) -> Iterator[None]:
     """Our operations take what they would take on a GPU; plain torch computes it, and `count` is told of one launch."""
     from gemma_ft.adapters import fused_lora
     from gemma_ft.kernels import nf4 as quantized
-    from gemma_ft.kernels.gpu import geglu, head_rows, nf4, rms_norm, rotary, serves
+    from gemma_ft.kernels.triton import cross_entropy, geglu, nf4, rms_norm, rotary, triton_backend
     from gemma_ft.model import attention
 
     def serves_all(*tensors: Tensor | None) -> bool:
         given = [one for one in tensors if one is not None]
-        return given[0].dtype in native.SUFFIXES and all(one.dtype == given[0].dtype for one in given)
+        return given[0].dtype in cpp_backend.SUFFIXES and all(one.dtype == given[0].dtype for one in given)
 
     kernels = _Kernels(count)
     with contextlib.ExitStack() as patched:
         for module, changed in (
-            (serves, {"serves": serves_all}),
+            (triton_backend, {"serves": serves_all}),
             (rms_norm, {"forward": kernels.norm, "backward": kernels.norm_backward}),
             (rotary, {"turn": kernels.turn}),
             (geglu, {"forward": kernels.geglu, "backward": kernels.geglu_backward}),
-            (head_rows, {"rows": kernels.rows}),
+            (cross_entropy, {"rows": kernels.rows}),
             (attention, {"blockwise_attention": kernels.attend}),
             (quantized, {"serves_nf4_on_gpu": lambda *_: True}),
             (nf4, {"dequantize": kernels.dequantize}),
@@ -290,9 +290,9 @@ def where(name: str, kind: str, arm: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     if "--where" in arguments:
         for name in SIZES:
             for kind in KINDS:

@@ -114,9 +114,9 @@ def compare(folder: Path, path: Path, questions: Sequence[str]) -> dict[str, Any
     `stored`: our model with the file's own weights, so that only arithmetic differs. `original`: with the folder's, so
     that the rounding of the file is in it too. Both: largest |difference| of logits over the largest |logit|.
     """
-    from gemma_ft.data.chat import ChatEncoder
-    from gemma_ft.data.items import Turn
-    from gemma_ft.load import load_model, load_tokenizer
+    from gemma_ft.build.pretrained import load_model, load_tokenizer
+    from gemma_ft.data.conversation import Turn
+    from gemma_ft.data.encode.chat import ChatEncoder
 
     tokenizer = load_tokenizer(folder)
     encoder = ChatEncoder(tokenizer)
@@ -154,8 +154,8 @@ def _relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 def loud_gemma_1(folder: Path) -> Path:
     """A tiny Gemma 1 (multi-query attention, N * H != D) with amplified random weights and the tiny tokenizer."""
-    from gemma_ft.data.tokenizer import load_tokenizer
-    from gemma_ft.data.tokenizer_files import save_tokenizer
+    from gemma_ft.data.encode.tokenizer import load_tokenizer
+    from gemma_ft.data.encode.tokenizer_files import save_tokenizer
     from gemma_ft.model.config import PRESETS
     from gemma_ft.model.gemma import GemmaForCausalLM
 

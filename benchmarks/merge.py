@@ -31,10 +31,10 @@ PROMPTS = 100
 
 def merges(run: Path) -> dict[str, Any]:
     """The certificate of each policy and dtype of a run, passed or not."""
-    from gemma_ft.export.certificate import BeyondLimit, certify
-    from gemma_ft.export.merge import merge_to_folder
+    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.export.merge.certificate import BeyondLimit, certify
+    from gemma_ft.export.merge.merge import merge_to_folder
     from gemma_ft.export.merge_display import DTYPES
-    from gemma_ft.load import place_of
 
     place, found = place_of(run), {}
     quantized = place.contract is not None and place.contract.quantize is not None
@@ -56,9 +56,9 @@ def merges(run: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every arm and write the result file."""
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     arms: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, overrides) in enumerate(ARMS.items()):

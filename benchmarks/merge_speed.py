@@ -40,8 +40,8 @@ def prepare(folder: Path) -> None:
 
 
 def ours(folder: Path, out: Path) -> None:
-    from gemma_ft.export.merge import merge_to_folder
-    from gemma_ft.load import place_of
+    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.export.merge.merge import merge_to_folder
 
     merge_to_folder(place_of(folder / "base", folder / "adapter"), out, dtype=torch.bfloat16)
 
@@ -77,9 +77,9 @@ def difference(folder: Path, out: Path, other: Path) -> float:
 
 def main(turns: int = TURNS) -> None:
     """Measure in turns and write the result file."""
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)

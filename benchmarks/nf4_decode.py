@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from benchmarks.record import write_result
-from gemma_ft import runtime
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.infer.engine import Engine, Request
-from gemma_ft.load import load_base
-from gemma_ft.located import Source
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.system import environment
 
 STEPS, ROUNDS, BATCHES = 8, 5, (1, 8)
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 2048}
@@ -80,7 +80,7 @@ def measure(source: Source) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, and write the result file."""
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         arms = measure(random_model(Path(folder)))
     print(json.dumps(arms, indent=2))

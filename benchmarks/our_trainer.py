@@ -27,10 +27,10 @@ def trainer_of(
     model: Any, settings: Any, rows: Iterable[dict[str, list[int]]], autocast: torch.dtype | None = None
 ) -> Any:
     """A GemmaTrainer with TRL's `settings` that tells nobody anything."""
-    from gemma_ft.data.collate import Collator
-    from gemma_ft.train.stop import StopRequest
+    from gemma_ft.data.pack.collate import Collator
+    from gemma_ft.train.distributed import World
+    from gemma_ft.train.signals import StopRequest
     from gemma_ft.train.trainer import GemmaTrainer, Progress
-    from gemma_ft.train.world import World
 
     return GemmaTrainer(
         model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(rows),

@@ -102,7 +102,7 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
 
 def write_base(folder: Path, preset: str) -> None:
     """A Gemma of random weights at the scale of trained ones, in bf16."""
-    from gemma_ft.data.tokenizer_files import save_tokenizer
+    from gemma_ft.data.encode.tokenizer_files import save_tokenizer
     from gemma_ft.model.config import PRESETS
 
     random_gemma(PRESETS[preset].config(**FAMILIES[preset])).save_pretrained(str(folder))
@@ -128,7 +128,7 @@ def adapter(model: Any, base: str) -> Any:
 def trainer_for(arm: Arm, model: Any, folder: Path) -> Any:
     from trl import SFTConfig
 
-    from gemma_ft.train.checkpointing import checkpoint_layers
+    from gemma_ft.train.activation_checkpointing import checkpoint_layers
 
     settings = SFTConfig(
         output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=arm.rows,
@@ -143,7 +143,7 @@ def trainer_for(arm: Arm, model: Any, folder: Path) -> Any:
 
 
 def evaluate(arm: Arm, model: Any) -> None:
-    from gemma_ft.data.collate import Collator
+    from gemma_ft.data.pack.collate import Collator
     from gemma_ft.evaluate.held_out import held_out_loss
 
     rows = rows_of(arm)[: arm.rows]
@@ -158,23 +158,23 @@ def generate(arm: Arm, model: Any) -> None:
 
 
 def merge(folder: Path) -> None:
-    from gemma_ft.export.merge import merge_to_folder
-    from gemma_ft.load import place_of
+    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.export.merge.merge import merge_to_folder
 
     merge_to_folder(place_of(folder / "adapter"), folder / "merged")
 
 
 def one_arm(name: str, folder: Path) -> None:
     """Do what an arm is for, and print what the process held before and at its peak, in bytes."""
-    from gemma_ft import runtime
     from gemma_ft.adapters.lora import save_adapter
-    from gemma_ft.load import load_base
-    from gemma_ft.located import Source
+    from gemma_ft.build.located import Source
+    from gemma_ft.build.pretrained import load_base
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     arm, base = ARMS[name], folder / ARMS[name].preset
-    dtype = torch.float32 if arm.strategy == "full" else runtime.dtype_by_name(arm.precision)
-    for library in ("bitsandbytes", "trl", "gemma_ft.train.trainer", "gemma_ft.export.merge"):
+    dtype = torch.float32 if arm.strategy == "full" else environment.dtype_by_name(arm.precision)
+    for library in ("bitsandbytes", "trl", "gemma_ft.train.trainer", "gemma_ft.export.merge.merge"):
         __import__(library)
     if arm.phase == "merge":
         with torch.no_grad():
@@ -183,9 +183,9 @@ def one_arm(name: str, folder: Path) -> None:
                 weight.normal_(0, 0.01)  # as if it had been trained
             save_adapter(model, folder / "adapter")
         del model
-        runtime.give_memory_back()
+        environment.give_memory_back()
     first_use()
-    runtime.give_memory_back()
+    environment.give_memory_back()
     before = memory("VmRSS")
     work = partial(merge, folder)
     loaded = 0
@@ -202,7 +202,7 @@ def one_arm(name: str, folder: Path) -> None:
             work = trainer_for(arm, model, folder).train
         else:
             work = partial({"evaluate": evaluate, "generate": generate}[arm.phase], arm, model)
-    runtime.give_memory_back()
+    environment.give_memory_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     work()
     print(json.dumps({"before": before, "load": loaded, "peak": memory("VmHWM") - before}))
@@ -237,7 +237,7 @@ def memory(key: str) -> int:
 
 def main(names: list[str]) -> int:
     """Some arms, or all and the result file; 1 where a plan is not within 10%."""
-    from gemma_ft.kernels.product import widens
+    from gemma_ft.kernels.matmul import widens
 
     found: dict[str, Any] = {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -1,5 +1,5 @@
 """Matrix products with bf16 and NF4 weights on the CPU, by torch and by ours: many rows, few rows, and dequantizing.
-Writes benchmarks/results/products.json: the reasons for the constants of kernels/product.py and kernels/few_rows.py.
+Writes benchmarks/results/products.json: the reasons for the constants of kernels/matmul.py and kernels/gemv.py.
 
     .venv/bin/python -m benchmarks.products
 
@@ -42,7 +42,7 @@ def medians(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
 
 def many_rows(weights: list[Tensor], rounds: int) -> dict[str, dict[str, float]]:
     """Products as torch has them, and computed in float32."""
-    from gemma_ft.kernels import product
+    from gemma_ft.kernels import matmul
 
     found = {}
     outputs, inputs = SHAPE
@@ -51,9 +51,9 @@ def many_rows(weights: list[Tensor], rounds: int) -> dict[str, dict[str, float]]
         found[str(rows)] = medians(
             {
                 "torch": lambda x=x: [x @ one.T for one in weights],
-                "in float32": lambda x=x: [product.widened_transposed(x, one) for one in weights],
+                "in float32": lambda x=x: [matmul.widened_transposed(x, one) for one in weights],
                 "torch, backward": lambda up=up: [up @ one for one in weights],
-                "in float32, backward": lambda up=up: [product.widened(up, one) for one in weights],
+                "in float32, backward": lambda up=up: [matmul.widened(up, one) for one in weights],
             },
             rounds,
         )
@@ -62,12 +62,12 @@ def many_rows(weights: list[Tensor], rounds: int) -> dict[str, dict[str, float]]
 
 def few_rows(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Products of as many rows as decoding has."""
-    from gemma_ft.kernels import few_rows, native
+    from gemma_ft.kernels import cpp_backend, gemv
     from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(len(x), len(weight), dtype=x.dtype)
-        native.call("few_rows", weight, x, out, len(x), *weight.shape, of=x.dtype)
+        cpp_backend.call("few_rows", weight, x, out, len(x), *weight.shape, of=x.dtype)
         return out
 
     found, place = {}, torch.empty(SHAPE, dtype=torch.bfloat16)
@@ -76,10 +76,10 @@ def few_rows(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: in
         assert torch.allclose(ours(x, weights[0]).float(), (x @ weights[0].T).float(), rtol=0.1, atol=0.1)
         found[str(rows)] = medians(
             {
-                "torch": lambda x=x: [few_rows.weight_first(x, one) for one in weights],
+                "torch": lambda x=x: [gemv.weight_first(x, one) for one in weights],
                 "ours": lambda x=x: [ours(x, one) for one in weights],
                 "nf4, dequantized first": lambda x=x: [
-                    few_rows.weight_first(x, dequantize_nf4(*one, out=place)) for one in packed
+                    gemv.weight_first(x, dequantize_nf4(*one, out=place)) for one in packed
                 ],
                 "nf4, ours": lambda x=x: [few_rows_nf4(x, *one) for one in packed],
             },
@@ -108,9 +108,9 @@ def main(*, rounds: int = ROUNDS) -> None:
     """All tables, and the result file."""
     from bitsandbytes.functional import quantize_4bit
 
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     torch.manual_seed(0)
     weights = [torch.randn(SHAPE).bfloat16() for _ in range(WEIGHTS)]
     packed = [quantize_4bit(one, quant_type="nf4", compress_statistics=True) for one in weights]

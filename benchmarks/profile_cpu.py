@@ -28,9 +28,9 @@ def one_arm(arm: str, name: str, folder: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     line = GRID[name]
     trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
     watch = profile(activities=[ProfilerActivity.CPU])

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gemma_ft import runtime
-from gemma_ft.processor import processor_words
+from gemma_ft.system import environment
+from gemma_ft.system.hardware import processor_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results"
@@ -28,7 +28,7 @@ def write_result(name: str, *, also: tuple[str, ...] = (), **measured: Any) -> N
             "bf16": bf16_units(),
             "accelerator": accelerator,
         },
-        "versions": runtime.versions() | {package: metadata.version(package) for package in also},
+        "versions": environment.versions() | {package: metadata.version(package) for package in also},
         "commit": commit(),
         **measured,
     }

@@ -29,7 +29,7 @@ from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.our_trainer import trainer_of
 from benchmarks.record import write_result
 from benchmarks.turns import QUICK, order, paired
-from gemma_ft import runtime
+from gemma_ft.system import environment
 
 ARMS = ("ours", "stock", "stock_best")
 STEPS, WARM, TURNS = 3, 1, 2
@@ -102,8 +102,8 @@ def our_trainer(folder: Path, line: Line) -> Any:
     from peft import PeftConfig, PeftModel
 
     from gemma_ft.adapters.fused_layers import with_fused_layers
-    from gemma_ft.load import load_base
-    from gemma_ft.located import Source
+    from gemma_ft.build.located import Source
+    from gemma_ft.build.pretrained import load_base
 
     base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
     start = with_fused_layers(PeftConfig.from_pretrained(str(folder / "adapter")))
@@ -157,9 +157,9 @@ def one_arm(arm: str, name: str, folder: Path, steps: int = STEPS) -> None:
     """Train and print seconds of each step, losses and memory."""
     from transformers import TrainerCallback
 
-    from gemma_ft import runtime
+    from gemma_ft.system import environment
 
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     line = GRID[name]
     trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
     times: list[float] = []
@@ -204,7 +204,7 @@ def measured(name: str, turns: int = TURNS, *, brief: bool = False) -> dict[str,
             if arm == "ours":
                 for dtype, ones in rates.items():  # of the MLP
                     sizes = (2048, SHAPE["hidden_size"], SHAPE["intermediate_size"])
-                    ones.append(gemm_rate(*sizes, dtype=runtime.dtype_by_name(dtype)))
+                    ones.append(gemm_rate(*sizes, dtype=environment.dtype_by_name(dtype)))
             told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place,
                                    str(steps_of(arm, brief=brief))],
                                   check=True, capture_output=True, text=True)  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import GemmaTokenizer
 
-from gemma_ft.data.tokenizer_model import settings_from_pieces
+from gemma_ft.data.encode.tokenizer_model import settings_from_pieces
 from tiny_words import MADE_UP
 
 WANTED_PIECES = 2048

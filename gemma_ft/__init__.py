@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_ft.load import load_model as load_model
-    from gemma_ft.load import load_tokenizer as load_tokenizer
+    from gemma_ft.build.pretrained import load_model as load_model
+    from gemma_ft.build.pretrained import load_tokenizer as load_tokenizer
     from gemma_ft.model.gemma import GemmaForCausalLM as GemmaForCausalLM
 
 __version__ = "0.1.0"
@@ -12,8 +12,8 @@ __all__ = ["GemmaForCausalLM", "__version__", "load_model", "load_tokenizer"]
 
 _HOMES = {
     "GemmaForCausalLM": "gemma_ft.model.gemma",
-    "load_model": "gemma_ft.load",
-    "load_tokenizer": "gemma_ft.load",
+    "load_model": "gemma_ft.build.pretrained",
+    "load_tokenizer": "gemma_ft.build.pretrained",
 }
 
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
-from gemma_ft.contract import contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.tokenizer_files import save_tokenizer
-from gemma_ft.load import load_model
+from gemma_ft.build.contract import contract_of
+from gemma_ft.build.pretrained import load_model
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

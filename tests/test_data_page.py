@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_ft.data.formats import detect_format, parse_rows
-from gemma_ft.data.sources import Row
+from gemma_ft.data.read.formats import detect_format, parse_rows
+from gemma_ft.data.read.sources import Row
 from gemma_ft.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def test_each_example_is_what_it_says(form: str, lines: str) -> None:
 
 
 def test_every_format_has_its_example() -> None:
-    from gemma_ft.data.formats import FORMATS
+    from gemma_ft.data.read.formats import FORMATS
 
     assert [form for form, _ in EXAMPLES] == [
         "messages",

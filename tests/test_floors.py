@@ -80,7 +80,7 @@ def faults_of(path: Path) -> list[str]:
         elif room != mine and HIGHEST[room] >= HIGHEST[mine]:
             found.append(f"{where}, which is not below it")
         elif mine in STRANGERS and room == "recipe":
-            found.append(f"{where}: build.py turns recipes into plain arguments")
+            found.append(f"{where}: build/model.py turns recipes into plain arguments")
     return found
 
 
@@ -98,13 +98,13 @@ def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     bad = tmp_path / "gemma_ft" / "data" / "bad.py"
     bad.parent.mkdir(parents=True)
     bad.write_text(
-        "from gemma_ft import build\nfrom gemma_ft.errors import UserError\nimport gemma_ft.model.gemma\n"
+        "from gemma_ft.build import model\nfrom gemma_ft.errors import UserError\nimport gemma_ft.model.gemma\n"
         "def f():\n    from gemma_ft.recipe.load import load_recipe\n"
     )
     assert faults_of(bad) == [
         "gemma_ft/data/bad.py:1: data imports build, which is not below it",
         "gemma_ft/data/bad.py:3: data imports model, which is not below it",
-        "gemma_ft/data/bad.py:5: data imports recipe: build.py turns recipes into plain arguments",
+        "gemma_ft/data/bad.py:5: data imports recipe: build/model.py turns recipes into plain arguments",
     ]
 
 
@@ -131,14 +131,14 @@ def test_init_files_are_empty_but_the_top_one() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_environment_is_read_in_one_place(path: Path) -> None:
-    if path == PACKAGE / "runtime.py":
+    if path == PACKAGE / "system/environment.py":
         pytest.skip("this is the place")
     for node in ast.walk(tree_of(path)):
         names = {node.attr} if isinstance(node, ast.Attribute) else set()
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             names = {alias.name for alias in node.names}
         touched = names & {"environ", "environb", "getenv", "putenv"}
-        assert not touched, f"{name(path)}:{node.lineno}: os.{touched.pop()} is read in runtime.py only"
+        assert not touched, f"{name(path)}:{node.lineno}: os.{touched.pop()} is read in system/environment.py only"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

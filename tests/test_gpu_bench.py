@@ -12,14 +12,14 @@ from benchmarks import gpu, gpu_models
 from benchmarks.gpu_kernels import FLEX
 from benchmarks.gpu_setup import MODELS, Setup
 from benchmarks.gpu_train import ARMS, Spec, one_arm
-from gemma_ft import runtime
+from gemma_ft.system import environment
 
 DRY = Setup(dry=True)
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
 
 
 def measured(name: str) -> dict[str, Any]:

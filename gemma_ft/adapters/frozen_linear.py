@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import few_rows
+from gemma_ft.kernels import gemv
+from gemma_ft.kernels.matmul import times_transposed
 from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4, serves_few_rows_nf4, serves_nf4
-from gemma_ft.kernels.product import times_transposed
-from gemma_ft.kernels.scratch import Scratch
+from gemma_ft.kernels.workspace import Scratch
 
 
 def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     """rows [M, I] times the weight transposed -> [M, O], without a gradient. `weight` [O, I], or NF4 bytes with
     bitsandbytes' QuantState.
     """
-    if state is None and weight.dtype == rows.dtype and few_rows.are_few(rows, len(rows)):
-        return few_rows.few_rows(rows, weight)
+    if state is None and weight.dtype == rows.dtype and gemv.are_few(rows, len(rows)):
+        return gemv.few_rows(rows, weight)
     if state is not None and serves_few_rows_nf4(rows, weight, state):
         return few_rows_nf4(rows, weight, state)
     return times_transposed(rows, plain(weight, state, rows.dtype))

@@ -9,16 +9,16 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from gemma_ft import runtime
 from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
-from gemma_ft.kernels.decode import LinearParts
+from gemma_ft.kernels.fused_decode import LinearParts
+from gemma_ft.system import environment
 
 
 def with_fused_layers(config: PeftConfig) -> PeftConfig:
     """`config`, so that PEFT makes fused layers out of linear ones, through its own registry of custom layers;
     unchanged where the user asks for plain ones, and where it makes none.
     """
-    if not runtime.own_kernels_wanted() or not isinstance(config, LoraConfig):
+    if not environment.own_kernels_wanted() or not isinstance(config, LoraConfig):
         return config
     config._register_custom_module({nn.Linear: _layer})
     return config

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
-from gemma_ft.kernels.decode import LinearParts
-from gemma_ft.kernels.few_rows import MOST_ROWS, unhooked
-from gemma_ft.kernels.gpu import serves as gpu
-from gemma_ft.kernels.product import times, transposed_times
+from gemma_ft.kernels.fused_decode import LinearParts
+from gemma_ft.kernels.gemv import MOST_ROWS, unhooked
+from gemma_ft.kernels.matmul import times, transposed_times
+from gemma_ft.kernels.triton import triton_backend as gpu
 
 
 def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -72,7 +72,7 @@ def _adds_by_itself(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
 def _with_few_rows(
     x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:  # fmt: skip
-    from gemma_ft.kernels.gpu.few_rows_lora import add_lora
+    from gemma_ft.kernels.triton.gemv_lora import add_lora
 
     x = x.contiguous()
     out = frozen_product(x, weight, state)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_ft.adapters.frozen_linear import state_of
 from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
-from gemma_ft.kernels.decode import LinearParts
+from gemma_ft.kernels.fused_decode import LinearParts
 
 
 class FusedLinear4bit(Linear4bit):

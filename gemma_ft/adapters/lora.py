@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gemma_ft.adapters.token_rows import add_to_folder, indices, rows_of, weight_name
+from gemma_ft.adapters.trainable_tokens import add_to_folder, indices, rows_of, weight_name
 
 if TYPE_CHECKING:
     from peft import PeftModel

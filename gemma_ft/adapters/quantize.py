@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from gemma_ft import runtime
+from gemma_ft.system import environment
 
 Kind = Literal["nf4", "int8"]
 PACKED_ROWS = 32  # output features that bitsandbytes' packed CPU kernel takes at a time
@@ -22,7 +22,7 @@ def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.
     float16", safe because each row is scaled by its own maximum first. It says so in the log at every product, which is
     kept quiet from here on, whoever loads the model.
     """
-    runtime.quiet_bitsandbytes()
+    environment.quiet_bitsandbytes()
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -87,7 +87,7 @@ def allow_packing(model: nn.Module) -> int:
     from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 
-    from gemma_ft.adapters.unpacked import PackedLinear4bit
+    from gemma_ft.adapters.nf4_linear import PackedLinear4bit
 
     allowed = 0
     for name, module in list(model.named_modules()):

@@ -91,7 +91,7 @@ def _terminable() -> Iterator[None]:
     def terminate(*_: object) -> None:
         raise _Terminated
 
-    from gemma_ft.runtime import hangup
+    from gemma_ft.system.environment import hangup
 
     before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, *hangup())}
     try:
@@ -172,7 +172,7 @@ def _in_one_line(error: typer.TyperException) -> str:
 
 def _say_fault_of_ours(error: Exception) -> int:
     """One line that takes the blame; the traceback only where it was asked for."""
-    from gemma_ft.runtime import debug_enabled
+    from gemma_ft.system.environment import debug_enabled
 
     if debug_enabled():
         import traceback

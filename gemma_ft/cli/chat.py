@@ -41,7 +41,7 @@ def chat(
     """
     options.check_texts(system, stop)
     check_model(model, adapter)
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.infer.repl import Repl

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", parser=given_path)]
 Verify = Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash; exit code 3 on damage.")]
@@ -18,7 +18,7 @@ def checkpoints(run: RunFolder, verify: Verify = False, prune: Prune = None) -> 
     """List the checkpoints of a run, look whether they are whole, remove old ones."""
     from rich.console import Console
 
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.train.checkpoint_list import show_checkpoints

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.cli.start import check_weights
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -48,10 +48,10 @@ def check(
     check_weights(loaded.recipe)
     from rich.console import Console
 
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.audit import check_recipe
+    from gemma_ft.build.data_check import check_recipe
 
     return check_recipe(loaded.recipe, out, strict=strict, console=Console())
 
@@ -75,10 +75,10 @@ def fix(
     check_weights(loaded.recipe)
     from rich.console import Console
 
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.audit import fix_recipe
+    from gemma_ft.build.data_check import fix_recipe
 
     fix_recipe(loaded.recipe, out, console=Console())
     return 0

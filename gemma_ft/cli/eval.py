@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.cli.start import check_model
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 Source = Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="Run directory, or a recipe.")]
 Overrides = Annotated[
@@ -73,11 +73,11 @@ def evaluate(
     check_model(source, adapter, instead="give a run directory or a recipe")
     from rich.console import Console
 
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
-    from gemma_ft.evaluate.subject import find_subject
+    from gemma_ft.evaluate.models import find_subject
 
     options = EvalOptions(
         models=_names("--models", models),

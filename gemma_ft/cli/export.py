@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from gemma_ft.cli.start import check_model
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 
 def export(
@@ -46,7 +46,7 @@ def export(
 ) -> int:
     """Write a tuned model for transformers, PEFT, llama.cpp or the hub."""
     check_model(run)
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.export.export import Wish, export_model

@@ -15,7 +15,7 @@ import typer
 from gemma_ft.cli import model_options as options
 from gemma_ft.cli.start import check_model
 from gemma_ft.errors import DataError, UserError
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 if TYPE_CHECKING:
     from gemma_ft.infer.batch_file import BatchFile, How
@@ -87,7 +87,7 @@ def generate(
     check_model(model, adapter)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.infer.batch_file import How
@@ -143,7 +143,7 @@ def _columns(given: Sequence[str]) -> dict[str, str]:
 
 def _prompt_text(prompt: str, raw: bool) -> str:
     """The text of --prompt, or of stdin without its last line end. Raises: UserError when it cannot be asked."""
-    from gemma_ft.data.items import text_fault
+    from gemma_ft.data.conversation import text_fault
 
     if prompt == STDIN:
         with options.readable_stdin("--prompt -: "):
@@ -158,9 +158,9 @@ def _prompt_text(prompt: str, raw: bool) -> str:
 
 def _answer_one(session: Session, text: str, how: How) -> None:
     """Write the answer to stdout as it comes, a line end after it; control sequences never reach a terminal."""
-    from gemma_ft.data.items import Turn
-    from gemma_ft.infer.escape import EscapeStripper
+    from gemma_ft.data.conversation import Turn
     from gemma_ft.infer.prompts import system_turns
+    from gemma_ft.system.escape import EscapeStripper
 
     turns = [*system_turns(session.encoder, how.system), Turn("user", text)]
     ids = session.completion_ids(text) if how.raw else session.chat_ids(turns)
@@ -184,9 +184,9 @@ def _work(
     rows: str, output: Path, how: How, model: str, adapter: Path | None, dtype: str | None, quantize: str
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
+    from gemma_ft.build.located import located
+    from gemma_ft.build.pretrained import place_of
     from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
-    from gemma_ft.load import place_of
-    from gemma_ft.located import located
 
     place = place_of(model, adapter)
     try:

@@ -8,7 +8,7 @@ import typer
 
 from gemma_ft.cli.start import check_model
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 
 def merge(
@@ -40,7 +40,7 @@ def merge(
     """Merge an adapter into its base and certify that the model is the same."""
     check_model(model)
     named = [_with_weight(text) for text in adapters or ()]
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.export.merge_display import merge_and_show

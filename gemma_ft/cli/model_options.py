@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def open_model(
 
 def dtype_of(name: DtypeName | None) -> torch.dtype | None:
     """The torch dtype that --dtype names; None leaves the choice to the session."""
-    from gemma_ft.runtime import dtype_by_name
+    from gemma_ft.system.environment import dtype_by_name
 
     return None if name is None else dtype_by_name(name)
 

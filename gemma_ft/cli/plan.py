@@ -45,7 +45,7 @@ def plan(
         print(overview() if name is None else preset_plan(name, size))
         return 0
     from gemma_ft.recipe.load import load_recipe
-    from gemma_ft.recipe.paths import locate_recipe
+    from gemma_ft.system.shipped import locate_recipe
 
     if locate_recipe(name) is None:
         raise UserError(f"{name}: no recipe and no preset; {known()}")
@@ -61,6 +61,6 @@ def _ranks(launch: str | None, nproc: int | None) -> "Ranks":
 
     if launch is None:
         return Ranks()
-    from gemma_ft.launch import find_config
+    from gemma_ft.system.launch import find_config
 
     return ranks_in(find_config(launch), nproc)

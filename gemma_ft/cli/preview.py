@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.cli.start import check_weights
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 
 def preview(
@@ -28,10 +28,10 @@ def preview(
 
     loaded = load_recipe(recipe, overrides or ())
     check_weights(loaded.recipe)
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.audit import preview_recipe
+    from gemma_ft.build.data_check import preview_recipe
 
     if html is None:
         return 2 if preview_recipe(loaded, rows=rows, row_ids=row_ids or ()).faults else 0

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a recipe file.")]
 
@@ -29,7 +29,7 @@ def _list_by_default(context: typer.Context) -> int:
 def list_recipes() -> int:
     """List the shipped recipes: name, model, strategy, data."""
     from gemma_ft.recipe.load import load_recipe
-    from gemma_ft.recipe.paths import names_of, shipped_recipes
+    from gemma_ft.system.shipped import names_of, shipped_recipes
 
     lines = [("recipe", "model", "strategy", "data")]
     for path in shipped_recipes():

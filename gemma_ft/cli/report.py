@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 
 def report(
@@ -21,7 +21,7 @@ def report(
     ] = None,
 ) -> int:
     """Write the page of a run, or one that compares several."""
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.evaluate.report.comparison import write_comparison

@@ -35,18 +35,18 @@ def serve(
     """Serve a model over HTTP in the form of OpenAI's API."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise UserError("serve: needs FastAPI and uvicorn; pip install 'gemma-ft[serve]'")
-    from gemma_ft.infer.server.binding import checked_binding, open_socket
-    from gemma_ft.infer.server.limits import Limits
+    from gemma_ft.serve.address import checked_binding, open_socket
+    from gemma_ft.serve.limits import Limits
 
     check_model(model, adapter)
     binding = checked_binding(host, port, api_key_env)
     opened = open_socket(binding)
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens)
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     with memory_advice("serve with a smaller --max-batch, or with --quantize nf4"):
         session = open_model(model, adapter, dtype, quantize, max_batch=limits.max_batch)
-        from gemma_ft.infer.server.run import run_server
+        from gemma_ft.serve.run import run_server
 
         return run_server(session, opened, binding, limits, key_variable=api_key_env)

@@ -39,9 +39,9 @@ def check_model(name: str, adapter: Path | None = None, *, instead: str | None =
     """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family, or a file of
     weights, and says what to give `instead`. What is not there, or damaged, is refused where it is opened.
     """
-    from gemma_ft.located import refuse_weights
+    from gemma_ft.build.located import refuse_weights
     from gemma_ft.model.config_file import check_family
-    from gemma_ft.recipe.paths import locate
+    from gemma_ft.system.shipped import locate
 
     found = locate(name)
     if found is not None and found.is_file():
@@ -59,10 +59,10 @@ def check_weights(recipe: Recipe) -> None:
     """Raises: UserError when what the recipe names as its weights lies on this machine, and is no model folder or not
     of its preset.
     """
-    from gemma_ft.build_inputs import FRESH, weights_source
+    from gemma_ft.build.inputs import FRESH, weights_source
     from gemma_ft.model.config_file import check_size
     from gemma_ft.model.presets import PRESETS
-    from gemma_ft.recipe.paths import locate
+    from gemma_ft.system.shipped import locate
 
     name = recipe.model.weights or PRESETS[recipe.model.preset].weights
     if name != FRESH and locate(name) is not None:

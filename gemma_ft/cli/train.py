@@ -7,7 +7,7 @@ import typer
 
 from gemma_ft.cli.start import check_weights
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.home import given_path
+from gemma_ft.system.paths import given_path
 
 if TYPE_CHECKING:
     from gemma_ft.recipe.load import LoadedRecipe
@@ -64,13 +64,13 @@ def train(
     if prove_resume:
         return _prove(loaded, [recipe, *(overrides or ())])
     if launch is not None:
-        from gemma_ft.launch import launch_ranks
+        from gemma_ft.system.launch import launch_ranks
 
         words = [recipe, *(overrides or ()), *(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
         words += ["--stop-file", str(stop_file)] if stop_file is not None else []
         words += [word for key in allow_drift or () for word in ("--allow-drift", key)]
         return launch_ranks(launch, nproc, ["train", *words])
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
     from gemma_ft.train.run import train_recipe
@@ -79,9 +79,9 @@ def train(
 
 
 def _prove(loaded: "LoadedRecipe", words: list[str]) -> int:
-    from gemma_ft.runtime import quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.train.prove import prove_resume
+    from gemma_ft.verify.resume import prove_resume
 
     return prove_resume(loaded, words, lambda line: typer.echo(f"  {line}"))

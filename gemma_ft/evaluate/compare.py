@@ -11,20 +11,20 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft import runtime
-from gemma_ft.build_data import BuiltData, build_data
-from gemma_ft.checkpoint import as_json, replace_text
+from gemma_ft.build.data import BuiltData, build_data
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate import statistics
 from gemma_ft.evaluate.eval_display import EvalDisplay
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.held_out import Question, Reply, answer_questions, questions_of
-from gemma_ft.evaluate.measured import Measured, Scored, differences_of, estimates_of
 from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
+from gemma_ft.evaluate.models import BASE, Subject, check_base, chosen_models, with_each
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
-from gemma_ft.evaluate.subject import BASE, Subject, check_base, chosen_models, with_each
+from gemma_ft.evaluate.results import Measured, Scored, differences_of, estimates_of
 from gemma_ft.model.config import PRESETS
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
+from gemma_ft.system.files import as_json, replace_text
 
 SAMPLES_KEPT = 10
 
@@ -192,7 +192,7 @@ class _Work:
                 if one.tasks
             },
             "settings": self.settings,
-            "versions": runtime.versions(),
+            "versions": environment.versions(),
         }
 
 

@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gemma_ft.build_data import BuiltData
-from gemma_ft.data.dataset import DataStats
-from gemma_ft.evaluate.figures import NOTHING
+from gemma_ft.build.data import BuiltData
+from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.evaluate.held_out import Question
 from gemma_ft.evaluate.metrics import METRICS
 from gemma_ft.evaluate.perplexity import Pieces
-from gemma_ft.infer.escape import printable
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system.escape import printable
+from gemma_ft.system.units import NOTHING
 
 SAMPLES_SHOWN = 3
 LOSSES = ("loss", "perplexity")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.hub import ask_or_go_offline
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.metrics import EXTRA
 from gemma_ft.evaluate.statistics import Figure, Floats, mean, perplexity
+from gemma_ft.system.hub import ask_or_go_offline
 
 # The harness's own seeds, in the order of lm_eval.simple_evaluate: random, numpy, torch, few-shot examples.
 SEEDS = (0, 1234, 1234, 1234)

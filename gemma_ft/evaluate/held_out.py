@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft.build_data import conversations
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Item
+from gemma_ft.build.data import conversations
+from gemma_ft.data.conversation import Item
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.infer.generate import generate_answers
 
 

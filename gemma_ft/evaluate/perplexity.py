@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
-from gemma_ft.data.collate import Collator
-from gemma_ft.data.dataset import DataStats, prepare
-from gemma_ft.data.items import Document, Item
-from gemma_ft.data.windows import windows
+from gemma_ft.data.conversation import Document, Item
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.pack.arrange import DataStats, prepare
+from gemma_ft.data.pack.collate import Collator
+from gemma_ft.data.pack.windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.statistics import Floats
 from gemma_ft.model.lm_head import HeadLoss

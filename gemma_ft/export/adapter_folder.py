@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from gemma_ft.checkpoint import write_json
-from gemma_ft.data.tokenizer_files import brings_tokenizer, save_tokenizer
+from gemma_ft.build.pretrained import Place, check_base, load_tokenizer
+from gemma_ft.build.weights import WeightFiles
+from gemma_ft.data.encode.tokenizer_files import brings_tokenizer, save_tokenizer
 from gemma_ft.errors import UserError
-from gemma_ft.load import Place, check_base, load_tokenizer
-from gemma_ft.weights import WeightFiles
+from gemma_ft.system.files import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM gives a place for an adapter. Source: vllm/config/lora.py (MaxLoRARanks, max_lora_rank).

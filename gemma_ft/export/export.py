@@ -10,16 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from gemma_ft.data.tokenizer import HUB_ID
+from gemma_ft.build.pretrained import place_of
+from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
-from gemma_ft.export.forms import AdapterForm, Form, GgufForm, HfForm, Step
+from gemma_ft.export.card.model_card import Form as FormName
+from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
 from gemma_ft.export.gguf_file import GgufType
 from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge_display import DTYPES, show_certificate
-from gemma_ft.export.model_card import Form as FormName
-from gemma_ft.export.papers import Papers
+from gemma_ft.export.metadata import Papers
 from gemma_ft.export.push import check_name, push
-from gemma_ft.load import place_of
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.template import unmarked
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.template import unmarked
 
 
 class StopKeys(NamedTuple):

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.contract import Contract
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.own_template import own_encoder
+from gemma_ft.build.contract import Contract
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.errors import UserError
 from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
-from gemma_ft.export.merged import MergedWeights
+from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.model.config import GemmaNumerics
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]

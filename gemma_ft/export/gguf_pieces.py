@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.tokenizer_facts import BYTE_PIECE, SPACE_SIGN
+from gemma_ft.data.encode.tokenizer_facts import BYTE_PIECE, SPACE_SIGN
 from gemma_ft.errors import UserError
 
 # Kinds of tokens, with the numbers that both SentencePiece and GGUF give them.

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.tokenizer import ContentEncoder, ControlIds
+from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
 from gemma_ft.errors import UserError
 from gemma_ft.export.gguf_pieces import CONTROL, UNKNOWN, UNUSED, Piece, pieces_of
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from gemma_ft.checkpoint import commit_folder, write_json
-from gemma_ft.contract import Contract, asking_encoder, stop_ids_in
-from gemma_ft.data.own_template import UnknownTemplate
-from gemma_ft.data.tokenizer import ControlIds
-from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.build.contract import Contract, asking_encoder, stop_ids_in
+from gemma_ft.build.pretrained import load_tokenizer
+from gemma_ft.data.encode.own_template import UnknownTemplate
+from gemma_ft.data.encode.tokenizer import ControlIds
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.load import load_tokenizer
+from gemma_ft.system.files import commit_folder, write_json
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 # A run's own folders (evaluate.run_files.RunFiles, and its loggers'), under what tells a run from other folders.

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gemma_ft.checkpoint import as_json, replace_text
-from gemma_ft.export.certificate import BeyondLimit, certify
+from gemma_ft.build.pretrained import place_of
 from gemma_ft.export.hf_folder import RUN_RECIPE
-from gemma_ft.export.merge import FACTS, MergeFacts, merge_to_folder
-from gemma_ft.export.merged import Policy
-from gemma_ft.load import place_of
+from gemma_ft.export.merge.certificate import BeyondLimit, certify
+from gemma_ft.export.merge.merge import FACTS, MergeFacts, merge_to_folder
+from gemma_ft.export.merge.merged import Policy
+from gemma_ft.system.files import as_json, replace_text
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 NO_CERTIFICATE = "no certificate: --prompts 0"

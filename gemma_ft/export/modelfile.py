@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chat_format import ChatFormat
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.chat_format import ChatFormat
 
 # Go's templates cannot raise an error of their own; cutting a text where it has no end raises one that quotes the text.
 REFUSAL = '{{ if .System }}{{ slice "system turns are refused by this model" 99 }}{{ end }}'

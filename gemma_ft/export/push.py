@@ -11,9 +11,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from gemma_ft.data.hub import ask_or_go_offline, hub_reason, not_reached
-from gemma_ft.data.tokenizer import HUB_ID
+from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
+from gemma_ft.system.hub import ask_or_go_offline, hub_reason, not_reached
 
 NOT_ALLOWED = (401, 403)
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", "adapter_config.json")

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gemma_ft.checkpoint import as_json, replace_text
 from gemma_ft.errors import DiskError, LockedError, UserError
+from gemma_ft.system.files import as_json, replace_text
 
 START_AGAIN = "--overwrite starts again, another --output keeps both"
 

@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.build.located import folder_of
+from gemma_ft.build.pretrained import Place
+from gemma_ft.build.weights import WeightFiles
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError, InterruptedWork, UserError
 from gemma_ft.infer.answer_file import AnswerFile, settings_path
+from gemma_ft.infer.answers import texts_in_order
 from gemma_ft.infer.engine import Request
-from gemma_ft.infer.ordered import texts_in_order
 from gemma_ft.infer.prompts import Prompt, prompts_of
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session
-from gemma_ft.load import Place
-from gemma_ft.located import folder_of
-from gemma_ft.weights import WeightFiles
 
 ADDED = ("output", "finish", "index")
 

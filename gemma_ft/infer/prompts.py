@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.columns import BESIDE, FieldError, fill_value
-from gemma_ft.data.detect import LIST_FIELDS, PAIRS, detect_format
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.items import Conversation, Document, Turn, text_fault
-from gemma_ft.data.sources import Row
-from gemma_ft.data.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
+from gemma_ft.data.conversation import Conversation, Document, Turn, text_fault
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.columns import BESIDE, FieldError, fill_value
+from gemma_ft.data.read.detect import LIST_FIELDS, PAIRS, detect_format
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.sources import Row
+from gemma_ft.data.read.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
 from gemma_ft.errors import DataError, UserError
 
 UNANSWERED = ""  # put where a row has no answer, so that one parser serves training and asking; no model sees it

@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from gemma_ft import runtime
-from gemma_ft.contract import CONTRACT, asking_encoder
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chat_format import System, gemma_format
-from gemma_ft.data.items import Turn
-from gemma_ft.data.tokenizer_files import has_chat_template
+from gemma_ft.build.contract import CONTRACT, asking_encoder
+from gemma_ft.build.located import adapter_in, folder_of, located
+from gemma_ft.build.pretrained import Place, load_tokenizer, model_at, place_of
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.chat_format import System, gemma_format
+from gemma_ft.data.encode.tokenizer_files import has_chat_template
+from gemma_ft.infer.detokenize import TextStream
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
-from gemma_ft.infer.text import TextStream
-from gemma_ft.load import Place, load_tokenizer, model_at, place_of
-from gemma_ft.located import adapter_in, folder_of, located
+from gemma_ft.system import environment
 
 SYSTEM_TEXTS: dict[System, str] = {
     "fold": "goes before the first question (fold)",
@@ -101,7 +101,7 @@ def open_session(
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
         encoder = encoder.but(system="fold") if encoder.system_policy == "error" else encoder
         notes += _notes_without_contract(path if adapter is None else adapter, place, encoder)
-    dtype = dtype or runtime.dtype_by_name(place.trained_in)
+    dtype = dtype or environment.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import native
-from gemma_ft.kernels.product import product_dtype
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.matmul import product_dtype
 
 BLOCK_QUERIES = 256
 
@@ -110,9 +110,9 @@ class _Block:
 
     def weights(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, which may be written over -> weights, and log of their sum [N, Q]."""
-        if native.serves(raw) and raw.is_contiguous():
+        if cpp_backend.serves(raw) and raw.is_contiguous():
             log_sum = torch.empty(self._heads, self.shape[2])
-            native.call("attend", raw, self.low, log_sum, *self._sizes(raw), of=raw.dtype)
+            cpp_backend.call("attend", raw, self.low, log_sum, *self._sizes(raw), of=raw.dtype)
             return raw, log_sum
         scores, _ = self._scores(raw)  # [K, G, Q, S]
         hidden = self._hidden(raw.shape[-1])
@@ -124,8 +124,10 @@ class _Block:
 
     def gradients(self, raw: Tensor, grad: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and the gradient of the weights, which may be written over -> weights, gradient of the scores."""
-        if native.serves(raw, grad) and raw.is_contiguous() and grad.is_contiguous():
-            native.call("attend_backward", raw, grad, self.low, log_sum.contiguous(), *self._sizes(raw), of=raw.dtype)
+        if cpp_backend.serves(raw, grad) and raw.is_contiguous() and grad.is_contiguous():
+            cpp_backend.call(
+                "attend_backward", raw, grad, self.low, log_sum.contiguous(), *self._sizes(raw), of=raw.dtype
+            )
             return raw, grad
         scores, tanh = self._scores(raw)
         weights = scores.sub_(log_sum.view(*self.shape, 1)).exp_()

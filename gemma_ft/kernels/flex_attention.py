@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemma_ft import runtime
-from gemma_ft.kernels.gpu import serves as gpu
+from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.system import environment
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -113,7 +113,7 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention as plain
 
-    runtime.keep_compiled()
+    environment.keep_compiled()
     return torch.compile(plain, fullgraph=True)  # never the form that writes out every score, without a word
 
 

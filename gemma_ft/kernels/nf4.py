@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import few_rows, native
-from gemma_ft.kernels.gpu import serves as gpu
+from gemma_ft.kernels import cpp_backend, gemv
+from gemma_ft.kernels.triton import triton_backend as gpu
 
 
 def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Ten
     dequantize_4bit.
     """
     if serves_nf4_on_gpu(packed, state):
-        from gemma_ft.kernels.gpu import nf4 as kernel
+        from gemma_ft.kernels.triton import nf4 as kernel
 
         return kernel.dequantize(packed, state, out)
     if not serves_nf4(packed, state):
@@ -34,7 +34,7 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Ten
         return found
     weight = torch.empty(state.shape, dtype=state.dtype) if out is None else out
     scales, blocks = scales_of(state)
-    native.call("nf4", packed, *scales, weight, weight.numel(), *blocks, of=state.dtype)
+    cpp_backend.call("nf4", packed, *scales, weight, weight.numel(), *blocks, of=state.dtype)
     return weight
 
 
@@ -44,25 +44,25 @@ def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     """
     x = x.contiguous()
     if x.is_cuda:
-        from gemma_ft.kernels.gpu import few_rows_nf4 as kernel
+        from gemma_ft.kernels.triton import gemv_nf4 as kernel
 
         return kernel.few_rows_nf4(x, packed, state)
     out = torch.empty(len(x), state.shape[0], dtype=x.dtype)
     scales, blocks = scales_of(state)
-    native.call("few_rows_nf4", packed, *scales, x, out, len(x), *state.shape, *blocks, of=x.dtype)
+    cpp_backend.call("few_rows_nf4", packed, *scales, x, out, len(x), *state.shape, *blocks, of=x.dtype)
     return out
 
 
 def serves_few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> bool:
     """Whether `few_rows_nf4` takes these rows [M, I] and this weight."""
-    if x.dtype != state.dtype or x.device != packed.device or len(x) > few_rows.MOST_ROWS:
+    if x.dtype != state.dtype or x.device != packed.device or len(x) > gemv.MOST_ROWS:
         return False
     if not x.is_cuda:
-        few = few_rows.are_few(x, len(x)) and serves_nf4(packed, state)
-        return few and few_rows.fits(len(x), state.shape, state.blocksize)
+        few = gemv.are_few(x, len(x)) and serves_nf4(packed, state)
+        return few and gemv.fits(len(x), state.shape, state.blocksize)
     if not serves_nf4_on_gpu(packed, state):
         return False
-    from gemma_ft.kernels.gpu import few_rows_nf4 as kernel
+    from gemma_ft.kernels.triton import gemv_nf4 as kernel
 
     return kernel.fits(x, state)
 
@@ -82,7 +82,7 @@ def serves_nf4(packed: Tensor, state: Any) -> bool:
         packed.device.type == "cpu"
         and _is_usual(packed, state)
         and state.blocksize % 32 == 0
-        and native.serves(*_numbers(state))
+        and cpp_backend.serves(*_numbers(state))
     )
 
 
@@ -104,7 +104,7 @@ def _is_usual(packed: Tensor, state: Any) -> bool:
         and (not state.nested or state.absmax.dtype == torch.uint8)
         and state.absmax.device == packed.device
         and state.quant_type == "nf4"
-        and state.dtype in native.SUFFIXES
+        and state.dtype in cpp_backend.SUFFIXES
         and not getattr(state, "packing_format_for_cpu", False)
         and len(state.shape) == 2
         and state.shape[1] % state.blocksize == 0  # else bitsandbytes starts a block anew in each row

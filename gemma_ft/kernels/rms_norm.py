@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import native
-from gemma_ft.kernels.gpu import serves as gpu
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.triton import triton_backend as gpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
     on_gpu = gpu.serves(x, residual)
-    if fits and type(weight) in native.PLAIN and (on_gpu or native.serves(x, residual)):
+    if fits and type(weight) in cpp_backend.PLAIN and (on_gpu or cpp_backend.serves(x, residual)):
         out: Tensor = _RMSNorm.apply(x, weight, eps, residual, on_gpu)
         return out
     return rms_norm_reference(x, weight, eps, residual)
@@ -45,12 +45,12 @@ class _RMSNorm(torch.autograd.Function):
         residual = None if residual is None else residual.contiguous()
         out, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         if on_gpu:
-            from gemma_ft.kernels.gpu import rms_norm as kernel
+            from gemma_ft.kernels.triton import rms_norm as kernel
 
             kernel.forward(x, weight.detach().contiguous(), residual, out, rstd, eps)
         else:
             gain = 1.0 + weight.detach().float()
-            native.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), x.shape[-1], eps, of=x.dtype)
+            cpp_backend.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), x.shape[-1], eps, of=x.dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.on_gpu = on_gpu
         return out
@@ -64,12 +64,14 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
             if ctx.on_gpu:
-                from gemma_ft.kernels.gpu import rms_norm as kernel
+                from gemma_ft.kernels.triton import rms_norm as kernel
 
                 kernel.backward(given, x, weight.contiguous(), rstd, grad_x)
             else:
                 gain = 1.0 + weight.float()
-                native.call("rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype)
+                cpp_backend.call(
+                    "rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype
+                )
         if ctx.needs_input_grad[1]:
             each = given.float() * x.float() * rstd[..., None]
             grad_weight = each.flatten(0, -2).sum(dim=0).to(weight.dtype)

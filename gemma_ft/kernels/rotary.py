@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import native
-from gemma_ft.kernels.gpu import serves as gpu
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.triton import triton_backend as gpu
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
     """
     on_gpu = gpu.serves(x) and gpu.serves(cos, sin)
-    served = on_gpu or (native.serves(x) and native.serves(cos, sin))
+    served = on_gpu or (cpp_backend.serves(x) and cpp_backend.serves(cos, sin))
     if served and cos.dtype == torch.float32 and _fits(x, cos, sin):
         out: Tensor = _Rotate.apply(x, cos, sin, on_gpu)
         return out
@@ -66,11 +66,11 @@ def _turned(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float, on_gp
     """`out`, filled with x turned by the angles (sign -1: turned back)."""
     cos, sin = cos.contiguous(), sin.contiguous()
     if on_gpu:
-        from gemma_ft.kernels.gpu import rotary as kernel
+        from gemma_ft.kernels.triton import rotary as kernel
 
         kernel.turn(x, cos, sin, out, sign)
         return out
     of_row = 0 if cos.shape[0] == 1 else cos.stride(0)
     strides = [(ctypes.c_int64 * 3)(*one.stride()[:3]) for one in (x, out)]
-    native.call("rotate", x, cos, sin, out, *x.shape, *strides, of_row, sign, of=x.dtype)
+    cpp_backend.call("rotate", x, cos, sin, out, *x.shape, *strides, of_row, sign, of=x.dtype)
     return out

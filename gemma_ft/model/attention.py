@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
-from gemma_ft.kernels import native
+from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
+from gemma_ft.kernels.decode_attention import one_query, serves_one_query
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.kernels.flex_attention import reason_against as flex_reason_against
-from gemma_ft.kernels.one_query import one_query, serves_one_query
 
 Attend = Callable[..., Tensor]
 FEW_SCORES = 2**24  # 64 MiB of them in float32
@@ -253,7 +253,7 @@ def _on_cpu(query: Tensor) -> bool:
 
 
 def _flexes(query: Tensor) -> bool:
-    if not query.is_cuda or query.shape[2] == 1 or query.dtype not in native.SUFFIXES:  # float64 is for laws
+    if not query.is_cuda or query.shape[2] == 1 or query.dtype not in cpp_backend.SUFFIXES:  # float64 is for laws
         return False
     batch, heads, tokens, _ = query.shape
     if not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES:

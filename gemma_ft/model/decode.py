@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import native
-from gemma_ft.kernels.decode import NORMS, Kept, LinearParts, decode
-from gemma_ft.kernels.few_rows import LANES, MOST_ROWS, TOGETHER, unhooked
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.fused_decode import NORMS, Kept, LinearParts, decode
+from gemma_ft.kernels.gemv import LANES, MOST_ROWS, TOGETHER, unhooked
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
 from gemma_ft.model.linear import is_plain
@@ -23,7 +23,7 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     """
     config = model.config
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
-    if asked or len(x) > MOST_ROWS or not native.serves(x) or config.head_dim % LANES:
+    if asked or len(x) > MOST_ROWS or not cpp_backend.serves(x) or config.head_dim % LANES:
         return None
     windows = [window or one.cache.max_seq_len for window in model.numerics.window_tokens]
     held = [(limit, window) for limit, window in zip(one.cache.limits, windows, strict=True)]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.kernels.few_rows import are_few, few_rows, unhooked
-from gemma_ft.kernels.product import MANY, times_transposed
+from gemma_ft.kernels.gemv import are_few, few_rows, unhooked
+from gemma_ft.kernels.matmul import MANY, times_transposed
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:

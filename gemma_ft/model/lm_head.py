@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from gemma_ft.kernels.head_rows import capped, head_rows
-from gemma_ft.kernels.product import times, times_transposed
+from gemma_ft.kernels.cross_entropy import capped, head_rows
+from gemma_ft.kernels.matmul import times, times_transposed
 
 IGNORED = -100  # torch's and transformers' label for "not trained"
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time

@@ -9,7 +9,7 @@ from gemma_ft.plan.activations import WIDE
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.storage import BYTES, weight_bytes
 
-MAX_SHARD_BYTES = 5 * 10**9  # gemma_ft.weights', of which a merge holds one (a test compares them)
+MAX_SHARD_BYTES = 5 * 10**9  # gemma_ft.build.weights', of which a merge holds one (a test compares them)
 
 
 @dataclass(frozen=True)

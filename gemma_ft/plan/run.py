@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import yaml
 
-from gemma_ft import runtime
 from gemma_ft.errors import UserError
 from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
 from gemma_ft.plan.storage import BYTES, Kind
-from gemma_ft.processor import float32_is_faster, processor_words
 from gemma_ft.recipe.batch_plan import micro_batch
-from gemma_ft.recipe.paths import locate
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
+from gemma_ft.system.hardware import float32_is_faster, processor_words
+from gemma_ft.system.shipped import locate
 
 Device = Literal["cuda", "cpu"]
 Layout = Literal["one device", "ddp", "fsdp2"]
@@ -120,7 +120,7 @@ def attention_of(requested: str, *, softcap: bool, device: Device) -> Attention:
         return "scores"
     if device == "cpu":
         return "blocks"
-    return "flex" if runtime.own_kernels_wanted() else without_flex(softcap=softcap)
+    return "flex" if environment.own_kernels_wanted() else without_flex(softcap=softcap)
 
 
 def without_flex(*, softcap: bool) -> Attention:
@@ -172,9 +172,9 @@ def run_of(
         dropout=bool(adapter and adapter.dropout),
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
-        native=runtime.own_kernels_wanted() and (device == "cuda" or runtime.compiler() is not None),
-        widened=device == "cpu" and runtime.own_kernels_wanted() and float32_is_faster(processor_words()),
-        fused=runtime.own_kernels_wanted(),
+        native=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
+        widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(processor_words()),
+        fused=environment.own_kernels_wanted(),
         ranks=ranks,
         eval_rows=recipe.eval.batch_size,
         new_tokens=recipe.eval.max_new_tokens,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gemma_ft import runtime
 from gemma_ft.model.presets import PRESETS
 from gemma_ft.plan.fit import Change, fitted, peak, smallest_change
 from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
@@ -13,7 +12,8 @@ from gemma_ft.plan.phases import disk, phases
 from gemma_ft.plan.run import Ranks, Run, attention_of, run_of
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.recipe.paths import shipped_recipes
+from gemma_ft.system import environment
+from gemma_ft.system.shipped import shipped_recipes
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "products", "cache", "overhead")
 # of the planned peaks of so many runs on a CPU, measured: docs/memory.md lists them, and a test holds this to it
@@ -154,7 +154,7 @@ def _nominal(size: int | None) -> str:
 def _defaults(name: str) -> list[tuple[str, Run]]:
     shape = preset_shape(name)
     attention = attention_of("auto", softcap=shape.second, device="cuda")
-    own = runtime.own_kernels_wanted()
+    own = environment.own_kernels_wanted()
     plain = Run(
         shape=shape, strategy="lora", rows=1, tokens=2048, attention=attention, native=own, fused=own, eval_rows=1
     )  # fmt: skip

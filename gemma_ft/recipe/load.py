@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from gemma_ft.errors import RecipeError
-from gemma_ft.recipe.faults import COMMAND_LINE, Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
-from gemma_ft.recipe.home import expanded
-from gemma_ft.recipe.paths import locate_recipe, shipped_recipes
+from gemma_ft.recipe.problems import COMMAND_LINE, Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
 from gemma_ft.recipe.schema import Quantize, Recipe
 from gemma_ft.recipe.validate import annotation_at, takes_text, unknown_key, validate
 from gemma_ft.recipe.yaml_marks import Document, Dumper, read_yaml
+from gemma_ft.system.paths import expanded
+from gemma_ft.system.shipped import locate_recipe, shipped_recipes
 
 MAX_BYTES = 256 * 1024
 SOURCES = (("data", "train"), ("data", "eval"))  # what may be a path alone, to which an override adds keys

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.home import expanded
+from gemma_ft.system.paths import expanded
 
 
 def _expanded(text: str) -> str:

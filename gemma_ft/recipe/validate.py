@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from gemma_ft.recipe.faults import Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
+from gemma_ft.recipe.problems import Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
 from gemma_ft.recipe.schema import EXPANDED, Location, Recipe
 from gemma_ft.recipe.yaml_marks import Document
-from gemma_ft.secrets import ACCESS_TOKEN
+from gemma_ft.system.redact import ACCESS_TOKEN
 
 BOUNDS = {
     "greater_than": "must be more than {gt:g}",

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gemma_ft.checkpoint import checkpoints_of, fault_of, prune
 from gemma_ft.errors import CheckpointError, UserError
-from gemma_ft.evaluate.figures import number
+from gemma_ft.system.files import checkpoints_of, fault_of, prune
+from gemma_ft.system.units import number
+from gemma_ft.train.checkpoint_state import load_state
 from gemma_ft.train.run_dir import RunDir
-from gemma_ft.train.state import load_state
 
 
 def show_checkpoints(root: Path, *, verify: bool, keep: int | None, console: Console) -> int:

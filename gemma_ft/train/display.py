@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gemma_ft import runtime
-from gemma_ft.evaluate.figures import gib, number, percent
-from gemma_ft.evaluate.run_files import RunFiles
+from gemma_ft.recipe.run_files import RunFiles
+from gemma_ft.system import environment
+from gemma_ft.system.units import gib, number, percent
 
 SAMPLES_SHOWN = 3
 LINES_WITHOUT_TERMINAL = 20
@@ -76,7 +76,7 @@ class Display:
         parts = [
             f"loss {number(figures['loss'])}",
             f"{figures['tokens_per_second']:,.0f} tok/s",
-            gib(runtime.peak_memory_bytes()),
+            gib(environment.peak_memory_bytes()),
         ]
         if self.eval_loss is not None:
             parts.insert(1, f"eval {self.eval_loss:.4f}")

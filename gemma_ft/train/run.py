@@ -10,23 +10,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gemma_ft.build import build_model
-from gemma_ft.build_data import build_data
-from gemma_ft.build_inputs import build_tokenizer, check_apart, inputs_of
-from gemma_ft.checkpoint import newest_valid
+from gemma_ft.build.data import build_data
+from gemma_ft.build.inputs import build_tokenizer, check_apart, inputs_of
+from gemma_ft.build.model import build_model
 from gemma_ft.errors import RankError, Stopped, UserError
-from gemma_ft.evaluate.canary import build_canary
+from gemma_ft.evaluate.forgetting import build_canary
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.train.checkpointing import choose_checkpointing
-from gemma_ft.train.course import Course
+from gemma_ft.system.files import newest_valid
+from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.display import Display
+from gemma_ft.train.distributed import World, join_world, lost_a_rank
 from gemma_ft.train.guard import guarded
-from gemma_ft.train.outlook import outlook
+from gemma_ft.train.loop import Course
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
-from gemma_ft.train.stop import StopNow, StopRequest
-from gemma_ft.train.world import World, join_world, lost_a_rank
+from gemma_ft.train.signals import StopNow, StopRequest
+from gemma_ft.train.startup import outlook
 
 
 def train_recipe(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.checkpoint import is_disk_full
+from gemma_ft.system.files import is_disk_full
 from gemma_ft.train.run_dir import RunDir, append_line
 from gemma_ft.train.trackers import Tracker
 

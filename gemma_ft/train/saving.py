@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from gemma_ft.checkpoint import checkpoint_folder, commit_folder, prune
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.train import state
+from gemma_ft.system.files import checkpoint_folder, commit_folder, prune
+from gemma_ft.train import checkpoint_state
 
 
 class OwnCheckpoints:
@@ -50,17 +50,17 @@ class OwnCheckpoints:
         def write(folder: Path | None) -> None:
             nonlocal begun
             begun = True
-            state.save_weights(folder, self.model, self.world)
-            state.save_optimizer(folder, self.optimizer, self.model, self.world)
+            checkpoint_state.save_weights(folder, self.model, self.world)
+            checkpoint_state.save_optimizer(folder, self.optimizer, self.model, self.world)
             if folder is not None:
-                state.save_state(folder, vars(self.progress))
+                checkpoint_state.save_state(folder, vars(self.progress))
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
         if not self.world.main:
             write(None)
             return
         try:
-            commit_folder(checkpoint_folder(root, step), write, bytes_needed=state.bytes_of(self.model))
+            commit_folder(checkpoint_folder(root, step), write, bytes_needed=checkpoint_state.bytes_of(self.model))
             prune(root, self.keep_checkpoints, spare=self.progress.extra.get("best", {}).get("step"))
         except Exception:
             if not begun:
@@ -72,12 +72,12 @@ class OwnCheckpoints:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights; `progress` was already taken from this checkpoint by whoever made the trainer."""
-        state.load_weights(Path(resume_from_checkpoint), self.model)
+        checkpoint_state.load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state.load_optimizer(Path(checkpoint), self.optimizer, self.model)
+        checkpoint_state.load_optimizer(Path(checkpoint), self.optimizer, self.model)
         # The optimizer's own learning rates were set for step 0; the scheduler would correct them one step too late.
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.progress.step

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trl import SFTConfig
 
-from gemma_ft import runtime
-from gemma_ft.data.examples import steps_per_epoch
+from gemma_ft.data.pack.examples import steps_per_epoch
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.train.world import World
+from gemma_ft.system import environment
+from gemma_ft.train.distributed import World
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: Wor
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        use_cpu=runtime.default_device().type == "cpu",
+        use_cpu=environment.default_device().type == "cpu",
     )
     # Trainer would spread a model over every visible GPU with nn.DataParallel, which TRL refuses: one device is used.
     arguments._n_gpu = min(1, arguments.n_gpu)

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from gemma_ft import runtime
 from gemma_ft.errors import first_line
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
 from gemma_ft.train.guard import ROOM, Guard
 
 CONNECT_SECONDS = 10  # how long a dead endpoint is waited for, behind the guard: no step waits
@@ -162,7 +162,7 @@ def _start_wandb(recipe: Recipe, root: Path, say: Say, done: int) -> _WandB:
     """
     import wandb
 
-    runtime.no_crash_reports()
+    environment.no_crash_reports()
     modes: tuple[Literal["online", "offline"], ...] = ("online", "offline")
     if recipe.logging.wandb == "offline":
         modes = ("offline",)

@@ -22,18 +22,18 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
-from gemma_ft.data.chat import IGNORE
-from gemma_ft.data.examples import Examples
-from gemma_ft.data.streamed import StreamedExamples
+from gemma_ft.build.located import Source
+from gemma_ft.data.encode.chat import IGNORE
+from gemma_ft.data.pack.examples import Examples
+from gemma_ft.data.pack.streamed import StreamedExamples
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.located import Source
-from gemma_ft.train.batches import DealtRows, placeholder
-from gemma_ft.train.checkpointing import Checkpointing
+from gemma_ft.train.activation_checkpointing import Checkpointing
+from gemma_ft.train.distributed import World
+from gemma_ft.train.fsdp import reshard, shard, whole
+from gemma_ft.train.lr_schedule import learning_rate_factor
+from gemma_ft.train.sampler import DealtRows, placeholder
 from gemma_ft.train.saving import OwnCheckpoints
-from gemma_ft.train.schedule import learning_rate_factor
-from gemma_ft.train.sharding import reshard, shard, whole
-from gemma_ft.train.stop import StopRequest
-from gemma_ft.train.world import World
+from gemma_ft.train.signals import StopRequest
 
 
 @dataclass

@@ -12,15 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from gemma_ft.adapters.fused_layers import with_fused_layers
-from gemma_ft.adapters.unpacked import UnpackedLinear4bit
-from gemma_ft.kernels import native
-from gemma_ft.load import load_model
+from gemma_ft.adapters.nf4_linear import UnpackedLinear4bit
+from gemma_ft.build.pretrained import load_model
+from gemma_ft.kernels import cpp_backend
 from gemma_ft.model import gemma
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
 
-pytestmark = pytest.mark.skipif(not native.operations().functions, reason=native.operations().reason)
+pytestmark = pytest.mark.skipif(not cpp_backend.operations().functions, reason=cpp_backend.operations().reason)
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 96, "sliding_window": 8}  # fmt: skip
 Change = Callable[[PeftModel], object]

@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import PeftType
 
-from gemma_ft import load
+from gemma_ft.adapters.adapter_config import adapter_config
 from gemma_ft.adapters.kinds import OPTIONS, STARTS, TYPES
-from gemma_ft.adapters.saved import adapter_config
+from gemma_ft.build import pretrained
 from gemma_ft.cli.app import main
 from gemma_ft.errors import UserError
 from tests.export.tuned import save_base, wrap
@@ -49,7 +49,7 @@ def saved(folder: Path, **settings: Any) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        load.place_of(folder)
+        pretrained.place_of(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value).removeprefix(f"{folder}/adapter_config.json: ")
 
@@ -150,9 +150,9 @@ def test_a_base_that_an_adapter_would_replace_is_refused(tmp_path: Path) -> None
         wrapped = wrap(model, target_modules=["embed_tokens"])
         wrapped.peft_config["default"].base_model_name_or_path = str(base)
         wrapped.save_pretrained(tmp_path / name)
-    assert load.load_model(tmp_path / "same", dtype=torch.float32) is not None
+    assert pretrained.load_model(tmp_path / "same", dtype=torch.float32) is not None
     with pytest.raises(UserError) as caught:
-        load.load_model(tmp_path / "other", dtype=torch.float32)
+        pretrained.load_model(tmp_path / "other", dtype=torch.float32)
     assert str(caught.value) == (
         f"{tmp_path / 'other'}: base_model.model.model.embed_tokens.base_layer.weight holds another weight than its "
         "base has; merge it (gemma-ft merge), or train with the base's own left as they are"
@@ -166,7 +166,7 @@ def test_a_converted_start_is_a_plain_adapter_on_the_true_base(tmp_path: Path) -
 
     base = save_base(tmp_path / "base", SECOND)
     model = get_peft_model(
-        load.load_base(load.Source(str(base), None), dtype=torch.float32),
+        pretrained.load_base(pretrained.Source(str(base), None), dtype=torch.float32),
         LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
     )
     config = model.peft_config["default"]
@@ -181,8 +181,8 @@ def test_a_converted_start_is_a_plain_adapter_on_the_true_base(tmp_path: Path) -
     trained = model.eval()(ids).logits.detach()
     config.init_lora_weights = "pissa"
     model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    loaded = load.load_model(tmp_path / "adapter", dtype=torch.float32)
-    plain = load.load_model(base, dtype=torch.float32)(ids).logits
+    loaded = pretrained.load_model(tmp_path / "adapter", dtype=torch.float32)
+    plain = pretrained.load_model(base, dtype=torch.float32)(ids).logits
     with torch.no_grad():
         assert relative(loaded(ids).logits, trained) <= 1e-4
         with adapter_off(loaded):

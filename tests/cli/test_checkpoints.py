@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_ft.checkpoint import checkpoint_folder, commit_folder, write_json
 from gemma_ft.cli.app import main
+from gemma_ft.system.files import checkpoint_folder, commit_folder, write_json
 
 
 @pytest.fixture

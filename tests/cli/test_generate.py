@@ -14,7 +14,7 @@ import torch
 
 from gemma_ft.cli import model_options
 from gemma_ft.cli.app import main
-from gemma_ft.data.items import Turn
+from gemma_ft.data.conversation import Turn
 from gemma_ft.infer.progress import AnswerProgress
 from gemma_ft.infer.sampling import Sampling
 from tests.infer.tiny_session import TINY, ScriptedSession, tiny_session

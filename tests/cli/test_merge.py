@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma_ft import runtime
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.cli.app import main
-from gemma_ft.export import certificate
-from gemma_ft.load import load_base
-from gemma_ft.located import Source
+from gemma_ft.export.merge import certificate
 from gemma_ft.recipe.load import dump_recipe, load_recipe
+from gemma_ft.system import environment
 from tests.export.tuned import ROOT, TINY, names_in, save_tuned
 
 TABLE = ["mean KL", "max KL", "max |dlogit|", "relative", "top-1 same", "original", "dequantized", "nf4 base"]
@@ -25,7 +25,7 @@ TABLE = ["mean KL", "max KL", "max |dlogit|", "relative", "top-1 same", "origina
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run over the tiny base, quantized to nf4; amplified weights would not bear the quantizing."""
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     root = tmp_path_factory.mktemp("cli")
     model = load_base(Source(TINY, None), dtype=torch.float32)
     save_tuned(root / "run" / "adapter", Path(TINY), model, quantize="nf4", lora_alpha=0.5)
@@ -65,7 +65,7 @@ def test_a_signal_leaves_nothing_half_written(
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr("gemma_ft.export.merge.write_shards", killed)
+    monkeypatch.setattr("gemma_ft.export.merge.merge.write_shards", killed)
     assert main(["merge", str(made / "run"), "--out", str(tmp_path / "out"), "--prompts", "0"]) == 143
     assert capsys.readouterr() == ("", "stopped by a signal\n")
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 from gemma_ft.cli.app import main
 from gemma_ft.recipe.json_schema import json_schema
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import shipped_recipes, shipped_root
+from gemma_ft.system.shipped import shipped_recipes, shipped_root
 
 
 @pytest.fixture(autouse=True)

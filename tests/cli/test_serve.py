@@ -1,4 +1,4 @@
-"""`gemma-ft serve` as a user starts it; what the server does is tested in tests/infer/server."""
+"""`gemma-ft serve` as a user starts it; what the server does is tested in tests/serve."""
 
 from __future__ import annotations
 

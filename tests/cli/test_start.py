@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_ft import runtime
 from gemma_ft.cli import start
 from gemma_ft.cli.app import main
+from gemma_ft.system import environment
 from tests.data.conftest import TINY
 
 LIGHT_VERBS = """
@@ -38,7 +38,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached() -> None:
         raise AssertionError("libraries are imported already")
 
-    monkeypatch.setattr(runtime, "quiet_libraries", reached)
+    monkeypatch.setattr(environment, "quiet_libraries", reached)
 
 
 def folder_of_type(folder: Path, model_type: object) -> Path:

@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from gemma_ft import runtime
-from gemma_ft.kernels import flex_attention, native, product
-from gemma_ft.kernels.gpu import serves
+from gemma_ft.kernels import cpp_backend, flex_attention, matmul
+from gemma_ft.kernels.triton import triton_backend
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
-from gemma_ft.train.course import Course
+from gemma_ft.system import environment
+from gemma_ft.train.loop import Course
 from gemma_ft.train.run import train_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 ROWS = ROOT / "data" / "scheduling_train.jsonl"
 PROBED = (
-    native.operations, serves.reason_against, flex_attention.reason_against, flex_attention.fitting, product.widens,
+    cpp_backend.operations, triton_backend.reason_against, flex_attention.reason_against, flex_attention.fitting, matmul.widens,
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
 
 
 @contextmanager

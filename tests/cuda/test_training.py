@@ -15,10 +15,10 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_ft.build import build_model
-from gemma_ft.build_inputs import build_tokenizer
+from gemma_ft.build.inputs import build_tokenizer
+from gemma_ft.build.model import build_model
+from gemma_ft.build.pretrained import load_model
 from gemma_ft.errors import UserError
-from gemma_ft.load import load_model
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe
 from tests.cuda.conftest import CUDA, DEVICE, ROOT, metrics, same
@@ -37,7 +37,7 @@ BY_THEMSELVES = """
 import sys
 from rich.console import Console
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.train.course import Course
+from gemma_ft.train.loop import Course
 from gemma_ft.train.run import train_recipe
 Course._report = lambda _: None
 for path in sys.argv[1:]:

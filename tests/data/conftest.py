@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 TINY = REPO_ROOT / "data" / "gemma-tiny"

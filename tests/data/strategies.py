@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from gemma_ft.data.items import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, Document, Turn
 
 AWKWARD = (
     "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<0x0A>", "<unused0>", "model\n",

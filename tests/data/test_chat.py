@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.items import Conversation, Document, Turn
-from gemma_ft.data.template import chat_template
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.template import chat_template
 from gemma_ft.errors import DataError
 from tests.data.strategies import clean_texts, conversations, documents, texts
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gemma_ft.data.cache import Reading
-from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.check.clean import Copy, copy_clean
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.survey import survey
-from gemma_ft.data.sources import read_chunks
+from gemma_ft.data.encode.cache import Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.read.sources import read_chunks
 from gemma_ft.errors import DataError
 
 File = Callable[[str, str | bytes], str]

@@ -2,7 +2,7 @@
 
 import random
 
-from gemma_ft.data.check.near import ALIKE, NearTexts, Pair
+from gemma_ft.data.check.near_duplicates import ALIKE, NearTexts, Pair
 
 WORDS = [f"word{number}" for number in range(500)]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.cache import Reading
-from gemma_ft.data.chat import ChatEncoder
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.survey import Report, survey
-from gemma_ft.data.sources import read_chunks
+from gemma_ft.data.encode.cache import Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.read.sources import read_chunks
 
 File = Callable[[str, str | bytes], str]
 Check = Callable[..., Report]

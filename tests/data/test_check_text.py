@@ -5,7 +5,7 @@ import time
 import pytest
 
 from gemma_ft.data.check.anomalies import damage, script
-from gemma_ft.secrets import secret_kinds
+from gemma_ft.system.redact import secret_kinds
 
 HF, GITHUB, AWS = "hf_" + "aB3" * 10, "ghp_" + "aB3" * 10, "AKIA" + "Z9" * 8
 KEY = "-----BEGIN {}PRIVATE KEY-----\n" + "MIIEowIBAAKCAQEA" * 5

@@ -2,10 +2,10 @@
 
 import torch
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.collate import Collator
-from gemma_ft.data.dataset import prepare
-from gemma_ft.data.items import Conversation, Turn
+from gemma_ft.data.conversation import Conversation, Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.pack.arrange import prepare
+from gemma_ft.data.pack.collate import Collator
 
 
 def test_batch_is_padded_at_the_right() -> None:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.chat import IGNORE, ChatEncoder, Encoded
-from gemma_ft.data.dataset import DataStats, Prepared, chosen_by_hash, prepare, split_document
-from gemma_ft.data.documents import Documents
-from gemma_ft.data.items import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.pack.arrange import DataStats, Prepared, chosen_by_hash, prepare, split_document
 from gemma_ft.errors import DataError
 from tests.data.strategies import conversations, documents
 

@@ -12,21 +12,21 @@ import numpy
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.cache import Cache, Reading
-from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.check.preview import look_at
+from gemma_ft.data.check.preview_console import show
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.show import show_report
 from gemma_ft.data.check.survey import survey
-from gemma_ft.data.dataset import DataStats, arrange, prepare
-from gemma_ft.data.documents import Documents
-from gemma_ft.data.fields import harmless
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.items import Item
-from gemma_ft.data.preview import look_at
-from gemma_ft.data.preview_console import show
-from gemma_ft.data.sources import Row, read_chunks
-from gemma_ft.data.stream import Arranging, Cursor, Stream, StreamSource
+from gemma_ft.data.conversation import Item
+from gemma_ft.data.encode.cache import Cache, Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.pack.arrange import DataStats, arrange, prepare
+from gemma_ft.data.pack.stream import Arranging, Cursor, Stream, StreamSource
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.fields import harmless
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.sources import Row, read_chunks
 from gemma_ft.errors import DataError
 
 File = Callable[[str, str | bytes], str]

@@ -10,7 +10,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError
 
 

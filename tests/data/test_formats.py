@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.formats import Conversation, Document, Turn, detect_format, parse_rows
-from gemma_ft.data.sources import Row
+from gemma_ft.data.read.formats import Conversation, Document, Turn, detect_format, parse_rows
+from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError
 
 SYNTAX = "write fields as {name}, {name.inner} or {name[0].inner}, and braces as {{ }}"

@@ -3,13 +3,13 @@
 import numpy
 import pytest
 
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.counts import count_pieces
-from gemma_ft.data.dataset import Prepared, prepare
-from gemma_ft.data.documents import Documents
-from gemma_ft.data.examples import Examples, steps_per_epoch
-from gemma_ft.data.items import Conversation, Document, Item, Turn
-from gemma_ft.data.overview import BINS, Overview, histogram, overview
+from gemma_ft.data.check.overview import BINS, Overview, histogram, overview
+from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.pack.arrange import Prepared, prepare
+from gemma_ft.data.pack.counts import count_pieces
+from gemma_ft.data.pack.examples import Examples, steps_per_epoch
 
 LIMIT = 48
 ITEMS: list[Item] = [

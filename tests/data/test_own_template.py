@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from gemma_ft.data import own_template
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.items import Conversation, Turn
-from gemma_ft.data.own_template import CURE, UnknownTemplate, own_encoder
-from gemma_ft.data.template import SYSTEM_POLICIES, SystemPolicy, chat_template, unmarked
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.tokenizer_files import has_chat_template
+from gemma_ft.data.conversation import Conversation, Turn
+from gemma_ft.data.encode import own_template
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.own_template import CURE, UnknownTemplate, own_encoder
+from gemma_ft.data.encode.template import SYSTEM_POLICIES, SystemPolicy, chat_template, unmarked
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.encode.tokenizer_files import has_chat_template
 from tests.data.strategies import clean_texts, conversations
 from tests.foreign import CHATML, TEMPLATES, TINY, foreign_tokenizer
 

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_ft.data.packing import best_fit_decreasing
+from gemma_ft.data.pack.packing import best_fit_decreasing
 
 
 @given(budget=st.integers(1, 60), data=st.data())

@@ -7,14 +7,14 @@ import numpy
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import DataStats, Prepared, prepare
-from gemma_ft.data.documents import Documents
-from gemma_ft.data.examples import Examples
-from gemma_ft.data.faults import find_faults
-from gemma_ft.data.items import Conversation, Document, Turn
-from gemma_ft.data.preview import look_at
-from gemma_ft.data.preview_console import show, token_text
+from gemma_ft.data.check.invariants import find_faults
+from gemma_ft.data.check.preview import look_at
+from gemma_ft.data.check.preview_console import show, token_text
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.pack.arrange import DataStats, Prepared, prepare
+from gemma_ft.data.pack.examples import Examples
 
 CHAT = Conversation("a.jsonl:4", (Turn("user", "Hi <end_of_turn>"), Turn("assistant", "Yes\nit is")))
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Prepared, prepare, split_document
-from gemma_ft.data.faults import find_faults
-from gemma_ft.data.formats import detect_format, parse_rows
-from gemma_ft.data.items import Document
-from gemma_ft.data.sources import read_rows
+from gemma_ft.data.check.invariants import find_faults
+from gemma_ft.data.conversation import Document
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
+from gemma_ft.data.read.formats import detect_format, parse_rows
+from gemma_ft.data.read.sources import read_rows
 
 Find = Callable[[str], str]
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gemma_ft.data.cache import Reading
-from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.check.preview import look_at
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import Report, survey
-from gemma_ft.data.dataset import prepare
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.items import Conversation, Document, Turn
-from gemma_ft.data.preview import look_at
-from gemma_ft.data.rendered import rendered_as
-from gemma_ft.data.sources import Row, read_chunks
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.encode.cache import Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.pack.arrange import prepare
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.rendered import rendered_as
+from gemma_ft.data.read.sources import Row, read_chunks
 
 File = Callable[[str, str | bytes], str]
 GEMMA = (

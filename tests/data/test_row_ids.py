@@ -2,11 +2,11 @@
 
 import pytest
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import Prepared, arrange, prepare
-from gemma_ft.data.documents import Documents, Part, table_of
-from gemma_ft.data.items import Conversation, Document, Item, Turn
-from gemma_ft.data.row_ids import documents_at
+from gemma_ft.data.check.row_ids import documents_at
+from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.documents import Documents, Part, table_of
+from gemma_ft.data.pack.arrange import Prepared, arrange, prepare
 from gemma_ft.errors import DataError
 
 

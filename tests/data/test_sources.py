@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.items import Conversation, Document
-from gemma_ft.data.sources import Row, read_rows
+from gemma_ft.data.conversation import Conversation, Document
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError
 
 File = Callable[[str, str | bytes], str]

@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
 
-from gemma_ft.build_sources import described
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.files import find_files
-from gemma_ft.data.sources import read_rows
+from gemma_ft.build.sources import described
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.read.files import find_files
+from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.schema import Data, Source
 

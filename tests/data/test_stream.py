@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data import stream as stream_module
-from gemma_ft.data.cache import Reading
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.items import Conversation, Turn
-from gemma_ft.data.sources import read_chunks
-from gemma_ft.data.stream import Arranging, Block, Cursor, Stream, StreamSource
-from gemma_ft.data.streamed import StreamedExamples
+from gemma_ft.data.conversation import Conversation, Turn
+from gemma_ft.data.encode.cache import Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.pack import stream as stream_module
+from gemma_ft.data.pack.stream import Arranging, Block, Cursor, Stream, StreamSource
+from gemma_ft.data.pack.streamed import StreamedExamples
+from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.sources import read_chunks
 from gemma_ft.errors import DataError
 
 Write = Callable[..., Path]
@@ -32,7 +32,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 40 documents, which sources give ten at a time, in chunks of about 16 rows."""
     monkeypatch.setattr(stream_module, "BLOCK_DOCUMENTS", 40)
     monkeypatch.setattr(stream_module, "GRAB", 10)
-    monkeypatch.setattr("gemma_ft.data.chunks.MEAN_ROWS", 16)
+    monkeypatch.setattr("gemma_ft.data.read.chunks.MEAN_ROWS", 16)
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import GemmaTokenizer
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Conversation, Turn
-from gemma_ft.data.template import chat_template
-from gemma_ft.data.tokenizer import ContentEncoder, ControlIds, add_tokens, load_tokenizer, pieces_of
-from gemma_ft.data.tokenizer import _sharing as sharing
-from gemma_ft.data.tokenizer import _without as without
-from gemma_ft.data.tokenizer_facts import is_text_token, tokenizer_facts
+from gemma_ft.data.conversation import Conversation, Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.template import chat_template
+from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds, add_tokens, load_tokenizer, pieces_of
+from gemma_ft.data.encode.tokenizer import _sharing as sharing
+from gemma_ft.data.encode.tokenizer import _without as without
+from gemma_ft.data.encode.tokenizer_facts import is_text_token, tokenizer_facts
 from gemma_ft.errors import UserError
 from tests.data.conftest import TINY
 from tests.quirky_tokenizer import early_conversion

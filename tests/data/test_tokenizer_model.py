@@ -10,10 +10,10 @@ import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import GemmaTokenizer
 
-from gemma_ft.contract import contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import ContentEncoder, add_tokens, load_tokenizer
-from gemma_ft.data.tokenizer_model import note_of_pieces
+from gemma_ft.build.contract import contract_of
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import ContentEncoder, add_tokens, load_tokenizer
+from gemma_ft.data.encode.tokenizer_model import note_of_pieces
 from gemma_ft.errors import UserError
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from tests.quirky_tokenizer import TEXTS, TINY, model_of, write_quirky

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.detect import detect_format
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.items import Conversation
-from gemma_ft.data.sources import Row
+from gemma_ft.data.conversation import Conversation
+from gemma_ft.data.read.detect import detect_format
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError
 
 TURNS = [{"role": "user", "content": "It's a?"}, {"role": "assistant", "content": "b \u00e9\n"}]

@@ -15,22 +15,22 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from gemma_ft import runtime
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate import subject as subjects
+from gemma_ft.evaluate import models as subjects
 from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
-from gemma_ft.evaluate.subject import Subject, chosen_models, find_subject, with_each
+from gemma_ft.evaluate.models import Subject, chosen_models, find_subject, with_each
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import shipped_root
+from gemma_ft.system import environment
+from gemma_ft.system.shipped import shipped_root
 from gemma_ft.train.run import train_recipe
-from gemma_ft.weights import WeightFiles
 
 Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> None:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
 
 
 @pytest.fixture(scope="module")

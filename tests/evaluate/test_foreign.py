@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma_ft.data.items import Turn
+from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.harness_model import NativeLM
-from gemma_ft.evaluate.subject import Subject, find_subject
+from gemma_ft.evaluate.models import Subject, find_subject
 from tests.foreign import IM_END, TEMPLATES, save_foreign, save_foreign_adapter
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_ft import runtime
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.items import Turn
-from gemma_ft.data.template import BOS, END_OF_TURN
+from gemma_ft.build.pretrained import load_model, load_tokenizer
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.template import BOS, END_OF_TURN
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.statistics import mean, perplexity
-from gemma_ft.load import load_model, load_tokenizer
-from gemma_ft.recipe.paths import shipped_root
+from gemma_ft.system import environment
+from gemma_ft.system.shipped import shipped_root
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'gemma-ft[eval]'")
 
@@ -67,7 +67,7 @@ def _offline() -> Any:
 
     patch.setattr(socket.socket, "connect", refuse)
     patch.setattr(socket, "getaddrinfo", refuse)
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     yield
     patch.undo()
 
@@ -344,7 +344,7 @@ def test_examples_of_a_chat_are_turns_of_their_own(folder: Path, tmp_path: Path)
 
 
 def text_of_template(policy: str) -> str:
-    from gemma_ft.data.template import chat_template
+    from gemma_ft.data.encode.template import chat_template
 
     return chat_template(policy)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from gemma_ft import runtime
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.load import load_tokenizer
-from gemma_ft.recipe.paths import shipped_root
+from gemma_ft.build.pretrained import load_tokenizer
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.system import environment
+from gemma_ft.system.shipped import shipped_root
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'gemma-ft[eval]'")
 
@@ -43,7 +43,7 @@ GROUPED = ("said", "chosen")
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

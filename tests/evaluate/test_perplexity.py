@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.collate import Collator
-from gemma_ft.data.dataset import prepare
-from gemma_ft.data.items import Conversation, Document, Turn
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.windows import windows
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.pack.arrange import prepare
+from gemma_ft.data.pack.collate import Collator
+from gemma_ft.data.pack.windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.evaluate.perplexity import Piece, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.recipe.paths import shipped_root
+from gemma_ft.system.shipped import shipped_root
 from tests.export.tuned import wrap
 from tests.parity.amplified import VOCAB, ours
 

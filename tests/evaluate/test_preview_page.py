@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.dataset import prepare
-from gemma_ft.data.items import Conversation, Document, Item, Turn
-from gemma_ft.data.preview import Preview, look_at
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.check.preview import Preview, look_at
+from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.report import preview as page
 from gemma_ft.evaluate.report.preview import check_page, write_preview

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_ft import runtime
+from gemma_ft.system import environment
 from tests.export.tuned import save_base
 from tests.parity.amplified import FIRST, SECOND
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
 
 
 @pytest.fixture(scope="session")

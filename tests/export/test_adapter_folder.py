@@ -14,13 +14,13 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from gemma_ft.contract import Contract
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, load_model
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes
 from gemma_ft.export.export import Wish, export_model
-from gemma_ft.load import load_base, load_model
-from gemma_ft.located import Source
-from gemma_ft.weights import WeightFiles
 from tests.export.tuned import names_in, save_base, save_tuned, wrap
 from tests.parity.amplified import ours
 

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from gemma_ft import load_tokenizer
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, place_of
 from gemma_ft.errors import NonFiniteError
-from gemma_ft.export import certificate as room
-from gemma_ft.export.certificate import (
+from gemma_ft.export.merge import certificate as room
+from gemma_ft.export.merge.certificate import (
     FLOAT32,
     REQUANTIZED,
     ROUNDED,
@@ -24,11 +26,9 @@ from gemma_ft.export.certificate import (
     distance,
     limit_for,
 )
-from gemma_ft.export.merge import merge_to_folder
-from gemma_ft.export.merged import merged_weights
-from gemma_ft.export.probes import Probe, probes_for
-from gemma_ft.load import load_base, place_of
-from gemma_ft.located import Source
+from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
+from gemma_ft.export.merge.merge import merge_to_folder
+from gemma_ft.export.merge.merged import merged_weights
 from gemma_ft.recipe.load import dump_recipe, load_recipe
 from tests.export.tuned import ROOT, names_in, save_tuned, wrap
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gemma_ft.errors import UserError
-from gemma_ft.export.deltas import Adapter
-from gemma_ft.export.low_rank import add_low_rank
+from gemma_ft.export.merge.deltas import Adapter
+from gemma_ft.export.merge.low_rank import add_low_rank
 from tests.export.tuned import wrap
 from tests.parity.amplified import ours, relative
 

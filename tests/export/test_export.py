@@ -15,15 +15,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma_ft.contract import Contract, contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Turn
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.build.contract import Contract, contract_of
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, load_model, place_of
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.export import forms
+from gemma_ft.export import formats
 from gemma_ft.export.export import Wish, export_model
-from gemma_ft.load import load_base, load_model, place_of
-from gemma_ft.located import Source
 from tests.export.tuned import TINY, names_in, same_bytes, save_base, save_tuned, tensors
 
 BESIDE = ["README.md", "chat_template.jinja", "config.json", "gemma_ft.json", "generation_config.json",
@@ -123,8 +123,8 @@ def test_large_models_are_sharded(made: Path, tmp_path: Path, monkeypatch: pytes
     def small_shards(*arguments: Any) -> Any:
         return write(*arguments, max_shard_bytes=1_000_000)
 
-    write = forms.write_shards
-    monkeypatch.setattr(forms, "write_shards", small_shards)
+    write = formats.write_shards
+    monkeypatch.setattr(formats, "write_shards", small_shards)
     export(made / "run", tmp_path / "out", "hf")
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -255,13 +255,13 @@ def test_a_fault_on_the_way_leaves_nothing(
     to: str, out: str, fault: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step does its work and then fails, so that something was written."""
-    step, source = getattr(forms, fault), made / ("adapter" if to == "adapter" else "run")
+    step, source = getattr(formats, fault), made / ("adapter" if to == "adapter" else "run")
 
     def fails(*arguments: Any, **options: Any) -> Any:
         step(*arguments, **options)
         raise UserError("a fault on the way")
 
-    monkeypatch.setattr(forms, fault, fails)
+    monkeypatch.setattr(formats, fault, fails)
     assert refusal(source, tmp_path / out, to) == "a fault on the way"
     assert names_in(tmp_path) == []
 

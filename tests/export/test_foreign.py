@@ -12,15 +12,15 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chat_format import gemma_format
-from gemma_ft.data.own_template import CURE, own_encoder
+from gemma_ft.build.pretrained import place_of
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.chat_format import gemma_format
+from gemma_ft.data.encode.own_template import CURE, own_encoder
 from gemma_ft.errors import UserError
 from gemma_ft.export.export import Wish, export_model
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
-from gemma_ft.export.merge import merge_to_folder
+from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
-from gemma_ft.load import place_of
 from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"

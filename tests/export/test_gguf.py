@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_ft.contract import Contract, contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.template import chat_template
-from gemma_ft.data.tokenizer import add_tokens, load_tokenizer
+from gemma_ft.build.contract import Contract, contract_of
+from gemma_ft.build.pretrained import place_of
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.template import chat_template
+from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
 from gemma_ft.export.gguf_file import GGUF_TYPES, GgufType, check_for_llama_cpp, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
-from gemma_ft.export.merged import MergedWeights
-from gemma_ft.load import place_of
+from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.model.config import PRESETS
 from tests.export.tuned import TINY, save_base
 

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers import GemmaTokenizer
 
-from gemma_ft.data.tokenizer import ContentEncoder, add_tokens, load_tokenizer
+from gemma_ft.data.encode.tokenizer import ContentEncoder, add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, read_vocabulary

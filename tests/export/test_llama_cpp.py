@@ -24,13 +24,13 @@ from benchmarks.llama_parity import (
     our_logits,
     put_stored_weights,
 )
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Turn
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.build.pretrained import load_model, place_of
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.export.gguf_file import write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
-from gemma_ft.export.merged import MergedWeights
-from gemma_ft.load import load_model, place_of
+from gemma_ft.export.merge.merged import MergedWeights
 from tests.export.tuned import TINY
 
 pytest.importorskip("gguf", reason="the extra [gguf] is not installed")

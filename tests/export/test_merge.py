@@ -17,15 +17,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft import load_model
-from gemma_ft.contract import Contract
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.template import chat_template
-from gemma_ft.export.dequantize import Stored, quantized_names, there_and_back
-from gemma_ft.export.merge import merge_into, merge_to_folder, verify
-from gemma_ft.export.merged import merged_weights
-from gemma_ft.load import load_base, place_of
-from gemma_ft.located import Source
-from gemma_ft.weights import WeightFiles, write_shards
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, place_of
+from gemma_ft.build.weights import WeightFiles, write_shards
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.template import chat_template
+from gemma_ft.export.merge.dequantize import Stored, quantized_names, there_and_back
+from gemma_ft.export.merge.merge import merge_into, merge_to_folder, verify
+from gemma_ft.export.merge.merged import merged_weights
 from tests.export.tuned import linear_names, names_in, same_bytes, save_tuned, tensors
 from tests.parity.amplified import SECOND, ours, relative
 

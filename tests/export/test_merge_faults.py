@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, place_of
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.cli.app import main
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.evaluate.run_files import RunFiles
 from gemma_ft.export import hf_folder
-from gemma_ft.export.merge import merge_to_folder
-from gemma_ft.load import load_base, place_of
-from gemma_ft.located import Source
-from gemma_ft.weights import WeightFiles
+from gemma_ft.export.merge.merge import merge_to_folder
+from gemma_ft.recipe.run_files import RunFiles
 from tests.export.tuned import names_in, save_tuned
 
 SHARD, INDEX = "model-00002-of-00005.safetensors", "model.safetensors.index.json"
@@ -333,7 +333,7 @@ def test_whatever_ends_a_merge_leaves_nothing(error: BaseException, folders: Fol
 
 def test_a_file_that_does_not_come_back_as_written(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a bad disk does between writing and reading."""
-    from gemma_ft.export import merge as room
+    from gemma_ft.export.merge import merge as room
 
     write = room.write_shards
 

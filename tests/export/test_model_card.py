@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from gemma_ft.contract import Contract
-from gemma_ft.export.model_card import Card
-from gemma_ft.export.run_record import RunRecord, public
-from gemma_ft.export.terms import GEMMA_NOTICE, terms_of
+from gemma_ft.build.contract import Contract
+from gemma_ft.export.card.license import GEMMA_NOTICE, terms_of
+from gemma_ft.export.card.model_card import Card
+from gemma_ft.export.card.run_record import RunRecord, public
 from gemma_ft.model.config import PRESETS
 from gemma_ft.recipe.load import load_recipe, parse_recipe
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chat_format import gemma_format
-from gemma_ft.data.own_template import own_encoder
-from gemma_ft.data.template import SYSTEM_POLICIES
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.chat_format import gemma_format
+from gemma_ft.data.encode.own_template import own_encoder
+from gemma_ft.data.encode.template import SYSTEM_POLICIES
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.export.modelfile import go_template, modelfile
 from tests.export.tuned import TINY
 from tests.foreign import TEMPLATES, foreign_tokenizer

@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from gemma_ft.contract import contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.tokenizer_files import save_tokenizer
-from gemma_ft.weights import WeightFiles
+from gemma_ft.build.contract import contract_of
+from gemma_ft.build.weights import WeightFiles
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from tests.parity.amplified import ours, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -140,7 +140,7 @@ def test_nothing_that_lies_in_a_file_is_run(runs: Runs, tmp_path: Path, figure: 
     mark = tmp_path / "pwned"
 
     def open_all() -> int:
-        from gemma_ft.kernels import native
+        from gemma_ft.kernels import cpp_backend
 
         happened: list[str] = []
         tried: dict[str, int] = {}
@@ -160,7 +160,7 @@ def test_nothing_that_lies_in_a_file_is_run(runs: Runs, tmp_path: Path, figure: 
             ("recipe", recipes(tmp_path, mark), ["train", "{}", f"output_dir={tmp_path / 'never'}"]),
         ]
         places = [(kind, path, words) for kind, found, words in doors for path in found]
-        native.operations()  # which asks the compiler for its version, once in a process
+        cpp_backend.operations()  # which asks the compiler for its version, once in a process
         watched(mark, happened)
         for kind, path, words in places:
             code = main([word.replace("{}", str(path)) for word in words])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.checkpoint import fault_of
 from gemma_ft.errors import UserError
+from gemma_ft.system.files import fault_of
 from tests.faults.conftest import Runs, outcome
 from tests.forked import fork
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.checkpoint import fault_of
+from gemma_ft.system.files import fault_of
 from tests.faults.conftest import FULL, Runs, outcome
 
 SIZES = range(8_000, 400_000, 4_000) if FULL else (8_000, 30_000, 90_000)  # what a run says has to fit, too
@@ -88,16 +88,16 @@ def test_one_rank_that_finds_no_space_costs_both_a_checkpoint(runs: Runs) -> Non
     """Before anything of it is gathered: the other rank waits for nothing, the next interval saves again."""
 
     def no_space_once() -> None:
-        from gemma_ft import checkpoint
+        from gemma_ft.system import files
 
-        original, calls = checkpoint.check_space, 0
+        original, calls = files.check_space, 0
 
         def check_space(place: Path, bytes_needed: int, *, go_on: str) -> None:
             nonlocal calls
             calls += 1
             original(place, 10**18 if calls == 2 else bytes_needed, go_on=go_on)
 
-        checkpoint.check_space = check_space
+        files.check_space = check_space
 
     out = runs.place()
     codes, said = runs.go(out, "checkpoint.keep=9", ranks=2, layout="fsdp2", before=no_space_once)
@@ -113,9 +113,9 @@ def test_a_disk_that_fills_up_within_a_save_costs_both_ranks_a_checkpoint(runs: 
     """Rank 0 finds no space for the second file of a checkpoint; the other hears of it, and both go on."""
 
     def full_once() -> None:
-        from gemma_ft.train import state
+        from gemma_ft.train import checkpoint_state
 
-        original, calls = state.save_tensors, 0
+        original, calls = checkpoint_state.save_tensors, 0
 
         def save_tensors(path: Path, tensors: Any) -> None:
             nonlocal calls
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up_within_a_save_costs_both_ranks_a_checkpoint(runs: 
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             original(path, tensors)
 
-        state.save_tensors = save_tensors
+        checkpoint_state.save_tensors = save_tensors
 
     out = runs.place()
     codes, said = runs.go(out, "checkpoint.keep=9", ranks=2, layout="fsdp2", before=full_once)

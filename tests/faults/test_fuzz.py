@@ -19,21 +19,21 @@ from typing import Any
 
 import pytest
 
-from gemma_ft import checkpoint
-from gemma_ft.contract import Contract
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.dataset import Prepared, prepare
-from gemma_ft.data.formats import parse_rows
-from gemma_ft.data.sources import read_rows
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.pretrained import load_model, load_tokenizer
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.pack.arrange import Prepared, prepare
+from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.report.page import write_report
-from gemma_ft.infer.server.limits import Limits
-from gemma_ft.load import load_model, load_tokenizer
 from gemma_ft.recipe.load import dump_recipe, load_recipe
+from gemma_ft.serve.limits import Limits
+from gemma_ft.system import files
 from tests.faults.conftest import FULL, ROOT, Runs
 from tests.faults.fuzz import SECONDS, bad_bytes, bad_json, bad_value, tried
 from tests.forked import fork
-from tests.infer.server.conftest import MODEL, SteppedEngine, chat_body, serving
+from tests.serve.conftest import MODEL, SteppedEngine, chat_body, serving
 
 CASES = 10_000 if FULL else 300
 TINY = ROOT / "data" / MODEL
@@ -265,7 +265,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def open_checkpoints(root: Path, before: dict[str, bytes]) -> None:
     """Whatever is still taken for valid holds what was saved, byte for byte."""
-    valid = checkpoint.newest_valid(root, lambda line: None)
+    valid = files.newest_valid(root, lambda line: None)
     if valid is None:
         raise UserError("none is valid")
     for path in valid.iterdir():
@@ -305,10 +305,10 @@ def test_spoiled_requests(tmp_path: Path, figure: Figure) -> None:
 
         import torch
 
-        from gemma_ft import runtime
         from gemma_ft.infer.session import open_session
+        from gemma_ft.system import environment
 
-        runtime.quiet_libraries()
+        environment.quiet_libraries()
         session = open_session(TINY, dtype=torch.float32)
         engine: Any = Instant(session.tokenizer.convert_tokens_to_ids("a"))
         open_server = serving(replace(session, engine=engine), Limits(read_seconds=0.2))

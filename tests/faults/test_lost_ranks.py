@@ -18,7 +18,7 @@ PLACES = ("load", "step", "save", "eval")
 HOOKS = {
     "load": ("gemma_ft.train.run", "build_model"),
     "step": ("gemma_ft.train.trainer", "GemmaTrainer.compute_loss"),
-    "save": ("gemma_ft.train.state", "save_optimizer"),
+    "save": ("gemma_ft.train.checkpoint_state", "save_optimizer"),
     "eval": ("gemma_ft.train.trainer", "held_out_loss"),
 }
 

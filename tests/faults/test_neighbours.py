@@ -59,7 +59,7 @@ def hub_at(port: int, cache: Path) -> Callable[[], None]:
     def install() -> None:
         from huggingface_hub import constants
 
-        from gemma_ft.data import hub
+        from gemma_ft.system import hub
 
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = False, str(cache)
         constants.ENDPOINT = f"http://127.0.0.1:{port}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.checkpoint import fault_of
+from gemma_ft.system.files import fault_of
 from tests.faults.conftest import FULL, Runs, outcome
 from tests.forked import no_survivors
 
@@ -75,7 +75,7 @@ def test_ranks_that_are_stopped_in_different_places_end_alike(runs: Runs) -> Non
     def signalled() -> None:
         import os
 
-        from gemma_ft.train.course import Course
+        from gemma_ft.train.loop import Course
         from gemma_ft.train.trainer import GemmaTrainer
 
         place, name = ((GemmaTrainer, "get_batch_samples"), (Course, "_fit"))[int(os.environ["RANK"])]
@@ -118,15 +118,15 @@ def test_a_signal_while_checkpoints_are_read_damages_none(runs: Runs, reference:
     def signalled() -> None:
         import os
 
-        from gemma_ft import checkpoint
+        from gemma_ft.system import files
 
-        original = checkpoint._fingerprint
+        original = files._fingerprint
 
         def fingerprint(path: Path) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGTERM)
             return original(path)
 
-        checkpoint._fingerprint = fingerprint
+        files._fingerprint = fingerprint
 
     codes, said = runs.go(out, "--resume", before=signalled)
     assert codes == [143], said

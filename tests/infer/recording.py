@@ -44,7 +44,7 @@ def _is_view(func: Any) -> bool:
 
 
 class Emulated:
-    """A recorder as gemma_ft.kernels.gpu.graph.Recorder is one; `recorded` counts what it was given."""
+    """A recorder as gemma_ft.kernels.triton.cuda_graph.Recorder is one; `recorded` counts what it was given."""
 
     def __init__(self) -> None:
         self.recorded = self.repeated = 0

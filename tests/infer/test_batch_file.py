@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from gemma_ft.build.pretrained import place_of
 from gemma_ft.errors import DataError, DiskError, InterruptedWork, LockedError, UserError
+from gemma_ft.infer.answers import texts_in_order
 from gemma_ft.infer.batch_file import BatchFile, How, identity_of, loading_of
 from gemma_ft.infer.engine import Request
-from gemma_ft.infer.ordered import texts_in_order
 from gemma_ft.infer.sampling import Sampling
-from gemma_ft.load import place_of
 from tests.infer.tiny_session import TINY, save_loud_adapter, tiny_session
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]

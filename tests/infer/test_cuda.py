@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_ft import runtime
+from gemma_ft.build.pretrained import load_model
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.infer.sampling import Sampling
-from gemma_ft.load import load_model
+from gemma_ft.system import environment
 from tests.infer.lively import lively
 from tests.parity.amplified import SECOND, relative, token_rows
 
@@ -22,7 +22,7 @@ LENGTHS = (12, 3, 9, 7)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Gemma 2 with a small window, amplified."""
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     target = tmp_path_factory.mktemp("cuda") / "model"
     lively(SECOND).save_pretrained(str(target))
     return target

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.items import Turn
-from gemma_ft.data.sources import Row
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.infer.prompts import prompts_of, system_turns
 

@@ -13,16 +13,16 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
 
-from gemma_ft import runtime
 from gemma_ft.adapters.quantize import allow_packing, quantization_config
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.errors import UserError
 from gemma_ft.infer.generate import generate_answers
-from gemma_ft.kernels import native
-from gemma_ft.load import load_base, load_model
-from gemma_ft.located import Source
+from gemma_ft.kernels import cpp_backend
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable
+from gemma_ft.system import environment
 from tests.export.tuned import save_tuned, wrap
 from tests.parity.amplified import amplify, relative, token_rows
 
@@ -33,7 +33,7 @@ packs = pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of the tiny preset, amplified."""
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
     target = tmp_path_factory.mktemp("quantized") / "model"
     model = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=101, num_hidden_layers=2, sliding_window=8))
     amplify(model)
@@ -54,12 +54,12 @@ def packed(model: Any) -> int:
 @pytest.fixture
 def without_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' layers, as where no compiler is."""
-    monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "none"))
+    monkeypatch.setattr(cpp_backend, "operations", lambda: cpp_backend.Operations({}, "none"))
 
 
 def test_with_our_product_nothing_is_packed(folder: Path) -> None:
-    if not native.operations().functions:
-        pytest.skip(native.operations().reason)
+    if not cpp_backend.operations().functions:
+        pytest.skip(cpp_backend.operations().reason)
     model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
     exact = opened(folder, torch.float32, trainable=True)
     stock = load_base(Source(str(folder), None), dtype=torch.bfloat16, trainable=True).eval()
@@ -143,8 +143,8 @@ def test_a_model_that_has_answered_trains_with_its_whole_gradient(folder: Path, 
 
 
 def test_a_loaded_model_that_has_answered_trains_with_its_whole_gradient(folder: Path) -> None:
-    if not native.operations().functions:
-        pytest.skip(native.operations().reason)
+    if not cpp_backend.operations().functions:
+        pytest.skip(cpp_backend.operations().reason)
     model = load_model(folder, dtype=torch.bfloat16, quantize="nf4")
     with torch.no_grad():
         model(token_rows())
@@ -210,7 +210,7 @@ def as_imported() -> Iterator[list[logging.LogRecord]]:
     heard: list[logging.LogRecord] = []
     ear = logging.Handler()
     ear.emit = heard.append  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in runtime.BITSANDBYTES_CHATTER]
+    loggers = [logging.getLogger(name) for name in environment.BITSANDBYTES_CHATTER]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.NOTSET)
@@ -241,7 +241,7 @@ def test_int8_says_nothing_at_every_product(
 
 def test_other_words_of_bitsandbytes_are_heard(folder: Path, as_imported: list[logging.LogRecord]) -> None:
     load_model(folder, dtype=torch.bfloat16, quantize="int8")
-    logging.getLogger(runtime.BITSANDBYTES_CHATTER[0]).error("damaged")
+    logging.getLogger(environment.BITSANDBYTES_CHATTER[0]).error("damaged")
     assert [record.getMessage() for record in as_imported] == ["damaged"]
 
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from gemma_ft.contract import contract_of
-from gemma_ft.data.items import Turn
+from gemma_ft.build.contract import contract_of
+from gemma_ft.build.pretrained import Place
+from gemma_ft.build.weights import WeightFiles
+from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError
+from gemma_ft.infer.base_model import Untuned
 from gemma_ft.infer.compare_view import SideBySide, Stacked, compare_view
 from gemma_ft.infer.repl import Repl, Screen, terminal_reader
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
-from gemma_ft.infer.untuned import Untuned
-from gemma_ft.load import Place
-from gemma_ft.weights import WeightFiles
 from tests.infer.tiny_session import TINY, ScriptedSession, save_loud_adapter, tiny_session
 
 CTRL_C, CTRL_D = KeyboardInterrupt, EOFError

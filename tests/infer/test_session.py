@@ -13,19 +13,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma_ft import load
-from gemma_ft.contract import CONTRACT, contract_of
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.items import Turn
-from gemma_ft.data.own_template import CURE
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.build import pretrained
+from gemma_ft.build.contract import CONTRACT, contract_of
+from gemma_ft.build.pretrained import load_model
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.own_template import CURE
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
-from gemma_ft.load import load_model
-from gemma_ft.recipe.paths import locate
+from gemma_ft.system.shipped import locate
 from tests.foreign import EOT, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 TINY = str(locate("data/gemma-tiny"))
@@ -258,7 +258,7 @@ def without_files(adapter: Path, *kept: str) -> Path:
 def test_an_adapter_without_a_tokenizer_is_opened_with_that_of_its_base(adapter: Path, in_a_run: bool) -> None:
     """As the command line asks it; the README: load_model and load_tokenizer open any of them."""
     without_files(adapter)
-    opened = load.load_tokenizer(adapter.parent if in_a_run else adapter)
+    opened = pretrained.load_tokenizer(adapter.parent if in_a_run else adapter)
     assert ChatEncoder(opened).content.sha256 == ChatEncoder(load_tokenizer(TINY)).content.sha256
     assert opened.chat_template == load_tokenizer(TINY).chat_template
 
@@ -267,13 +267,13 @@ def test_a_tokenizer_beside_an_adapter_is_the_one_opened_without_its_settings_to
     """tokenizer.json decides the ids, and may hold tokens that the base's has not."""
     foreign_tokenizer().save_pretrained(adapter)
     without_files(adapter, "tokenizer.json")
-    assert len(load.load_tokenizer(adapter)) == len(foreign_tokenizer()) > len(load_tokenizer(TINY))
-    assert load.place_of(adapter).folder == adapter
+    assert len(pretrained.load_tokenizer(adapter)) == len(foreign_tokenizer()) > len(load_tokenizer(TINY))
+    assert pretrained.place_of(adapter).folder == adapter
 
 
 def test_what_is_left_of_a_tokenizer_beside_an_adapter_is_refused_not_replaced(adapter: Path) -> None:
     without_files(adapter, "tokenizer_config.json")
-    assert load.place_of(adapter).folder == adapter
+    assert pretrained.place_of(adapter).folder == adapter
     with pytest.raises(UserError) as refused:
-        load.load_tokenizer(adapter)
+        pretrained.load_tokenizer(adapter)
     assert str(refused.value) == f"{adapter}: there is no tokenizer.json or tokenizer.model in it"

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gemma_ft.data.items import Turn
-from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_model, load_tokenizer
+from gemma_ft.data.conversation import Turn
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
-from gemma_ft.load import load_model, load_tokenizer
-from gemma_ft.located import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "gemma-tiny"

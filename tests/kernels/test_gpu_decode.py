@@ -45,7 +45,7 @@ def quantized(
 
 
 def multiplied(x: Tensor, packed: Tensor, state: QuantState, device: str) -> Tensor:
-    from gemma_ft.kernels.gpu.few_rows_nf4 import few_rows_nf4, fits
+    from gemma_ft.kernels.triton.gemv_nf4 import few_rows_nf4, fits
 
     state.to(device)
     x, packed = x.to(device), packed.to(device)
@@ -72,7 +72,7 @@ def test_the_weights_are_those_of_bitsandbytes(blocksize: int, nested: bool, dty
 def test_a_product_is_as_near_to_the_truth_as_torch_s(
     nested: bool, dtype: torch.dtype, rows: int, device: str
 ) -> None:  # fmt: skip
-    from gemma_ft.kernels.gpu.few_rows_nf4 import TILES
+    from gemma_ft.kernels.triton.gemv_nf4 import TILES
 
     inputs = 5 * TILES[dtype]  # a number of tiles that no program's two divide
     packed, state = quantized(inputs, dtype, nested=nested)
@@ -115,7 +115,7 @@ def test_bytes_may_be_stored_as_another_dtype(device: str) -> None:
 
 
 def test_the_parts_of_a_product_hold_every_tile_once() -> None:
-    from gemma_ft.kernels.gpu.few_rows_nf4 import MOST_SPLITS, PROGRAMS, _splits
+    from gemma_ft.kernels.triton.gemv_nf4 import MOST_SPLITS, PROGRAMS, _splits
 
     for blocks in (1, 8, 32, 72, 288, 512, 1152):
         for tiles in (1, 2, 5, 16, 18, 72, 288):
@@ -126,7 +126,7 @@ def test_the_parts_of_a_product_hold_every_tile_once() -> None:
 
 
 def test_what_the_product_does_not_take_is_said(device: str) -> None:
-    from gemma_ft.kernels.gpu.few_rows_nf4 import fits
+    from gemma_ft.kernels.triton.gemv_nf4 import fits
 
     _, state = quantized(256, torch.bfloat16, nested=True)
     x = drawn(16, 256).bfloat16()
@@ -145,7 +145,7 @@ def test_what_the_product_does_not_take_is_said(device: str) -> None:
 def test_a_whole_weight_is_that_of_bitsandbytes(
     blocksize: int, storage: torch.dtype, nested: bool, dtype: torch.dtype, device: str
 ) -> None:
-    from gemma_ft.kernels.gpu.nf4 import dequantize
+    from gemma_ft.kernels.triton.nf4 import dequantize
 
     packed, state = quantized(384, dtype, nested=nested, blocksize=blocksize, storage=storage)
     whole = dequantize_4bit(packed, state)
@@ -160,7 +160,7 @@ def test_a_whole_weight_is_that_of_bitsandbytes(
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lora_is_added_as_the_layer_adds_it(dtype: torch.dtype, stored: torch.dtype, rank: int, device: str) -> None:
-    from gemma_ft.kernels.gpu.few_rows_lora import add_lora
+    from gemma_ft.kernels.triton.gemv_lora import add_lora
 
     if (dtype, stored) == (torch.float32, torch.bfloat16):
         pytest.skip("an adapter is not narrower than what it is added to")
@@ -180,7 +180,7 @@ def test_lora_is_added_as_the_layer_adds_it(dtype: torch.dtype, stored: torch.dt
 def attended(
     query: Tensor, keys: Tensor, values: Tensor, held: list[int], softcap: float | None, device: str
 ) -> Tensor:  # fmt: skip
-    from gemma_ft.kernels.gpu.one_query import one_query, serves_one_query
+    from gemma_ft.kernels.triton.decode_attention import one_query, serves_one_query
 
     given = [one.to(device) for one in (query, keys, values)]
     assert serves_one_query(*given)
@@ -216,7 +216,7 @@ def test_attention_is_as_near_to_the_truth_as_torch_s(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from gemma_ft.kernels.gpu import one_query as kernel
+    from gemma_ft.kernels.triton import decode_attention as kernel
 
     monkeypatch.setattr(kernel, "TOGETHER", 2)  # spans are joined in several steps
     given = drawn_rings(dtype, heads, times)
@@ -282,7 +282,7 @@ def test_rings_may_be_views(device: str) -> None:
 
 
 def test_what_attention_does_not_take_is_said(device: str) -> None:
-    from gemma_ft.kernels.gpu.one_query import serves_one_query
+    from gemma_ft.kernels.triton.decode_attention import serves_one_query
 
     query, keys, values = drawn_rings(torch.float32)
     assert serves_one_query(query, keys, values)

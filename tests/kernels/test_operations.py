@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import native
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.cross_entropy import head_rows, head_rows_reference
 from gemma_ft.kernels.geglu import geglu, geglu_reference
-from gemma_ft.kernels.gpu import serves as gpu
-from gemma_ft.kernels.head_rows import head_rows, head_rows_reference
 from gemma_ft.kernels.rms_norm import rms_norm, rms_norm_reference
 from gemma_ft.kernels.rotary import rotate, rotate_reference
+from gemma_ft.kernels.triton import triton_backend as gpu
 from tests.kernels.interpreter import mend_bf16
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,12 +79,12 @@ def run(
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the operations run: those in C++ on the CPU, Triton's on a GPU, or by its interpreter as if it were one."""
     if request.param == "C++":
-        if not native.operations().functions:
-            pytest.skip(native.operations().reason)
+        if not cpp_backend.operations().functions:
+            pytest.skip(cpp_backend.operations().reason)
         return "cpu"
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from gemma_ft.kernels.gpu import head_rows as kernel
+    from gemma_ft.kernels.triton import cross_entropy as kernel
 
     monkeypatch.setattr(kernel, "BLOCK", 256)  # several to a row
     if torch.cuda.is_available():
@@ -92,14 +92,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     def serves(*tensors: Tensor | None) -> bool:
         given = [one for one in tensors if one is not None]
-        return given[0].dtype in native.SUFFIXES and native.are_plain(*given)
+        return given[0].dtype in cpp_backend.SUFFIXES and cpp_backend.are_plain(*given)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("C++ ran")
 
     mend_bf16(monkeypatch)
     monkeypatch.setattr(gpu, "serves", serves)
-    monkeypatch.setattr(native, "call", refuse)
+    monkeypatch.setattr(cpp_backend, "call", refuse)
     return "cpu"
 
 

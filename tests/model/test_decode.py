@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.kernels import native
-from gemma_ft.kernels.few_rows import MOST_ROWS
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.gemv import MOST_ROWS
 from gemma_ft.model import gemma
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
 
-pytestmark = pytest.mark.skipif(not native.operations().functions, reason=native.operations().reason)
+pytestmark = pytest.mark.skipif(not cpp_backend.operations().functions, reason=cpp_backend.operations().reason)
 VOCABULARY, WINDOW, PROMPT, STEPS = 96, 12, 9, 20  # the window is passed, and rings wrap
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 8,
          "num_key_value_heads": 1, "head_dim": 32, "vocab_size": VOCABULARY}  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gemma_ft.kernels.few_rows import MOST_ROWS
+from gemma_ft.kernels.gemv import MOST_ROWS
 from gemma_ft.model.linear import linear
 
 DTYPES = [(torch.bfloat16, 8e-3), (torch.float32, 1e-5), (torch.float64, 1e-12)]

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from gemma_ft.adapters.fused_layers import with_fused_layers
-from gemma_ft.kernels import native
+from gemma_ft.kernels import cpp_backend
 from tests.parity.amplified import SHAPES, gradients, masked_labels, ours, relative, token_rows
 
 DOCUMENTS = torch.tensor([0] * 8 + [1] * 13).expand(2, -1)
@@ -19,15 +19,15 @@ DOCUMENTS = torch.tensor([0] * 8 + [1] * 13).expand(2, -1)
 @pytest.fixture(params=[True, False], ids=["C++", "plain torch"], autouse=True)
 def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the operations in C++, and without them: both are fast paths against the reference below."""
-    if request.param and not native.operations().functions:
-        pytest.skip(native.operations().reason)
+    if request.param and not cpp_backend.operations().functions:
+        pytest.skip(cpp_backend.operations().reason)
     if not request.param:
         plain(monkeypatch)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on without C++."""
-    monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "none"))
+    monkeypatch.setattr(cpp_backend, "operations", lambda: cpp_backend.Operations({}, "none"))
 
 
 def adapted(shape: str, dtype: torch.dtype, *, fast: bool) -> PeftModel:

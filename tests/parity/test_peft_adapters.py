@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.load import load_model
+from gemma_ft.build.pretrained import load_model
 from tests.parity.amplified import FIRST, SECOND, reference, relative, token_rows
 
 TOLERANCE = 1e-5

@@ -11,15 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from gemma_ft import runtime
 from gemma_ft.adapters.fused_layers import with_fused_layers
-from gemma_ft.kernels import native
+from gemma_ft.kernels import cpp_backend
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.plan.activations import Layer, checkpointed_bytes, saved_bytes
 from gemma_ft.plan.run import attention_of
 from gemma_ft.plan.shape import shape_of
-from gemma_ft.train.checkpointing import checkpoint_layers
+from gemma_ft.system import environment
+from gemma_ft.train.activation_checkpointing import checkpoint_layers
 
 TOKENS, RANK = 97, 4  # a prime that no weight has: what it divides is of tokens
 SIZES = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
@@ -32,11 +32,11 @@ FAMILIES = {"gemma2": "gemma-2-2b", "gemma": "gemma-2b"}
 @pytest.fixture(params=[True, False], ids=["fast", "plain"], autouse=True)
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the fused layers and the operations in C++, and with PEFT's layers and plain torch."""
-    if request.param and not native.operations().functions:
-        pytest.skip(native.operations().reason)
+    if request.param and not cpp_backend.operations().functions:
+        pytest.skip(cpp_backend.operations().reason)
     if not request.param:
         monkeypatch.setenv("GEMMA_FT_KERNELS", "off")
-        monkeypatch.setattr(native, "operations", lambda: native.Operations({}, "none"))
+        monkeypatch.setattr(cpp_backend, "operations", lambda: cpp_backend.Operations({}, "none"))
     return bool(request.param)
 
 
@@ -92,7 +92,7 @@ def kept_for_each_token(model: Any, index: int, narrow: bool) -> float:
 def layer_of(family: str, targets: list[str], element: int, attention: str | None, dropout: float = 0.0) -> Layer:
     shape = shape_of(family, {"model_type": family, "sliding_window": 64, "max_position_embeddings": 256, **SIZES})
     kind = attention_of(attention or "auto", softcap=family == "gemma2", device="cpu")
-    fast = runtime.own_kernels_wanted()
+    fast = environment.own_kernels_wanted()
     fused = fast and bool(targets) and not dropout
     layer = Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
     return replace(layer, fused=fused, native=fast)

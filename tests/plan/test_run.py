@@ -14,7 +14,7 @@ from gemma_ft.plan.run import Device, Ranks, attention_of, ranks_in, run_of
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import shipped_launches, shipped_root
+from gemma_ft.system.shipped import shipped_launches, shipped_root
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])

@@ -6,10 +6,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from gemma_ft import weights
+from gemma_ft.build import weights
 from gemma_ft.infer import engine
 from gemma_ft.infer.generate import generate_answers
-from gemma_ft.kernels import product
+from gemma_ft.kernels import matmul
 from gemma_ft.model import kv_cache, lm_head
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -83,7 +83,7 @@ def test_answers_need_no_more_cache_than_planned() -> None:
 def test_the_arithmetic_has_the_constants_of_what_it_plans() -> None:
     assert (parts.CHUNK_BYTES, parts.CPU_ROWS, parts.CPU_BYTES) == (
         lm_head.CHUNK_BYTES, lm_head.CPU_ROWS, lm_head.CPU_BYTES)  # fmt: skip
-    assert (parts.WEIGHT_NUMBERS, parts.ROWS_NUMBERS) == (product.WEIGHT_NUMBERS, product.ROWS_NUMBERS)
+    assert (parts.WEIGHT_NUMBERS, parts.ROWS_NUMBERS) == (matmul.WEIGHT_NUMBERS, matmul.ROWS_NUMBERS)
     assert parts.PREFILL_TOKENS == engine.PREFILL_TOKENS
     assert storage.FIRST_PLACES == kv_cache.FIRST_PLACES
     assert phases.MAX_SHARD_BYTES == weights.MAX_SHARD_BYTES

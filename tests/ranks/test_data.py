@@ -16,7 +16,7 @@ from tests.ranks.conftest import arguments
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_one_rank_encodes(rows: Path, tmp_path: Path, layout: str) -> None:
     def go() -> int:
-        from gemma_ft.data import cache
+        from gemma_ft.data.encode import cache
 
         original = cache.encode_chunk
 

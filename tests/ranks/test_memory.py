@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gemma_ft.adapters.lora import add_adapter
-from gemma_ft.hollow import hollow_base
-from gemma_ft.load import load_base
-from gemma_ft.located import Source
+from gemma_ft.build.empty_weights import hollow_base
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.train.sharding import shard
-from gemma_ft.train.world import join_world
+from gemma_ft.train.distributed import join_world
+from gemma_ft.train.fsdp import shard
 from tests.forked import fork, fork_ranks, no_survivors
 
 SHAPE = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 2048}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.tokenizer import ContentEncoder, load_tokenizer
+from gemma_ft.data.encode.tokenizer import ContentEncoder, load_tokenizer
 from gemma_ft.export.export import Wish, export_model
 from tests.real import llama_child
 from tests.real.corpus import STRIKE_END, has_sign_run, lines, spells_control

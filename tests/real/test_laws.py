@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.chat import IGNORE, ChatEncoder
-from gemma_ft.data.items import Conversation, Turn
-from gemma_ft.data.tokenizer import load_tokenizer
+from gemma_ft.data.conversation import Conversation, Turn
+from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 from tests.real.corpus import lines, spells_control
 
 LOOK_ALIKES = (

@@ -14,14 +14,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gemma_ft
+from gemma_ft.build.contract import Contract
 from gemma_ft.cli.app import main
-from gemma_ft.contract import Contract
-from gemma_ft.data.items import Turn
-from gemma_ft.infer.server.limits import Limits
+from gemma_ft.data.conversation import Turn
 from gemma_ft.infer.session import open_session
 from gemma_ft.model.config import read_config
 from gemma_ft.model.presets import PRESETS, Preset
-from tests.infer.server.conftest import serving
+from gemma_ft.serve.limits import Limits
+from tests.serve.conftest import serving
 
 FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
           "head_dim", "query_pre_attn_scalar", "sliding_window", "max_position_embeddings")  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import shipped_recipes
+from gemma_ft.system.shipped import shipped_recipes
 from tests.recipe.conftest import GOOD, Write, refusal
 
 LINEAR = "expected one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"

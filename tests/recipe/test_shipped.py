@@ -11,8 +11,8 @@ import pytest
 import gemma_ft
 from gemma_ft.recipe.json_schema import json_schema
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.paths import locate, shipped_recipes, shipped_root
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system.shipped import locate, shipped_recipes, shipped_root
 
 PRESETS = {
     "sft_2b": "gemma-2b",
@@ -62,7 +62,7 @@ def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
     shutil.copytree(source / "recipe", package / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("errors.py", "secrets.py"):
+    for name in ("errors.py", "system/redact.py"):
         shutil.copy(source / name, package)
     (package / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from gemma_ft import runtime
-from gemma_ft.data.tokenizer import load_tokenizer
-from gemma_ft.data.tokenizer_files import save_tokenizer
+from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
+from gemma_ft.system import environment
 from gemma_ft.train.run import train_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
-    runtime.quiet_libraries()
+    environment.quiet_libraries()
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft import load_model, load_tokenizer
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.adapters.token_rows import INITIAL, TRAINED
+from gemma_ft.adapters.trainable_tokens import INITIAL, TRAINED
+from gemma_ft.build.pretrained import place_of
 from gemma_ft.cli.app import main
-from gemma_ft.data.chat import ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
-from gemma_ft.export.certificate import certify
-from gemma_ft.export.merge import merge_to_folder
-from gemma_ft.load import place_of
+from gemma_ft.export.merge.certificate import certify
+from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.recipe.load import LoadedRecipe
 
 RecipeFor = Callable[..., LoadedRecipe]

@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from gemma_ft import runtime
 from gemma_ft.cli.app import main
 from gemma_ft.errors import Stopped
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.system import environment
 from gemma_ft.train.guard import Guard, GuardedOutput, guarded
 from gemma_ft.train.run import train_recipe
-from gemma_ft.train.stop import StopNow, StopRequest
+from gemma_ft.train.signals import StopNow, StopRequest
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -184,11 +184,11 @@ def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert (stop.reason, stop.signalled) == (None, False)
-    runtime.pass_signals_on()
+    environment.pass_signals_on()
     assert os.environ["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1"
     monkeypatch.delenv("PET_SIGNALS_TO_HANDLE")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    runtime.pass_signals_on()
+    environment.pass_signals_on()
     assert os.environ["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     monkeypatch.delenv("PET_SIGNALS_TO_HANDLE")
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_ft.contract import Contract
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import check_base, load_model, place_of
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.infer.session import open_session
-from gemma_ft.load import check_base, load_model, place_of
-from gemma_ft.located import Source
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.weights import WeightFiles
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]

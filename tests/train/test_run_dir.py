@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import GemmaTokenizer
 
-from gemma_ft.data import tokenizer as tokenizers
+from gemma_ft.data.encode import tokenizer as tokenizers
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.run import train_recipe

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from gemma_ft.data import stream as stream_module
-from gemma_ft.data.stream import Cursor, Stream
+from gemma_ft.data.pack import stream as stream_module
+from gemma_ft.data.pack.stream import Cursor, Stream
 from gemma_ft.errors import DataError, RecipeError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from tests.train.test_resume import Killed, kill_after
@@ -27,7 +27,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 10 documents: a run of 28 examples reads three."""
     monkeypatch.setattr(stream_module, "BLOCK_DOCUMENTS", 10)
     monkeypatch.setattr(stream_module, "GRAB", 5)
-    monkeypatch.setattr("gemma_ft.data.chunks.MEAN_ROWS", 2)
+    monkeypatch.setattr("gemma_ft.data.read.chunks.MEAN_ROWS", 2)
 
 
 def write(path: Path, count: int, bad: tuple[int, ...] = ()) -> Path:

@@ -13,16 +13,16 @@ import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-from gemma_ft.build import build_model
-from gemma_ft.build_data import build_data
-from gemma_ft.build_inputs import build_tokenizer
-from gemma_ft.data.collate import Collator
+from gemma_ft.build.data import build_data
+from gemma_ft.build.inputs import build_tokenizer
+from gemma_ft.build.model import build_model
+from gemma_ft.data.pack.collate import Collator
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.train.schedule import learning_rate_factor
+from gemma_ft.train.distributed import World
+from gemma_ft.train.lr_schedule import learning_rate_factor
 from gemma_ft.train.settings import training_arguments
-from gemma_ft.train.stop import StopRequest
+from gemma_ft.train.signals import StopRequest
 from gemma_ft.train.trainer import GemmaTrainer, Progress
-from gemma_ft.train.world import World
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]

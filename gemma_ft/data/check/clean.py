@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 from gemma_ft.data.check.anomalies import damage
 from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
-from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.files import TABLES, files_at
-from gemma_ft.data.sources import UTF8_MARK
+from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.files import TABLES, files_at
+from gemma_ft.data.read.sources import UTF8_MARK
 from gemma_ft.errors import DataError
 
 CHANGES = "changes.log"

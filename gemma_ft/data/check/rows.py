@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from gemma_ft.data.bad_rows import BadRows
-from gemma_ft.data.cache import Reading
-from gemma_ft.data.chat import ChatEncoder
-from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.items import Item, texts_of
+from gemma_ft.data.conversation import Item, texts_of
+from gemma_ft.data.encode.cache import Reading
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.chunks import Chunk
 
 Side = Literal["train", "eval"]
 

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from gemma_ft.data.check.clean import CHANGES, Copy
 from gemma_ft.data.check.findings import Finding, Place
+from gemma_ft.data.check.preview_tokens import visible
 from gemma_ft.data.check.survey import Report
-from gemma_ft.data.shown import visible
-from gemma_ft.data.stats import unread_line
+from gemma_ft.data.pack.stats import unread_line
 
 PLACES_SHOWN = 3
 BAD_ROWS_SHOWN = 20

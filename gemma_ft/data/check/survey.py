@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy
 
-from gemma_ft.data.chat import IGNORE
 from gemma_ft.data.check.anomalies import damage, script
 from gemma_ft.data.check.findings import Findings, Severity
-from gemma_ft.data.check.near import NearTexts, Pair
+from gemma_ft.data.check.near_duplicates import NearTexts, Pair
 from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
-from gemma_ft.data.chunks import Chunk
-from gemma_ft.data.dataset import TooLong
-from gemma_ft.data.documents import remarks_of, table_of, without_empty
-from gemma_ft.data.items import Conversation, Item
-from gemma_ft.data.rendered import is_custom
+from gemma_ft.data.conversation import Conversation, Item
+from gemma_ft.data.encode.chat import IGNORE
+from gemma_ft.data.encode.documents import remarks_of, table_of, without_empty
+from gemma_ft.data.pack.arrange import TooLong
+from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.rendered import is_custom
 from gemma_ft.errors import DataError
-from gemma_ft.secrets import secret_kinds
+from gemma_ft.system.redact import secret_kinds
 
 SHORT_ANSWER = 5  # words: what is shorter may be a label, which many rows share
 OFTEN, OFTEN_SHARE = 5, 0.002  # rows, and share of all, from which on an answer is told as repeated

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from gemma_ft import __version__
-from gemma_ft.infer.escape import printable
+from gemma_ft.system.escape import printable
 
 GENERATOR = f"gemma-ft {__version__}"
 LONGEST_NAME = 44  # characters of a table's first column that stay in one line in a wide window

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.evaluate.eval_display import label_of
-from gemma_ft.evaluate.figures import NOTHING, count, duration, gib, number, percent
 from gemma_ft.evaluate.report.blocks import Block, Note, Picture, Sample, Section, Table, render
 from gemma_ft.evaluate.report.curves import Curve, Panel, curve_picture
 from gemma_ft.evaluate.report.facts import RunFacts, read_run
 from gemma_ft.evaluate.report.page import signed, write_page
 from gemma_ft.evaluate.report.results import interval
-from gemma_ft.export.run_record import figures_by_model
+from gemma_ft.export.card.run_record import figures_by_model
+from gemma_ft.system.units import NOTHING, count, duration, gib, number, percent
 
 SAMPLES_SHOWN = 10
 FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_ft.evaluate.report.facts import Points
-from gemma_ft.infer.escape import printable
+from gemma_ft.system.escape import printable
 
 WIDE, SMALL = 9.2, 3.1  # inches: a picture as wide as the page, and one of three side by side
 MOST_POINTS = 800  # of a drawn curve

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.figures import is_figure
-from gemma_ft.evaluate.run_files import RunFiles
+from gemma_ft.recipe.run_files import RunFiles
+from gemma_ft.system.units import is_figure
 
 Points = list[tuple[int, float]]  # (step, value), in the order of the steps
 

@@ -7,10 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.checkpoint import replace_text
-from gemma_ft.data.dataset import DataStats
+from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.figures import NOTHING, count, duration, gib, is_figure, number, percent
 from gemma_ft.evaluate.report.blocks import (
     GENERATOR,
     Block,
@@ -27,6 +25,8 @@ from gemma_ft.evaluate.report.blocks import (
 from gemma_ft.evaluate.report.curves import SMALL, Curve, Panel, curve_picture, histogram_picture
 from gemma_ft.evaluate.report.facts import RunFacts, read_run
 from gemma_ft.evaluate.report.results import certificate_blocks, evaluation_blocks
+from gemma_ft.system.files import replace_text
+from gemma_ft.system.units import NOTHING, count, duration, gib, is_figure, number, percent
 
 SAMPLES_SHOWN = 10
 

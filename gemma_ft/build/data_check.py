@@ -1,0 +1,134 @@
+"""The data of a recipe looked through before anything is trained, and cleaned copies of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from gemma_ft.build.data import build_data
+from gemma_ft.build.inputs import build_tokenizer, check_apart
+from gemma_ft.build.sources import Described, chunks_of, described
+from gemma_ft.data.check.clean import Copy, copy_clean
+from gemma_ft.data.check.findings import Severity
+from gemma_ft.data.check.preview import Preview, look_at
+from gemma_ft.data.check.preview_console import show
+from gemma_ft.data.check.rows import RowSource, Side
+from gemma_ft.data.check.show import show_copies, show_report
+from gemma_ft.data.check.survey import survey
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.errors import UserError
+from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.schema import Recipe, Source
+from gemma_ft.system.files import as_json, commit_folder, replace_text
+
+
+def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:
+    """Look at all rows of a recipe's sources, print what was found, write it to the file `out` as JSON.
+
+    Returns 2 when there is an error (`strict`: or a warning), else 0. Raises: UserError and its children.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give a file with --out")
+    with _counted(console, "looked at") as progress:
+        report = survey(
+            row_sources(recipe),
+            max_seq_len=recipe.data.max_seq_len,
+            too_long=recipe.data.too_long,
+            severities=_severities(recipe),
+            skip_bad_rows=recipe.data.on_bad_row == "skip",
+            progress=progress,
+        )
+    show_report(report, console)
+    try:
+        replace_text(out, as_json(report.as_dict()))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    console.print(f"report: {out}", markup=False, highlight=False, soft_wrap=True)
+    return 2 if report.findings.worst() in ("error", *(["warning"] if strict else [])) else 0
+
+
+def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
+    """Print what a recipe would train on, as coloured tokens with counts: the first `rows` examples, or those that hold
+    some rows. Returns it.
+
+    Raises: DataError, also for a row that is not there.
+    """
+    for note in loaded.notes:
+        print(f"note: {note}")
+    data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
+    found = look_at(
+        data.train,
+        data.encoder,
+        format=data.train_format,
+        rows=rows,
+        row_ids=row_ids,
+        held_out={item.where for item in data.held_out_items},
+        global_batch_size=loaded.recipe.train.global_batch_size,
+        streamed=data.streamed is not None,
+    )
+    show(found)
+    return found
+
+
+def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
+    """Write a cleaned copy of each source of a recipe, and changes.log, to the new folder `out`; it appears complete
+    or not at all.
+
+    Raises: UserError and its children, also when there is something at `out`.
+    """
+    place = out.resolve()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"{out}: exists already; choose another --out, or move it away")
+    check_apart(recipe, place, named=str(out), cure="choose another --out")
+    sources = row_sources(recipe)
+    copies: list[Copy] = []
+
+    def write(folder: Path) -> None:
+        with _counted(console, "copied") as progress:
+            copies.extend(copy_clean(sources, folder, progress))
+        with contextlib.suppress(FileNotFoundError):
+            place.rmdir()  # it was empty; what has appeared in it since is not ours to remove
+
+    try:
+        commit_folder(place, write, manifest=False, replace=False, go_on="run again")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    show_copies(copies, out, console)
+
+
+def row_sources(recipe: Recipe) -> list[RowSource]:
+    """The sources of a recipe as the data room takes them. Raises: UserError and its children."""
+    data = recipe.data
+    encoder = ChatEncoder(build_tokenizer(recipe), data.system, data.trained_turns)
+    found: list[tuple[Side, Source, Described]] = [("train", one, described(one, data, encoder)) for one in data.train]
+    held_out = data.eval or ()
+    found += [("eval", one, described(one, data, encoder, found[0][2])) for one in held_out]
+    return [
+        RowSource(side, source.path, partial(chunks_of, source), one.reading, one.why) for side, source, one in found
+    ]
+
+
+def _severities(recipe: Recipe) -> dict[str, Severity]:
+    """What weighs otherwise because the recipe says how it is dealt with."""
+    weighed: dict[str, Severity] = {"overlap": "note"} if recipe.eval.overlap == "allow" else {}
+    return weighed | {"too_long": "error"} if recipe.data.too_long == "error" else weighed
+
+
+@contextlib.contextmanager
+def _counted(console: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Shows how many rows there have been, while there is somebody to see it."""
+    shown = Progress(
+        TextColumn("{task.completed:,} rows {task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with shown:
+        task = shown.add_task(what, total=None)
+        yield lambda rows: shown.advance(task, rows)

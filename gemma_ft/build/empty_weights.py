@@ -1,0 +1,86 @@
+"""A base model with every shape and no values: what ranks build on that will each hold a slice of it only.
+
+Each frozen weight is one number seen at every place, on the CPU: PEFT puts its adapters around it as around a loaded
+model, and draws the same initial values. train/fsdp.py cuts it and fills it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import AutoHfQuantizer
+
+from gemma_ft.adapters.quantize import Kind, make_hollow, quantization_config
+from gemma_ft.build.located import Source
+from gemma_ft.build.pretrained import checked_folder
+from gemma_ft.build.weights import WeightFiles
+from gemma_ft.errors import UserError
+from gemma_ft.model.config import read_config, read_generation_config
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.linear import keep_trainable
+
+
+def hollow_base(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    quantize: Kind | None = None,
+    double_quant: bool = True,
+    attention: str | None = None,
+) -> Any:
+    """The model that `load.load_base` would load, hollow: shapes, dtypes and layers are its, values are missing.
+
+    Raises: UserError as load_base, for int8, which cannot be cut, and for files that do not hold this model.
+    """
+    if quantize == "int8":
+        raise UserError("quantize.kind: int8 weights cannot be sharded; use nf4, or --launch ddp")
+    folder = checked_folder(source)
+    config = read_config(folder)
+    config.dtype, config._attn_implementation = dtype, attention
+    with torch.device("meta"):
+        model = GemmaForCausalLM(config).to(dtype)
+    _check_files(model, WeightFiles.open(folder), source)
+    if quantize is not None:
+        quantizer = AutoHfQuantizer.from_config(
+            quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype), pre_quantized=False
+        )
+        model.hf_quantizer = quantizer
+        quantizer.preprocess_model(model, device_map={"": torch.device("cpu")})
+        quantizer.postprocess_model(model)
+    for module in model.modules():
+        if quantize is not None and hasattr(module, "quant_storage"):
+            make_hollow(module)
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(one, requires_grad=quantize is None))
+    model.tie_weights()
+    keep_trainable(model)
+    generation = read_generation_config(folder)
+    if generation is not None:
+        model.generation_config = generation
+    model.name_or_path = source.name
+    return model
+
+
+def is_hollow(parameter: Tensor) -> bool:
+    """Whether a parameter has a shape and no values of its own."""
+    return parameter.numel() > 1 and not any(parameter.stride())
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter has in the base's files: without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _check_files(model: Any, files: WeightFiles, source: Source) -> None:
+    """Raises: UserError for the first tensor that is missing from the files, or has another shape."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in wanted.items():
+        if name not in files.names:
+            raise UserError(f"{source.name}: has no tensor {name}; its config.json is another model's")
+        if files.info(name).shape != shape:
+            found = list(files.info(name).shape)
+            raise UserError(f"{source.name}: {name} is {found}, its config.json asks for {list(shape)}")

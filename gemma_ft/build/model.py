@@ -1,0 +1,76 @@
+"""The bench: a recipe becomes a model with its quantization and adapter. Every verb builds here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft.adapters.lora import add_adapter
+from gemma_ft.build.empty_weights import hollow_base
+from gemma_ft.build.inputs import FRESH, weights_source
+from gemma_ft.build.located import Source, pinned
+from gemma_ft.build.new_tokens import begin_rows
+from gemma_ft.build.pretrained import load_base
+from gemma_ft.errors import UserError
+from gemma_ft.model.config import PRESETS
+from gemma_ft.model.config_file import check_preset
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, hollow: bool = False
+) -> tuple[Any, Source | None]:
+    """The recipe's model, on its device, ready to train (adapter on, or every weight trainable), and where it came from
+    (None for fresh weights).
+
+    Frozen weights have the recipe's precision, or are quantized; what is trained is float32. `hollow`: the base without
+    its values (gemma_ft.build.empty_weights), for ranks that will each hold a slice.
+    """
+    torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
+    precision = environment.dtype_by_name(recipe.train.precision)
+    dtype = torch.float32 if recipe.strategy == "full" else precision
+    attention = None if recipe.model.attention == "auto" else recipe.model.attention
+    source = None
+    if recipe.model.weights == FRESH:
+        if recipe.strategy != "full":
+            raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
+        config = PRESETS[recipe.model.preset].config(vocab_size=len(tokenizer), dtype=dtype)
+        config._attn_implementation = attention
+        model = GemmaForCausalLM(config).to(environment.default_device())
+    else:
+        source = pinned(weights_source(recipe))
+        kind = recipe.quantize.kind if recipe.quantize else None
+        double_quant = recipe.quantize.double_quant if recipe.quantize else True
+        base_of = hollow_base if hollow else load_base
+        model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
+        check_preset(model.config.to_dict(), recipe.model.preset, source.name)
+    names = recipe.model.added_tokens or []
+    first = len(tokenizer) - len(names)
+    if names and source is not None:
+        if model.config.vocab_size != first:
+            raise UserError(
+                f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} "
+                "tokens; tokens can be added where each row has its token"
+            )
+        begin_rows(model, tokenizer, source)
+    elif model.config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model.tokenizer: has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the model's own"
+        )
+    if recipe.strategy == "full" or recipe.adapter is None:
+        return model, source
+    assert source is not None, "fresh weights are trained in full"
+    if hollow and recipe.adapter.dora:
+        raise UserError(
+            "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
+        )
+    return add_adapter(
+        model,
+        **recipe.adapter.model_dump(),
+        base=source.name,
+        revision=source.revision,
+    ), source

@@ -1,0 +1,118 @@
+"""A look at prepared examples before a run: some of them as tokens, all of them in figures, and the checks that every
+one must pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from gemma_ft.data.check.invariants import faults_in
+from gemma_ft.data.check.overview import Overview, overview
+from gemma_ft.data.check.preview_tokens import ShownExample, shown_example
+from gemma_ft.data.check.row_ids import documents_at
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.template import BOS, END_OF_TURN
+from gemma_ft.data.pack.arrange import Prepared
+from gemma_ft.data.pack.counts import count_pieces
+from gemma_ft.data.pack.examples import Examples, steps_per_epoch
+from gemma_ft.data.pack.stats import DataStats
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What there is to show of a data set."""
+
+    encoder: ChatEncoder
+    format: str  # of the rows, and why; of several sources a line each
+    stats: DataStats
+    shown: Sequence[ShownExample]
+    notes: Sequence[str]  # on what is shown
+    overview: Overview
+    lengths: Sequence[int]  # tokens of each example
+    faults: Sequence[str]  # none: the data can be trained on
+    global_batch_size: int
+    streamed: bool  # figures are of the first block alone
+
+    @property
+    def span(self) -> str:
+        """What the figures are of."""
+        return "the first block of the stream" if self.streamed else "an epoch"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch, or of the first block."""
+        return steps_per_epoch(self.stats.packed_rows, self.global_batch_size)
+
+    def describe(self) -> str:
+        """The counts in a few lines for a person."""
+        lines = [self.stats.counted()]
+        if cut := self.overview.cut_tokens:
+            lines.append(f"{cut:,} tokens are truncated, {self.overview.cut_trained:,} of them to be trained")
+        steps = f"{self.steps:,} optimizer step{'s' if self.steps > 1 else ''}"
+        lines.append(f"{self.span}: {self.stats.tokens:,} tokens, {steps} of {self.global_batch_size:,} examples")
+        return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """What the rows say that is not learned as it was meant; it can be trained on all the same."""
+        return self.stats.warnings()
+
+    def passed(self) -> list[str]:
+        """What the checks found to be as it must be, where there is no fault."""
+        ends = self.stats.terminators
+        return [
+            f"{BOS} once in each of {self.stats.documents:,} sequences, at the start",
+            f"{END_OF_TURN} is trained {ends:,} times" if ends else "plain text: no turns, every token is trained",
+            "every example has trained tokens",
+        ]
+
+
+def look_at(
+    prepared: Prepared,
+    encoder: ChatEncoder,
+    *,
+    format: str = "",
+    rows: int = 3,
+    row_ids: Sequence[str] = (),
+    held_out: Collection[str] = (),
+    global_batch_size: int = 1,
+    streamed: bool = False,
+) -> Preview:
+    """The first `rows` examples, or those that hold the rows named by `row_ids` (the first `rows` for each); figures
+    and checks of all examples. `format`: what is said of it. `held_out`: where the rows stand that are kept from
+    training.
+
+    Raises: DataError for a row that is not there.
+    """
+    examples, limit = prepared.examples, prepared.stats.max_seq_len
+    asked = documents_at(examples, row_ids, max_seq_len=limit, held_out=held_out)
+    wanted, notes = _holding(examples, asked, rows) if asked else (range(min(rows, len(examples))), [])
+    named = frozenset(document for found in asked.values() for document in found)
+    counts = count_pieces(examples, encoder.control)
+    return Preview(
+        encoder=encoder,
+        format=format,
+        stats=prepared.stats,
+        shown=[shown_example(examples, row, named) for row in wanted],
+        notes=notes,
+        overview=overview(examples.documents, counts),
+        lengths=examples.lengths.tolist(),
+        faults=faults_in(counts),
+        global_batch_size=global_batch_size,
+        streamed=streamed,
+    )
+
+
+def _holding(examples: Examples, asked: dict[str, list[int]], most: int) -> tuple[list[int], list[str]]:
+    """The examples that hold some documents, at most so many for each place, and a line where there are more."""
+    pieces, example = examples.in_order()
+    wanted: list[int] = []
+    notes: list[str] = []
+    for where, found in asked.items():
+        holding = numpy.unique(example[numpy.isin(pieces[:, 0], found)]).tolist()
+        wanted += holding[:most]
+        if len(holding) > most:
+            notes.append(f"{where} is in {len(holding):,} examples; shown: the first {most}")
+    return list(dict.fromkeys(wanted)), notes

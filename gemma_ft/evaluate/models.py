@@ -1,0 +1,292 @@
+"""What `gemma-ft eval` compares: the models that a run, a recipe or a folder stands for, each loaded when its turn
+comes, one at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft.adapters.adapter_config import adapter_config
+from gemma_ft.adapters.lora import adapter_off
+from gemma_ft.adapters.trainable_tokens import added_by
+from gemma_ft.build.contract import CONTRACT, Contract, stop_ids_in
+from gemma_ft.build.inputs import FRESH, build_tokenizer, weights_source
+from gemma_ft.build.located import Source, folder_of, refuse_no_adapter, refuse_weights, taken_for_folder
+from gemma_ft.build.new_tokens import begin_rows
+from gemma_ft.build.pretrained import Place, load_base, load_model, load_tokenizer, place_of
+from gemma_ft.build.weights import EMBEDDING, WeightFiles
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.own_template import own_encoder
+from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
+from gemma_ft.errors import UserError
+from gemma_ft.export.card.run_record import read_object
+from gemma_ft.export.merge.merge import FACTS, merge_into
+from gemma_ft.export.merge.merged import merged_weights
+from gemma_ft.model.linear import keep_trainable
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.run_files import RunFiles
+from gemma_ft.recipe.schema import Data, Recipe
+from gemma_ft.system import environment
+from gemma_ft.system.paths import given_path
+
+BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
+# What was fixed when something was trained: it is read from there, and a setting for it would change nothing.
+FIXED = ("model", "quantize", "adapter", "data.system")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models to compare, by name, and the recipe that says on which rows.
+
+    `place`: base and adapter, None where there is no base (trained from fresh weights) and no adapter. `tuned`: the
+    folder of a fully tuned model. `merged`: a merged folder; None: the adapter is merged in memory. `run`: whose
+    eval.json this is; None where it is no run, or one with other folders or settings than its own.
+    """
+
+    recipe: Recipe
+    source: str
+    run: RunFiles | None
+    place: Place | None
+    tuned: Path | None
+    merged: Path | None
+
+    @property
+    def names(self) -> list[str]:
+        """The models that there are, in the order of the table."""
+        there = {
+            BASE: self.place is not None,
+            ADAPTER: self.place is not None and self.place.adapter is not None,
+            TUNED: self.tuned is not None,
+            MERGED: self.merged is not None or (self.place is not None and self.place.adapter is not None),
+        }
+        return [name for name, found in there.items() if found]
+
+    @property
+    def contract(self) -> Contract | None:
+        """What was agreed on when the adapter or the tuned model was trained."""
+        if self.place is not None and self.place.contract is not None:
+            return self.place.contract
+        return Contract.read(self.tuned) if self.tuned is not None else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved with what was trained, else the recipe's. Raises: UserError when it was
+        changed.
+        """
+        trained = self.tuned or (self.place.adapter if self.place is not None else None)
+        if trained is None or not brings_tokenizer(trained):
+            return build_tokenizer(self.recipe)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(trained)
+        if self.contract is not None:
+            self.contract.encoder(tokenizer, trained)
+        return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> ChatEncoder:
+        """How rows become tokens: as training wrote them; for an adapter without a contract in its own chat template,
+        with the recipe's way with system turns where that refuses them. Answers end where the base's do, too.
+
+        Raises: UserError when its chats begin without BOS; UnknownTemplate, as own_encoder.
+        """
+        adapter = self.place.adapter if self.place is not None else None
+        if self.place is None or adapter is None or self.contract is not None:
+            encoder = ChatEncoder(tokenizer, data.system, data.trained_turns)
+        else:
+            encoder = own_encoder(tokenizer, adapter, data.trained_turns)
+            encoder = encoder.but(system=data.system) if encoder.system_policy == "error" else encoder
+        if not encoder.format.bos:
+            raise UserError(f"{adapter}: its chats begin without BOS, and rows are scored with one; ask it by generate")
+        base = folder_of(self.place.base) if self.place is not None else None
+        return encoder.but(stop_ids=stop_ids_in(base) if base is not None else ())
+
+    @property
+    def quantize(self) -> tuple[str | None, bool]:
+        """How base and adapter are stored: as the adapter was trained, else as the recipe says."""
+        if self.place is not None and self.place.adapter is not None and self.contract is not None:
+            return self.contract.quantize, self.contract.double_quant
+        block = self.recipe.quantize
+        return (block.kind, block.double_quant) if block is not None else (None, True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The recipe's precision, in which every model is asked."""
+        return environment.dtype_by_name(self.recipe.train.precision)
+
+
+def find_subject(
+    name: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, merged: Path | None = None
+) -> Subject:
+    """The subject of a run directory, or of a recipe: then the run in its output_dir, where there is a finished one,
+    else the base alone. `adapter` and `merged` name folders to be taken instead of the run's own, or beside the base.
+
+    Raises: UserError in one line.
+    """
+    folder = given_path(name)
+    as_it_is = adapter is None and merged is None and not overrides
+    if adapter is not None and not any(
+        (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)
+    ):
+        refuse_no_adapter(adapter, "--adapter ")
+    if folder.is_file():
+        refuse_weights(folder, name, "give a run directory or a recipe")
+    if folder.is_dir() or adapter is not None:
+        _check_overrides(overrides, str(adapter or name))
+    if folder.is_dir():
+        run = RunFiles(folder)
+        if not run.recipe.is_file():
+            raise UserError(f"{name}: not a run, there is no recipe.yaml in it; give a run directory or a recipe")
+        recipe = load_recipe(run.recipe, overrides).recipe
+        if not _finished(run) and adapter is None and merged is None:
+            raise UserError(f"{name}: the run is not finished, there is no adapter/ or model/ in it; finish it first")
+    else:
+        recipe = load_recipe(name, overrides).recipe
+        run = RunFiles(Path(recipe.output_dir))
+    has_run = run.recipe.is_file() and _finished(run)
+    if has_run and as_it_is and not folder.is_dir():
+        as_it_is = _measures_alike(recipe, load_recipe(run.recipe).recipe)
+    tuned = run.model if has_run and run.model.is_dir() and adapter is None else None
+    if adapter is None and has_run and tuned is None:
+        adapter = run.adapter
+    base = None if recipe.model.weights == FRESH else weights_source(recipe)
+    if merged is not None and not (merged / "config.json").is_file():
+        what = taken_for_folder(merged)[0] if merged.is_file() else "no config.json in it"
+        raise UserError(f"--merged {merged}: {what}; give a folder that gemma-ft merge wrote")
+    place = _place(base, adapter)
+    if merged is not None and place is not None:
+        _check_merged(merged, place)
+    return Subject(recipe, name, run if has_run and as_it_is else None, place, tuned, merged)
+
+
+def _check_merged(merged: Path, place: Place) -> None:
+    """That a merged folder was made of the base and the adapter that it stands beside.
+
+    Raises: UserError where it says otherwise; a folder that does not say is taken as it is.
+    """
+    rows = [WeightFiles.open(folder).info(EMBEDDING).shape[0] for folder in (merged, folder_of(place.base))]
+    if place.adapter is not None:
+        added = added_by(adapter_config(place.adapter), place.adapter / "adapter_config.json", rows[1])
+        rows[1] += added.count if added else 0
+    if rows[0] != rows[1]:
+        raise UserError(f"--merged {merged}: has {rows[0]} tokens, {place.base.name} {rows[1]}; give a merge of it")
+    contract = Contract.read(merged)
+    for field in ("base_sha256", "tokenizer_sha256", "template_sha256"):
+        said = [getattr(one, field, None) for one in (contract, place.contract)]
+        if None not in said and said[0] != said[1]:
+            what = field.partition("_")[0]
+            raise UserError(f"--merged {merged}: has another {what} than {place.adapter}; give a merge of that adapter")
+    adapters = (read_object(merged / FACTS) or {}).get("adapters")
+    adapters = [one.get("sha256") for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
+    if place.adapter is not None and adapters:
+        found = WeightFiles.open(place.adapter, "adapter_model").fingerprint()
+        if found not in adapters:
+            raise UserError(f"--merged {merged}: was not made of {place.adapter}; give a merge of that adapter")
+
+
+def _measures_alike(recipe: Recipe, other: Recipe) -> bool:
+    """Whether two recipes score the same rows in the same way."""
+    first, second = ((one.data, one.eval, one.train.precision, one.seed) for one in (recipe, other))
+    return first == second
+
+
+def _check_overrides(overrides: Sequence[str], where: str) -> None:
+    """Raises: UserError for a setting that what was trained has already decided."""
+    for text in overrides:
+        key = text.lstrip("~").partition("=")[0].strip()
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise UserError(f"{key}: {where} was trained with its own, which an evaluation keeps; leave it out")
+
+
+def check_base(subject: Subject) -> None:
+    """That the base beside a fully tuned model is the one it was tuned from; an adapter's is checked as it is loaded.
+
+    Raises: UserError.
+    """
+    if subject.tuned is None or subject.place is None:
+        return
+    contract = Contract.read(subject.tuned)
+    if contract is None or contract.base_sha256 is None:
+        return
+    found = WeightFiles.open(folder_of(subject.place.base)).fingerprint()
+    if found != contract.base_sha256:
+        raise UserError(
+            f"{subject.tuned}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
+            f"{subject.place.base.name} has {found[:12]} ({CONTRACT}); restore that base, or leave it out of --models"
+        )
+
+
+def _finished(run: RunFiles) -> bool:
+    return (run.adapter / "adapter_config.json").is_file() or (run.model / "config.json").is_file()
+
+
+def _place(base: Source | None, adapter: Path | None) -> Place | None:
+    """Base and adapter together; an adapter names its own base."""
+    if adapter is not None:
+        return place_of(adapter)
+    return Place(base, None, folder_of(base), None) if base is not None else None
+
+
+def chosen_models(subject: Subject, names: Sequence[str] | None) -> list[str]:
+    """The models a user named, in the order of the table; None: all that there are. Raises: UserError."""
+    there = subject.names
+    if not there:
+        raise UserError(f"{subject.source}: nothing to evaluate: fresh weights, and no finished run in its output_dir")
+    for name in names or ():
+        if name not in there:
+            raise UserError(f"--models: there is no {name!r} here; there are {', '.join(there)}")
+    return [name for name in there if names is None or name in names]
+
+
+def with_each(subject: Subject, names: Sequence[str], measure: Callable[[str, Any], None]) -> None:
+    """Call `measure` with each named model, in eval mode, on its device; a model is gone before the next is loaded.
+
+    Base and adapter are one model, loaded once, as it was trained: quantized, with the adapter off and on. The merged
+    model is the adapter in the base as it was before it was quantized.
+    """
+    loaders = (
+        ([name for name in (BASE, ADAPTER) if name in names], _load_live),
+        ([TUNED] if TUNED in names else [], lambda one: load_model(one.tuned, dtype=one.dtype)),
+        ([MERGED] if MERGED in names else [], _load_merged),
+    )
+    for wanted, load in loaders:
+        if not wanted:
+            continue
+        model = load(subject).eval()
+        for name in wanted:
+            if name == BASE and hasattr(model, "disable_adapter"):
+                with adapter_off(model):
+                    measure(name, model)
+            else:
+                measure(name, model)
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load_live(subject: Subject) -> Any:
+    assert subject.place is not None
+    kind, double_quant = subject.quantize
+    place = subject.place
+    if place.adapter is not None:
+        model = load_model(place.adapter, dtype=subject.dtype, quantize=kind)
+    else:
+        model = load_base(place.base, dtype=subject.dtype, quantize=kind, double_quant=double_quant)
+        begin_rows(model, subject.tokenizer(), place.base)
+    # weights packed for speed are computed with in bf16: the loss would not be the one that training reported
+    keep_trainable(model)
+    return model
+
+
+def _load_merged(subject: Subject) -> Any:
+    if subject.merged is not None:
+        return load_model(subject.merged, dtype=subject.dtype)
+    assert subject.place is not None
+    weights = merged_weights(subject.place)
+    model = load_base(subject.place.base, dtype=subject.dtype, trainable=False)
+    merge_into(model, weights)
+    return model

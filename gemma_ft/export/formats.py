@@ -1,0 +1,273 @@
+"""The three forms of an export, each with what it would write and the writing itself: all of it appears at once, or
+none.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.located import folder_of
+from gemma_ft.build.pretrained import Place
+from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, write_shards
+from gemma_ft.errors import UserError
+from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
+from gemma_ft.export.gguf_chat import chat_notes
+from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
+from gemma_ft.export.gguf_tokenizer import read_vocabulary
+from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
+from gemma_ft.export.merge.certificate import BeyondLimit, certify
+from gemma_ft.export.merge.merge import FACTS, merge_to_folder, verify
+from gemma_ft.export.merge.merged import MergedWeights, merged_weights
+from gemma_ft.export.metadata import Papers
+from gemma_ft.export.modelfile import modelfile
+
+AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
+PROMPTS = 32  # held-out rows that the certificate of a merge compares
+Bar = Callable[[str], Callable[[int, int], None]]  # what is being done -> a callback of how far it is
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something an export does, and the files that come of it with their bytes (None: not known before)."""
+
+    what: str
+    files: Mapping[str, int | None]
+
+
+class Form(Protocol):
+    """One way of writing a model. Making one checks everything that can be known before anything is written."""
+
+    out: Path
+
+    def steps(self) -> list[Step]:
+        """What `write` would do."""
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        """Do it; returns the facts of a merge, where there was one."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of the result."""
+
+
+class HfForm:
+    """A plain transformers folder: the adapter merged in and certified, or the weights as they are."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, dtype: torch.dtype | None) -> None:
+        self.place, self.papers, self.out, self.dtype = place, papers, out, dtype
+        self.weights = weights_of(place, dtype)
+        check_out(out, self.weights.bytes)
+
+    def steps(self) -> list[Step]:
+        one_file = self.weights.bytes <= MAX_SHARD_BYTES
+        file = "model.safetensors" if one_file else "model-*-of-*.safetensors"
+        base, adapter = Path(self.place.base.name).name, self.place.adapter
+        steps = [
+            Step(f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}",
+                 {file: self.weights.bytes}),
+            Step("write what lies beside them", {**_sizes_of(self._beside), **({FACTS: None} if adapter else {})}),
+        ]  # fmt: skip
+        return [*steps, *([Step(f"compare with the live model on {PROMPTS} held-out rows", {})] if adapter else [])]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        if self.place.adapter is None:
+            commit_model_folder(self.out, partial(self._copy, counted=bar("copy")))
+            return None
+        try:
+            facts = merge_to_folder(
+                self.place,
+                self.out,
+                dtype=self.dtype,
+                certify=partial(certify, prompts=PROMPTS, on_progress=bar("compare")),
+                beside=lambda folder, facts: self.papers.write(folder, "hf", merge=vars(facts)),
+                on_progress=bar("merge"),
+            )
+        except BeyondLimit as error:
+            raise BeyondLimit(f"{error} (options of gemma-ft merge)", error.certificate) from error
+        return vars(facts)
+
+    def notes(self) -> list[str]:
+        return self.papers.notes
+
+    def _copy(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
+        names = list(self.weights.infos)
+
+        def tensor(name: str) -> torch.Tensor:
+            counted(names.index(name) + 1, len(names))
+            return self.weights.tensor(name)
+
+        write_shards(folder, self.weights.infos, tensor)
+        verify(self.weights, folder)
+        self._beside(folder)
+
+    def _beside(self, folder: Path) -> None:
+        write_beside_weights(
+            folder,
+            base=self.weights.base_folder,
+            tokenizer_from=str(self.weights.tokenizer_folder),
+            contract=self.place.contract,
+            dtype=self.weights.dtype,
+            vocab_size=self.weights.vocab_size,
+        )
+        self.papers.write(folder, "hf", rounded_to=_rounded_to(self.weights))
+
+
+class AdapterForm:
+    """A PEFT folder, its base named so that others can find it."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, base_id: str | None) -> None:
+        if place.adapter is None:
+            raise UserError(f"{place.base.name}: is a whole model without an adapter; use --to hf")
+        self.place, self.adapter, self.papers, self.out, self.base_id = place, place.adapter, papers, out, base_id
+        self.bytes = (self.adapter / WEIGHTS).stat().st_size
+        check_out(out, self.bytes)
+
+    def steps(self) -> list[Step]:
+        small = _sizes_of(self._write)
+        size = small.pop(WEIGHTS)
+        return [Step(f"copy {self.adapter}", {WEIGHTS: size}), Step("write what lies beside it", small)]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        commit_model_folder(self.out, self._write)
+        return None
+
+    def notes(self) -> list[str]:
+        notes = vllm_notes(read_config(self.adapter), WeightFiles.open(self.adapter, "adapter_model").names)
+        notes += self.papers.notes
+        if self.base_id is None and Path(self.place.base.name).is_absolute():
+            notes.append(
+                f"the base is the local folder {self.place.base.name}, which nobody else can resolve; "
+                "--base-id OWNER/NAME names the same weights on the hub"
+            )
+        return notes
+
+    def _write(self, folder: Path) -> None:
+        local, contract = Path(self.place.base.name).is_absolute(), Contract.read(self.adapter)
+        write_adapter(self.place, folder, base_id=self.base_id)
+        self.papers.write(folder, "adapter")
+        if local and self.base_id is None and contract is not None:
+            contract.write(folder)  # like adapter_config.json, for this machine
+
+
+class GgufForm:
+    """One GGUF file with a Modelfile: `out` is that file, or a new folder for both and the papers."""
+
+    def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
+        gguf_library()
+        self.place, self.papers, self.out, self.encoder = place, papers, out, papers.encoder
+        files = WeightFiles.open(folder_of(place.base))
+        half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
+        self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
+        self.stored = AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
+        self.kind: GgufType = kind or self.stored
+        self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
+        self.bytes = sum(tensor.bytes for tensor in self.tensors)
+        check_out(out, self.bytes)
+        self.vocabulary = read_vocabulary(self.encoder.tokenizer, rows=self.weights.vocab_size)
+        self.alone = out.suffix == ".gguf"
+        self.file = out.name if self.alone else f"{out.name}-{self.kind}.gguf"
+        taken = self.alone and (out.parent / "Modelfile").exists()
+        self.modelfile = f"{out.stem}.Modelfile" if taken else "Modelfile"
+        if taken:
+            check_out(out.parent / self.modelfile, 0)
+
+    def steps(self) -> list[Step]:
+        what = f"merge {self.place.adapter} into" if self.place.adapter else "convert"
+        return [
+            Step(f"{what} {Path(self.place.base.name).name} as {self.kind}", {self.file: self.bytes}),
+            Step("write what lies beside it", _sizes_of(self._beside)),
+        ]
+
+    def write(self, bar: Bar) -> dict[str, Any] | None:
+        fill = partial(self._fill, counted=bar("write"))
+        if not self.alone:
+            commit_model_folder(self.out, fill)
+            return None
+        parent = self.out.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{self.out.name}.", dir=parent) as room:
+                self._commit_files(Path(room) / "export", fill)
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: cannot be written: {error.strerror or error}; choose another --out"
+            ) from error
+        return None
+
+    def _commit_files(self, staged: Path, fill: Callable[[Path], None]) -> None:
+        """Fill folder `staged`, then move its two files to where they belong."""
+        try:
+            commit_model_folder(staged, fill)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(staged), str(self.out))) from error
+        names = (self.modelfile, self.file)  # the model last: where it is, all of it is
+        for name in names:
+            check_free(self.out.parent / name)
+        for name in names:
+            os.replace(staged / name, self.out.parent / name)
+
+    def notes(self) -> list[str]:
+        notes = chat_notes(self.encoder)
+        if self.place.adapter is not None:
+            adapter = shlex.quote(str(self.place.adapter))
+            notes.append(f"no certificate: gemma-ft merge {adapter} --out DIR, then export DIR, gives one")
+        if ends := self.vocabulary.ends_by_text():
+            notes.append(
+                f"llama.cpp takes {', '.join(ends)} for the end of an answer, whatever the file says; it was text in "
+                "training, and an answer that holds it stops there"
+            )
+        return notes
+
+    def _fill(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
+        contract = self.place.contract
+        write_gguf(
+            self.weights,
+            self.encoder.tokenizer,
+            self.vocabulary,
+            folder / self.file,
+            kind=self.kind,
+            name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),
+            license=self.papers.terms.license,
+            contract=replace(contract, base=self.papers.base, quantize=None) if contract is not None else None,
+            encoder=self.encoder,
+            on_progress=counted,
+        )
+        self._beside(folder)
+
+    def _beside(self, folder: Path) -> None:
+        contract = self.place.contract
+        text = modelfile(self.file, self.encoder, notice=self.papers.terms.notice)
+        (folder / self.modelfile).write_text(text, encoding="utf-8")
+        if self.alone:
+            return
+        if contract is not None:
+            replace(contract, quantize=None).write(folder)
+        rounded_to = None if self.kind == self.stored else self.kind
+        self.papers.write(folder, "gguf", file=self.file, rounded_to=rounded_to)
+
+
+def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:
+    """The weights of a place, its adapter merged in where it has one, each tensor in `dtype` (None: its own)."""
+    return merged_weights(place, dtype=dtype) if place.adapter is not None else MergedWeights(place, [], dtype=dtype)
+
+
+def _rounded_to(weights: MergedWeights) -> str | None:
+    """The dtype that weights are cast to on the way out; None where they stay as they are."""
+    cast = any(dtype != weights.base.info(name).dtype for name, (dtype, _) in weights.infos.items())
+    return str(weights.dtype).removeprefix("torch.") if cast else None
+
+
+def _sizes_of(fill: Callable[[Path], None]) -> dict[str, int | None]:
+    """The files that `fill` writes and their bytes; they are written to a folder of the system's and removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder))
+        return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}

@@ -1,0 +1,223 @@
+"""The tensors of a merged model, each made when it is asked for: float32 arithmetic, one cast at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+
+from gemma_ft.adapters.adapter_config import adapter_config
+from gemma_ft.build.contract import Contract
+from gemma_ft.build.located import folder_of
+from gemma_ft.build.pretrained import Place, check_base
+from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
+from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
+from gemma_ft.errors import RecipeError, UserError
+from gemma_ft.export.merge.deltas import Adapter
+from gemma_ft.export.merge.dequantize import Stored, quantized_names, skeleton, there_and_back
+from gemma_ft.export.merge.low_rank import wide
+from gemma_ft.model.config import config_in
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
+
+Policy = Literal["original", "dequantized"]
+
+
+class MergedWeights:
+    """The tensors of a base with adapters merged in; each one is made when it is asked for."""
+
+    def __init__(
+        self,
+        place: Place,
+        adapters: Sequence[Adapter],
+        *,
+        dtype: torch.dtype | None = None,
+        policy: Policy = "original",
+    ) -> None:
+        """Look at everything that could go wrong, without making any tensor. See `merge_to_folder`."""
+        self.place, self.adapters, self.policy = place, adapters, policy
+        self.base_folder = folder_of(place.base)
+        self.base = WeightFiles.open(self.base_folder)
+        self.recipe = recipe_of(place)
+        self.precision = trained_precision(place.contract, self.base)
+        self.stored = stored_as(place, self.precision)
+        self._check_combination()
+        config = config_in(self.base_folder)
+        self._names = self._checked_names(config)
+        self.infos = {name: (dtype or self.base.info(name).dtype, self.base.info(name).shape) for name in self._names}
+        if dtype is None and torch.float16 in {kept for kept, _ in self.infos.values()}:
+            raise UserError(f"{place.base.name}: stored as float16, in which Gemma overflows; give --dtype bf16 or f32")
+        shapes = {name: shape for name, (_, shape) in self.infos.items()}
+        for adapter in adapters:
+            adapter.check_against(shapes, place.base.name)
+            if adapter.added is not None:
+                kept, (rows, width) = self.infos[EMBEDDING]
+                self.infos[EMBEDDING] = kept, (rows + adapter.added.count, width)
+        self._requantized = quantized_names(config) if policy == "dequantized" else set()
+        self.changed = {name for adapter in adapters for name in adapter.targets} | self._requantized
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the merged embedding, which stands for the model's."""
+        return self.infos[EMBEDDING][0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the merged embedding."""
+        return self.infos[EMBEDDING][1][0]
+
+    @property
+    def bytes(self) -> int:
+        """What the merged weights weigh."""
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.infos.values())
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies: beside the adapter, else beside the base."""
+        beside = self.place.adapter
+        return beside if beside is not None and brings_tokenizer(beside) else self.base_folder
+
+    def other_policy(self) -> MergedWeights | None:
+        """The same merge under the other policy, where there is one."""
+        if self.stored is None:
+            return None
+        other: Policy = "dequantized" if self.policy == "original" else "original"
+        dtype = self.dtype if {kept for kept, _ in self.infos.values()} == {self.dtype} else None
+        return MergedWeights(self.place, self.adapters, dtype=dtype, policy=other)
+
+    def tensor(self, name: str) -> Tensor:
+        """One merged tensor, in the dtype that `infos` promises. Raises: UserError when it is not finite."""
+        target, _ = self.infos[name]
+        if name not in self.changed:
+            return self.base.tensor(name).to(target)
+        weight = self.base.tensor(name)
+        if name in self._requantized and self.stored is not None:
+            weight = there_and_back(weight, self.stored)
+        weight = weight.to(wide(weight.dtype), copy=True)  # a file's bytes are never written to
+        for adapter in self.adapters:
+            weight = adapter.apply(name, weight)
+        merged = weight.to(target)
+        if not bool(torch.isfinite(merged).all()):
+            raise UserError(f"{name}: not finite after the merge in {target}; the adapter or the base is damaged")
+        return merged
+
+    def _checked_names(self, config: PreTrainedConfig) -> list[str]:
+        """The base's tensors in the order of its files, without a copy of the embedding as head."""
+        where = self.place.base.name
+        expected = {name: tuple(weight.shape) for name, weight in skeleton(config).state_dict().items()}
+        head_shape = expected.pop(HEAD)
+        names = [name for shard in self.base.shards.values() for name in shard if "rotary_emb.inv_freq" not in name]
+        if HEAD in names:
+            names.remove(HEAD)
+            same = self.base.info(HEAD).shape == head_shape and EMBEDDING in names
+            if not same or not torch.equal(self.base.tensor(HEAD), self.base.tensor(EMBEDDING)):
+                raise UserError(f"{where}: lm_head.weight is not the embedding, as in every Gemma; this is no Gemma")
+        lost, unknown = sorted(expected.keys() - set(names)), sorted(set(names) - expected.keys())
+        if lost or unknown:
+            raise UserError(f"{where}: {'missing' if lost else 'unexpected'} in the weights: {(lost or unknown)[0]}")
+        for name in names:
+            found = self.base.info(name)
+            if found.shape != expected[name]:
+                raise UserError(f"{where}: {name} is {list(found.shape)}, config.json asks for {list(expected[name])}")
+            if not found.dtype.is_floating_point:
+                raise UserError(f"{where}: {name} is stored as {found.dtype}; name the base before it was quantized")
+        return names
+
+    def _check_combination(self) -> None:
+        """Raises UserError for adapters that cannot be added up, or a policy that this run does not have."""
+        for adapter in self.adapters:
+            if (len(self.adapters) > 1 or adapter.share != 1.0) and not adapter.combines:
+                what = "an adapter that replaces whole weights, or adds tokens,"
+                what = "a DoRA adapter" if adapter.kind == "dora" else what
+                raise UserError(f"{adapter.folder}: {what} cannot be weighted or combined; merge it alone, weight 1")
+        if self.policy == "dequantized" and self.stored is None:
+            raise UserError("--base dequantized: the adapter was not trained over a quantized base; leave it out")
+
+
+def merged_weights(
+    place: Place,
+    *,
+    adapters: Sequence[tuple[Path, float]] = (),
+    dtype: torch.dtype | None = None,
+    policy: Policy = "original",
+) -> MergedWeights:
+    """The merged tensors of a place, checked and not yet made; arguments as in `merge_to_folder`.
+
+    Raises: UserError when there is nothing to merge, the base is not the one trained on, or anything does not fit.
+    """
+    if not adapters:
+        if place.adapter is None:
+            raise UserError(
+                f"{place.base.name}: is a whole model, with nothing to merge; gemma-ft export MODEL --to hf --out DIR "
+                "copies it, --adapter DIR names an adapter for it"
+            )
+        adapters = [(place.adapter, 1.0)]
+    places = [_with_adapter(place, folder) for folder, _ in adapters]
+    _check_agreement(places)
+    for one in places:
+        check_base(one)
+    opened = [Adapter.open(_adapter_of(one), share) for one, (_, share) in zip(places, adapters, strict=True)]
+    return MergedWeights(places[0], opened, dtype=dtype, policy=policy)
+
+
+def recipe_of(place: Place) -> Recipe | None:
+    """The recipe of the run that an adapter lies in, or None where it lies in none (or it cannot be read any more)."""
+    if place.adapter is None:
+        return None
+    path = place.adapter.resolve().parent / "recipe.yaml"
+    try:
+        return load_recipe(path).recipe if path.is_file() else None
+    except RecipeError:
+        return None
+
+
+def trained_precision(contract: Contract | None, base: WeightFiles) -> torch.dtype:
+    """The dtype of frozen weights and activations in training; where no contract tells, float32 for float32 files, else
+    bf16.
+    """
+    if contract is not None and contract.precision is not None:
+        return environment.dtype_by_name(contract.precision)
+    wide_file = EMBEDDING in base.names and base.info(EMBEDDING).dtype in (torch.float32, torch.float64)
+    return torch.float32 if wide_file else torch.bfloat16
+
+
+def stored_as(place: Place, precision: torch.dtype) -> Stored | None:
+    """How the frozen weights were kept while the adapter of a place was trained; None when they were not quantized."""
+    contract = place.contract
+    if contract is None or contract.quantize is None:
+        return None
+    return Stored(contract.quantize, contract.double_quant, precision)
+
+
+def _with_adapter(place: Place, folder: Path) -> Place:
+    """`place` with the adapter of `folder`, which may be a run, and its contract."""
+    inside = folder / "adapter"
+    adapter = inside if (inside / "adapter_config.json").is_file() else folder
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no adapter_config.json in it; name a run or a PEFT adapter folder")
+    adapter_config(adapter)  # one that is not computed here is refused before anything is read
+    contract = Contract.read(adapter)
+    return Place(place.base, adapter, adapter if contract is not None else place.folder, contract)
+
+
+def _adapter_of(place: Place) -> Path:
+    assert place.adapter is not None, "a place with an adapter"
+    return place.adapter
+
+
+def _check_agreement(places: Sequence[Place]) -> None:
+    """Raises UserError when adapters were trained for different templates, tokenizers or quantizations."""
+    first = places[0].contract
+    for other in places[1:]:
+        for key in ("template_sha256", "tokenizer_sha256", "stop_ids", "system", "quantize", "double_quant"):
+            one, two = (getattr(contract, key, None) for contract in (first, other.contract))
+            if one != two:
+                raise UserError(
+                    f"{other.adapter}: {key} {two!r} in its contract, {places[0].adapter} has {one!r}; "
+                    "adapters that are merged together must have been trained alike"
+                )

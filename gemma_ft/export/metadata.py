@@ -1,0 +1,114 @@
+"""What travels with exported weights, whatever their form: model card, notice, contract and certificate, without a path
+of the machine that wrote them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from gemma_ft.build.contract import Contract, asking_encoder
+from gemma_ft.build.located import folder_of
+from gemma_ft.build.pretrained import Place, load_tokenizer
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.own_template import UnknownTemplate
+from gemma_ft.export.card.license import Terms, terms_of
+from gemma_ft.export.card.model_card import Card, Form
+from gemma_ft.export.card.run_record import RunRecord, public, read_record
+from gemma_ft.export.merge.merge import FACTS
+from gemma_ft.model.config import PRESETS, config_in
+from gemma_ft.system.files import write_json
+
+CARD, NOTICE = "README.md", "NOTICE"
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What the papers of one export say. name: a hub id, or the name of the new folder; base: how others may name the
+    base, None for fresh weights.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    contract: Contract | None
+    terms: Terms
+    record: RunRecord
+    base: str | None
+    chats: ChatEncoder | UnknownTemplate  # how it is asked, or why that is not known
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """How its chats are asked. Raises: UnknownTemplate where that is not known."""
+        if isinstance(self.chats, UnknownTemplate):
+            raise self.chats
+        return self.chats
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of a chat template that is copied as it is."""
+        return [str(self.chats)] if isinstance(self.chats, UnknownTemplate) else []
+
+    @classmethod
+    def of(cls, place: Place, name: str, base_id: str | None = None) -> Papers:
+        """The papers of a place. Raises: UserError when its config.json cannot be read, or its tokenizer is not the one
+        of its contract.
+        """
+        config, contract = config_of(place), place.contract
+        known = contract.base if contract is not None else place.base.name
+        tokenizer = load_tokenizer(place.folder)
+        chats: ChatEncoder | UnknownTemplate
+        try:
+            chats = asking_encoder(tokenizer, place.folder, contract, folder_of(place.base, downloaded=True))
+        except UnknownTemplate as error:
+            chats = error
+        return cls(
+            name=name,
+            config=config,
+            contract=contract,
+            terms=terms_of(config, contract),
+            record=read_record(place),
+            base=base_id or public(known, "base"),
+            chats=chats,
+        )
+
+    def write(
+        self,
+        folder: Path,
+        form: Form,
+        *,
+        file: str | None = None,
+        merge: dict[str, Any] | None = None,
+        rounded_to: str | None = None,
+    ) -> None:
+        """Write README.md, and NOTICE where the terms ask for one, into a folder; rewrite its gemma_ft.json and
+        merge.json for readers elsewhere.
+
+        file: the GGUF file in the folder. merge: the facts of the merge that made the weights (default: the record's).
+        rounded_to: the type that the weights were cast to since; the merge's certificate is then not of these, and
+        merge.json stays away.
+        """
+        record = replace(self.record, merge=public(merge or self.record.merge))
+        written = Contract.read(folder)
+        if written is not None:
+            replace(written, base=self.base).write(folder)
+        if record.merge is not None and form != "adapter" and rounded_to is None:
+            write_json(folder / FACTS, record.merge)
+        chats = self.chats if isinstance(self.chats, ChatEncoder) else None
+        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats)
+        (folder / CARD).write_text(card.text(), encoding="utf-8")
+        if self.terms.notice is not None:
+            (folder / NOTICE).write_text(self.terms.notice, encoding="utf-8")
+
+
+def config_of(place: Place) -> PreTrainedConfig:
+    """The config of a place's model: of its folder, else of its preset, else of the hub.
+
+    Raises: UserError when none of them has one.
+    """
+    preset = place.contract.preset if place.contract is not None else None
+    if not Path(place.base.name).is_absolute() and preset in PRESETS:
+        return PRESETS[preset].config()
+    return config_in(folder_of(place.base))

@@ -1,0 +1,77 @@
+"""What the LM head's loss does to a chunk of logits: cap, cross-entropy, hits, and the logits' gradient in their place.
+
+Letters: M labelled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.triton import triton_backend as gpu
+
+
+def capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """cap * tanh(logits / cap) of logits that are wide already and may be written over, and the tanh that did it; a cap
+    of None changes nothing. Source: arXiv:2408.00118.
+    """
+    if cap is None:
+        return wide, None
+    tanh = wide.div_(cap).tanh_()
+    return tanh * cap, tanh
+
+
+def head_rows(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, *, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Raw logits [M, V], which may be written over, and their targets [M] -> losses [M] in float32 or wider, whether
+    the most likely token is the target [M], and the gradient [M, V] of the losses' sum in the logits' dtype.
+
+    `weights` [M] multiply the gradient, not the losses.
+    """
+    if gpu.serves(logits) and logits.is_contiguous() and targets.device == logits.device:
+        return _on_gpu(logits, targets, weights, softcap, with_grad)
+    if cpp_backend.serves(logits) and logits.is_contiguous() and targets.device.type == "cpu":
+        targets = targets.long().contiguous()
+        if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
+            raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
+        losses = torch.empty(len(logits))
+        correct = torch.empty(len(logits), dtype=torch.bool)
+        each = None if weights is None else weights.float().contiguous()
+        sizes = (*logits.shape, softcap or 0.0, int(with_grad))
+        cpp_backend.call("head_rows", logits, targets, each, losses, correct, *sizes, of=logits.dtype)
+        return losses, correct, logits if with_grad else None
+    return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
+
+
+def _on_gpu(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In Triton; nothing comes back from the device, so that a label out of bounds is seen as a loss of NaN."""
+    from gemma_ft.kernels.triton import cross_entropy as kernel
+
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    correct = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    each = None if weights is None else weights.float().contiguous()
+    kernel.rows(logits, targets.long().contiguous(), each, losses, correct, softcap, with_grad=with_grad)
+    return losses, correct, logits if with_grad else None
+
+
+def head_rows_reference(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, *, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same in plain torch, in as few passes over memory as there can be."""
+    wide, tanh = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    log_norm = wide.logsumexp(dim=-1)
+    losses = log_norm - wide.gather(1, targets[:, None])[:, 0]
+    correct = wide.argmax(dim=-1) == targets
+    if not with_grad:
+        return losses, correct, None
+    grad = wide.sub_(log_norm[:, None]).exp_()  # softmax
+    grad[torch.arange(len(targets), device=logits.device), targets] -= 1.0
+    if tanh is not None:
+        grad *= tanh.square_().neg_().add_(1.0)  # d cap(z) / dz = 1 - tanh(z / cap)^2
+    if weights is not None:
+        grad *= weights[:, None].to(grad.dtype)
+    return losses, correct, grad.to(logits.dtype)

@@ -1,0 +1,99 @@
+"""What a run is scored by, before, during and after training: held-out loss, answers, canary."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft.build.data import BuiltData
+from gemma_ft.evaluate.forgetting import Canary, canary_losses
+from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, held_out_loss, questions_of
+from gemma_ft.recipe.schema import Eval
+from gemma_ft.train.distributed import World
+from gemma_ft.train.fsdp import gathered_root
+from gemma_ft.train.trainer import Progress
+
+Figures = dict[str, float | None]
+SAMPLE_SECONDS = 60.0  # for the answers that are logged at an evaluation; they are cut then
+
+
+@dataclass
+class Scorer:
+    """Scores one model of a run. What the run knew before training is kept in `progress`, and so in every checkpoint.
+
+    The model comes back in the mode and with the flags it had; the caller keeps the random state.
+    """
+
+    settings: Eval
+    data: BuiltData
+    canary: Canary | None
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int
+    progress: Progress
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    world: World
+
+    def __post_init__(self) -> None:
+        most = max(self.settings.generate_rows, self.settings.samples)
+        found, _ = questions_of(self.data.held_out_items, self.data.encoder, max_seq_len=self.max_seq_len, limit=most)
+        self.questions: list[Question] = found
+
+    def score(self, batches: Iterable[dict[str, Tensor]]) -> Score:
+        """Held-out loss and exact match of the model as it is now, with its answers: at least those to be sampled."""
+        if self.data.held_out is None:
+            return Score(None, None, [])
+        loss = held_out_loss(self.model, batches, autocast=self.autocast, sum_over_ranks=self.world.sum)
+        asked = self.questions[: self.settings.generate_rows]
+        with self.autocast(), gathered_root(self.model):
+            share, answers = exact_match(self.model, self.tokenizer, asked, **self._limits)
+        if self.settings.samples > self.settings.generate_rows:
+            answers = self.sampled_answers()
+        return Score(loss, share, answers)
+
+    def sampled_answers(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Greedy answers to the first `eval.samples` questions. Where ranks compute one model together they all say
+        rank 0's tokens, so that none waits for another; `stop` cuts them, on all ranks at once, and so does
+        SAMPLE_SECONDS.
+        """
+        asked = self.questions[: self.settings.samples]
+        end = time.monotonic() + SAMPLE_SECONDS
+
+        def enough() -> bool:
+            return stop() or self.world.any(time.monotonic() > end)
+
+        with self.autocast(), gathered_root(self.model):
+            replies = answer_questions(self.model, self.tokenizer, asked, stop=enough, **self._limits)
+        return [reply.text for reply in replies]
+
+    def remember_base(self) -> None:
+        """Before training: the canary loss of the model that is tuned, for a run that has no adapter to turn off."""
+        if self.canary is not None and not hasattr(self.model, "disable_adapter"):
+            loss = canary_losses(self.model, self.canary, autocast=self.autocast)["canary_loss"]
+            self.progress.extra["canary"] = {"sha256": self.canary.sha256, "base_loss": loss}
+
+    def compared(self, loss: float | None) -> Figures:
+        """What was gained and forgotten: `gain`, the held-out loss before training minus `loss`; and the canary's."""
+        before = self.progress.extra["before"]["loss"]
+        figures: Figures = {"gain": None if before is None or loss is None else before - loss}
+        if self.canary is None:
+            return figures
+        kept = self.progress.extra.get("canary", {})
+        base_loss = kept.get("base_loss") if kept.get("sha256") == self.canary.sha256 else None
+        return figures | canary_losses(self.model, self.canary, base_loss=base_loss, autocast=self.autocast)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "stop_ids": self.data.encoder.stop_ids,
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_size": settings.batch_size,
+            "agree": self.world.of_first if self.world.layout == "fsdp2" else list,
+        }

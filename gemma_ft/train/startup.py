@@ -1,0 +1,139 @@
+"""The outlook on a run, before it begins, in lines that a person can check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma_ft.build.data import BuiltData
+from gemma_ft.build.located import Source
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.own_template import UnknownTemplate, own_encoder
+from gemma_ft.evaluate.forgetting import Canary
+from gemma_ft.kernels import cpp_backend, flex_attention, matmul
+from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.model.attention import resolve_attention
+from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system import environment
+from gemma_ft.train.activation_checkpointing import Checkpointing
+from gemma_ft.train.distributed import World
+
+FILLS = 4096  # tokens of a micro-batch that keep a GPU busy for longer than its kernels take to be started
+
+
+def outlook(
+    recipe: Recipe,
+    data: BuiltData,
+    canary: Canary | None,
+    model: Any,
+    source: Source | None,
+    total: int,
+    world: World,
+    checkpointing: Checkpointing,
+) -> list[tuple[str, str]]:
+    """What is about to happen, in lines a person can check."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = {
+        "full": f"all {trainable:,} weights trained",
+        "lora": f"LoRA: {trainable:,} weights trained",
+        "qlora": f"{recipe.quantize.kind if recipe.quantize else ''} + LoRA: {trainable:,} weights trained",
+    }[recipe.strategy]
+    choice = resolve_attention(recipe.model.attention, base.model.numerics.attn_softcap)
+    train = recipe.train
+    if recipe.model.added_tokens:
+        how += f", rows of {len(recipe.model.added_tokens)} added tokens among them"
+    lines = data.train.stats.describe().splitlines()
+    rows = [
+        ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
+        ("attention", f"{choice.name}: {choice.reason}"),
+        *_device_rows(base, train.precision),
+        ("data", f"{data.train_source}: {lines[0]}"),
+        *(("", line) for line in lines[1:]),
+        *((("format", "")[number > 0], line) for number, line in enumerate(data.train_format.splitlines())),
+    ]
+    if data.train.stats.terminators:
+        rows += _template_rows(data.encoder)
+    if data.skipped:
+        rows.append(("", f"{len(data.skipped):,} bad rows left out, see bad_rows.jsonl"))
+    if data.held_out is not None:
+        totals, _, *notes = data.held_out.stats.describe().splitlines()
+        rows += [("held out", f"{data.eval_source}: {totals}"), *(("", note) for note in notes)]
+    if canary is not None:
+        rows.append(("canary", f"{recipe.eval.canary}: {canary.rows} general rows, to see what is forgotten"))
+    if data.overlap:
+        rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
+    devices = "1 device" if world.size == 1 else f"{world.size} devices"
+    micro = micro_batch(recipe, world.size)
+    cut = f"{micro} (micro batch) x {accumulation(recipe, world.size)} (accumulation) x {devices}"
+    if world.size > 1:
+        rows.append(("ranks", f"{world.size}, {sharing(world)}"))
+    rows.append(("batch", f"{train.global_batch_size} = {cut}"))
+    if micro < train.micro_batch_size:
+        rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
+    elif base.device.type == "cuda":
+        stats = data.train.stats
+        rows += _small(micro, round(stats.tokens / max(stats.packed_rows, 1)), train.global_batch_size, world.size)
+    rows.append(("memory", checkpointing.describe()))
+    rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
+    return rows
+
+
+def _template_rows(encoder: ChatEncoder) -> list[tuple[str, str]]:
+    """What to know where the base was tuned on chats in another template than a run trains."""
+    try:
+        own = own_encoder(encoder.tokenizer, "base").format.name
+    except UnknownTemplate:
+        own = "a template that is not known here"
+    if own == encoder.format.name:
+        return []
+    return [("chats", f"the base was tuned in {own}; this run trains {encoder.format.name}, in which it is then asked")]
+
+
+def sharing(world: World) -> str:
+    """How several ranks share a model, in words."""
+    if world.layout == "ddp":
+        return "each with the whole model (DDP); gradients are summed"
+    parts = ["the model cut into slices (FSDP2), gathered layer by layer"]
+    if not world.reshard_after_forward:
+        parts.append("kept whole between forward and backward")
+    if world.offload:
+        parts.append("slices on the CPU")
+    return ", ".join(parts)
+
+
+def _small(micro: int, tokens: int, total: int, ranks: int) -> list[tuple[str, str]]:
+    """What to set where micro-batches of rows of so many tokens leave a GPU waiting for what starts its kernels."""
+    larger = [size for size in range(micro + 1, total // ranks + 1) if total % (size * ranks) == 0]
+    if micro * tokens >= FILLS or not larger:
+        return []
+    enough = next((size for size in larger if size * tokens >= FILLS), larger[-1])
+    told = f"micro-batches of about {micro * tokens:,} tokens are small for a GPU; train.micro_batch_size={enough}"
+    return [("", f"{told} would make them {enough * tokens:,}, and change no result")]
+
+
+def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
+    """What runs on the device of the base model, and what it does not do well."""
+    if base.device.type == "cpu":
+        told = cpp_backend.operations().reason
+        wide = "; bf16 is multiplied in float32, which this processor does faster"
+        return [("kernels", told + (wide if precision == "bf16" and matmul.widens() else ""))]
+    if base.device.type != "cuda":
+        return []
+    dtype = environment.dtype_by_name(precision)
+    against = gpu.reason_against(base.device, dtype)
+    rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
+    softcap = base.model.numerics.attn_softcap
+    if resolve_attention(base.config._attn_implementation, softcap).name == "blockwise":
+        against = flex_attention.reason_against(base.device, base.config.head_dim, dtype)
+        if against is None:
+            rows.append(("", flex_attention.fitting(base.device, base.config.head_dim, dtype).describe()))
+        elif softcap is None:
+            rows.append(("", f"attention is torch's SDPA with a mask: {against}"))
+        else:
+            rows.append(("", f"every score of attention is written out: {against}"))
+    if precision == "bf16" and torch.cuda.get_device_capability(base.device) < gpu.CAPABILITY:
+        rows.append(("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"))
+    return rows

@@ -1,0 +1,26 @@
+"""What a process may take: control groups of both versions, wherever in the tree a limit stands."""
+
+from pathlib import Path
+
+from gemma_ft.system.environment import V1, V2, _control_groups
+
+
+def told(folder: Path, text: str) -> Path:
+    (folder / "cgroup").write_text(text)
+    return folder / "cgroup"
+
+
+def test_a_group_and_its_parents_are_asked(tmp_path: Path) -> None:
+    found = list(_control_groups(tmp_path, told(tmp_path, "0::/system.slice/job_7/step_0\n")))
+    places = ("system.slice/job_7/step_0", "system.slice/job_7", "system.slice", "")
+    assert found == [(tmp_path / place, *V2) for place in places]
+
+
+def test_version_1_has_a_tree_for_memory(tmp_path: Path) -> None:
+    text = "4:cpu,cpuacct:/a\n3:memory:/slurm/job_7\n"
+    found = list(_control_groups(tmp_path, told(tmp_path, text)))
+    assert found == [(tmp_path / "memory" / place, *V1) for place in ("slurm/job_7", "slurm", "")]
+
+
+def test_without_control_groups_none_is_asked(tmp_path: Path) -> None:
+    assert list(_control_groups(tmp_path, tmp_path / "none")) == []
