@@ -102,10 +102,10 @@ def _of_decoding(numbers: str) -> Iterator[Kernel]:
     strides = ("q_b", "q_head", "k_b", "k_head", "k_place", "v_b", "v_head", "v_place")
     given = dict.fromkeys(("query", "keys", "values"), numbers) | dict.fromkeys(strides, "i32") | parts
     for name, width, heads in (("gemma-2b", 256, 8), ("gemma-2-2b", 256, 2), ("gemma-2-27b", 128, 2)):
-        known = {"CAPS": True, "HEADS": heads, "GROUP": decode_attention.GROUP, "H": width, "SPAN": decode_attention.SPAN,
-                 "STEP": step, "STAGES": stages}  # fmt: skip
-        yield Kernel(f"one query, {name}", decode_attention._spans, given | {"scale": "fp32", "cap": "fp32"}, known, warps,
-                     even=strides)  # fmt: skip
+        known = {"CAPS": True, "HEADS": heads, "GROUP": decode_attention.GROUP, "H": width,
+                 "SPAN": decode_attention.SPAN, "STEP": step, "STAGES": stages}  # fmt: skip
+        yield Kernel(f"one query, {name}", decode_attention._spans, given | {"scale": "fp32", "cap": "fp32"}, known,
+                     warps, even=strides)  # fmt: skip
     known = {
         "H": 256,
         "SPAN": decode_attention.SPAN,

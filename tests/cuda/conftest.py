@@ -28,7 +28,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 ROWS = ROOT / "data" / "scheduling_train.jsonl"
 PROBED = (
-    cpp_backend.operations, triton_backend.reason_against, flex_attention.reason_against, flex_attention.fitting, matmul.widens,
+    cpp_backend.operations, triton_backend.reason_against, flex_attention.reason_against, flex_attention.fitting,
+    matmul.widens,
 )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class Found:
 def files_at(source: str, split: str = DEFAULT) -> list[DataFile] | None:
     """The files that a path, folder, pattern or URL stands for, by name; None when it can be none of them.
 
-    Of a folder whose files name splits (gemma_ft.data.read.splits) those of one; "folder:config" where its card has several
+    Of a folder whose files name splits (data/read/splits.py) those of one; "folder:config" where its card has several
     configurations. Raises: DataError for a folder or pattern without a file of rows, or a file of another kind.
     """
     found = find_files(source, split)

@@ -34,7 +34,7 @@ class Row:
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> list[Row]:
-    """All rows of a source, in order: of a file (see gemma_ft.data.read.files; .txt is one row), of all files in a folder or
+    """All rows of a source, in order: of a file (see data/read/files.py; .txt is one row), of all files in a folder or
     that fit a pattern, on this machine or behind a URL such as s3://, or of a hub data set.
 
     A hub data set is "owner/name", or "owner/name:config" where it has several; `split` is also that of a folder whose
