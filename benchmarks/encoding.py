@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.record import write_result
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "gemma-tiny"
@@ -73,7 +73,7 @@ def ours(rows: Path, folder: Path) -> int:
     from gemma_ft.data.read.sources import read_chunks
 
     reading = Reading("prompt_completion", {}, ChatEncoder(load_tokenizer(str(TINY))))
-    found = Cache(folder, environment.processors()).documents(read_chunks(str(rows)), reading, BadRows())
+    found = Cache(folder, hardware.processors()).documents(read_chunks(str(rows)), reading, BadRows())
     return int(found.column("tokens").sum())
 
 
@@ -96,7 +96,7 @@ def theirs(rows: Path, folder: Path) -> int:
         return {"input_ids": ids, "labels": labels}
 
     data = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(folder))
-    found = data.map(encode, batched=True, num_proc=environment.processors(), remove_columns=[ASKED, ANSWERED])
+    found = data.map(encode, batched=True, num_proc=hardware.processors(), remove_columns=[ASKED, ANSWERED])
     return sum(len(part) for batch in found.iter(10_000) for part in batch["input_ids"])
 
 

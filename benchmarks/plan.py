@@ -169,11 +169,11 @@ def one_arm(name: str, folder: Path) -> None:
     from gemma_ft.adapters.lora import save_adapter
     from gemma_ft.build.located import Source
     from gemma_ft.build.pretrained import load_base
-    from gemma_ft.system import environment
+    from gemma_ft.system import environment, hardware
 
     environment.quiet_libraries()
     arm, base = ARMS[name], folder / ARMS[name].preset
-    dtype = torch.float32 if arm.strategy == "full" else environment.dtype_by_name(arm.precision)
+    dtype = torch.float32 if arm.strategy == "full" else hardware.dtype_by_name(arm.precision)
     for library in ("bitsandbytes", "trl", "gemma_ft.train.trainer", "gemma_ft.export.merge.merge"):
         __import__(library)
     if arm.phase == "merge":
@@ -183,9 +183,9 @@ def one_arm(name: str, folder: Path) -> None:
                 weight.normal_(0, 0.01)  # as if it had been trained
             save_adapter(model, folder / "adapter")
         del model
-        environment.give_memory_back()
+        hardware.give_memory_back()
     first_use()
-    environment.give_memory_back()
+    hardware.give_memory_back()
     before = memory("VmRSS")
     work = partial(merge, folder)
     loaded = 0
@@ -202,7 +202,7 @@ def one_arm(name: str, folder: Path) -> None:
             work = trainer_for(arm, model, folder).train
         else:
             work = partial({"evaluate": evaluate, "generate": generate}[arm.phase], arm, model)
-    environment.give_memory_back()
+    hardware.give_memory_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     work()
     print(json.dumps({"before": before, "load": loaded, "peak": memory("VmHWM") - before}))

@@ -29,7 +29,7 @@ from benchmarks.limits import flops_per_token, gemm_rate
 from benchmarks.our_trainer import trainer_of
 from benchmarks.record import write_result
 from benchmarks.turns import QUICK, order, paired
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 ARMS = ("ours", "stock", "stock_best")
 STEPS, WARM, TURNS = 3, 1, 2
@@ -204,7 +204,7 @@ def measured(name: str, turns: int = TURNS, *, brief: bool = False) -> dict[str,
             if arm == "ours":
                 for dtype, ones in rates.items():  # of the MLP
                     sizes = (2048, SHAPE["hidden_size"], SHAPE["intermediate_size"])
-                    ones.append(gemm_rate(*sizes, dtype=environment.dtype_by_name(dtype)))
+                    ones.append(gemm_rate(*sizes, dtype=hardware.dtype_by_name(dtype)))
             told = subprocess.run([sys.executable, "-m", "benchmarks.train_cpu", arm, name, place,
                                    str(steps_of(arm, brief=brief))],
                                   check=True, capture_output=True, text=True)  # fmt: skip

@@ -11,23 +11,15 @@ import gemma_ft
 
 PACKAGE = Path(gemma_ft.__file__).resolve().parent
 FLOORS = [
-    ["errors", "secrets"],
-    ["recipe", "runtime", "processor"],
-    ["launch"],
-    ["kernels"],
-    ["data", "model", "adapters"],
-    ["located"],
-    ["weights"],
-    ["contract", "added_tokens"],
-    ["load"],  # a model from where it lies; build puts one together from a recipe
-    ["hollow"],
-    ["build_sources", "build_inputs"],
-    ["build_stream"],
-    ["build_data"],
-    ["build", "checkpoint", "plan"],
-    ["audit"],  # of data, before a run
-    ["infer", "export"],
-    ["evaluate"],
+    ["errors"],
+    ["system"],
+    ["recipe"],
+    ["data", "kernels"],
+    ["model", "adapters"],
+    ["plan"],
+    ["build"],
+    ["infer", "export", "verify"],
+    ["serve", "evaluate"],
     ["train"],
     ["cli"],
     ["__main__"],
@@ -108,6 +100,19 @@ def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ]
 
 
+def test_inside_data_the_order_is_read_encode_pack_check() -> None:
+    order = ["conversation", "read", "encode", "pack", "check"]
+    files = [path for path in FILES if room_of(path) == "data" and path.name != "__init__.py"]
+    back = [
+        f"{name(path)}:{line}: {module}"
+        for path in files
+        for module, line in imported(tree_of(path))
+        if module.startswith("gemma_ft.data.")
+        and order.index(module.split(".")[2]) > order.index(path.relative_to(PACKAGE / "data").with_suffix("").parts[0])
+    ]
+    assert back == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_file_is_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
@@ -164,7 +169,7 @@ def test_cli_modules_import_nothing_heavy_at_their_top(path: Path) -> None:
         for module, line in imported(node):
             top, _, rest = module.partition(".")
             allowed = rest.split(".")[0] in ("", "cli", "errors", "__version__") if top == "gemma_ft" else top in LIGHT
-            assert allowed or rest == "recipe.home", f"{name(path)}:{line}: {module}"
+            assert allowed or rest == "system.paths", f"{name(path)}:{line}: {module}"
 
 
 def test_no_vague_room_names() -> None:

@@ -18,7 +18,7 @@ from gemma_ft.model.config import PRESETS
 from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 
 def build_model(
@@ -31,7 +31,7 @@ def build_model(
     its values (gemma_ft.build.empty_weights), for ranks that will each hold a slice.
     """
     torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
-    precision = environment.dtype_by_name(recipe.train.precision)
+    precision = hardware.dtype_by_name(recipe.train.precision)
     dtype = torch.float32 if recipe.strategy == "full" else precision
     attention = None if recipe.model.attention == "auto" else recipe.model.attention
     source = None
@@ -40,7 +40,7 @@ def build_model(
             raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
         config = PRESETS[recipe.model.preset].config(vocab_size=len(tokenizer), dtype=dtype)
         config._attn_implementation = attention
-        model = GemmaForCausalLM(config).to(environment.default_device())
+        model = GemmaForCausalLM(config).to(hardware.default_device())
     else:
         source = pinned(weights_source(recipe))
         kind = recipe.quantize.kind if recipe.quantize else None

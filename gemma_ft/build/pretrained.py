@@ -34,7 +34,7 @@ from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.model.config import config_in, numerics_hash, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.system.hub import hub_reason
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
@@ -57,7 +57,7 @@ def load_base(
     backward is refused.
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
-    device = torch.device(device) if device is not None else environment.default_device()
+    device = torch.device(device) if device is not None else hardware.default_device()
     folder = checked_folder(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:

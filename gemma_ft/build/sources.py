@@ -17,7 +17,7 @@ from gemma_ft.data.read.formats import check_format, detect_format
 from gemma_ft.data.read.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.schema import Data, Source
-from gemma_ft.system import environment
+from gemma_ft.system import environment, hardware
 
 Progress = Callable[[int], None]
 
@@ -111,7 +111,7 @@ def read_source(
     """
     found = described(source, data, encoder)
     bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
-    cache = Cache(environment.cache_folder(), environment.processors())
+    cache = Cache(environment.cache_folder(), hardware.processors())
     documents = cache.documents(chunks_of(source), found.reading, bad, progress=progress, **more)
     _settle(bad, documents.items + bad.count, data, skipped)
     return ReadSource(found, documents)

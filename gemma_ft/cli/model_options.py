@@ -76,7 +76,7 @@ def open_model(
 
 def dtype_of(name: DtypeName | None) -> torch.dtype | None:
     """The torch dtype that --dtype names; None leaves the choice to the session."""
-    from gemma_ft.system.environment import dtype_by_name
+    from gemma_ft.system.hardware import dtype_by_name
 
     return None if name is None else dtype_by_name(name)
 

@@ -33,7 +33,7 @@ from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.schema import Data, Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.system.paths import given_path
 
 BASE, ADAPTER, MERGED, TUNED = "base", "adapter", "merged", "tuned"
@@ -115,7 +115,7 @@ class Subject:
     @property
     def dtype(self) -> torch.dtype:
         """The recipe's precision, in which every model is asked."""
-        return environment.dtype_by_name(self.recipe.train.precision)
+        return hardware.dtype_by_name(self.recipe.train.precision)
 
 
 def find_subject(

@@ -19,7 +19,7 @@ from gemma_ft.data.encode.tokenizer_files import has_chat_template
 from gemma_ft.infer.detokenize import TextStream
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 SYSTEM_TEXTS: dict[System, str] = {
     "fold": "goes before the first question (fold)",
@@ -101,7 +101,7 @@ def open_session(
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
         encoder = encoder.but(system="fold") if encoder.system_policy == "error" else encoder
         notes += _notes_without_contract(path if adapter is None else adapter, place, encoder)
-    dtype = dtype or environment.dtype_by_name(place.trained_in)
+    dtype = dtype or hardware.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)

@@ -1,35 +1,24 @@
-"""What this process runs on: device, dtypes by name, memory, versions, quiet libraries. The only reader of
-os.environ.
+"""What the environment of this process says: our own variables, the launcher's, versions, quiet libraries. The only
+reader of os.environ.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import logging
 import os
 import platform
-import resource
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gemma_ft.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-
-CGroup = tuple[Path, str, str, str]
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
-V2 = ("memory.max", "memory.current", "inactive_file ")
 BITSANDBYTES_CHATTER = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")  # loggers of no news
 REPORTED_PACKAGES = ("gemma-ft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
@@ -50,31 +39,6 @@ def compiler() -> list[str] | None:
         if command and (found := shutil.which(command[0])):
             return [found, *command[1:]]
     return None
-
-
-def dtype_by_name(name: str) -> torch.dtype:
-    """The torch dtype of a recipe's `precision`: bf16 or float32."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-def default_device() -> torch.device:
-    """The device a run uses: this rank's CUDA device where there is one, else the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", _number("LOCAL_RANK", 0))
-    return torch.device("cpu")
-
-
-def device_name() -> str:
-    """What a run is computed on, for a reader: the GPU's name, or the CPU with the cores that are used."""
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(default_device()))
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
 def from_environment(name: str) -> str | None:
@@ -134,11 +98,6 @@ def keep_compiled() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def processors() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def one_thread_for_tokens() -> None:
     """Have the tokenizer work in the calling thread alone: where there is a process for each core already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -163,7 +122,7 @@ def launched() -> Launch:
     return Launch(
         rank=_number("RANK", 0),
         world_size=_number("WORLD_SIZE", 1),
-        local_rank=_number("LOCAL_RANK", 0),
+        local_rank=local_rank(),
         local_world_size=_number("LOCAL_WORLD_SIZE", 1),
         fsdp=fsdp,
         reshard_after_forward=_flag("FSDP_RESHARD_AFTER_FORWARD", True),
@@ -198,79 +157,14 @@ def no_crash_reports() -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
-def peak_memory_bytes() -> int:
-    """Most memory this process has held at once: CUDA's allocator where there is a GPU, else the resident set of the
-    process.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def memory_bytes() -> tuple[int, int]:
-    """What this process holds now of the memory that it trains in, and what it could still take: of its GPU, where
-    torch's allocator counts; else of the machine, where files that are mapped are not held.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        held, (free, _) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
-        return held, int(free + torch.cuda.memory_reserved() - held)
-    return _system_bytes("/proc/self/status", "RssAnon:") or 0, _free_ram()
-
-
-def _free_ram() -> int:
-    """What the system says is available without swapping, and no more than a container is allowed, where it is one."""
-    free = _system_bytes("/proc/meminfo", "MemAvailable:")
-    if free is None:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for group, limit_file, used_file, files_line in _control_groups():
-        with contextlib.suppress(OSError, ValueError, StopIteration):  # "max": no limit
-            limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
-            lines = (group / "memory.stat").read_text().splitlines()
-            files = int(next(line for line in lines if line.startswith(files_line)).split()[1])  # given up when asked
-            free = min(free, limit - used + files)
-    return max(free, 0)
-
-
-def _control_groups(root: Path = Path("/sys/fs/cgroup"), told: Path = Path("/proc/self/cgroup")) -> Iterator[CGroup]:
-    """The control groups of this process, each with its parents: their folder, and the names of limit, use and of what
-    is given up when asked; of both versions, for a batch system limits a group further in.
-    """
-    with contextlib.suppress(OSError):
-        for line in told.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            first, names = (root / "memory", V1) if controllers else (root, V2)
-            inside = [part for part in path.split("/") if part not in ("", "..")]
-            for depth in range(len(inside), -1, -1):
-                yield first.joinpath(*inside[:depth]), *names
-
-
-def _system_bytes(file: str, key: str) -> int | None:
-    """A line in kB of one of the system's accounts, in bytes; None where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
-            if line.startswith(key):
-                return 1024 * int(line.split()[1])
-    return None
+def local_rank() -> int:
+    """Which of the ranks on this machine this process is."""
+    return _number("LOCAL_RANK", 0)
 
 
 def ranks_on_this_machine(ranks: int) -> int:
     """How many of so many ranks share this machine's memory."""
     return min(ranks, _number("LOCAL_WORLD_SIZE", ranks))
-
-
-def give_memory_back() -> None:
-    """Hand memory that was freed back to the system, where the C library is glibc: it keeps what large tensors took."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def versions() -> dict[str, str]:

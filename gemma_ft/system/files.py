@@ -1,29 +1,26 @@
-"""Checkpoints that are whole or not there: staged, hashed, synced, renamed; safetensors and JSON only.
+"""Folders and files that are whole or not there: staged, hashed, synced, renamed.
 
-A checkpoint is a folder `step-00000042` under `checkpoints/`. Its `manifest.json` names every other file with its size
-and sha256; it is valid when all of them are there and unchanged. What the files hold is decided by the caller.
+The `manifest.json` of a folder names every other file with its size and sha256; the folder is valid when all of them
+are there and unchanged. What the files hold is decided by the caller.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from gemma_ft.errors import CheckpointError, DiskError
+from gemma_ft.errors import DiskError
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})")
 
 
 def commit_folder(
@@ -81,13 +78,8 @@ def check_space(place: Path, bytes_needed: int, *, go_on: str) -> None:
         )
 
 
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies under `root`."""
-    return root / f"step-{step:08d}"
-
-
 def fault_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, in words; None when every file is there with its size and sha256."""
+    """Why a folder with a manifest cannot be used, in words; None when every file is there with its size and sha256."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         entries = json.loads(text)
@@ -101,54 +93,6 @@ def fault_of(folder: Path) -> str | None:
     except (OSError, ValueError, TypeError):
         return f"{MANIFEST} is damaged"
     return None
-
-
-def newest_valid(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint under `root` that verifies, or None when there is none at all; damaged ones that are newer
-    are set aside under another name, and told to `warn`.
-
-    Raises: CheckpointError when checkpoints exist and none verifies.
-    """
-    found = checkpoints_of(root)[::-1]
-    damaged: list[tuple[Path, str]] = []
-    for _, folder in found:
-        fault = fault_of(folder)
-        if fault is not None:
-            damaged.append((folder, fault))
-            continue
-        for one, why in damaged:
-            aside = next(path for path in _names_aside(one) if not path.exists())
-            one.rename(aside)
-            warn(f"{one}: {why}; set aside as {aside.name}, going on from {folder.name}")
-        return folder
-    if found:  # left as they are: a second try must not take this for a run that has no checkpoint yet
-        raise CheckpointError(f"{root}: none of the {len(found)} checkpoints is intact; use --overwrite to start again")
-    return None
-
-
-def _names_aside(folder: Path) -> Iterator[Path]:
-    yield folder.with_name(f"{folder.name}.damaged")
-    for number in itertools.count(2):
-        yield folder.with_name(f"{folder.name}.damaged-{number}")
-
-
-def prune(root: Path, keep: int, *, spare: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and that of step `spare`, oldest first, once the newest verifies."""
-    found = checkpoints_of(root)
-    if found and fault_of(found[-1][1]) is None:
-        for step, folder in found[:-keep]:
-            if step != spare:
-                shutil.rmtree(folder)
-
-
-def checkpoints_of(root: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint under `root`, whole or not, oldest first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
 
 
 def as_json(value: Any) -> str:

@@ -3,14 +3,15 @@
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.data.read.splits import missing_shards
 from gemma_ft.errors import DataError, UserError, first_line
 
 CONNECT_SECONDS = 10
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(.*)")  # one of several files, as libraries number them
+SERIES_NAMED = 3  # that a line names
 NOT_REACHED = {"ConnectionError", "TransportError"}  # by name: the second is of the hub's own HTTP library
 
 
@@ -171,3 +172,15 @@ def _hub_fault(error: Exception, source: str, name: str, split: str, revision: s
         splits = re.search(r"(\[[^\]]*\])", text)
         return f"{source}: no split {split!r}{'; it has ' + splits[1] if splits else ''}; set the source's split"
     return hub_reason(error, source, kind="data set", revision=revision)
+
+
+def missing_shards(names: Iterable[str]) -> str:
+    """Of files numbered -00000-of-00003: which series is not whole, and by how much; "" where all are."""
+    series: dict[tuple[str, ...], set[str]] = {}
+    for name in names:
+        if found := NUMBERED.fullmatch(name):
+            series.setdefault((found[1], found[3], found[4]), set()).add(found[2])
+    short = [(key, len(seen)) for key, seen in sorted(series.items()) if len(seen) < int(key[1])]
+    return ", ".join(
+        f"{seen} of the {int(total):,} files {start}-*" for (start, total, _), seen in short[:SERIES_NAMED]
+    )

@@ -1,10 +1,8 @@
 """Where things lie: a path as given from the current directory, else among the files that ship with the project."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_ft.recipe.schema import Source
 from gemma_ft.system.paths import PathText, expanded
 
 
@@ -23,11 +21,6 @@ def shipped_recipes() -> list[Path]:
 def shipped_launches() -> list[Path]:
     """The accelerate configs that ship with the project: where a run can be computed."""
     return sorted((shipped_root() / "accelerate_configs").glob("*.yaml"))
-
-
-def names_of(sources: Sequence[Source]) -> str:
-    """What sources of rows are called, in one line."""
-    return ", ".join(source.path for source in sources)
 
 
 def locate(text: PathText) -> Path | None:

@@ -17,7 +17,7 @@ from gemma_ft.plan.phases import train_phase
 from gemma_ft.plan.run import Ranks, Run, run_of, without_flex
 from gemma_ft.plan.show import recomputing
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import environment, hardware
 from gemma_ft.train.distributed import World
 
 HEADROOM = 0.9  # of the memory that is free; the rest is left to what no plan knows of
@@ -74,7 +74,7 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
     """The layers to checkpoint: what the recipe says, or where it says auto, the fewest with which a step of `rows`
     sequences of `tokens` fits into what this process holds and what is free, on every rank. All ranks call it.
     """
-    device = environment.default_device()
+    device = hardware.default_device()
     run = run_of(
         recipe,
         rows=rows,
@@ -83,7 +83,7 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
         ranks=Ranks(world.size, world.layout, world.reshard_after_forward, world.offload),
     )
     run = _as_it_will_run(run, device)
-    held, free = environment.memory_bytes()
+    held, free = hardware.memory_bytes()
     if run.device == "cuda":
         held += parts.overhead(run)  # the context, which torch does not count
         sharing = 1
@@ -100,7 +100,7 @@ def _as_it_will_run(run: Run, device: torch.device) -> Run:
     """`run` without the fast paths that turned out not to be there."""
     if run.device == "cpu":  # there is a compiler, but it may not have built the operations
         return run if cpp_backend.operations().functions else run.changed(native=False)
-    dtype = environment.dtype_by_name(run.precision)
+    dtype = hardware.dtype_by_name(run.precision)
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
     if run.native and gpu.reason_against(device, dtype) is not None:
         run = run.changed(native=False)

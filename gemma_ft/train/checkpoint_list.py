@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_ft.errors import CheckpointError, UserError
-from gemma_ft.system.files import checkpoints_of, fault_of, prune
+from gemma_ft.system.files import fault_of
 from gemma_ft.system.units import number
 from gemma_ft.train.checkpoint_state import load_state
+from gemma_ft.train.checkpoints import checkpoints_of, prune
 from gemma_ft.train.run_dir import RunDir
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemma_ft.recipe.run_files import RunFiles
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.system.units import gib, number, percent
 
 SAMPLES_SHOWN = 3
@@ -76,7 +76,7 @@ class Display:
         parts = [
             f"loss {number(figures['loss'])}",
             f"{figures['tokens_per_second']:,.0f} tok/s",
-            gib(environment.peak_memory_bytes()),
+            gib(hardware.peak_memory_bytes()),
         ]
         if self.eval_loss is not None:
             parts.insert(1, f"eval {self.eval_loss:.4f}")

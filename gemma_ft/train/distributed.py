@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gemma_ft.errors import RankError, UserError, first_line
-from gemma_ft.system import environment
+from gemma_ft.system import environment, hardware
 from gemma_ft.train.heartbeat import Watch
 
 Layout = Literal["one device", "ddp", "fsdp2"]
@@ -143,7 +143,7 @@ def join_world() -> World:
     launch = environment.launched()
     if launch.world_size == 1 and not launch.fsdp:
         return World()
-    device = environment.default_device()
+    device = hardware.default_device()
     if device.type == "cuda":
         if launch.local_world_size > torch.cuda.device_count():
             raise UserError(

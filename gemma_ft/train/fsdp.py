@@ -24,7 +24,7 @@ from gemma_ft.build.empty_weights import base_name, is_hollow
 from gemma_ft.build.located import Source, folder_of
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.train.distributed import World
 
 
@@ -99,7 +99,7 @@ def _fill(model: nn.Module, names: set[str], source: Source, world: World) -> No
         _scatter(parameter, value, world)
         del value
         if world.main:
-            environment.give_memory_back()
+            hardware.give_memory_back()
 
 
 def _quantized(module: Linear4bit, value: Tensor | None, world: World) -> Tensor | None:

@@ -21,12 +21,12 @@ from gemma_ft.evaluate.held_out import Score
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.batch_plan import micro_batch
-from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
-from gemma_ft.system.files import as_json, check_space, checkpoint_folder, checkpoints_of, replace_text
-from gemma_ft.system.shipped import names_of
+from gemma_ft.recipe.schema import Recipe, names_of
+from gemma_ft.system import hardware
+from gemma_ft.system.files import as_json, check_space, replace_text
 from gemma_ft.train.activation_checkpointing import Checkpointing, checkpoint_layers
 from gemma_ft.train.checkpoint_state import bytes_of, load_state, load_weights
+from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
 from gemma_ft.train.display import Display, show_summary
 from gemma_ft.train.distributed import World
 from gemma_ft.train.evaluation import Figures, Scorer
@@ -142,7 +142,7 @@ class Course:
                 self._score_before()
             self._train(checkpoint)
             if self.recipe.strategy == "full":  # what is scored is what is saved
-                round_weights(self.model, environment.dtype_by_name(self.recipe.train.precision), self.world)
+                round_weights(self.model, hardware.dtype_by_name(self.recipe.train.precision), self.world)
             after = self._score()
             compared = self.scorer.compared(after.loss)
             self.log.scores(self.progress.step, {**after.figures(), **compared})
@@ -250,7 +250,7 @@ class Course:
 
     def _fit(self) -> None:
         """On GPUs that hold the whole model, find out before the first step whether its longest batch fits as well."""
-        if self.world.layout == "fsdp2" or environment.default_device().type != "cuda":
+        if self.world.layout == "fsdp2" or hardware.default_device().type != "cuda":
             return
         with self.world.phase("the longest batch"):
             fitting = fit_micro_batch(self.trainer)

@@ -20,7 +20,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.system.files import commit_folder, write_json
 from gemma_ft.train.checkpoint_state import trained
 from gemma_ft.train.distributed import World
@@ -56,7 +56,7 @@ def save_result(
     )
 
     # Of a sharded model rank 0 gathers what is saved: an adapter, or one copy of all weights.
-    dtype = environment.dtype_by_name(recipe.train.precision) if full else None
+    dtype = hardware.dtype_by_name(recipe.train.precision) if full else None
     gathered = gathered_weights(model, world, dtype) if world.layout == "fsdp2" else None
     target = run.model if full else run.adapter
     if not world.main:

@@ -17,8 +17,8 @@ from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.forgetting import build_canary
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.system.files import newest_valid
 from gemma_ft.train.activation_checkpointing import choose_checkpointing
+from gemma_ft.train.checkpoints import newest_valid
 from gemma_ft.train.display import Display
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
 from gemma_ft.train.guard import guarded

@@ -18,9 +18,10 @@ from gemma_ft.errors import LockedError, UserError
 from gemma_ft.recipe.load import dump_recipe, parse_recipe
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system.files import checkpoints_of, replace_text
+from gemma_ft.system.files import replace_text
 from gemma_ft.system.paths import unexpanded
 from gemma_ft.train.checkpoint_state import load_state
+from gemma_ft.train.checkpoints import checkpoints_of
 
 LOCK = ".lock"
 # What a resumed run may change: where and how it is computed, watched and kept, and how long it goes on.

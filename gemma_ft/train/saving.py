@@ -8,8 +8,9 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.system.files import checkpoint_folder, commit_folder, prune
+from gemma_ft.system.files import commit_folder
 from gemma_ft.train import checkpoint_state
+from gemma_ft.train.checkpoints import checkpoint_folder, prune
 
 
 class OwnCheckpoints:

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from gemma_ft.data.pack.examples import steps_per_epoch
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.train.distributed import World
 
 
@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: Wor
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        use_cpu=environment.default_device().type == "cpu",
+        use_cpu=hardware.default_device().type == "cpu",
     )
     # Trainer would spread a model over every visible GPU with nn.DataParallel, which TRL refuses: one device is used.
     arguments._n_gpu = min(1, arguments.n_gpu)

@@ -16,7 +16,7 @@ from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.distributed import World
 
@@ -122,7 +122,7 @@ def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
         return [("kernels", told + (wide if precision == "bf16" and matmul.widens() else ""))]
     if base.device.type != "cuda":
         return []
-    dtype = environment.dtype_by_name(precision)
+    dtype = hardware.dtype_by_name(precision)
     against = gpu.reason_against(base.device, dtype)
     rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
     softcap = base.model.numerics.attn_softcap

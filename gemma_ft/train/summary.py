@@ -9,7 +9,7 @@ from gemma_ft.build.data import BuiltData
 from gemma_ft.evaluate.forgetting import forgetting_note
 from gemma_ft.evaluate.held_out import Question, Score
 from gemma_ft.evaluate.report.lengths import length_histogram
-from gemma_ft.system import environment
+from gemma_ft.system import environment, hardware
 from gemma_ft.train.evaluation import Figures
 from gemma_ft.train.trainer import Progress
 
@@ -34,7 +34,7 @@ def summary_of(
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-        "peak_bytes": environment.peak_memory_bytes(),
+        "peak_bytes": hardware.peak_memory_bytes(),
         "train_loss": progress.last_loss,  # of the last optimizer step
         "eval_before": before,
         "eval_after": after.figures(),
@@ -47,6 +47,6 @@ def summary_of(
         ],
         "data": data.stats.as_dict(),
         "lengths": length_histogram(data.examples.length_counts),
-        "device": environment.device_name(),
+        "device": hardware.device_name(),
         "versions": environment.versions(),
     }

@@ -16,7 +16,7 @@ from typing import Any
 from gemma_ft.build.weights import file_hash
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 STEPS = 3  # before the kill, and as many after it
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens")
@@ -34,7 +34,7 @@ def prove_resume(loaded: LoadedRecipe, words: Sequence[str], say: Callable[[str]
 
     Everything happens in a temporary folder. Returns 0. Raises: CheckpointError naming the first step that differs.
     """
-    exact = environment.default_device().type == "cpu"
+    exact = hardware.default_device().type == "cpu"
     with tempfile.TemporaryDirectory(prefix="gemma-ft-prove-") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         _train(words, whole)

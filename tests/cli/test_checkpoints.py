@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gemma_ft.cli.app import main
-from gemma_ft.system.files import checkpoint_folder, commit_folder, write_json
+from gemma_ft.system.files import commit_folder, write_json
+from gemma_ft.train.checkpoints import checkpoint_folder
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.evaluate.report.page import write_report
 from gemma_ft.recipe.load import dump_recipe, load_recipe
 from gemma_ft.serve.limits import Limits
-from gemma_ft.system import files
+from gemma_ft.train import checkpoints
 from tests.faults.conftest import FULL, ROOT, Runs
 from tests.faults.fuzz import SECONDS, bad_bytes, bad_json, bad_value, tried
 from tests.forked import fork
@@ -265,7 +265,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def open_checkpoints(root: Path, before: dict[str, bytes]) -> None:
     """Whatever is still taken for valid holds what was saved, byte for byte."""
-    valid = files.newest_valid(root, lambda line: None)
+    valid = checkpoints.newest_valid(root, lambda line: None)
     if valid is None:
         raise UserError("none is valid")
     for path in valid.iterdir():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gemma_ft.system.environment import V1, V2, _control_groups
+from gemma_ft.system.hardware import V1, V2, _control_groups
 
 
 def told(folder: Path, text: str) -> Path:

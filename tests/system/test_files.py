@@ -13,15 +13,8 @@ from safetensors import SafetensorError
 from gemma_ft.build.weights import save_tensors
 from gemma_ft.errors import CheckpointError, DiskError
 from gemma_ft.system import files as room
-from gemma_ft.system.files import (
-    MANIFEST,
-    checkpoint_folder,
-    commit_folder,
-    fault_of,
-    newest_valid,
-    prune,
-    replace_text,
-)
+from gemma_ft.system.files import MANIFEST, commit_folder, fault_of, replace_text
+from gemma_ft.train.checkpoints import checkpoint_folder, newest_valid, prune
 
 
 def write(folder: Path) -> None:

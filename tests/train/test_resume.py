@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.system.files import checkpoint_folder
 from gemma_ft.train.checkpoint_state import load_state
+from gemma_ft.train.checkpoints import checkpoint_folder
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.trainer import GemmaTrainer
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_ft.errors import DataError
+from gemma_ft.system.hub import NUMBERED, missing_shards
 
 DEFAULT, ALL = "train", "all"
 KEYWORDS = {
@@ -29,7 +30,6 @@ NO_ROWS = {  # names of files that libraries write beside rows or a model
     *("model.safetensors.index.json", "chat_template.json", "trainer_state.json"),
 }
 BETWEEN = "[-._ 0-9]"  # what parts a keyword from the rest of a name
-NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})(.*)")
 MAPPED = re.compile(r"(cache-|tmp)\w+\.arrow")  # what `Dataset.map` leaves beside the rows it was given
 NAMED = 3  # files or splits that a line names
 
@@ -147,16 +147,6 @@ def _files(count: int) -> str:
 def _missing(names: Iterable[str]) -> str:
     short = missing_shards(names)
     return f"; {short}" if short else ""
-
-
-def missing_shards(names: Iterable[str]) -> str:
-    """Of files numbered -00000-of-00003: which series is not whole, and by how much; "" where all are."""
-    series: dict[tuple[str, ...], set[str]] = {}
-    for name in names:
-        if found := NUMBERED.fullmatch(name):
-            series.setdefault((found[1], found[3], found[4]), set()).add(found[2])
-    short = [(key, len(seen)) for key, seen in sorted(series.items()) if len(seen) < int(key[1])]
-    return ", ".join(f"{seen} of the {int(total):,} files {start}-*" for (start, total, _), seen in short[:NAMED])
 
 
 def _splits(where: str, folder: Folder, rows: Sequence[str], config: str | None) -> Splits | None:

@@ -16,8 +16,8 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.export.card.license import TINY, Terms, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
-from gemma_ft.recipe.schema import Source
-from gemma_ft.system.shipped import locate, names_of
+from gemma_ft.recipe.schema import Source, names_of
+from gemma_ft.system.shipped import locate
 
 Form = Literal["hf", "adapter", "gguf"]
 LIBRARIES: dict[Form, str] = {"hf": "transformers", "adapter": "peft", "gguf": "gguf"}

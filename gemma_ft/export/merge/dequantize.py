@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.adapters.quantize import Kind, quantization_config
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def there_and_back(weight: Tensor, stored: Stored) -> Tensor:
     nf4 gives `stored.dtype` (the layer computes with just this tensor), int8 float32 (the layer also rounds its input,
     which no weight can repeat). Source: transformers integrations/bitsandbytes.py `Bnb4bitQuantize`, `Bnb8bitQuantize`.
     """
-    device = environment.default_device()
+    device = hardware.default_device()
     if stored.kind == "int8":
         eight = bnb.nn.Int8Params(weight.to(stored.dtype), requires_grad=False).to(device)
         return bnb.functional.int8_vectorwise_dequant(eight.data, eight.SCB).cpu()

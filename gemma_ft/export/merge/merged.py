@@ -23,7 +23,7 @@ from gemma_ft.export.merge.low_rank import wide
 from gemma_ft.model.config import config_in
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.schema import Recipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 
 Policy = Literal["original", "dequantized"]
 
@@ -181,7 +181,7 @@ def trained_precision(contract: Contract | None, base: WeightFiles) -> torch.dty
     bf16.
     """
     if contract is not None and contract.precision is not None:
-        return environment.dtype_by_name(contract.precision)
+        return hardware.dtype_by_name(contract.precision)
     wide_file = EMBEDDING in base.names and base.info(EMBEDDING).dtype in (torch.float32, torch.float64)
     return torch.float32 if wide_file else torch.bfloat16
 
