@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,40 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one_alone(
     with pytest.raises(OSError, match="Input/output error"):
         replace_text(path, "new")
     assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"x.json": "old"}
+
+
+def test_what_appears_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synced, then renamed, also over an older one: whatever a power cut leaves is the old or the new, whole."""
+    said: list[tuple[str, int]] = []  # what was done to which inode, which a rename keeps
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def note_sync(handle: int) -> None:
+        said.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        said.append(("rename", path.stat().st_ino))
+        return rename(path, target)
+
+    def note_replace(path: Path, target: Path) -> None:
+        said.append(("rename", path.stat().st_ino))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(os, "replace", note_replace)
+    target, text, parent = tmp_path / "adapter", tmp_path / "x.json", tmp_path.stat().st_ino
+    for renames in (1, 2):  # the second time an older one is put aside
+        said.clear()
+        commit_folder(target, write)
+        new = {path.stat().st_ino for path in (target, *target.iterdir())}
+        assert {inode for _, inode in said[: len(new)]} == new
+        assert [what for what, _ in said] == ["sync"] * len(new) + ["rename"] * renames + ["sync"]
+        assert said[-2:] == [("rename", target.stat().st_ino), ("sync", parent)]
+    for words in ("old", "new"):
+        said.clear()
+        replace_text(text, words)
+        assert said == [("sync", text.stat().st_ino), ("rename", text.stat().st_ino), ("sync", parent)]
 
 
 def test_without_replace_what_appeared_meanwhile_stays(tmp_path: Path) -> None:
