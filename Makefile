@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults lint tiny-base clean
+.PHONY: help setup demo test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults seeded-breaks lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -94,6 +94,10 @@ faults: setup  ## the same in the published numbers
 	rm -rf build/faults
 	$(OFFLINE) OMP_NUM_THREADS=1 GEMMA_FT_FAULTS=full $(BIN)/python -m pytest -m faults tests/faults -n 2 --dist worksteal
 	$(BIN)/python -m benchmarks.faults build/faults
+
+# four minutes; ONLY=NAME makes one of them. Which they are: python -m tests.seeded_breaks --list
+seeded-breaks: setup  ## break a copy of the package in many ways, and see each of them red
+	$(BIN)/python -m tests.seeded_breaks $(if $(ONLY),--only $(ONLY))
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
