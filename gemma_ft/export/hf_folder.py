@@ -21,7 +21,7 @@ from gemma_ft.errors import DiskError, UserError
 from gemma_ft.system.files import commit_folder, write_json
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
-# A run's own folders (evaluate.run_files.RunFiles, and its loggers'), under what tells a run from other folders.
+# A run's own folders (recipe.run_files.RunFiles, and its loggers'), under what tells a run from other folders.
 RUN_RECIPE, RUN_FOLDERS = "recipe.yaml", ("adapter", "model", "checkpoints", "tensorboard", "wandb")
 SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
 
