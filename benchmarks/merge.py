@@ -31,7 +31,7 @@ PROMPTS = 100
 
 def merges(run: Path) -> dict[str, Any]:
     """The certificate of each policy and dtype of a run, passed or not."""
-    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.build.place import place_of
     from gemma_ft.export.merge.certificate import BeyondLimit, certify
     from gemma_ft.export.merge.merge import merge_to_folder
     from gemma_ft.export.merge_display import DTYPES

@@ -40,7 +40,7 @@ def prepare(folder: Path) -> None:
 
 
 def ours(folder: Path, out: Path) -> None:
-    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.build.place import place_of
     from gemma_ft.export.merge.merge import merge_to_folder
 
     merge_to_folder(place_of(folder / "base", folder / "adapter"), out, dtype=torch.bfloat16)

@@ -158,7 +158,7 @@ def generate(arm: Arm, model: Any) -> None:
 
 
 def merge(folder: Path) -> None:
-    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.build.place import place_of
     from gemma_ft.export.merge.merge import merge_to_folder
 
     merge_to_folder(place_of(folder / "adapter"), folder / "merged")

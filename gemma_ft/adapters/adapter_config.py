@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -10,26 +11,29 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.adapters.kinds import lora_fault, type_fault
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, lora_fault, type_fault
 from gemma_ft.adapters.trainable_tokens import HEAD, LAYER
 from gemma_ft.errors import UserError, first_line
 
 
-def adapter_config(adapter: Path) -> Any:
-    """PEFT's config of an adapter that is computed here as PEFT computes it (adapters/kinds.py).
+def adapter_config(adapter: Path, fields: Mapping[str, Any] | None = None) -> Any:
+    """PEFT's config of an adapter that is computed here as PEFT computes it (adapters/kinds.py). `fields`: what
+    `read_fields` gave for the folder, where that was called before.
 
     Raises: UserError for other kinds; for what a newer PEFT wrote and this one would drop; and for ranks and alphas
     that are none, which PEFT takes as they are.
     """
-    path = adapter / "adapter_config.json"
-    said = _read(path)
+    path = adapter / ADAPTER_CONFIG
+    said = dict(read_fields(adapter) if fields is None else fields)
     fault = type_fault(said["peft_type"]) if isinstance(said.get("peft_type"), str) else None
     if fault is not None:
         raise UserError(f"{path}: {fault}")
     from peft import LoraConfig, PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
+        # as PeftConfig.from_pretrained makes one, but of what was read already
+        kept = {key: copy.deepcopy(value) for key, value in said.items() if key != "runtime_config"}
+        config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**kept))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ImportError) as error:
         raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
     fault = _newer_fault(said, config) or (lora_fault(config) if isinstance(config, LoraConfig) else None)
@@ -46,6 +50,21 @@ def adapter_config(adapter: Path) -> Any:
     if fault is not None:
         raise UserError(f"{path}: {fault}; fetch it again")
     return config
+
+
+def read_fields(adapter: Path) -> dict[str, Any]:
+    """What the adapter_config.json of a folder says, as it stands there.
+
+    Raises: UserError when it cannot be read, or is no JSON object.
+    """
+    path = adapter / ADAPTER_CONFIG
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{path}: cannot be read as a PEFT adapter: it holds no JSON object")
+    return said
 
 
 def for_loading(config: Any) -> Any:
@@ -88,14 +107,6 @@ def resized_fault(shapes: Mapping[str, tuple[int, ...]], vocab_size: int) -> str
                 "(merge_and_unload), and give the merged folder"
             )
     return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as a PEFT adapter: {first_line(error)}") from error
-    return said if isinstance(said, dict) else {}
 
 
 def _newer_fault(said: dict[str, Any], config: Any) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names for its files
+
 _MERGE = "merge it with PEFT (merge_and_unload) where it was trained, and give the merged folder"
 _LAYERS = f"it changes layers otherwise than LoRA does; {_MERGE}"
 _AROUND = "part of it is not in the layers but around the model, and cannot be merged either; train LoRA"

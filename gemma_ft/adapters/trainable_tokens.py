@@ -22,10 +22,14 @@ TRAINED = f"{_PLACE}trainable_tokens_delta"  # whole rows, whatever the name say
 INITIAL = f"{_PLACE}trainable_tokens_original"  # PEFT has it in memory and ignores it in a file
 
 
+def native_of(model: Any) -> Any:
+    """The model that PEFT's wrapper is around; a model without one itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def rows_of(model: Any) -> Any:
     """The added rows of a model, within PEFT's wrapper or without; None where it has none."""
-    native = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(native.model, "added_rows", None)
+    return getattr(native_of(model).model, "added_rows", None)
 
 
 def indices(first: int, count: int) -> dict[str, list[int]]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from gemma_ft.build.located import ADAPTER_WEIGHTS
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gemma_ft.build.weights import file_hash
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
@@ -127,19 +128,17 @@ def pieces_hash(tokenizer: Any) -> str | None:
     return file_hash(pieces) if pieces.is_file() else None
 
 
-def adapter_hash(folder: Path) -> str:
+def adapter_hash(folder: Path, fields: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of an adapter's weights, byte for byte, and of what its config makes of them: not of where its base
-    lies or which class was wrapped.
+    lies or which class was wrapped. `fields`: what its adapter_config.json says (adapters.saved.read_fields).
 
-    Raises: UserError when one of the two cannot be read.
+    Raises: UserError when the weights cannot be read.
     """
-    path = folder / "adapter_config.json"
+    decides = {key: value for key, value in fields.items() if key not in _OF_THE_PLACE}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        decides = {key: value for key, value in config.items() if key not in _OF_THE_PLACE}
         return sha256_of(json.dumps([file_hash(folder / ADAPTER_WEIGHTS), decides], sort_keys=True))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged; restore it from where the adapter was trained") from error
+    except OSError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: damaged; restore it from where the adapter was trained") from error
 
 
 def sha256_of(text: str) -> str:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.hub import snapshot
 from gemma_ft.system.paths import expanded
 from gemma_ft.system.shipped import locate, shipped_root
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name for them
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 NO_WEIGHTS = "a file, not a folder"  # what `taken_for_folder` says of a file that holds none
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
@@ -79,13 +80,20 @@ def check_is_model(folder: Path, name: str, key: str = "") -> None:
             f"{key}{name}: {what}, no model of its own; merge it first (gemma-ft merge {shlex.quote(name)} --out DIR) "
             "and give DIR"
         )
-    if (folder / "model" / "config.json").is_file():
-        raise UserError(f"{key}{name}: a run; give the model in it, {os.path.join(name, 'model')}")
+    model = model_in(folder)
+    if model is not None:
+        raise UserError(f"{key}{name}: a run; give the model in it, {os.path.join(name, model.name)}")
 
 
 def adapter_in(folder: Path) -> Path | None:
     """The adapter folder that a run or an adapter folder stands for, or None."""
-    return next((one for one in (folder / "adapter", folder) if (one / "adapter_config.json").is_file()), None)
+    return next((one for one in (RunFiles(folder).adapter, folder) if (one / ADAPTER_CONFIG).is_file()), None)
+
+
+def model_in(run: Path) -> Path | None:
+    """The folder of the fully tuned model that a run stands for, or None."""
+    folder = RunFiles(run).model
+    return folder if (folder / "config.json").is_file() else None
 
 
 def taken_for_folder(file: Path) -> tuple[str, str]:
@@ -126,7 +134,7 @@ def refuse_weights(file: Path, name: str, instead: str | None = None) -> None:
 
 def refuse_no_adapter(place: Path, key: str = "") -> NoReturn:
     """Raises: UserError that says what lies where an adapter is wanted."""
-    what, cure = taken_for_folder(place) if place.is_file() else ("no adapter_config.json in it", "")
+    what, cure = taken_for_folder(place) if place.is_file() else (f"no {ADAPTER_CONFIG} in it", "")
     if place.name != ADAPTER_WEIGHTS:
         cure = "name a PEFT adapter folder, or a run with one"
     raise UserError(f"{key}{place}: {what}; {cure}")

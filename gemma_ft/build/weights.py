@@ -5,6 +5,7 @@ Nothing here opens any other form of weights: pickles are refused by name, befor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -116,9 +117,12 @@ class WeightFiles:
         training, quantizing or casting; it does not prove that no single byte was changed.
         """
         digest = hashlib.sha256()
-        for name, info in self._entries.items():
-            digest.update(json.dumps([name, str(info.dtype), info.shape]).encode())
-            with info.file.open("rb") as file:
+        with contextlib.ExitStack() as stack:
+            paths = {info.file for info in self._entries.values()}
+            opened = {path: stack.enter_context(path.open("rb")) for path in paths}
+            for name, info in self._entries.items():
+                digest.update(json.dumps([name, str(info.dtype), info.shape]).encode())
+                file = opened[info.file]
                 for start, size in _blocks(info.bytes):
                     file.seek(info.start + start)
                     digest.update(file.read(size))

@@ -185,7 +185,7 @@ def _work(
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
     from gemma_ft.build.located import located
-    from gemma_ft.build.pretrained import place_of
+    from gemma_ft.build.place import place_of
     from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
 
     place = place_of(model, adapter)

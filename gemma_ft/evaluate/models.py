@@ -13,25 +13,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft.adapters.adapter_config import adapter_config
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.trainable_tokens import added_by
 from gemma_ft.build.contract import CONTRACT, Contract, stop_ids_in
 from gemma_ft.build.inputs import FRESH, build_tokenizer, weights_source
-from gemma_ft.build.located import Source, folder_of, refuse_no_adapter, refuse_weights, taken_for_folder
+from gemma_ft.build.located import Source, adapter_in, model_in, refuse_no_adapter, refuse_weights, taken_for_folder
 from gemma_ft.build.new_tokens import begin_rows
-from gemma_ft.build.pretrained import Place, load_base, load_model, load_tokenizer, place_of
+from gemma_ft.build.place import Place, model_place, place_of
+from gemma_ft.build.pretrained import load_base, load_model, load_tokenizer, model_at
 from gemma_ft.build.weights import EMBEDDING, WeightFiles
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.card.run_record import read_object
-from gemma_ft.export.merge.merge import FACTS, merge_into
+from gemma_ft.export.merge.merge import merge_into
 from gemma_ft.export.merge.merged import merged_weights
 from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.run_files import RunFiles
+from gemma_ft.recipe.run_files import FACTS, RunFiles
 from gemma_ft.recipe.schema import Data, Recipe
 from gemma_ft.system import hardware
 from gemma_ft.system.paths import given_path
@@ -101,7 +102,7 @@ class Subject:
             encoder = encoder.but(system=data.system) if encoder.system_policy == "error" else encoder
         if not encoder.format.bos:
             raise UserError(f"{adapter}: its chats begin without BOS, and rows are scored with one; ask it by generate")
-        base = folder_of(self.place.base) if self.place is not None else None
+        base = self.place.of_base.folder if self.place is not None else None
         return encoder.but(stop_ids=stop_ids_in(base) if base is not None else ())
 
     @property
@@ -126,40 +127,67 @@ def find_subject(
 
     Raises: UserError in one line.
     """
-    folder = given_path(name)
-    as_it_is = adapter is None and merged is None and not overrides
-    if adapter is not None and not any(
-        (place / "adapter_config.json").is_file() for place in (adapter, RunFiles(adapter).adapter)
-    ):
+    if adapter is not None and adapter_in(adapter) is None:
         refuse_no_adapter(adapter, "--adapter ")
+    folder = given_path(name)
     if folder.is_file():
         refuse_weights(folder, name, "give a run directory or a recipe")
     if folder.is_dir() or adapter is not None:
         _check_overrides(overrides, str(adapter or name))
-    if folder.is_dir():
-        run = RunFiles(folder)
-        if not run.recipe.is_file():
-            raise UserError(f"{name}: not a run, there is no recipe.yaml in it; give a run directory or a recipe")
-        recipe = load_recipe(run.recipe, overrides).recipe
-        if not _finished(run) and adapter is None and merged is None:
-            raise UserError(f"{name}: the run is not finished, there is no adapter/ or model/ in it; finish it first")
-    else:
-        recipe = load_recipe(name, overrides).recipe
-        run = RunFiles(Path(recipe.output_dir))
-    has_run = run.recipe.is_file() and _finished(run)
-    if has_run and as_it_is and not folder.is_dir():
-        as_it_is = _measures_alike(recipe, load_recipe(run.recipe).recipe)
-    tuned = run.model if has_run and run.model.is_dir() and adapter is None else None
-    if adapter is None and has_run and tuned is None:
-        adapter = run.adapter
-    base = None if recipe.model.weights == FRESH else weights_source(recipe)
+    alone = adapter is None and merged is None
+    named = (
+        _of_run(folder, name, overrides, alone=alone) if folder.is_dir() else _of_recipe(name, overrides, alone=alone)
+    )
+    base = None if named.recipe.model.weights == FRESH else weights_source(named.recipe)
     if merged is not None and not (merged / "config.json").is_file():
         what = taken_for_folder(merged)[0] if merged.is_file() else "no config.json in it"
         raise UserError(f"--merged {merged}: {what}; give a folder that gemma-ft merge wrote")
-    place = _place(base, adapter)
+    tuned = named.tuned if adapter is None else None
+    place = _place(base, adapter if adapter is not None else named.adapter)
     if merged is not None and place is not None:
         _check_merged(merged, place)
-    return Subject(recipe, name, run if has_run and as_it_is else None, place, tuned, merged)
+    return Subject(named.recipe, name, named.run, place, tuned, merged)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What the name of a run or a recipe stands for: the recipe, the adapter or the tuned model of the finished run,
+    and that run where it is measured alone and as the recipe says: its eval.json may then be written.
+    """
+
+    recipe: Recipe
+    adapter: Path | None = None
+    tuned: Path | None = None
+    run: RunFiles | None = None
+
+
+def _of_run(folder: Path, name: str, overrides: Sequence[str], *, alone: bool) -> _Named:
+    """What the directory of a run stands for. Raises: UserError where it is none, or, `alone`, an unfinished one."""
+    run = RunFiles(folder)
+    if not run.recipe.is_file():
+        raise UserError(f"{name}: not a run, there is no recipe.yaml in it; give a run directory or a recipe")
+    recipe = load_recipe(run.recipe, overrides).recipe
+    adapter, tuned = _result_of(run)
+    finished = adapter is not None or tuned is not None
+    if alone and not finished:
+        raise UserError(f"{name}: the run is not finished, there is no adapter/ or model/ in it; finish it first")
+    return _Named(recipe, adapter, tuned, run if alone and not overrides else None)
+
+
+def _of_recipe(name: str, overrides: Sequence[str], *, alone: bool) -> _Named:
+    """What a recipe stands for: the finished run in its output_dir, or, where there is none, itself."""
+    recipe = load_recipe(name, overrides).recipe
+    run = RunFiles(Path(recipe.output_dir))
+    adapter, tuned = _result_of(run) if run.recipe.is_file() else (None, None)
+    finished = adapter is not None or tuned is not None
+    alike = finished and alone and not overrides and _measures_alike(recipe, load_recipe(run.recipe).recipe)
+    return _Named(recipe, adapter, tuned, run if alike else None)
+
+
+def _result_of(run: RunFiles) -> tuple[Path | None, Path | None]:
+    """The adapter of a finished run, or its fully tuned model."""
+    tuned = model_in(run.root)
+    return (adapter_in(run.root), None) if tuned is None else (None, tuned)
 
 
 def _check_merged(merged: Path, place: Place) -> None:
@@ -167,9 +195,10 @@ def _check_merged(merged: Path, place: Place) -> None:
 
     Raises: UserError where it says otherwise; a folder that does not say is taken as it is.
     """
-    rows = [WeightFiles.open(folder).info(EMBEDDING).shape[0] for folder in (merged, folder_of(place.base))]
-    if place.adapter is not None:
-        added = added_by(adapter_config(place.adapter), place.adapter / "adapter_config.json", rows[1])
+    adapter = place.of_adapter
+    rows = [files.info(EMBEDDING).shape[0] for files in (WeightFiles.open(merged), place.of_base.weights)]
+    if adapter is not None:
+        added = added_by(adapter.config, adapter.folder / ADAPTER_CONFIG, rows[1])
         rows[1] += added.count if added else 0
     if rows[0] != rows[1]:
         raise UserError(f"--merged {merged}: has {rows[0]} tokens, {place.base.name} {rows[1]}; give a merge of it")
@@ -181,10 +210,8 @@ def _check_merged(merged: Path, place: Place) -> None:
             raise UserError(f"--merged {merged}: has another {what} than {place.adapter}; give a merge of that adapter")
     adapters = (read_object(merged / FACTS) or {}).get("adapters")
     adapters = [one.get("sha256") for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
-    if place.adapter is not None and adapters:
-        found = WeightFiles.open(place.adapter, "adapter_model").fingerprint()
-        if found not in adapters:
-            raise UserError(f"--merged {merged}: was not made of {place.adapter}; give a merge of that adapter")
+    if adapter is not None and adapters and adapter.weights.fingerprint() not in adapters:
+        raise UserError(f"--merged {merged}: was not made of {adapter.folder}; give a merge of that adapter")
 
 
 def _measures_alike(recipe: Recipe, other: Recipe) -> bool:
@@ -209,25 +236,19 @@ def check_base(subject: Subject) -> None:
     if subject.tuned is None or subject.place is None:
         return
     contract = Contract.read(subject.tuned)
-    if contract is None or contract.base_sha256 is None:
-        return
-    found = WeightFiles.open(folder_of(subject.place.base)).fingerprint()
-    if found != contract.base_sha256:
+    found = subject.place.of_base.unlike(contract)
+    if contract is not None and found is not None:
         raise UserError(
-            f"{subject.tuned}: was trained on {contract.base} with fingerprint {contract.base_sha256[:12]}, but "
+            f"{subject.tuned}: was trained on {contract.base} with fingerprint {str(contract.base_sha256)[:12]}, but "
             f"{subject.place.base.name} has {found[:12]} ({CONTRACT}); restore that base, or leave it out of --models"
         )
-
-
-def _finished(run: RunFiles) -> bool:
-    return (run.adapter / "adapter_config.json").is_file() or (run.model / "config.json").is_file()
 
 
 def _place(base: Source | None, adapter: Path | None) -> Place | None:
     """Base and adapter together; an adapter names its own base."""
     if adapter is not None:
         return place_of(adapter)
-    return Place(base, None, folder_of(base), None) if base is not None else None
+    return model_place(base) if base is not None else None
 
 
 def chosen_models(subject: Subject, names: Sequence[str] | None) -> list[str]:
@@ -273,7 +294,7 @@ def _load_live(subject: Subject) -> Any:
     kind, double_quant = subject.quantize
     place = subject.place
     if place.adapter is not None:
-        model = load_model(place.adapter, dtype=subject.dtype, quantize=kind)
+        model = model_at(place, dtype=subject.dtype, quantize=kind)
     else:
         model = load_base(place.base, dtype=subject.dtype, quantize=kind, double_quant=double_quant)
         begin_rows(model, subject.tokenizer(), place.base)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.data.conversation import Document, Item
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import DataStats, prepare
@@ -126,7 +127,7 @@ def row_losses(model: Any, batch: dict[str, Tensor]) -> list[HeadLoss]:
 @torch.no_grad()
 def final_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The hidden states [B, T, D] that the head is given, on the model's device."""
-    native = _native(model)
+    native = native_of(model)
     device = native.lm_head.weight.device
     states: Tensor = native.model(
         **{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False
@@ -139,13 +140,8 @@ def head_loss(model: Any, states: Tensor, labels: Tensor) -> HeadLoss:
     """The summed loss of one row's labels [T], its labelled tokens, and how many of them are the likeliest ones, out of
     the row's final states [T, D].
     """
-    found: HeadLoss = _native(model).head_loss(states[None], labels[None].to(states.device))
+    found: HeadLoss = native_of(model).head_loss(states[None], labels[None].to(states.device))
     return found
-
-
-def _native(model: Any) -> Any:
-    """The Gemma inside PEFT's wrapper, whose head may carry an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def example_of(piece: Piece) -> dict[str, list[int]]:

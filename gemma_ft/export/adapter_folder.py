@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import torch
 
-from gemma_ft.build.pretrained import Place, check_base, load_tokenizer
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_ft.build.place import Place
+from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.build.weights import WeightFiles
-from gemma_ft.data.encode.tokenizer_files import brings_tokenizer, save_tokenizer
+from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.system.files import write_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM gives a place for an adapter. Source: vllm/config/lora.py (MaxLoRARanks, max_lora_rank).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
@@ -30,33 +30,22 @@ def write_adapter(place: Place, folder: Path, *, base_id: str | None = None) -> 
     base_id: the hub id that is written as the base; default: what the adapter names. Weights are copied as they are.
     Raises: UserError: not the base it was trained on, weights that are damaged or not finite, another tokenizer.
     """
-    assert place.adapter is not None, "a place with an adapter"
+    adapter = place.of_adapter
+    assert adapter is not None, "a place with an adapter"
     if Path(place.base.name).is_absolute():  # of a hub id the weights need not be here
-        check_base(place)
-    check_finite(WeightFiles.open(place.adapter, "adapter_model"))
-    tokenizer_from = place.adapter if brings_tokenizer(place.adapter) else place.base.name
-    tokenizer = load_tokenizer(str(tokenizer_from))
+        place.check()
+    check_finite(adapter.weights)
+    tokenizer = tokenizer_of(place)
     if place.contract is not None:
-        place.contract.encoder(tokenizer, tokenizer_from)
+        place.contract.encoder(tokenizer, place.folder)
         place.contract.write(folder)
     save_tokenizer(tokenizer, folder, system_policy=place.contract.system if place.contract is not None else None)
     # The task in place of PEFT's note on the class that was trained: stock PEFT loads either, but not a class of ours.
-    config = {**read_config(place.adapter), "task_type": "CAUSAL_LM", "auto_mapping": None}
+    config = {**adapter.fields, "task_type": "CAUSAL_LM", "auto_mapping": None}
     if base_id is not None:
         config |= {"base_model_name_or_path": base_id, "revision": None}
-    write_json(folder / CONFIG, config)
-    shutil.copyfile(place.adapter / WEIGHTS, folder / WEIGHTS)
-
-
-def read_config(adapter: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder. Raises: UserError when it cannot be read."""
-    try:
-        found = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter / CONFIG}: cannot be read; restore it from where the adapter was trained") from error
-    raise UserError(f"{adapter / CONFIG}: cannot be read; restore it from where the adapter was trained")
+    write_json(folder / ADAPTER_CONFIG, config)
+    shutil.copyfile(adapter.folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
 
 
 def check_finite(weights: WeightFiles) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.card.model_card import Form as FormName

@@ -15,21 +15,21 @@ from typing import Any, Protocol
 
 import torch
 
-from gemma_ft.build.contract import Contract
-from gemma_ft.build.located import folder_of
-from gemma_ft.build.pretrained import Place
-from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, WeightFiles, write_shards
+from gemma_ft.adapters.kinds import ADAPTER_WEIGHTS
+from gemma_ft.build.place import Place
+from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, write_shards
 from gemma_ft.errors import UserError
-from gemma_ft.export.adapter_folder import WEIGHTS, read_config, vllm_notes, write_adapter
+from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
 from gemma_ft.export.gguf_chat import chat_notes
 from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
-from gemma_ft.export.merge.merge import FACTS, merge_to_folder, verify
+from gemma_ft.export.merge.merge import merge_to_folder, verify
 from gemma_ft.export.merge.merged import MergedWeights, merged_weights
 from gemma_ft.export.metadata import Papers
 from gemma_ft.export.modelfile import modelfile
+from gemma_ft.recipe.run_files import FACTS
 
 AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 PROMPTS = 32  # held-out rows that the certificate of a merge compares
@@ -112,9 +112,7 @@ class HfForm:
     def _beside(self, folder: Path) -> None:
         write_beside_weights(
             folder,
-            base=self.weights.base_folder,
-            tokenizer_from=str(self.weights.tokenizer_folder),
-            contract=self.place.contract,
+            place=self.place,
             dtype=self.weights.dtype,
             vocab_size=self.weights.vocab_size,
         )
@@ -125,23 +123,23 @@ class AdapterForm:
     """A PEFT folder, its base named so that others can find it."""
 
     def __init__(self, place: Place, papers: Papers, out: Path, base_id: str | None) -> None:
-        if place.adapter is None:
+        if place.of_adapter is None:
             raise UserError(f"{place.base.name}: is a whole model without an adapter; use --to hf")
-        self.place, self.adapter, self.papers, self.out, self.base_id = place, place.adapter, papers, out, base_id
-        self.bytes = (self.adapter / WEIGHTS).stat().st_size
+        self.place, self.adapter, self.papers, self.out, self.base_id = place, place.of_adapter, papers, out, base_id
+        self.bytes = (self.adapter.folder / ADAPTER_WEIGHTS).stat().st_size
         check_out(out, self.bytes)
 
     def steps(self) -> list[Step]:
         small = _sizes_of(self._write)
-        size = small.pop(WEIGHTS)
-        return [Step(f"copy {self.adapter}", {WEIGHTS: size}), Step("write what lies beside it", small)]
+        size = small.pop(ADAPTER_WEIGHTS)
+        return [Step(f"copy {self.adapter.folder}", {ADAPTER_WEIGHTS: size}), Step("write what lies beside it", small)]
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
         commit_model_folder(self.out, self._write)
         return None
 
     def notes(self) -> list[str]:
-        notes = vllm_notes(read_config(self.adapter), WeightFiles.open(self.adapter, "adapter_model").names)
+        notes = vllm_notes(self.adapter.fields, self.adapter.weights.names)
         notes += self.papers.notes
         if self.base_id is None and Path(self.place.base.name).is_absolute():
             notes.append(
@@ -151,7 +149,7 @@ class AdapterForm:
         return notes
 
     def _write(self, folder: Path) -> None:
-        local, contract = Path(self.place.base.name).is_absolute(), Contract.read(self.adapter)
+        local, contract = Path(self.place.base.name).is_absolute(), self.place.contract
         write_adapter(self.place, folder, base_id=self.base_id)
         self.papers.write(folder, "adapter")
         if local and self.base_id is None and contract is not None:
@@ -164,7 +162,7 @@ class GgufForm:
     def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
         gguf_library()
         self.place, self.papers, self.out, self.encoder = place, papers, out, papers.encoder
-        files = WeightFiles.open(folder_of(place.base))
+        files = place.of_base.weights
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
         self.stored = AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")

@@ -4,6 +4,7 @@ at a time.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -16,7 +17,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract
@@ -142,7 +142,7 @@ def write_gguf(
         _add_general(gguf, writer, kind, name, license, contract)
         _add_hyperparameters(writer, config)
         add_vocabulary(writer, vocabulary)
-        add_chat(writer, encoder if encoder is not None else own_encoder(tokenizer, weights.tokenizer_folder))
+        add_chat(writer, encoder if encoder is not None else own_encoder(tokenizer, weights.place.folder))
         for tensor in tensors:
             stored = _type(gguf, tensor.stored)
             writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.bytes, raw_dtype=stored)
@@ -161,7 +161,7 @@ def write_gguf(
 
 def gguf_config(weights: MergedWeights) -> PreTrainedConfig:
     """The config of a model that llama.cpp computes as we do. Raises: UserError as `check_for_llama_cpp`."""
-    config = AutoConfig.from_pretrained(str(weights.base_folder), trust_remote_code=False)
+    config = copy.deepcopy(weights.config)
     config.vocab_size = weights.vocab_size
     check_for_llama_cpp(config)
     return config

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from gemma_ft.build.contract import Contract, asking_encoder, stop_ids_in
-from gemma_ft.build.pretrained import load_tokenizer
+from gemma_ft.build.contract import asking_encoder, stop_ids_in
+from gemma_ft.build.place import Place
+from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.data.encode.tokenizer import ControlIds
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
+from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
 
 ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
-# A run's own folders (recipe.run_files.RunFiles, and its loggers'), under what tells a run from other folders.
-RUN_RECIPE, RUN_FOLDERS = "recipe.yaml", ("adapter", "model", "checkpoints", "tensorboard", "wandb")
 SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
 
 
@@ -35,7 +35,8 @@ def check_out(out: Path, weight_bytes: int) -> None:
     check_free(out)
     real = Path(os.path.realpath(out))
     for folder in (real, *real.parents):
-        if folder.name in RUN_FOLDERS and (folder.parent / RUN_RECIPE).is_file():
+        run = RunFiles(folder.parent)
+        if folder in run.folders and run.recipe.is_file():
             raise UserError(
                 f"{out}: a run keeps its own files in {folder}; choose another --out, such as {folder.parent}/merged"
             )
@@ -80,22 +81,20 @@ def commit_model_folder(out: Path, fill: Callable[[Path], None]) -> None:
 def write_beside_weights(
     folder: Path,
     *,
-    base: Path,
-    tokenizer_from: str,
-    contract: Contract | None,
+    place: Place,
     dtype: torch.dtype,
     vocab_size: int,
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer and gemma_ft.json into `folder`.
 
-    base: the folder of the model whose config.json is taken over. tokenizer_from: a folder or hub id. contract: what
-    was trained; its chat template is written, and gemma_ft.json says that nothing is quantized any more. Without one
-    the tokenizer keeps its own template and there is no gemma_ft.json. dtype, vocab_size: of the weights.
+    place: whose base's config.json is taken over, whose tokenizer it is, and what was trained: the contract's chat
+    template is written, and gemma_ft.json says that nothing is quantized any more. Without one the tokenizer keeps its
+    own template and there is no gemma_ft.json. dtype, vocab_size: of the weights.
     Raises: UserError when the tokenizer is not the one of the contract.
     """
-    tokenizer = load_tokenizer(tokenizer_from)
+    base, contract, tokenizer = place.of_base.folder, place.contract, tokenizer_of(place)
     try:
-        stop_ids = asking_encoder(tokenizer, tokenizer_from, contract, base).stop_ids
+        stop_ids = asking_encoder(tokenizer, place.folder, contract, base).stop_ids
     except UnknownTemplate:  # copied as it is
         stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *stop_ids_in(base)]))
     write_json(folder / "config.json", config_fields(base, dtype) | {"vocab_size": vocab_size})

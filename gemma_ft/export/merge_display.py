@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gemma_ft.build.pretrained import place_of
-from gemma_ft.export.hf_folder import RUN_RECIPE
+from gemma_ft.build.place import place_of
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
-from gemma_ft.export.merge.merge import FACTS, MergeFacts, merge_to_folder
+from gemma_ft.export.merge.merge import MergeFacts, merge_to_folder
 from gemma_ft.export.merge.merged import Policy
 from gemma_ft.system.files import as_json, replace_text
 
@@ -63,10 +62,9 @@ def merge_and_show(
     except BeyondLimit as error:
         show_certificate(console, error.certificate, policy)
         raise
-    run = place.adapter.resolve().parent if place.adapter is not None else None
-    if not adapters and run is not None and (run / RUN_RECIPE).is_file():
+    if not adapters and place.run is not None:
         with contextlib.suppress(OSError):  # a run that cannot be written to any more: the folder has it
-            replace_text(run / FACTS, as_json(vars(facts)))
+            replace_text(place.run.certificate, as_json(vars(facts)))
     kinds = ", ".join(f"{one['kind']} {one['folder']} x {one['weight']:g}" for one in facts.adapters)
     _say(console, f"{out}: {facts.tensors} tensors, {facts.bytes / 1e9:.3g} GB, {facts.dtype}")
     _say(console, f"  base      {facts.base['name']} ({policy})")

@@ -11,15 +11,15 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract, asking_encoder
-from gemma_ft.build.located import folder_of
-from gemma_ft.build.pretrained import Place, load_tokenizer
+from gemma_ft.build.place import Place
+from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.export.card.license import Terms, terms_of
 from gemma_ft.export.card.model_card import Card, Form
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
-from gemma_ft.export.merge.merge import FACTS
-from gemma_ft.model.config import PRESETS, config_in
+from gemma_ft.model.config import PRESETS
+from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.files import write_json
 
 CARD, NOTICE = "README.md", "NOTICE"
@@ -58,10 +58,10 @@ class Papers:
         """
         config, contract = config_of(place), place.contract
         known = contract.base if contract is not None else place.base.name
-        tokenizer = load_tokenizer(place.folder)
+        tokenizer = tokenizer_of(place)
         chats: ChatEncoder | UnknownTemplate
         try:
-            chats = asking_encoder(tokenizer, place.folder, contract, folder_of(place.base, downloaded=True))
+            chats = asking_encoder(tokenizer, place.folder, contract, place.of_base.folder)
         except UnknownTemplate as error:
             chats = error
         return cls(
@@ -111,4 +111,4 @@ def config_of(place: Place) -> PreTrainedConfig:
     preset = place.contract.preset if place.contract is not None else None
     if not Path(place.base.name).is_absolute() and preset in PRESETS:
         return PRESETS[preset].config()
-    return config_in(folder_of(place.base))
+    return place.of_base.config

@@ -10,10 +10,10 @@ import torch
 
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.build.contract import CONTRACT
-from gemma_ft.build.located import Source, folder_of
+from gemma_ft.build.located import Source
 from gemma_ft.build.new_tokens import begin_rows
+from gemma_ft.build.place import model_place
 from gemma_ft.build.pretrained import load_model
-from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.infer.engine import Engine
 from gemma_ft.infer.session import Session
@@ -61,13 +61,12 @@ class Untuned:
     def _opened(self) -> Session:
         tuned, contract = self._session, self._session.place.contract
         assert contract is not None, "checked at the start"
-        base = Source(str(contract.base), contract.revision)
-        if contract.base_sha256 is not None:
-            found = WeightFiles.open(folder_of(base)).fingerprint()
-            if found != contract.base_sha256:
-                raise UserError(f"{base.name}: is not the base that {tuned.name} was tuned from any more ({CONTRACT})")
+        place = model_place(Source(str(contract.base), contract.revision))
+        base = place.base
+        if place.of_base.unlike(contract) is not None:
+            raise UserError(f"{base.name}: is not the base that {tuned.name} was tuned from any more ({CONTRACT})")
         dtype: torch.dtype = tuned.model.get_input_embeddings().weight.dtype
-        model = load_model(folder_of(base), dtype=dtype, quantize=self._quantize, device=tuned.engine.device)
+        model = load_model(place.of_base.folder, dtype=dtype, quantize=self._quantize, device=tuned.engine.device)
         begin_rows(model, tuned.tokenizer, base)
         engine = Engine(model, stop_ids=tuned.encoder.stop_ids, max_batch=1, max_seq_len=tuned.engine.max_seq_len)
         return replace(tuned, name=base.name, model=model, engine=engine)

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.build.located import folder_of
-from gemma_ft.build.pretrained import Place
-from gemma_ft.build.weights import WeightFiles
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG
+from gemma_ft.build.place import Place
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError, InterruptedWork, UserError
@@ -113,11 +112,11 @@ class BatchFile:
 
 def identity_of(place: Place) -> dict[str, str]:
     """What tells a model from others, wherever it lies: a digest of its weights, its config and its adapter."""
-    base = folder_of(place.base)
-    parts = [WeightFiles.open(base).fingerprint(), (base / "config.json").read_text(encoding="utf-8")]
-    if place.adapter is not None:
-        parts.append(WeightFiles.open(place.adapter, "adapter_model").fingerprint())
-        parts.append((place.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base, adapter = place.of_base, place.of_adapter
+    parts = [base.sha256, (base.folder / "config.json").read_text(encoding="utf-8")]  # as it stands there
+    if adapter is not None:
+        parts.append(adapter.weights.fingerprint())
+        parts.append((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return {"model": _digest(parts)}
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.infer.decode_step import DecodeSteps, recorder
 from gemma_ft.infer.sampling import Sampler, Sampling, next_tokens
@@ -67,7 +68,7 @@ class Engine:
         max_seq_len: int | None = None,
         agree: Callable[[list[int]], list[int]] = list,
     ) -> None:
-        native = model.get_base_model() if hasattr(model, "get_base_model") else model
+        native = native_of(model)
         self._native = native
         self.stop_ids, self._agree = frozenset(stop_ids), agree
         self.max_batch = max_batch

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from gemma_ft.build.contract import CONTRACT, asking_encoder
-from gemma_ft.build.located import adapter_in, folder_of, located
-from gemma_ft.build.pretrained import Place, load_tokenizer, model_at, place_of
+from gemma_ft.build.located import adapter_in, located
+from gemma_ft.build.place import Place, place_of
+from gemma_ft.build.pretrained import model_at, tokenizer_of
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import System, gemma_format
@@ -94,8 +95,8 @@ def open_session(
     Raises: UserError when there is no such model, or it would not be asked as it was trained.
     """
     place = place_of(path, adapter)
-    tokenizer = load_tokenizer(place.folder)
-    encoder = asking_encoder(tokenizer, path, place.contract, folder_of(place.base, downloaded=True))
+    tokenizer = tokenizer_of(place)
+    encoder = asking_encoder(tokenizer, path, place.contract, place.of_base.folder)
     notes = _notes_of_own_adapter(path, place) if adapter is not None else []
     if place.contract is None:
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FACTS = "merge.json"  # of a merge: in the folder that was made, and in the run that it was made of
+
 
 class RunFiles:
     """Paths of one run under `root`. Nothing is read or written here."""
@@ -21,4 +23,9 @@ class RunFiles:
         self.summary = root / "summary.json"
         self.report = root / "report.html"
         self.eval_results = root / "eval.json"  # of `gemma-ft eval`
-        self.certificate = root / "merge.json"  # of `gemma-ft merge`
+        self.certificate = root / FACTS
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What a run and its loggers keep as folders of their own."""
+        return (self.adapter, self.model, self.checkpoints, self.root / "tensorboard", self.root / "wandb")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gemma_ft.adapters.adapter_config import read_fields
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.adapters.trainable_tokens import rows_of, weight_name
 from gemma_ft.build.contract import adapter_hash, contract_of, stop_ids_in
@@ -79,7 +80,7 @@ def save_result(
         else:
             save_adapter(model, folder, gathered)
         save_tokenizer(tokenizer, folder, system_policy=encoder.trained_policy)
-        sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder))
+        sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder, read_fields(folder)))
         sealed.write(folder)
 
     commit_folder(target, write, manifest=False)

@@ -18,6 +18,7 @@ from peft.utils import PeftType
 from gemma_ft.adapters.adapter_config import adapter_config
 from gemma_ft.adapters.kinds import OPTIONS, STARTS, TYPES
 from gemma_ft.build import pretrained
+from gemma_ft.build.place import place_of
 from gemma_ft.cli.app import main
 from gemma_ft.errors import UserError
 from tests.export.tuned import save_base, wrap
@@ -49,7 +50,7 @@ def saved(folder: Path, **settings: Any) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        pretrained.place_of(folder)
+        place_of(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value).removeprefix(f"{folder}/adapter_config.json: ")
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from gemma_ft.__main__ import main
 from gemma_ft.build.inputs import build_tokenizer, weights_source
 from gemma_ft.build.located import Source, model_source
-from gemma_ft.build.pretrained import checked_folder, load_model, load_tokenizer, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import checked_folder, load_model, load_tokenizer
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import load_recipe

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from gemma_ft.build.place import Place
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate import models as subjects
@@ -246,7 +247,7 @@ def test_one_model_is_gone_before_the_next_is_loaded(trained: Run, monkeypatch: 
 
     alive: list[Any] = []
     seen: list[tuple[str, int]] = []
-    for name in ("load_model", "load_base"):
+    for name in ("load_model", "load_base", "model_at"):
         real = getattr(subjects, name)
 
         def load(*args: Any, real: Any = real, **kwargs: Any) -> Any:
@@ -287,7 +288,7 @@ def test_the_base_is_the_model_with_its_adapter_off(trained: Run) -> None:
 
     with_each(find_subject(str(trained("qlora"))), ["base", "adapter"], measure)
     bare = find_subject(str(trained("qlora")))
-    bare = Subject(bare.recipe, "", None, subjects.Place(bare.place.base, None, None, None), None, None)
+    bare = Subject(bare.recipe, "", None, Place(bare.place.base, None, None, None), None, None)
     with_each(bare, ["base"], lambda _, model: measure("alone", model))
     assert torch.equal(logits["base"], logits["alone"])
     assert not torch.allclose(logits["base"], logits["adapter"], atol=1e-3)

@@ -13,7 +13,8 @@ from torch import nn
 
 from gemma_ft import load_tokenizer
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import load_base, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.errors import NonFiniteError
 from gemma_ft.export.merge import certificate as room
 from gemma_ft.export.merge.certificate import (
@@ -190,7 +191,7 @@ def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> 
     merged = merged_weights(place_of(run_of(tmp_path, base, "strategy=lora")))
     found = probes_for(merged, 3)
     assert (len(found.probes), found.source) == (3, "data/scheduling_eval.jsonl")
-    tokenizer = load_tokenizer(merged.tokenizer_folder)
+    tokenizer = load_tokenizer(merged.place.folder)
     rows = (ROOT / "data" / "scheduling_eval.jsonl").read_text(encoding="utf-8").splitlines()
     for probe, row in zip(found.probes, rows, strict=False):
         answer = tokenizer.decode([probe.ids[place + 1] for place in probe.positions])

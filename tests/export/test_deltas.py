@@ -13,6 +13,7 @@ from peft import LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gemma_ft.build.place import AdapterFiles
 from gemma_ft.errors import UserError
 from gemma_ft.export.merge.deltas import Adapter
 from gemma_ft.export.merge.low_rank import add_low_rank
@@ -60,7 +61,7 @@ def adapter(tmp_path: Path) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        Adapter.open(folder)
+        Adapter.open(AdapterFiles(folder))
     assert "\n" not in str(caught.value)
     return str(caught.value).replace(str(folder), "A")
 
@@ -134,7 +135,7 @@ def test_a_config_with_numbers_that_cannot_be_is_refused(fields: dict[str, Any],
 def test_a_scale_that_float32_does_not_hold_is_refused(alpha: float, share: float, adapter: Path) -> None:
     set_config(adapter, lora_alpha=alpha)
     with pytest.raises(UserError) as caught:
-        Adapter.open(adapter, share)
+        Adapter.open(AdapterFiles(adapter), share)
     assert str(caught.value) == (
         f"{adapter}: alpha {alpha} over rank 4, times its weight {share}, overflows float32; give it a smaller weight"
     )
@@ -147,13 +148,13 @@ def test_patterns_of_ranks_and_alphas_are_followed(tmp_path: Path) -> None:
         "alpha_pattern": {"^.*v_proj": 0.5},
     }
     wrap(ours("gemma-2b"), **settings).save_pretrained(tmp_path)
-    Adapter.open(tmp_path)
+    Adapter.open(AdapterFiles(tmp_path))
 
 
 @pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", "mica", True, False])
 def test_a_start_that_leaves_the_base_is_merged(start: Any, adapter: Path) -> None:
     set_config(adapter, init_lora_weights=start)
-    assert Adapter.open(adapter).kind == "lora"
+    assert Adapter.open(AdapterFiles(adapter)).kind == "lora"
 
 
 def nan_in(weights: dict[str, torch.Tensor]) -> None:
@@ -227,7 +228,7 @@ def test_dora_on_the_embedding_or_the_head_names_its_own_cure(module: str, tied:
 def test_embedding_and_head_that_were_trained_as_one_are_the_embedding(module: str, tmp_path: Path) -> None:
     settings = {"modules_to_save": [module], "ensure_weight_tying": True}
     wrap(ours("gemma-2b"), target_modules=["q_proj"], **settings).save_pretrained(tmp_path)
-    opened = Adapter.open(tmp_path)
+    opened = Adapter.open(AdapterFiles(tmp_path))
     assert opened.replaces("model.embed_tokens.weight")
     assert not opened.combines
     assert "lm_head.weight" not in opened.targets
@@ -248,7 +249,7 @@ def test_an_adapter_over_a_resized_vocabulary_names_the_cure(settings: dict[str,
     known, width = base.model.embed_tokens.weight.shape
     base.resize_token_embeddings(known + 2)
     wrap(base, **settings).save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does where it sees a resize
-    opened = Adapter.open(tmp_path)
+    opened = Adapter.open(AdapterFiles(tmp_path))
     with pytest.raises(UserError) as caught:
         opened.check_against({"model.embed_tokens.weight": (known, width)}, "B")
     assert str(caught.value) == (

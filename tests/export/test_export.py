@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft.build.contract import Contract, contract_of
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import load_base, load_model, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer

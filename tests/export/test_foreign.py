@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig
 
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import gemma_format
 from gemma_ft.data.encode.own_template import CURE, own_encoder

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_ft.build.contract import Contract, contract_of
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.template import chat_template
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer

@@ -24,7 +24,8 @@ from benchmarks.llama_parity import (
     our_logits,
     put_stored_weights,
 )
-from gemma_ft.build.pretrained import load_model, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import load_model
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_ft import load_model
 from gemma_ft.build.contract import Contract
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import load_base, place_of
+from gemma_ft.build.place import BaseFiles, place_of
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.build.weights import WeightFiles, write_shards
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.template import chat_template
@@ -241,7 +242,7 @@ def test_dequantized_weights_are_those_of_the_quantized_layers(stored: Stored, b
     source = Source(str(base), None)
     model = load_base(source, dtype=stored.dtype, quantize=stored.kind, double_quant=stored.double_quant)
     layers = {f"{name}.weight": one for name, one in model.named_modules() if "bit" in type(one).__name__.lower()}
-    assert layers.keys() == quantized_names(model.config) == linear_names(SECOND)
+    assert layers.keys() == quantized_names(BaseFiles(source).skeleton) == linear_names(SECOND)
     for name, layer in layers.items():
         if stored.kind == "int8" and layer.state.SCB is None:
             layer.state.SCB = layer.weight.SCB

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import load_base, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import load_base
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.cli.app import main
 from gemma_ft.errors import DiskError, UserError
@@ -365,7 +366,10 @@ def test_what_appears_at_out_meanwhile_stays(folders: Folders) -> None:
     assert names_in(out) == ["mine"]
 
 
-@pytest.mark.parametrize("inside", [*hf_folder.RUN_FOLDERS, "adapter/x", "checkpoints/step-00000001/x"])
+RUN_FOLDERS = [path.name for path in RunFiles(Path("run")).folders]
+
+
+@pytest.mark.parametrize("inside", [*RUN_FOLDERS, "adapter/x", "checkpoints/step-00000001/x"])
 def test_where_a_run_keeps_its_own_files_nothing_is_written(inside: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     hf_folder.check_out(run / inside, 0)
@@ -383,7 +387,6 @@ def test_where_a_run_keeps_its_own_files_nothing_is_written(inside: str, tmp_pat
 
 
 def test_a_runs_own_folders_are_all_known() -> None:
-    """Stated twice because the floors forbid the import; what has no ending is a folder."""
+    """What has no ending is a folder; the loggers' own are named by them."""
     of_run = {path.name for name, path in vars(RunFiles(Path("run"))).items() if name != "root" and not path.suffix}
-    assert of_run | {"tensorboard", "wandb"} == set(hf_folder.RUN_FOLDERS)
-    assert RunFiles(Path("run")).recipe.name == hf_folder.RUN_RECIPE
+    assert of_run | {"tensorboard", "wandb"} == set(RUN_FOLDERS)

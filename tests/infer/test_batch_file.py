@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.errors import DataError, DiskError, InterruptedWork, LockedError, UserError
 from gemma_ft.infer.answers import texts_in_order
 from gemma_ft.infer.batch_file import BatchFile, How, identity_of, loading_of

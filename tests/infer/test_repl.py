@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from gemma_ft.build.contract import contract_of
-from gemma_ft.build.pretrained import Place
+from gemma_ft.build.place import Place
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_ft.build import pretrained
 from gemma_ft.build.contract import CONTRACT, contract_of
+from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_model
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -268,12 +269,12 @@ def test_a_tokenizer_beside_an_adapter_is_the_one_opened_without_its_settings_to
     foreign_tokenizer().save_pretrained(adapter)
     without_files(adapter, "tokenizer.json")
     assert len(pretrained.load_tokenizer(adapter)) == len(foreign_tokenizer()) > len(load_tokenizer(TINY))
-    assert pretrained.place_of(adapter).folder == adapter
+    assert place_of(adapter).folder == adapter
 
 
 def test_what_is_left_of_a_tokenizer_beside_an_adapter_is_refused_not_replaced(adapter: Path) -> None:
     without_files(adapter, "tokenizer_config.json")
-    assert pretrained.place_of(adapter).folder == adapter
+    assert place_of(adapter).folder == adapter
     with pytest.raises(UserError) as refused:
         pretrained.load_tokenizer(adapter)
     assert str(refused.value) == f"{adapter}: there is no tokenizer.json or tokenizer.model in it"

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from gemma_ft import load_model, load_tokenizer
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.cli.app import build_app, main
 from gemma_ft.cli.merge import _with_weight
 from gemma_ft.errors import UserError

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_ft import load_model, load_tokenizer
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.trainable_tokens import INITIAL, TRAINED
-from gemma_ft.build.pretrained import place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.cli.app import main
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError

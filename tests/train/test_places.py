@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma_ft.build.contract import Contract
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import check_base, load_model, place_of
+from gemma_ft.build.place import place_of
+from gemma_ft.build.pretrained import load_model
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.infer.session import open_session
@@ -225,7 +226,7 @@ def test_an_adapter_is_what_was_saved(run: Path, name: str) -> None:
     saved, config = path.read_bytes(), name.endswith(".json")
     if config:  # where the base lies may change, what is made of the weights not
         path.write_text(json.dumps({**json.loads(saved), "peft_version": "9", "revision": None}, indent=1))
-        check_base(place_of(run))
+        place_of(run).check()
         path.write_bytes(saved.replace(b'"lora_alpha": 32.0', b'"lora_alpha": 33.0'))
     else:
         path.write_bytes(saved[:-5] + bytes([saved[-5] ^ 1]) + saved[-4:])

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from gemma_ft.build.pretrained import Place
-from gemma_ft.errors import UserError
-from gemma_ft.recipe.load import load_recipe
+from gemma_ft.build.place import Place
+from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.validate import location_keys
 
@@ -39,15 +38,10 @@ def read_record(place: Place) -> RunRecord:
     folder = place.adapter or (Path(place.base.name) if Path(place.base.name).is_absolute() else None)
     if folder is None:
         return RunRecord(None, None, None, None)
-    run = folder.resolve().parent
-    if not (run / "recipe.yaml").is_file():  # a folder that is no run's: nothing beside it belongs to it
-        return RunRecord(None, None, None, read_object(folder / "merge.json"))
-    return RunRecord(
-        _recipe(run / "recipe.yaml"),
-        read_object(run / "summary.json"),
-        read_object(run / "eval.json"),
-        read_object(folder / "merge.json"),
-    )
+    run, merge = place.run, read_object(RunFiles(folder).certificate)
+    if run is None:  # a folder that is no run's: nothing beside it belongs to it
+        return RunRecord(None, None, None, merge)
+    return RunRecord(place.recipe, read_object(run.summary), read_object(run.eval_results), merge)
 
 
 def figures_by_model(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -102,10 +96,3 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _recipe(path: Path) -> Recipe | None:
-    try:
-        return load_recipe(path).recipe
-    except UserError:  # damaged, or of another version
-        return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma_ft.build.data import build_data
-from gemma_ft.build.pretrained import load_tokenizer
+from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.errors import UserError, first_line
@@ -39,8 +39,8 @@ def probes_for(merged: MergedWeights, count: int) -> Probes:
 
     Random tokens stand in when the adapter lies in no run, or its rows are not where the recipe says.
     """
-    tokenizer = load_tokenizer(str(merged.tokenizer_folder))
-    recipe, why = merged.recipe, "the adapter lies in no run"
+    tokenizer = tokenizer_of(merged.place)
+    recipe, why = merged.place.recipe, "the adapter lies in no run"
     if recipe is not None:
         try:
             data = build_data(recipe, tokenizer)

@@ -7,16 +7,17 @@ Embedding and head are one tensor in every Gemma: what changes either must have 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from gemma_ft.adapters.adapter_config import adapter_config, resized_fault
+from gemma_ft.adapters.adapter_config import resized_fault
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG
 from gemma_ft.adapters.trainable_tokens import INITIAL, Added, added_by, rows_trained
-from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
+from gemma_ft.build.place import AdapterFiles
+from gemma_ft.build.weights import EMBEDDING, HEAD
 from gemma_ft.errors import UserError
 from gemma_ft.export.merge.low_rank import ENDINGS, FIRST_ZERO, LowRank, add_low_rank
 
@@ -33,14 +34,15 @@ class Adapter:
     `share` is its weight in a linear combination of several.
     """
 
-    def __init__(self, folder: Path, files: WeightFiles, config: Any, share: float) -> None:
-        self.folder, self.files, self.config, self.share = folder, files, config, share
+    def __init__(self, opened: AdapterFiles, share: float) -> None:
+        folder, config = opened.folder, opened.config
+        self.opened, self.folder, self.files, self.config, self.share = opened, folder, opened.weights, config, share
         self._low_rank: dict[str, LowRank] = {}
         self._whole: dict[str, str] = {}  # replaced as a whole (modules_to_save): target -> tensor of the adapter
         self._rows: str | None = None  # the tensor that holds rows of tokens, and their ids
         self._ids: list[int] = []
         self.added: Added | None = None  # how many of them the base does not have, once it is known
-        for name in files.names:
+        for name in self.files.names:
             self._place(name)
         self._place_rows()
         for target, change in self._low_rank.items():
@@ -52,16 +54,16 @@ class Adapter:
         self._check_values()
 
     @classmethod
-    def open(cls, folder: Path, share: float = 1.0) -> Adapter:
-        """The adapter in `folder`, as PEFT saved it.
+    def open(cls, opened: AdapterFiles, share: float = 1.0) -> Adapter:
+        """The adapter in a folder, as PEFT saved it.
 
         Raises: UserError in one line for what is damaged, not finite, untrained, or cannot be merged into weights.
         """
-        path, config = folder / "adapter_config.json", adapter_config(folder)
-        odd = next((name for name in _OTHER_FORMS if getattr(config, name, None)), None)
+        odd = next((name for name in _OTHER_FORMS if getattr(opened.config, name, None)), None)
         if odd is not None:
+            path = opened.folder / ADAPTER_CONFIG
             raise UserError(f"{path}: {odd} is set, which cannot be merged; only LoRA, rsLoRA and DoRA can")
-        return cls(folder, WeightFiles.open(folder, stem="adapter_model"), config, share)
+        return cls(opened, share)
 
     @property
     def targets(self) -> set[str]:
@@ -107,7 +109,7 @@ class Adapter:
         if fault is not None:
             raise UserError(f"{self.folder}: {fault}")
         if self._rows is not None:
-            self.added = added_by(self.config, self.folder / "adapter_config.json", known)
+            self.added = added_by(self.config, self.folder / ADAPTER_CONFIG, known)
             self._check_shape(self._rows, (len(self._ids), width), base)
         for target in sorted(self.targets - ({EMBEDDING} if self._rows else set())):
             names = list(self._low_rank[target].names.values()) if target in self._low_rank else [self._whole[target]]
@@ -132,7 +134,7 @@ class Adapter:
         """Raises: UserError where the file does not hold the rows that the config speaks of, for both ends of the
         model.
         """
-        rows = rows_trained(self.config, self.folder / "adapter_config.json")
+        rows = rows_trained(self.config, self.folder / ADAPTER_CONFIG)
         if not rows:
             return
         self._ids = next(iter(rows.values()))

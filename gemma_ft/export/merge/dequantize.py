@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.adapters.quantize import Kind, quantization_config
-from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.system import hardware
 
 
@@ -44,19 +42,11 @@ def there_and_back(weight: Tensor, stored: Stored) -> Tensor:
     return bnb.functional.dequantize_4bit(four.data, four.quant_state).cpu()
 
 
-def quantized_names(config: PreTrainedConfig) -> set[str]:
-    """Names of the weights that transformers stores quantized: those of every linear layer but the head.
+def quantized_names(model: nn.Module) -> set[str]:
+    """Names of the weights of a Gemma that transformers stores quantized: those of every linear layer but the head.
 
     Source: transformers quantizers/base.py `get_keys_to_not_convert`.
     """
     return {
-        f"{name}.weight"
-        for name, module in skeleton(config).named_modules()
-        if type(module) is nn.Linear and name != "lm_head"
+        f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"
     }
-
-
-def skeleton(config: PreTrainedConfig) -> GemmaForCausalLM:
-    """A model of this config without any memory: names and shapes."""
-    with torch.device("meta"):
-        return GemmaForCausalLM(config)

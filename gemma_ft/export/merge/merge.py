@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.build.pretrained import Place
+from gemma_ft.build.place import Place
 from gemma_ft.build.weights import MAX_SHARD_BYTES, WeightFiles, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.deltas import facts_of
 from gemma_ft.export.merge.merged import MergedWeights, Policy, merged_weights
+from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system import environment
 from gemma_ft.system.files import write_json
 
-FACTS = "merge.json"
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
@@ -72,9 +72,7 @@ def merge_to_folder(
         write_shards(folder, merged.infos, _counted(merged, on_progress), max_shard_bytes=max_shard_bytes)
         write_beside_weights(
             folder,
-            base=merged.base_folder,
-            tokenizer_from=str(merged.tokenizer_folder),
-            contract=merged.place.contract,
+            place=merged.place,
             dtype=merged.dtype,
             vocab_size=merged.vocab_size,
         )
@@ -145,7 +143,7 @@ def _facts(merged: MergedWeights, folder: Path, certificate: dict[str, Any] | No
         base={
             "name": contract.base if contract is not None else place.base.name,
             "revision": contract.revision if contract is not None else place.base.revision,
-            "sha256": merged.base.fingerprint(),
+            "sha256": place.of_base.sha256,
         },
         adapters=[facts_of(adapter) for adapter in merged.adapters],
         policy=merged.policy,

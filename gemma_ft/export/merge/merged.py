@@ -7,22 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers.configuration_utils import PreTrainedConfig
+from torch import Tensor, nn
 
-from gemma_ft.adapters.adapter_config import adapter_config
 from gemma_ft.build.contract import Contract
-from gemma_ft.build.located import folder_of
-from gemma_ft.build.pretrained import Place, check_base
+from gemma_ft.build.place import Place
 from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
-from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
-from gemma_ft.errors import RecipeError, UserError
+from gemma_ft.errors import UserError
 from gemma_ft.export.merge.deltas import Adapter
-from gemma_ft.export.merge.dequantize import Stored, quantized_names, skeleton, there_and_back
+from gemma_ft.export.merge.dequantize import Stored, quantized_names, there_and_back
 from gemma_ft.export.merge.low_rank import wide
-from gemma_ft.model.config import config_in
-from gemma_ft.recipe.load import load_recipe
-from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 
 Policy = Literal["original", "dequantized"]
@@ -41,14 +34,11 @@ class MergedWeights:
     ) -> None:
         """Look at everything that could go wrong, without making any tensor. See `merge_to_folder`."""
         self.place, self.adapters, self.policy = place, adapters, policy
-        self.base_folder = folder_of(place.base)
-        self.base = WeightFiles.open(self.base_folder)
-        self.recipe = recipe_of(place)
+        self.base, self.config = place.of_base.weights, place.of_base.config
         self.precision = trained_precision(place.contract, self.base)
         self.stored = stored_as(place, self.precision)
         self._check_combination()
-        config = config_in(self.base_folder)
-        self._names = self._checked_names(config)
+        self._names = self._checked_names(place.of_base.skeleton)
         self.infos = {name: (dtype or self.base.info(name).dtype, self.base.info(name).shape) for name in self._names}
         if dtype is None and torch.float16 in {kept for kept, _ in self.infos.values()}:
             raise UserError(f"{place.base.name}: stored as float16, in which Gemma overflows; give --dtype bf16 or f32")
@@ -58,7 +48,7 @@ class MergedWeights:
             if adapter.added is not None:
                 kept, (rows, width) = self.infos[EMBEDDING]
                 self.infos[EMBEDDING] = kept, (rows + adapter.added.count, width)
-        self._requantized = quantized_names(config) if policy == "dequantized" else set()
+        self._requantized = quantized_names(place.of_base.skeleton) if policy == "dequantized" else set()
         self.changed = {name for adapter in adapters for name in adapter.targets} | self._requantized
 
     @property
@@ -75,12 +65,6 @@ class MergedWeights:
     def bytes(self) -> int:
         """What the merged weights weigh."""
         return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.infos.values())
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where the tokenizer lies: beside the adapter, else beside the base."""
-        beside = self.place.adapter
-        return beside if beside is not None and brings_tokenizer(beside) else self.base_folder
 
     def other_policy(self) -> MergedWeights | None:
         """The same merge under the other policy, where there is one."""
@@ -106,10 +90,12 @@ class MergedWeights:
             raise UserError(f"{name}: not finite after the merge in {target}; the adapter or the base is damaged")
         return merged
 
-    def _checked_names(self, config: PreTrainedConfig) -> list[str]:
-        """The base's tensors in the order of its files, without a copy of the embedding as head."""
+    def _checked_names(self, model: nn.Module) -> list[str]:
+        """The base's tensors in the order of its files, without a copy of the embedding as head. `model`: what
+        config.json asks for.
+        """
         where = self.place.base.name
-        expected = {name: tuple(weight.shape) for name, weight in skeleton(config).state_dict().items()}
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         head_shape = expected.pop(HEAD)
         names = [name for shard in self.base.shards.values() for name in shard if "rotary_emb.inv_freq" not in name]
         if HEAD in names:
@@ -157,23 +143,16 @@ def merged_weights(
                 "copies it, --adapter DIR names an adapter for it"
             )
         adapters = [(place.adapter, 1.0)]
-    places = [_with_adapter(place, folder) for folder, _ in adapters]
+    places = [place.with_adapter(folder) for folder, _ in adapters]
     _check_agreement(places)
     for one in places:
-        check_base(one)
-    opened = [Adapter.open(_adapter_of(one), share) for one, (_, share) in zip(places, adapters, strict=True)]
+        one.check()
+    opened = [
+        Adapter.open(one.of_adapter, share)
+        for one, (_, share) in zip(places, adapters, strict=True)
+        if one.of_adapter is not None
+    ]
     return MergedWeights(places[0], opened, dtype=dtype, policy=policy)
-
-
-def recipe_of(place: Place) -> Recipe | None:
-    """The recipe of the run that an adapter lies in, or None where it lies in none (or it cannot be read any more)."""
-    if place.adapter is None:
-        return None
-    path = place.adapter.resolve().parent / "recipe.yaml"
-    try:
-        return load_recipe(path).recipe if path.is_file() else None
-    except RecipeError:
-        return None
 
 
 def trained_precision(contract: Contract | None, base: WeightFiles) -> torch.dtype:
@@ -192,22 +171,6 @@ def stored_as(place: Place, precision: torch.dtype) -> Stored | None:
     if contract is None or contract.quantize is None:
         return None
     return Stored(contract.quantize, contract.double_quant, precision)
-
-
-def _with_adapter(place: Place, folder: Path) -> Place:
-    """`place` with the adapter of `folder`, which may be a run, and its contract."""
-    inside = folder / "adapter"
-    adapter = inside if (inside / "adapter_config.json").is_file() else folder
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no adapter_config.json in it; name a run or a PEFT adapter folder")
-    adapter_config(adapter)  # one that is not computed here is refused before anything is read
-    contract = Contract.read(adapter)
-    return Place(place.base, adapter, adapter if contract is not None else place.folder, contract)
-
-
-def _adapter_of(place: Place) -> Path:
-    assert place.adapter is not None, "a place with an adapter"
-    return place.adapter
 
 
 def _check_agreement(places: Sequence[Place]) -> None:
