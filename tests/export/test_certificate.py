@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gemma_ft import load_tokenizer
 from gemma_ft.build.located import Source
 from gemma_ft.build.place import place_of
-from gemma_ft.build.pretrained import load_base
-from gemma_ft.errors import NonFiniteError
+from gemma_ft.build.pretrained import load_base, load_model
+from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge import certificate as room
 from gemma_ft.export.merge.certificate import (
     FLOAT32,
@@ -26,6 +28,7 @@ from gemma_ft.export.merge.certificate import (
     certify,
     distance,
     limit_for,
+    live_model,
 )
 from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
 from gemma_ft.export.merge.merge import merge_to_folder
@@ -184,6 +187,37 @@ def test_a_weight_that_overflows_the_live_model_writes_nothing(base: Path, tmp_p
     run = run_of(tmp_path, base, "strategy=lora", "train.precision=float32")
     with pytest.raises(NonFiniteError, match=r"^the logits of the live model are not finite; "):
         merge_to_folder(place_of(run), tmp_path / "out", adapters=[(run, 1e30)], certify=partial(certify, prompts=2))
+    assert names_in(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_the_live_model_is_the_one_that_is_served(quantize: str | None, base: Path, tmp_path: Path) -> None:
+    """By the same layers, bit for bit: a certificate of another loader would say nothing of what answers."""
+    strategy = "strategy=lora" if quantize is None else "strategy=qlora"
+    place = place_of(run_of(tmp_path, base, strategy, "train.precision=float32"))
+    live = live_model(merged_weights(place))
+    served = load_model(place.adapter, dtype=torch.float32, quantize=quantize)
+    ids = torch.tensor([PROBES[0].ids])
+    with torch.no_grad():
+        assert torch.equal(live(ids).logits, served(ids).logits)
+    layers = [[type(one) for one in model.modules() if isinstance(one, LoraLayer)] for model in (live, served)]
+    assert layers[0] == layers[1]
+
+
+def test_what_is_not_served_is_not_certified(base: Path, tmp_path: Path) -> None:
+    """An adapter that lacks a layer: PEFT leaves that one at its start, and the weights would agree with it."""
+    run = run_of(tmp_path, base, "strategy=lora", "train.precision=float32")
+    path = run / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    save_file({key: one for key, one in load_file(path).items() if key not in map(name.format, "AB")}, path)
+    with pytest.raises(UserError) as served:
+        load_model(run)
+    with pytest.raises(UserError) as caught:
+        merge_to_folder(place_of(run), tmp_path / "out", certify=partial(certify, prompts=2))
+    assert str(caught.value) == str(served.value)
+    assert str(caught.value) == (
+        f"{path}: has no tensor {name.format('A')}; the adapter is not whole, or another base's"
+    )
     assert names_in(tmp_path) == ["run"]
 
 

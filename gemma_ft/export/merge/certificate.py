@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from gemma_ft.adapters.adapter_config import adapter_config
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.adapters.trainable_tokens import rows_of
+from gemma_ft.adapters.trainable_tokens import native_of, rows_of
 from gemma_ft.build.located import Source
-from gemma_ft.build.new_tokens import take_rows
-from gemma_ft.build.pretrained import load_base
+from gemma_ft.build.pretrained import load_base, put_adapter
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
 from gemma_ft.export.merge.merge import Progress, merge_into
@@ -170,7 +167,8 @@ def limit_for(merged: MergedWeights, on_random: Distance | None = None) -> Limit
 
 
 def live_model(merged: MergedWeights) -> Any:
-    """The adapters of a merge on its base as they were trained, in eval mode: quantized as then, in that precision.
+    """The adapters of a merge on its base as they were trained, in eval mode: quantized as then, in that precision, put
+    on by what serves and evaluates them.
 
     The base is loaded as for training: what is packed for speed rounds its arithmetic to bf16.
     """
@@ -182,21 +180,15 @@ def live_model(merged: MergedWeights) -> Any:
         double_quant=stored.double_quant if stored else True,
     )
     names = [f"adapter_{number}" for number in range(len(merged.adapters))]
-    wrapped: Any = None
     for name, adapter in zip(names, merged.adapters, strict=True):
-        if wrapped is None:
-            folder, config = adapter.folder, adapter_config(adapter.folder)
-            take_rows(model, adapter.files, config, folder)
-            wrapped = PeftModel.from_pretrained(model, str(folder), name, config=config, is_trainable=False)
-        else:
-            wrapped.load_adapter(str(adapter.folder), adapter_name=name, is_trainable=False)
-    wrapped.base_model.set_adapter(names)
-    for module in wrapped.modules():
+        model = put_adapter(model, adapter.opened, name=name)
+    model.base_model.set_adapter(names)
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             for name, adapter in zip(names, merged.adapters, strict=True):
                 if name in module.scaling:
                     module.scaling[name] *= adapter.share
-    return wrapped.eval()
+    return model.eval()
 
 
 def _plain(source: Source, dtype: torch.dtype) -> Any:
@@ -205,13 +197,13 @@ def _plain(source: Source, dtype: torch.dtype) -> Any:
 
 def _hidden(model: Any, probe: Probe) -> Tensor:
     """Final hidden states of the probe's positions [positions, D]."""
-    model = _inner(model)
+    model = native_of(model)
     ids = torch.tensor([probe.ids], device=model.device)
     return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, probe.positions]
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
-    return _inner(model).head_logits(hidden).double()
+    return native_of(model).head_logits(hidden).double()
 
 
 def _check_finite(**logits: Tensor) -> None:
@@ -222,10 +214,6 @@ def _check_finite(**logits: Tensor) -> None:
                 f"the logits of the {side} model are not finite; give the adapter a smaller weight, or look for a "
                 "damaged adapter or base"
             )
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _cure(merged: MergedWeights, limit: Limit) -> str:
