@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no network, quiet libraries."""
+"""Settings of the whole suite: no network, quiet libraries; and a run that was really made, for who reads its files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Before any library reads them: nothing in the suite may ask the hub.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_SILENT="true")
@@ -14,3 +17,30 @@ if not os.path.exists("/dev/nvidia0"):  # kernels for GPUs are interpreted
 if "GEMMA_FT_CACHE" not in os.environ:  # the workers have it from the process that starts them
     os.environ["GEMMA_FT_CACHE"] = tempfile.mkdtemp(prefix="gemma-ft-tests-")
     atexit.register(shutil.rmtree, os.environ["GEMMA_FT_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps as the verbs leave it: trained (LoRA over the tiny Gemma), evaluated, merged to `merged/`.
+
+    Tests of what reads the files of a run take a copy of these, so that no reader is shown a shape that nothing writes.
+    """
+    from gemma_ft.cli.app import main
+
+    root = Path(__file__).resolve().parents[1]
+    run = tmp_path_factory.mktemp("finished") / "run"
+    canary = run.parent / "canary.jsonl"
+    canary.write_text("".join((root / "data" / "canary.jsonl").read_text().splitlines(keepends=True)[:3]))
+    overrides = [
+        f"output_dir={run}", "strategy=lora", "train.max_steps=2", "data.train=data/scheduling_eval.jsonl",
+        "eval.overlap=allow", "data.max_seq_len=100", "data.packing=false", "adapter.rank=2", "eval.every_steps=1",
+        "eval.max_rows=3", "eval.generate_rows=2", "eval.max_new_tokens=8", "eval.samples=2",
+        f"eval.canary={canary}",
+    ]  # fmt: skip
+    for words in (
+        ["train", "sft_tiny", *overrides],
+        ["eval", str(run)],
+        ["merge", str(run), "--out", str(run / "merged"), "--prompts", "2"],
+    ):
+        assert main(words) == 0, words
+    return run

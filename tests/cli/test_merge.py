@@ -15,8 +15,9 @@ from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.cli.app import main
 from gemma_ft.export.merge import certificate
-from gemma_ft.recipe.load import dump_recipe, load_recipe
+from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system import environment
+from gemma_ft.train.run_dir import RunDir
 from tests.export.tuned import ROOT, TINY, names_in, save_tuned
 
 TABLE = ["mean KL", "max KL", "max |dlogit|", "relative", "top-1 same", "original", "dequantized", "nf4 base"]
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load_base(Source(TINY, None), dtype=torch.float32)
     save_tuned(root / "run" / "adapter", Path(TINY), model, quantize="nf4", lora_alpha=0.5)
     recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml", ["data.max_seq_len=128"]).recipe
-    (root / "run" / "recipe.yaml").write_text(dump_recipe(recipe))
+    RunDir(root / "run").write_recipe(recipe)
     return root
 
 

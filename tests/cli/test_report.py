@@ -11,11 +11,11 @@ from tests.evaluate.test_report import make_run
 
 
 def test_one_run_gets_its_page_several_are_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        make_run(Path(), name=name)
+        make_run(finished_run, Path(), name=name)
     assert main(["report", "one"]) == 0
     assert main(["report", "one", "two"]) == 0
     assert main(["report", "one", "two", "--out", "pages/both.html"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from gemma_ft.evaluate.report.comparison import write_comparison
 from gemma_ft.evaluate.report.curves import MOST_POINTS, smoothed, thinned
 from gemma_ft.evaluate.report.lengths import length_histogram
 from gemma_ft.evaluate.report.page import write_report
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.train.run_dir import RunDir
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[31mred\x1b[0m\u202egnp"
 SHOWN = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}redgnp"  # as text
@@ -90,34 +93,79 @@ class Seen(HTMLParser):
         return [base64.b64decode(source.removeprefix(prefix)).decode() for source in sources]
 
 
-def make_run(root: Path, *, steps: int = 40, summary: Any = SUMMARY, name: str = "run", **recipe: Any) -> Path:
-    """A run directory as training leaves it."""
-    out = root / name
-    out.mkdir(parents=True)
-    settings = {"output_dir": str(out), "strategy": "lora", "model": {"preset": "gemma-tiny"}, **recipe}
-    (out / "recipe.yaml").write_text(json.dumps(settings))
-    with (out / "metrics.jsonl").open("w") as file:
-        for step in range(1, steps + 1):
-            loss = 2.5 / step + (50.0 if step == 1234 else 0.0)
-            figures = {"loss": loss, "learning_rate": 1e-3, "grad_norm": None, "tokens_per_second": 200 + step % 7}
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        file.write('{"step": 99, "lo')
-    (out / "evals.jsonl").write_text('{"step": 20, "eval_loss": 1.0, "canary_loss": 3.6, "canary_base_loss": 3.5}\n')
-    lines = [{"step": step, "prompt": "Why?", "expected": "Because.", "answer": f"at {step}"} for step in (0, 20, 40)]
-    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if summary is not None:
-        (out / "summary.json").write_text(json.dumps(summary))
-    return out
+def laid_over(path: Path, figures: dict[str, Any]) -> None:
+    """Other figures in the place of those that a verb wrote to a file of JSON, under keys that it has."""
+    written = json.loads(path.read_text())
+    check_known(figures, written)
+    path.write_text(json.dumps({**written, **figures}))
+
+
+def check_known(given: dict[str, Any], written: dict[str, Any]) -> None:
+    """That every key is one that is really written; where the keys are names of the user's, none is."""
+    unknown = given.keys() - written.keys()
+    assert not unknown or unknown == given.keys(), unknown
+    for key in given.keys() & written.keys():
+        both = (given[key], written[key])
+        one, other = ((found[:1] or [None])[0] if isinstance(found, list) else found for found in both)
+        if isinstance(one, dict) and isinstance(other, dict):
+            check_known(one, other)
+
+
+def lines_like(path: Path, lines: list[dict[str, Any]], torn: str = "") -> None:
+    """Lines in the place of those that a run wrote, with its keys and the values given; `torn`: the last, cut off."""
+    written = json.loads(path.read_text().splitlines()[0])
+    assert all(line.keys() <= written.keys() for line in lines), path.name
+    path.write_text("".join(json.dumps({**written, **line}) + "\n" for line in lines) + torn)
+
+
+def make_run(
+    finished_run: Path, root: Path, *settings: str, steps: int = 40, summary: Any = SUMMARY, name: str = "run"
+) -> Path:
+    """A run as training left it, with settings of its recipe and figures of its own; `summary`: None, not finished."""
+    out, of = RunDir(root / name), RunDir(finished_run)
+    out.write_recipe(load_recipe(of.recipe, [f"output_dir={out.root}", *settings]).recipe)
+    for path in (of.metrics, of.evals, of.samples, of.summary):
+        shutil.copy(path, out.root)
+    figures = [
+        {
+            "step": step,
+            "loss": 2.5 / step + (50.0 if step == 1234 else 0.0),
+            "learning_rate": 1e-3,
+            "grad_norm": None,
+            "tokens_per_second": 200 + step % 7,
+        }
+        for step in range(1, steps + 1)
+    ]
+    lines_like(out.metrics, figures, torn='{"step": 99, "lo')
+    lines_like(out.evals, [{"step": 20, "eval_loss": 1.0, "canary_loss": 3.6, "canary_base_loss": 3.5}])
+    answers = [{"prompt": "Why?", "expected": "Because.", "answer": f"at {step}", "step": step} for step in (0, 20, 40)]
+    lines_like(out.samples, answers)
+    if summary is None:
+        out.summary.unlink()
+    else:
+        laid_over(out.summary, summary)
+    return out.root
+
+
+def measured(finished_run: Path, run: Path, *, evaluation: Any = EVALUATION, merge: Any = MERGE) -> None:
+    """Give a run what `gemma-ft eval` and `gemma-ft merge` wrote, with figures of its own; None: without that file."""
+    of, out = RunDir(finished_run), RunDir(run)
+    for source, path, figures in (
+        (of.eval_results, out.eval_results, evaluation),
+        (of.certificate, out.certificate, merge),
+    ):
+        if figures is not None:
+            shutil.copy(source, path)
+            laid_over(path, figures)
 
 
 def seen(run: Path) -> Seen:
     return Seen(write_report(run, run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_everything_a_run_has_to_say_is_on_its_page(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "my runs")
-    (run / "eval.json").write_text(json.dumps(EVALUATION))
-    (run / "merge.json").write_text(json.dumps(MERGE))
+def test_everything_a_run_has_to_say_is_on_its_page(finished_run: Path, tmp_path: Path) -> None:
+    run = make_run(finished_run, tmp_path / "my runs")
+    measured(finished_run, run)
     page = seen(run)
     for expected in (
         "held-out loss 0.5000 before: 2.5000", "exact match 87.5% before: 0.0%",
@@ -128,7 +176,7 @@ def test_everything_a_run_has_to_say_is_on_its_page(tmp_path: Path) -> None:
         "differences adapter − base exact match +87.5%* [+80.0%, +95.0%]", "gsm: acc – 0.5000",
         "Where? base There. adapter Here. expected Here.",
         "mean kl 0.000107 2.4e-08", "Passed: mean kl may be 0.1 at most (trained over quantized weights).",
-        "9 rows -> 8 sequences, 700 tokens, 50% trained", "2 cut at max_seq_len", '"preset": "gemma-tiny"',
+        "9 rows -> 8 sequences, 700 tokens, 50% trained", "2 cut at max_seq_len", 'preset: gemma-tiny',
         "device a fast one", "torch 2.13", f"gemma-ft eval '{run}'", f"gemma-ft merge '{run}' --out '{run}'/merged",
     ):  # fmt: skip
         assert expected in page.text, expected
@@ -136,8 +184,8 @@ def test_everything_a_run_has_to_say_is_on_its_page(tmp_path: Path) -> None:
     assert "not come to its end" not in page.text
 
 
-def test_it_needs_nothing_but_itself(tmp_path: Path) -> None:
-    page = seen(make_run(tmp_path))
+def test_it_needs_nothing_but_itself(finished_run: Path, tmp_path: Path) -> None:
+    page = seen(make_run(finished_run, tmp_path))
     assert {tag for tag, _ in page.tags} <= TAGS
     names = {name for _, attributes in page.tags for name in attributes}
     assert names <= {"lang", "charset", "name", "content", "http-equiv", "class", "src", "alt"}
@@ -147,8 +195,8 @@ def test_it_needs_nothing_but_itself(tmp_path: Path) -> None:
         assert not re.search(r'(?:href|src)="(?!#)', picture)
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+def test_the_same_run_gives_the_same_bytes(finished_run: Path, tmp_path: Path) -> None:
+    run = make_run(finished_run, tmp_path)
     first = write_report(run, tmp_path / "a.html").read_bytes()
     assert write_report(run, tmp_path / "b.html").read_bytes() == first
     for picture in Seen(first.decode()).pictures:
@@ -156,7 +204,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
         assert "<dc:creator>" not in picture
 
 
-def test_text_of_others_only_shows(tmp_path: Path) -> None:
+def test_text_of_others_only_shows(finished_run: Path, tmp_path: Path) -> None:
     sample = {"prompt": HOSTILE, "expected": HOSTILE, "before": HOSTILE, "after": HOSTILE}
     summary = {
         **SUMMARY,
@@ -165,11 +213,13 @@ def test_text_of_others_only_shows(tmp_path: Path) -> None:
         "forgetting_note": HOSTILE,
         "versions": {HOSTILE: HOSTILE},
     }
-    run = make_run(tmp_path, summary=summary, data={"train": HOSTILE})
-    (run / "samples.jsonl").write_text(json.dumps({"step": 0, "prompt": HOSTILE, "answer": HOSTILE}) + "\n")
+    run = make_run(finished_run, tmp_path, summary=summary)
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    RunDir(run).write_recipe(recipe.model_copy(update={"output_dir": HOSTILE}))
+    lines_like(run / "samples.jsonl", [{"step": 0, "prompt": HOSTILE, "answer": HOSTILE}])
     answers = {"prompt": HOSTILE, "expected": HOSTILE, "answers": {HOSTILE: HOSTILE}}
-    (run / "eval.json").write_text(json.dumps({**EVALUATION, "models": {HOSTILE: {HOSTILE: {}}}, "samples": [answers]}))
-    (run / "merge.json").write_text(json.dumps({**MERGE, "policy": HOSTILE}))
+    evaluation = {**EVALUATION, "models": {HOSTILE: {HOSTILE: {}}}, "samples": [answers]}
+    measured(finished_run, run, evaluation=evaluation, merge={**MERGE, "policy": HOSTILE})
     page = seen(run)
     assert {tag for tag, _ in page.tags} <= TAGS
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -179,9 +229,9 @@ def test_text_of_others_only_shows(tmp_path: Path) -> None:
     assert "\u202e" not in html
 
 
-def test_a_name_is_no_formula_and_no_markup(tmp_path: Path) -> None:
+def test_a_name_is_no_formula_and_no_markup(finished_run: Path, tmp_path: Path) -> None:
     names = ["$\\frac{1}$ <b>x</b>", "日本 & more"]
-    roots = [make_run(tmp_path, name=name.replace("/", "∕")) for name in names]
+    roots = [make_run(finished_run, tmp_path, name=name.replace("/", "∕")) for name in names]
     page = Seen(write_comparison(roots, tmp_path / "out.html").read_text(encoding="utf-8"))
     assert {tag for tag, _ in page.tags} <= TAGS
     assert "日本 & more" in page.text
@@ -198,8 +248,8 @@ def test_a_name_is_no_formula_and_no_markup(tmp_path: Path) -> None:
         {**SUMMARY, "lengths": {"documents": [1, 2]}, "gain": float("nan"), "canary_loss": None, "forgetting": "much"},
     ],
 )
-def test_a_page_is_made_of_whatever_is_there(tmp_path: Path, summary: Any) -> None:
-    run = make_run(tmp_path, summary=summary)
+def test_a_page_is_made_of_whatever_is_there(finished_run: Path, tmp_path: Path, summary: Any) -> None:
+    run = make_run(finished_run, tmp_path, summary=summary)
     for name in ("eval.json", "merge.json"):
         (run / name).write_text(
             '{"models": {"base": 3}, "differences": 3, "samples": [3], "certificate": {"limit": 3}}'
@@ -212,8 +262,8 @@ def test_a_page_is_made_of_whatever_is_there(tmp_path: Path, summary: Any) -> No
         assert f"gemma-ft train {run / 'recipe.yaml'} --resume" in page.text
 
 
-def test_a_long_run_is_thinned_and_keeps_its_spikes(tmp_path: Path) -> None:
-    run = make_run(tmp_path, steps=20_000)
+def test_a_long_run_is_thinned_and_keeps_its_spikes(finished_run: Path, tmp_path: Path) -> None:
+    run = make_run(finished_run, tmp_path, steps=20_000)
     write_report(run, run / "report.html")
     assert (run / "report.html").stat().st_size < 600_000
     points = [(step, 2.5 / step + (50.0 if step == 1234 else 0.0)) for step in range(1, 20_001)]
@@ -243,16 +293,17 @@ def test_lengths_are_counted_by_document() -> None:
     assert length_histogram(numpy.bincount([1])) == {"bin_tokens": 1, "documents": [1]}
 
 
-def test_runs_are_compared_by_figures_recipes_and_answers(tmp_path: Path) -> None:
-    one = make_run(tmp_path, name="one", train={"learning_rate": 0.1}, eval={"samples": 3})
+def test_runs_are_compared_by_figures_recipes_and_answers(finished_run: Path, tmp_path: Path) -> None:
+    one = make_run(finished_run, tmp_path, "train.learning_rate=0.1", name="one")
     better = {**SUMMARY, "eval_after": {"loss": 0.25, "exact_match": 1.0}, "seconds": 7400}
-    two = make_run(tmp_path, name="two", summary=better, train={"learning_rate": 0.2}, eval={"samples": 3})
-    three = make_run(tmp_path, name="three", summary=None, quantize={"kind": "nf4"})
-    (two / "eval.json").write_text(json.dumps(EVALUATION))
+    two = make_run(finished_run, tmp_path, "train.learning_rate=0.2", name="two", summary=better)
+    three = make_run(finished_run, tmp_path, "strategy=qlora", name="three", summary=None)
+    measured(finished_run, two, merge=None)
     page = Seen(write_comparison([one, two, three], tmp_path / "out.html").read_text(encoding="utf-8"))
     for expected in (
         "3 runs compared one, two, three", "held-out loss 0.5000 0.2500 –", "exact match 87.5% 100.0% –",
-        "time in steps 61.5 s 2 h 03 min –", "train.learning_rate 0.1 0.2 –", "quantize.kind – – nf4",
+        "time in steps 61.5 s 2 h 03 min –", "train.learning_rate 0.1 0.2 0.002", "quantize.kind – – nf4",
+        "strategy lora lora qlora",
         "two: adapter", "Why? one Because. two Because. expected Because.",
         "three: This run has not come to its end: figures are those so far.",
     ):  # fmt: skip
@@ -266,13 +317,24 @@ def test_runs_are_compared_by_figures_recipes_and_answers(tmp_path: Path) -> Non
     assert f"{one}, {one}" in same.text  # equal names: the paths tell them apart
 
 
-def test_older_results_are_told(tmp_path: Path) -> None:
+def test_older_results_are_told(finished_run: Path, tmp_path: Path) -> None:
     import os
 
-    run = make_run(tmp_path)
-    (run / "eval.json").write_text(json.dumps(EVALUATION))
+    run = make_run(finished_run, tmp_path)
+    measured(finished_run, run, merge=None)
     os.utime(run / "eval.json", (1, 1))
     assert "eval.json is older than the end of this run: run gemma-ft eval again." in seen(run).text
+
+
+def test_a_recipe_of_another_version_is_shown_as_it_is(finished_run: Path, tmp_path: Path) -> None:
+    run = make_run(finished_run, tmp_path)
+    with (run / "recipe.yaml").open("a") as file:
+        file.write("of_tomorrow: 1\n")
+    page = seen(run)
+    assert "recipe.yaml is shown as it is, for this version cannot read it: " in page.text
+    assert "of_tomorrow: unknown key" in page.text
+    assert "preset: gemma-tiny" in page.text
+    assert f"gemma-ft merge {run} --out {run}/merged" in page.text
 
 
 def refusal(root: Path, out: Path) -> str:
@@ -281,8 +343,8 @@ def refusal(root: Path, out: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_run_and_what_is_no_report(tmp_path: Path) -> None:
-    run, out = make_run(tmp_path), tmp_path / "out.html"
+def test_what_is_no_run_and_what_is_no_report(finished_run: Path, tmp_path: Path) -> None:
+    run, out = make_run(finished_run, tmp_path), tmp_path / "out.html"
     assert refusal(tmp_path, out) == (
         f"{tmp_path}: holds no run: no recipe.yaml in it; name the output_dir of a training run"
     )

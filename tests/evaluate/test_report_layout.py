@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemma_ft.evaluate.report.comparison import write_comparison
 from gemma_ft.evaluate.report.curves import SMALL, WIDE
-from tests.evaluate.test_report import Seen, make_run, seen
+from tests.evaluate.test_report import EVALUATION, Seen, make_run, measured, seen
 
 
 def widths(page: Seen) -> dict[str, float]:
@@ -24,11 +24,11 @@ def rule(style: str, selector: str) -> str:
     return match[1]
 
 
-def test_labels_can_be_read_in_a_narrow_window(tmp_path: Path) -> None:
+def test_labels_can_be_read_in_a_narrow_window(finished_run: Path, tmp_path: Path) -> None:
     """Labels have 9 points. Wide pictures have a least width, and are scrolled; small ones lie under one another, in a
     phone of 375 pixels on 335 of them.
     """
-    run = make_run(tmp_path)
+    run = make_run(finished_run, tmp_path)
     page = seen(run)
     html = (run / "report.html").read_text(encoding="utf-8")
     least = re.search(r"min-width: ([\d.]+)rem", rule(html, ".wide img"))
@@ -50,19 +50,20 @@ def test_small_pictures_are_side_by_side_in_a_wide_window() -> None:
     assert 3 * SMALL <= WIDE + 0.2
 
 
-def test_words_of_a_table_are_whole(tmp_path: Path) -> None:
+def test_words_of_a_table_are_whole(finished_run: Path, tmp_path: Path) -> None:
     """A column is as wide as its longest word: overflow-wrap's `anywhere` would let each be one letter wide, which CSS
     Text 3 counts for the least width and `break-word` does not. Long names alone are broken, and long values.
     """
-    name = "data/" + "a-very-long-folder/" * 5
-    one = make_run(tmp_path, name="one", eval={"max_new_tokens": 3}, data={name: 1})
-    two = make_run(tmp_path, name="two", eval={"max_new_tokens": 4})
+    name = "a-very-long-name-" * 5
+    one = make_run(finished_run, tmp_path, "eval.max_new_tokens=3", name=name)
+    two = make_run(finished_run, tmp_path, "eval.max_new_tokens=4", name="two")
+    measured(finished_run, one, merge=None)
     html = write_comparison([one, two], tmp_path / "out.html").read_text(encoding="utf-8")
     assert "overflow-wrap: break-word" in rule(html, "th, td")
     for selector in re.findall(r"^([^{}@]*\b(?:t[hd]|table)\b[^{}]*){[^}]*anywhere", html, re.MULTILINE):
         raise AssertionError(selector)
     assert "<td>eval.max_new_tokens</td>" in html
-    assert f'<td class="long">data.{name}</td>' in html
-    assert html.count('class="long"') == 1
+    assert f'<td class="long">{name}: adapter</td>' in html
+    assert html.count('class="long"') == len(EVALUATION["models"])
     assert '<table class="prose">' in html
     assert '<table class="figures">' in html

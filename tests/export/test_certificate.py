@@ -33,18 +33,18 @@ from gemma_ft.export.merge.certificate import (
 from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.merge.merged import merged_weights
-from gemma_ft.recipe.load import dump_recipe, load_recipe
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.train.run_dir import RunDir
 from tests.export.tuned import ROOT, names_in, save_tuned, wrap
 
 PROBES = [Probe([2, 9, 8, 7, 30, 5], [1, 2, 4]), Probe([2, 40, 41], [0, 1])]
 
 
 def run_of(tmp_path: Path, base: Path, *overrides: str, **settings: Any) -> Path:
-    """A run directory as training leaves it: recipe and adapter."""
+    """A run directory as training leaves it: the recipe as it writes one, and an adapter with its contract."""
     recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml", ["data.max_seq_len=128", *overrides]).recipe
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    RunDir(run).write_recipe(recipe)
     model = load_base(Source(str(base), None), dtype=torch.float32)
     stored = {"quantize": recipe.quantize.kind if recipe.quantize else None, "precision": recipe.train.precision}
     save_tuned(run / "adapter", base, model, **stored, **settings)

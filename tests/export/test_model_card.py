@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from gemma_ft.build.contract import Contract
+from gemma_ft.build.place import place_of
 from gemma_ft.export.card.license import GEMMA_NOTICE, terms_of
 from gemma_ft.export.card.model_card import Card
-from gemma_ft.export.card.run_record import RunRecord, public
+from gemma_ft.export.card.run_record import RunRecord, public, read_record
 from gemma_ft.model.config import PRESETS
-from gemma_ft.recipe.load import load_recipe, parse_recipe
+from gemma_ft.recipe.load import load_recipe
+from gemma_ft.train.run_dir import RunDir
 
 CONTRACT = Contract("a" * 64, "b" * 64, [1, 107], "fold", base="google/gemma-2-2b", revision="c" * 40)
-RECIPE = parse_recipe(
-    {
-        "output_dir": "/home/me/runs/x",
-        "strategy": "qlora",
-        "data": {"train": "tatsu-lab/alpaca", "eval": "/home/me/data/held_out.jsonl"},
-        "model": {"preset": "gemma-2-2b"},
-        "adapter": {},
-    }
-)
-SUMMARY = {
-    "data": {"rows": 2000, "tokens": 144039, "trained_tokens": 74731, "truncated": 3},
-    "eval_before": {"loss": 2.0874319, "exact_match": 0.0},
-    "eval_after": {"loss": 0.0011287, "exact_match": 1.0},
-}
-EVALUATION = {
-    "rows": 100,
-    "models": {
-        "base": {"loss": {"value": 2.5, "low": 2.25, "high": 2.75, "rows": 100}},
-        "adapter": {"loss": {"value": 0.125, "low": 0.1, "high": 0.15, "rows": 100}, "exact_match": {"value": 1.0}},
-    },
-}
-MERGE = {
-    "policy": "original", "dtype": "bfloat16", "changed": 42, "tensors": 68,
-    "certificate": {"merged": {"mean_kl": 0.00013, "top1_agreement": 1.0}, "passed": True, "prompts": 32,
-                    "rows": "random tokens: /home/me/data/held_out.jsonl: no such file",
-                    "limit": {"measure": "mean_kl", "at_most": 0.1, "why": "trained over quantized weights"}},
-}  # fmt: skip
+# The folder of a user, with all that a path may hold, and rows in it.
+MINE = "/home/O'Neil, me/secret project/my rows.jsonl"
+ON_HUB = "tatsu-lab/alpaca"
+
+MERGED = "merged"
+
+Runs = Callable[..., RunDir]
 
 
-def card(form: Any = "hf", *, preset: str = "gemma-2-2b", **facts: Any) -> Card:
+@pytest.fixture
+def run_of(finished_run: Path, tmp_path: Path) -> Runs:
+    """Copies of a run that was trained, evaluated and merged, whose recipe had other settings."""
+
+    def make(*overrides: str) -> RunDir:
+        run = RunDir(tmp_path / "run")
+        shutil.copytree(finished_run, run.root, ignore=shutil.ignore_patterns("checkpoints"))
+        run.write_recipe(load_recipe(run.recipe, [f"output_dir={run.root}", *overrides]).recipe)
+        return run
+
+    return make
+
+
+def card(form: Any = "hf", *, preset: str = "gemma-2-2b", run: Path | None = None, **facts: Any) -> Card:
+    """The card of a model of that size; `run`: whose files, and those of its merged folder, tell how it was made."""
     config, contract = PRESETS[preset].config(), facts.pop("contract", CONTRACT)
+    record = read_record(place_of(run / MERGED)) if run is not None else RunRecord(None, None, None, None)
     return Card(
         name="me/my-gemma",
         form=form,
         config=config,
         contract=contract,
         terms=terms_of(config, contract),
-        record=RunRecord(**{"recipe": None, "summary": None, "evaluation": None, "merge": None, **facts}),
+        record=replace(record, **facts),
         base=contract.base if contract else None,
         file="my-gemma-q8_0.gguf",
     )
+
+
+def said(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def front(text: str) -> dict[str, Any]:
@@ -66,51 +71,76 @@ def front(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "models",
-    [{"base": EVALUATION["models"]["base"], "z": 5}, 5, {"base": {"loss": 5}}],  # type: ignore[index]
-)
-def test_damaged_records_are_passed_over(models: Any) -> None:
-    text = card(evaluation={"models": models}, merge={"certificate": {"merged": 5, "limit": [1]}}).text()
-    assert text.startswith("---\n")
+    ("models", "line"),
+    [({"z": 5}, "| held-out | before | after |"), (5, "| held-out | before | after |"),
+     ({"base": {"loss": 5}}, "| loss | 5 |  |")],
+)  # fmt: skip
+def test_damaged_records_are_passed_over(models: Any, line: str, run_of: Runs) -> None:
+    """What can be read is told; where nothing of an evaluation can be, the run's own figures stand."""
+    run = run_of()
+    run.eval_results.write_text(json.dumps({**said(run.eval_results), "models": models}))
+    merge = run.root / MERGED / run.certificate.name
+    merge.write_text(json.dumps({**said(merge), "certificate": {"merged": 5, "limit": [1]}}))
+    text = card(run=run.root).text()
+    assert front(text)["library_name"] == "transformers"
+    assert line in text.splitlines()
+    assert "| policy | original |" in text
+    assert "mean kl" not in text
 
 
-def test_a_whole_card() -> None:
-    text = card(recipe=RECIPE, summary=SUMMARY, merge=MERGE).text()
+def test_a_whole_card(run_of: Runs) -> None:
+    run = run_of(f"data.train={ON_HUB}", f"data.eval={MINE}", "strategy=qlora", "model.preset=gemma-2-2b")
+    run.eval_results.unlink()
+    text = card(run=run.root).text()
     assert front(text) == {
         "base_model": "google/gemma-2-2b",
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "gemma",
-        "datasets": ["tatsu-lab/alpaca"],
+        "datasets": [ON_HUB],
         "tags": ["gemma2", "gemma-ft", "qlora"],
     }
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# my-gemma", "## Training data", "## Results", "## Merge certificate", "## Use", "## How chats must be served",
         "## Recipe", "## Terms of use",
     ]  # fmt: skip
+    summary, merge = said(run.summary), said(run.certificate)
+    data, before, after = summary["data"], summary["eval_before"]["loss"], summary["eval_after"]["loss"]
+    counts = f"{data['rows']:,} rows, {data['tokens']:,} tokens, {data['trained_tokens']:,} trained tokens"
+    assert data["rows"] == 200, "the recipe's own"
+    assert data["tokens"] > 1000, "with a comma"
     for line in (
         f"The whole model: Gemma 2, tuned from `google/gemma-2-2b` (QLoRA) with gemma-ft. Base revision: `{'c' * 40}`.",
-        "| trained on | `tatsu-lab/alpaca`: 2,000 rows, 144,039 tokens, 74,731 trained tokens, 3 rows cut |",
-        "| held out | `held_out.jsonl` |",
-        "| loss | 2.087 | 0.001129 |",
-        "| mean kl | 0.00013 |",
+        f"| trained on | `{ON_HUB}`: {counts} |",
+        "| held out | `my rows.jsonl` |",
+        f"| loss | {before:.4g} | {after:.4g} |",
+        f"| mean kl | {merge['certificate']['merged']['mean_kl']:.4g} |",
+        f"| tensors changed | {merge['changed']} of {merge['tensors']} |",
         "| passed | yes |",
         "| an answer ends at | token ids 1, 107 |",
         'model = AutoModelForCausalLM.from_pretrained("me/my-gemma", dtype="auto")',
         "Or `gemma-ft chat me/my-gemma`, `gemma-ft serve me/my-gemma`, `vllm serve me/my-gemma`.",
-        "output_dir: x",
+        "output_dir: run",
     ):
         assert line in text.splitlines(), line
 
 
-def test_nothing_private_is_in_it() -> None:
-    secret = MERGE | {"policy": "hf_abcdefghijklmnopqrstuvwxyz"}
-    text = card(recipe=RECIPE, summary=SUMMARY, merge=public(secret)).text()
+def test_nothing_private_is_in_it(run_of: Runs) -> None:
+    """Neither of the recipe, nor of what a certificate says of rows that are gone."""
+    run = run_of(f"data.train={MINE}", f"data.eval={MINE}")
+    merge = run.root / MERGED / run.certificate.name
+    facts = said(merge)
+    facts["certificate"]["rows"] = f"random tokens: {MINE}: no such file"
+    facts["policy"] = "hf_abcdefghijklmnopqrstuvwxyz"
+    merge.write_text(json.dumps(facts))
+    text = card(run=run.root, merge=public(said(merge))).text()
     assert "/home" not in text
+    assert "Neil" not in text
+    assert str(run.root.parent) not in text
     assert "hf_abc" not in text
     assert "[secret]" in text
-    assert "random tokens: held_out.jsonl: no such file" in text
+    assert "random tokens: my rows.jsonl: no such file" in text
 
 
 @pytest.mark.parametrize(
@@ -130,13 +160,24 @@ def test_what_becomes_of_a_path(text: str, expected: str) -> None:
     assert public({"a": [text]}) == {"a": [expected]}
 
 
-def test_an_evaluation_replaces_the_runs_own_figures() -> None:
-    text = card(summary=SUMMARY, evaluation=EVALUATION).text()
-    assert "On held-out rows; in brackets the 95% confidence interval." in text
-    assert "|  | base | adapter |" in text
-    assert "| loss | 2.5 [2.25, 2.75] | 0.125 [0.1, 0.15] | 100 |" in text
-    assert "| exact_match |  | 1 |" in text
-    assert "2.087" not in text
+def test_an_evaluation_replaces_the_runs_own_figures(run_of: Runs) -> None:
+    run = run_of()
+    results = said(run.eval_results)
+    del results["models"]["base"]["exact_match"]
+    run.eval_results.write_text(json.dumps(results))
+    text = card(run=run.root).text()
+
+    def cell(model: str, metric: str) -> str:
+        value, low, high = (results["models"][model][metric][key] for key in ("value", "low", "high"))
+        return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+    source = results["settings"]["data"]
+    assert f"On held-out rows of `{source}`; in brackets the 95% confidence interval." in text
+    assert "|  | base | adapter | merged | rows |" in text
+    losses = " | ".join(cell(model, "loss") for model in ("base", "adapter", "merged"))
+    assert f"| loss | {losses} | {results['rows']} |" in text
+    assert f"| exact_match |  | {cell('adapter', 'exact_match')} | {cell('merged', 'exact_match')} | 2 |" in text
+    assert "| held-out | before | after |" not in text
 
 
 def test_a_card_of_which_nothing_is_known_still_says_whose_terms_hold() -> None:
@@ -173,12 +214,13 @@ def test_the_terms_are_gemmas_only_for_what_was_made_from_gemma() -> None:
         assert "ai.google.dev" not in other.section
 
 
-def test_the_recipe_of_the_card_can_be_trained_again() -> None:
-    from tests.export.tuned import ROOT
-
-    recipe = load_recipe(ROOT / "recipes" / "sft_tiny.yaml").recipe
-    text = card(recipe=recipe).text()
-    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == recipe.model_dump(mode="json")
+def test_the_recipe_of_the_card_can_be_trained_again(run_of: Runs) -> None:
+    """All of it, but for where it lies: the same settings, as they are read from the card's own text."""
+    run = run_of("eval.canary=data/canary.jsonl", "model.weights=data/gemma-tiny")
+    (run.root / "card.yaml").write_text(card(run=run.root).text().split("```yaml\n")[1].split("```")[0])
+    found = load_recipe(run.root / "card.yaml").recipe
+    assert found.output_dir == "run"
+    assert found.model_copy(update={"output_dir": str(run.root)}) == load_recipe(run.recipe).recipe
 
 
 @pytest.mark.parametrize(
@@ -207,15 +249,17 @@ def test_nothing_of_this_machine_is_left_of_a_value(value: Any, expected: Any) -
     assert public(value) == expected
 
 
-def test_a_folder_of_the_users_is_no_data_set_of_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_users_is_no_data_set_of_the_hub(
+    run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chats" / "may").mkdir(parents=True)
     sources = ["tatsu-lab/alpaca", "openai/gsm8k:main", "chats/may", "data/chats.jsonl", "../up", "s3://b/x.jsonl"]
-    recipe = parse_recipe(RECIPE.model_dump() | {"data": {"train": sources}})
-    text = card(recipe=recipe).text()
+    run = run_of(f"data.train={json.dumps(sources)}", "data.eval=null")
+    text = card(run=run.root).text()
     assert front(text)["datasets"] == ["openai/gsm8k", "tatsu-lab/alpaca"]
     assert (
-        "| trained on | `tatsu-lab/alpaca, openai/gsm8k:main, chats/may, data/chats.jsonl, up, s3://b/x.jsonl` |"
-        in text
+        "| trained on | `tatsu-lab/alpaca, openai/gsm8k:main, chats/may, data/chats.jsonl, up, s3://b/x.jsonl`: 200 "
+        "rows, " in text
     )
     assert "| held out | `none` |" in text

@@ -80,9 +80,9 @@ def _curves(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Block]:
 
 
 def _differences(runs: Sequence[RunFacts], names: Sequence[str]) -> Block:
-    keys = sorted({key for run in runs for key in run.recipe} - {"output_dir", "logging.run_name"})
+    keys = sorted({key for run in runs for key in run.settings} - {"output_dir", "logging.run_name"})
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]  # a block that one run lacks
-    rows = [[key, *(run.recipe.get(key, NOTHING) for run in runs)] for key in keys]
+    rows = [[key, *(run.settings.get(key, NOTHING) for run in runs)] for key in keys]
     different = [row for row in rows if len(set(row[1:])) > 1]
     if not different:
         return Note("In nothing but where they wrote.")

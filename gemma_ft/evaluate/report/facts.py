@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gemma_ft.errors import UserError
+from gemma_ft.errors import RecipeError, UserError, first_line
+from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.run_files import RunFiles
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.yaml_marks import read_yaml
 from gemma_ft.system.units import is_figure
 
 Points = list[tuple[int, float]]  # (step, value), in the order of the steps
@@ -24,7 +25,7 @@ class RunFacts:
     files: RunFiles
     name: str
     recipe_text: str
-    recipe: dict[str, str]  # dotted key -> value in one line
+    recipe: Recipe | None  # None where it is not one of this version
     summary: dict[str, Any]
     curves: dict[str, Points]  # of metrics.jsonl
     evals: dict[str, Points]  # of evals.jsonl, with the scores before and after training
@@ -37,6 +38,11 @@ class RunFacts:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return bool(self.summary)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The recipe by dotted key, each value in one line."""
+        return _flat(self.recipe.model_dump()) if self.recipe is not None else {}
 
     def figure(self, *keys: str) -> Any:
         """A value of summary.json by its path of keys; None where it is not there."""
@@ -55,12 +61,15 @@ def read_run(root: Path) -> RunFacts:
     if not files.recipe.is_file():
         raise UserError(f"{root}: holds no run: no recipe.yaml in it; name the output_dir of a training run")
     text = _text(files.recipe)
-    try:
-        recipe = _flat(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{files.recipe}: is no YAML; restore it from the recipe that was run") from error
+    if read_yaml(text, files.recipe.name).faults:
+        raise UserError(f"{files.recipe}: is no YAML; restore it from the recipe that was run")
     summary = _object(files.summary) or {}
     notes = [] if summary else ["This run has not come to its end: figures are those so far."]
+    recipe = None
+    try:
+        recipe = load_recipe(files.recipe).recipe
+    except RecipeError as error:
+        notes.append(f"{files.recipe.name} is shown as it is, for this version cannot read it: {first_line(error)}")
     results = _object(files.eval_results)
     if results is not None and summary and files.eval_results.stat().st_mtime < files.summary.stat().st_mtime:
         notes.append("eval.json is older than the end of this run: run gemma-ft eval again.")
