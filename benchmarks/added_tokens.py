@@ -28,8 +28,8 @@ def model_of(arm: str) -> Any:
     """The model of an arm in training mode, LoRA on it."""
     from peft import LoraConfig, get_peft_model
 
+    from gemma_ft.families import PRESETS
     from gemma_ft.model.added_rows import AddedRows
-    from gemma_ft.model.config import PRESETS
     from gemma_ft.model.gemma import GemmaForCausalLM
 
     torch.manual_seed(0)

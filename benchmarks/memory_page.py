@@ -10,7 +10,7 @@ import re
 
 from benchmarks.plan import ARMS, planned
 from benchmarks.record import ROOT
-from gemma_ft.plan.inference import PUBLISHED
+from gemma_ft.families import PUBLISHED
 from gemma_ft.plan.show import inference_lines, training_lines
 
 PAGE = ROOT / "docs" / "memory.md"

@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.record import ROOT, write_result
 from benchmarks.turns import in_turns, paired
+from gemma_ft.families import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.model.presets import PRESETS
 from tests.real.fetch import packages
 
 TURNS = 3

@@ -12,11 +12,11 @@ import gemma_ft
 PACKAGE = Path(gemma_ft.__file__).resolve().parent
 FLOORS = [
     ["errors"],
+    ["families"],
     ["system"],
     ["recipe"],
     ["data", "kernels"],
-    ["model", "adapters"],
-    ["plan"],
+    ["model", "adapters", "plan"],
     ["build"],
     ["infer", "export", "verify"],
     ["serve", "evaluate"],

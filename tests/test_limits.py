@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.limits import flops_per_token, keys_seen
 from benchmarks.turns import order, paired
+from gemma_ft.families import PRESETS
 from gemma_ft.model.attention import visible_keys
-from gemma_ft.model.config import PRESETS
 
 
 @pytest.mark.parametrize(

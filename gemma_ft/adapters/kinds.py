@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma_ft.families import LINEARS
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names for its files
 
 _MERGE = "merge it with PEFT (merge_and_unload) where it was trained, and give the merged folder"
@@ -89,7 +91,6 @@ def lora_fault(config: Any) -> str | None:
 
 # PEFT's layers over quantized weights lack them.
 _NOT_QUANTIZED = ("monteclora_config", "use_bdlora", "velora_config")
-_QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def quantized_fault(config: Any, kind: str | None) -> str | None:
@@ -100,7 +101,7 @@ def quantized_fault(config: Any, kind: str | None) -> str | None:
         # PEFT reads each weight, and bitsandbytes then takes the layer for one whose scales it has in hand
         return "use_dora is set, which cannot be computed over int8 weights; take nf4, or the weights as they are"
     odd = next((name for name in _NOT_QUANTIZED if getattr(config, name, None)), None)
-    whole = [one for one in getattr(config, "modules_to_save", None) or () if one.rpartition(".")[2] in _QUANTIZED]
+    whole = [one for one in getattr(config, "modules_to_save", None) or () if one.rpartition(".")[2] in LINEARS]
     if odd is None and not whole:
         return None
     what = f"{odd} is set" if odd is not None else f"modules_to_save names {whole[0]}"

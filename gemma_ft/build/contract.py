@@ -17,9 +17,10 @@ from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gemma_ft.build.weights import file_hash
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
-from gemma_ft.data.encode.template import SystemPolicy, unmarked
+from gemma_ft.data.encode.template import unmarked
 from gemma_ft.data.encode.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.families import SystemPolicy
 from gemma_ft.model.config import config_in, read_generation_config
 
 CONTRACT = "gemma_ft.json"

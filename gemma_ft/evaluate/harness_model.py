@@ -19,7 +19,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
-from gemma_ft.data.encode.template import BOS
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.perplexity import Piece, example_of, final_states, head_loss
@@ -87,7 +86,7 @@ class NativeLM(TemplateLM):
 
         Control tokens in the text are read as such: a chat reaches the harness's models as a string.
         """
-        wanted = not string.startswith(BOS) if add_special_tokens is None else add_special_tokens
+        wanted = not string.startswith(self.encoder.chat.bos) if add_special_tokens is None else add_special_tokens
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=wanted)
         return ids
 

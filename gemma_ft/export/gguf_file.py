@@ -26,6 +26,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
+from gemma_ft.families import FAMILIES
 from gemma_ft.model.config import GemmaNumerics
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -66,22 +67,21 @@ def check_for_llama_cpp(config: PreTrainedConfig) -> None:
 
     Source: llama.cpp src/models/gemma.cpp and gemma2.cpp (load_arch_hparams).
     """
-    numerics = GemmaNumerics.from_config(config)
-    second = config.model_type == "gemma2"
-    by_width = second and config.num_hidden_layers == 46  # how llama.cpp knows a 27B
+    numerics, family = GemmaNumerics.from_config(config), FAMILIES[config.model_type]
+    by_width = config.num_hidden_layers in family.gguf.width_scaled
     square = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
     if not math.isclose(numerics.query_scale, square**-0.5, rel_tol=1e-6):
         raise UserError(
             f"config.json: query_pre_attn_scalar is {config.query_pre_attn_scalar}, but llama.cpp takes {square} "
             f"({'hidden_size / num_attention_heads' if by_width else 'head_dim'}) whatever the file says; {ELSE}"
         )
-    if not second:
-        return
-    if numerics.attn_softcap is None or numerics.final_softcap is None:
-        raise UserError(f"config.json: a soft-cap is null, but llama.cpp always caps a Gemma 2; {ELSE}")
-    window = numerics.window_tokens[0]
-    if numerics.window_tokens != tuple(window if i % 2 == 0 else None for i in range(config.num_hidden_layers)):
-        raise UserError(f"config.json: layer_types: llama.cpp has a window in layers 0, 2, 4, ... and no other; {ELSE}")
+    caps = ((family.attn_softcap, numerics.attn_softcap), (family.final_softcap, numerics.final_softcap))
+    if any(capped and found is None for capped, found in caps):
+        raise UserError(f"config.json: a soft-cap is null, but llama.cpp always caps a {family.label}; {ELSE}")
+    layers, window = range(config.num_hidden_layers), numerics.window_tokens[0]
+    if numerics.window_tokens != tuple(window if family.slides(layer) else None for layer in layers):
+        these = ", ".join([str(layer) for layer in range(10) if family.slides(layer)][:3])
+        raise UserError(f"config.json: layer_types: llama.cpp has a window in layers {these}, ... and no other; {ELSE}")
 
 
 def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufType) -> list[GgufTensor]:
@@ -91,8 +91,8 @@ def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTyp
     Raises: UserError for a matrix whose rows q8_0 cannot cut into blocks.
     """
     gguf = gguf_library()
-    arch = {"gemma": gguf.MODEL_ARCH.GEMMA, "gemma2": gguf.MODEL_ARCH.GEMMA2}[config.model_type]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    known = FAMILIES[config.model_type].gguf
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[known.architecture.upper()], config.num_hidden_layers)
     planned = []
     for source, (_, shape) in weights.infos.items():
         stored: GgufType = kind if len(shape) > 1 else "f32"
@@ -108,7 +108,7 @@ def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTyp
                 shape=tuple(shape),
                 stored=stored,
                 bytes=math.prod(shape) // block * size,
-                plus_one=source.endswith("norm.weight"),
+                plus_one=source.endswith(known.plus_one),
             )
         )
     return planned
@@ -137,7 +137,7 @@ def write_gguf(
     gguf = gguf_library()
     config = gguf_config(weights)
     tensors = plan_tensors(weights, config, kind)
-    writer = gguf.GGUFWriter(str(out), config.model_type)
+    writer = gguf.GGUFWriter(str(out), FAMILIES[config.model_type].gguf.architecture)
     try:
         _add_general(gguf, writer, kind, name, license, contract)
         _add_hyperparameters(writer, config)
@@ -196,7 +196,7 @@ def _add_general(
 
 
 def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
-    numerics = GemmaNumerics.from_config(config)
+    numerics, family = GemmaNumerics.from_config(config), FAMILIES[config.model_type]
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -209,9 +209,11 @@ def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_rope_freq_base(numerics.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    if config.model_type == "gemma2":
+    if family.attn_softcap:
         writer.add_attn_logit_softcapping(numerics.attn_softcap)
+    if family.final_softcap:
         writer.add_final_logit_softcapping(numerics.final_softcap)
+    if family.window_period is not None:
         # llama.cpp takes 4096 where none is given: no window at all is one as long as the context.
         writer.add_sliding_window(numerics.window_tokens[0] or config.max_position_embeddings)
 

@@ -19,10 +19,10 @@ from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.data.encode.tokenizer import ControlIds
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
+from gemma_ft.families import family_of, known_families
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
 
-ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
 
 
@@ -113,14 +113,14 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     """
     path = base / "config.json"
     fields = _json_object(path)
-    architecture = ARCHITECTURES.get(str(fields.get("model_type")))
-    if architecture is None:
-        raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not Gemma 1 or 2")
+    family = family_of(fields.get("model_type"))
+    if family is None:
+        raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not {known_families('or')}")
     if "quantization_config" in fields:
         raise UserError(f"{path}: these weights are quantized already; name the base that they were made from")
     name = str(dtype).removeprefix("torch.")
     former = {"torch_dtype": name} if "torch_dtype" in fields else {}  # what libraries read before "dtype"
-    return {**fields, **former, "architectures": [architecture], "dtype": name, "tie_word_embeddings": True}
+    return {**fields, **former, "architectures": [family.architecture], "dtype": name, "tie_word_embeddings": True}
 
 
 def generation_fields(base: Path, control: ControlIds, stop_ids: list[int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.export.card.license import Terms, terms_of
 from gemma_ft.export.card.model_card import Card, Form
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
-from gemma_ft.model.config import PRESETS
+from gemma_ft.families import PRESETS
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.files import write_json
 

@@ -122,5 +122,5 @@ def _notes_without_contract(path: str | Path, place: Place, encoder: ChatEncoder
         return [f"{path}: a base model without a chat template; it was never tuned to answer"]
     unchecked = "; whether its adapter belongs to this base cannot be checked" if place.adapter is not None else ""
     name, system = encoder.format.name, SYSTEM_TEXTS[encoder.system_policy]
-    asked = "" if name == gemma_format().name else f"asked in {name}, as its own chat template writes; "
+    asked = "" if name == gemma_format(encoder.chat).name else f"asked in {name}, as its own chat template writes; "
     return [f"{path}: no {CONTRACT} with it; {asked}a system text {system}{unchecked}"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
+from gemma_ft.families import FAMILIES, known_families
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 from gemma_ft.kernels.decode_attention import one_query, serves_one_query
@@ -275,7 +276,8 @@ BACKENDS: dict[str, Attend] = {
     "eager": _masked(eager_attention),
     "sdpa": _masked(sdpa_attention),
 }
-_NO_CAP = "attention: {name} cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"
+_CAPPED = known_families("and", (family for family in FAMILIES.values() if family.attn_softcap))
+_NO_CAP = f"attention: {{name}} cannot compute {_CAPPED}'s soft-cap and would drop it; use auto, blockwise or eager"
 
 
 @dataclass(frozen=True)

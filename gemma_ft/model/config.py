@@ -1,28 +1,24 @@
-"""What a Gemma is: the published sizes (presets.py), and the numbers a config.json decides.
+"""The numbers that a config.json decides.
 
-transformers' GemmaConfig and Gemma2Config stay the only configuration classes; `GemmaNumerics` reads from either what
-the layers need, so that no layer asks which family it belongs to.
+transformers' configuration classes stay the only ones; `GemmaNumerics` reads from each, by its family's record
+(families.py), what the layers need, so that no layer asks which family it belongs to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, Gemma2Config, GemmaConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.errors import UserError, first_line
+from gemma_ft.families import LayerKind, family_of, known_families
 from gemma_ft.model.config_file import other_family
-from gemma_ft.model.presets import MODEL_TYPES
-from gemma_ft.model.presets import PRESETS as PRESETS
-from gemma_ft.model.presets import Preset as Preset
-
-CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = dict(zip(MODEL_TYPES, (GemmaConfig, Gemma2Config), strict=True))
 
 # transformers reads `hidden_act` for Gemma 1 and `hidden_activation` for Gemma 2, and published files carry a legacy
 # "gelu" that means the tanh approximation: every name of a GELU is the same function here, anything else is another
@@ -34,26 +30,35 @@ _UNREADABLE = "cannot be read as a Gemma's"
 
 @dataclass(frozen=True)
 class GemmaNumerics:
-    """The numbers of one config that the layers compute with, the same for both families.
+    """The numbers of one config that the layers compute with, the same for every family.
 
-    `window_tokens[i]` is the sliding window of layer i (keys visible to a query, itself included), or None for full
-    attention.
+    `layers[i]`: the sizes, window and rotary positions of layer i.
     """
 
     query_scale: float
     attn_softcap: float | None
     final_softcap: float | None
-    window_tokens: tuple[int | None, ...]
-    sandwich_norms: bool  # Gemma 2 also normalizes what attention and MLP give back
-    rope_theta: float
+    layers: tuple[LayerKind, ...]
+    sandwich_norms: bool  # what attention and MLP give back is normalized as well
+
+    @property
+    def window_tokens(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer: keys visible to a query, itself included, or None for full attention."""
+        return tuple(kind.sliding_window for kind in self.layers)
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary positions, which all layers share."""
+        return float(self.layers[0].rope.theta)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> GemmaNumerics:
-        """Read a GemmaConfig or Gemma2Config.
+        """Read the config of a family that is known.
 
-        Raises: UserError for a model type, activation, RoPE or attention direction that is not Gemma 1 or 2.
+        Raises: UserError for a model type, activation, RoPE or attention direction that is of none.
         """
-        if config.model_type not in CONFIG_CLASSES:
+        family = family_of(config.model_type)
+        if family is None:
             raise UserError(other_family(config.model_type))
         _refuse_bad_numbers(config)
         activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "gelu")
@@ -61,27 +66,24 @@ class GemmaNumerics:
             raise UserError(
                 f"config.json: activation {activation!r} is not Gemma's tanh GELU; this is not a Gemma model"
             )
-        rope: dict[str, Any] = dict(config.rope_parameters or {})
-        if rope.get("rope_type", "default") != "default":
+        layers = family.layers(config.to_dict())
+        rope = layers[0].rope
+        if rope.type != "default":
             raise UserError(
-                f"config.json: rope_type {rope['rope_type']!r} is not supported; Gemma 1 and 2 use 'default'"
+                f"config.json: rope_type {rope.type!r} is not supported; {known_families('and')} use 'default'"
             )
         if getattr(config, "use_bidirectional_attention", None):
             raise UserError("config.json: use_bidirectional_attention is set; this is an encoder, not a causal Gemma")
-        second = config.model_type == "gemma2"
-        window = config.sliding_window if second else None
-        if second and (not isinstance(window, int) or window < 1):
-            raise UserError(f"config.json: sliding_window {window!r} is no number of tokens; Gemma 2 has 4096")
+        window = config.sliding_window if family.window_period is not None else 1
+        if not isinstance(window, int) or window < 1:
+            usual = f"{family.label} has {family.defaults['sliding_window']}"
+            raise UserError(f"config.json: sliding_window {window!r} is no number of tokens; {usual}")
         return cls(
-            query_scale=(config.query_pre_attn_scalar if second else config.head_dim) ** -0.5,
-            attn_softcap=config.attn_logit_softcapping if second else None,
-            final_softcap=config.final_logit_softcapping if second else None,
-            window_tokens=tuple(
-                window if second and config.layer_types[i] == "sliding_attention" else None
-                for i in range(config.num_hidden_layers)
-            ),
-            sandwich_norms=second,
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            query_scale=getattr(config, family.query_scale) ** -0.5,
+            attn_softcap=config.attn_logit_softcapping if family.attn_softcap else None,
+            final_softcap=config.final_logit_softcapping if family.final_softcap else None,
+            layers=layers,
+            sandwich_norms=family.sandwich_norms,
         )
 
 
@@ -143,5 +145,7 @@ def numerics_hash(config: PreTrainedConfig) -> str:
     are another model.
     """
     shape = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size")
-    decided = asdict(GemmaNumerics.from_config(config)) | {name: getattr(config, name) for name in shape}
+    numbers = ("query_scale", "attn_softcap", "final_softcap", "window_tokens", "sandwich_norms", "rope_theta")
+    numerics = GemmaNumerics.from_config(config)
+    decided = {name: getattr(numerics, name) for name in numbers} | {name: getattr(config, name) for name in shape}
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.model.presets import MODEL_TYPES, PRESETS
+from gemma_ft.families import FAMILIES, PRESETS, family_of, known_families
 
 READ_AT_MOST = 2**20  # bytes: a config.json has some thousand
 
 
 def other_family(model_type: Any) -> str:
     """What is said of a model_type that is no Gemma of ours."""
-    return f"model_type {model_type!r} is not Gemma 1 or 2; supported: {', '.join(MODEL_TYPES)}"
+    return f"model_type {model_type!r} is not {known_families('or')}; supported: {', '.join(FAMILIES)}"
 
 
 def check_family(folder: Path, name: str) -> None:
@@ -27,7 +27,7 @@ def check_family(folder: Path, name: str) -> None:
     that is missing or damaged is refused where it is read in full.
     """
     found = _fields(folder)
-    if found and found.get("model_type") not in MODEL_TYPES:
+    if found and family_of(found.get("model_type")) is None:
         raise UserError(f"{name}: {other_family(found.get('model_type'))}")
 
 

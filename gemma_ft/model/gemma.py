@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
+from gemma_ft.families import family_of
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.model.config import GemmaNumerics, read_config
@@ -288,8 +289,9 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
 def _face(config: PreTrainedConfig | None, default: type[GemmaForCausalLM]) -> type[GemmaForCausalLM]:
     """The class whose name and config class fit `config`: what is saved then names the right architecture."""
-    faces = {"gemma": GemmaForCausalLM, "gemma2": Gemma2ForCausalLM}
-    return faces.get(getattr(config, "model_type", ""), default)
+    family = family_of(getattr(config, "model_type", ""))
+    faces = {face.__name__: face for face in (GemmaForCausalLM, Gemma2ForCausalLM)}
+    return default if family is None else faces[family.architecture]
 
 
 def _described(key: str | tuple[str, torch.Size, torch.Size]) -> str:

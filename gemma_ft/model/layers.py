@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gemma_ft.families import LayerKind
 from gemma_ft.kernels.geglu import geglu
 from gemma_ft.kernels.rms_norm import rms_norm
 from gemma_ft.kernels.rotary import rotate
@@ -86,11 +87,11 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
 class GemmaMLP(nn.Module):
     """gelu_tanh(gate(x)) * up(x), projected down: [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, kind: LayerKind) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, kind.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, kind.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(kind.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         middle = geglu(linear(self.gate_proj, x), linear(self.up_proj, x))
@@ -107,11 +108,11 @@ class GemmaAttention(nn.Module):
         self.config = config
         self.numerics = numerics
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        bias = config.attention_bias
+        kind, bias = numerics.layers[layer_idx], config.attention_bias
+        self.head_dim = kind.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kind.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kind.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(
@@ -147,7 +148,7 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig, numerics: GemmaNumerics, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = GemmaAttention(config, numerics, layer_idx)
-        self.mlp = GemmaMLP(config)
+        self.mlp = GemmaMLP(config, numerics.layers[layer_idx])
         self.sandwich_norms = numerics.sandwich_norms
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -97,7 +97,7 @@ SAVED = (
     Saved("output of attention", lambda at: at.shape.heads * at.shape.head_dim,
           when=lambda at: at.attention in ("sdpa", "flex")),
     Saved("scores after tanh", lambda at: at.shape.heads * at.tokens, each=WIDE,
-          when=lambda at: _scores(at) and at.shape.second),
+          when=lambda at: _scores(at) and at.shape.attn_softcap),
     Saved("what is hidden", lambda at: at.tokens, each=1, when=_scores),
     Saved("attention weights", lambda at: at.shape.heads * at.tokens, each=WIDE, when=_scores),
     Saved("the same in v's dtype", lambda at: at.shape.heads * at.tokens, when=lambda at: _scores(at) and not at.wide),

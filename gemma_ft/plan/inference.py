@@ -12,7 +12,6 @@ from gemma_ft.plan.storage import Kind, cache_bytes, weight_bytes
 
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "nf4")
 CONTEXTS = (1024, 4096, 8192)  # tokens of prompt and answer
-PUBLISHED = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
 
 
 @dataclass(frozen=True)

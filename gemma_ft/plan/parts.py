@@ -121,7 +121,7 @@ def logit_bytes(run: Run) -> int:
     if run.native:
         return run.element
     narrow = 0 if run.element == WIDE else run.element
-    return narrow + (3 if run.shape.second else 2) * WIDE
+    return narrow + (3 if run.shape.final_softcap else 2) * WIDE
 
 
 def forward_only(run: Run, rows: int, tokens: int, *, keys: int, cached: bool) -> int:

@@ -171,7 +171,7 @@ def run_of(
         dora=adapter.dora if adapter else False,
         dropout=bool(adapter and adapter.dropout),
         device=device,
-        attention=attention_of(recipe.model.attention, softcap=shape.second, device=device),
+        attention=attention_of(recipe.model.attention, softcap=shape.attn_softcap, device=device),
         native=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
         widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(processor_words()),
         fused=environment.own_kernels_wanted(),

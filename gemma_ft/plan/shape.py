@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.model.presets import PRESETS
+from gemma_ft.families import FAMILIES, LINEARS, PRESETS, family_of, known_families
 
-# What transformers' GemmaConfig and Gemma2Config say of a field that a preset leaves out (a test compares them).
-DEFAULTS: dict[str, Any] = {"vocab_size": 256_000, "sliding_window": 4096, "max_position_embeddings": 8192}
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
           "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 
@@ -35,26 +33,17 @@ class Shape:
     vocabulary: int
     max_positions: int
     windows: tuple[int | None, ...]
-    second: bool  # Gemma 2: four norms in a layer, and soft-caps
+    norms: int  # RMS norms in a layer
+    attn_softcap: bool
+    final_softcap: bool
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Rows and columns of each linear layer of one decoder layer, by module name."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (queries, self.hidden),
-            "k_proj": (keys, self.hidden),
-            "v_proj": (keys, self.hidden),
-            "o_proj": (self.hidden, queries),
-            "gate_proj": (self.ffn, self.hidden),
-            "up_proj": (self.ffn, self.hidden),
-            "down_proj": (self.hidden, self.ffn),
-        }
-
-    @property
-    def norms(self) -> int:
-        """RMS norms in a layer."""
-        return 4 if self.second else 2
+        into, out = [(size, self.hidden) for size in (queries, keys, keys)], [(self.hidden, queries)]
+        mlp = [(self.ffn, self.hidden), (self.ffn, self.hidden), (self.hidden, self.ffn)]
+        return dict(zip(LINEARS, [*into, *out, *mlp], strict=True))
 
     @property
     def layer_linear(self) -> int:
@@ -89,13 +78,10 @@ class Shape:
         return self.layers * sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in chosen)
 
 
-CLASS_DEFAULTS = {"gemma": "gemma-7b", "gemma2": "gemma-2-2b"}  # what transformers' config classes take for granted
-
-
 def preset_shape(name: str) -> Shape:
     """The shape of one of PRESETS. Raises: KeyError."""
     preset = PRESETS[name]
-    return shape_of(name, {"model_type": preset.model_type, **DEFAULTS, **preset.fields})
+    return shape_of(name, {"model_type": preset.model_type, **preset.fields})
 
 
 def shape_in(folder: Path) -> Shape:
@@ -105,9 +91,10 @@ def shape_in(folder: Path) -> Shape:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a Gemma's: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") not in ("gemma", "gemma2"):
-        raise UserError(f"{path}: not of Gemma 1 or 2")
-    fields = {**DEFAULTS, **PRESETS[CLASS_DEFAULTS[fields["model_type"]]].fields, **fields}
+    family = family_of(fields.get("model_type")) if isinstance(fields, dict) else None
+    if family is None:
+        raise UserError(f"{path}: not of {known_families('or')}")
+    fields = {**family.defaults, **fields}
     for name in _SIZES:
         if type(fields.get(name)) is not int or fields[name] < 1:
             raise UserError(f"{path}: {name} {fields.get(name)!r} is no size; fetch the file again")
@@ -115,13 +102,12 @@ def shape_in(folder: Path) -> Shape:
 
 
 def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:
-    """The shape that config fields (transformers' names) describe."""
-    layers, second = fields["num_hidden_layers"], fields["model_type"] == "gemma2"
-    # as Gemma2Config has it: the first layer is local, every other one is
-    kinds = fields.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    """The shape that config fields (transformers' names) of a known family describe."""
+    family = FAMILIES[fields["model_type"]]
+    fields = {**family.defaults, **fields}
     return Shape(
         name=name,
-        layers=layers,
+        layers=fields["num_hidden_layers"],
         hidden=fields["hidden_size"],
         ffn=fields["intermediate_size"],
         heads=fields["num_attention_heads"],
@@ -129,6 +115,8 @@ def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:
         head_dim=fields["head_dim"],
         vocabulary=fields["vocab_size"],
         max_positions=fields["max_position_embeddings"],
-        windows=tuple(fields["sliding_window"] if second and kind == "sliding_attention" else None for kind in kinds),
-        second=second,
+        windows=tuple(kind.sliding_window for kind in family.layers(fields)),
+        norms=family.norms,
+        attn_softcap=family.attn_softcap,
+        final_softcap=family.final_softcap,
     )

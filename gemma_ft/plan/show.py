@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gemma_ft.model.presets import PRESETS
+from gemma_ft.families import PRESETS, PUBLISHED
 from gemma_ft.plan.fit import Change, fitted, peak, smallest_change
 from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
-from gemma_ft.plan.inference import CONTEXTS, PUBLISHED, table
+from gemma_ft.plan.inference import CONTEXTS, table
 from gemma_ft.plan.phases import disk, phases
 from gemma_ft.plan.run import Ranks, Run, attention_of, run_of
 from gemma_ft.plan.shape import preset_shape
@@ -153,7 +153,7 @@ def _nominal(size: int | None) -> str:
 
 def _defaults(name: str) -> list[tuple[str, Run]]:
     shape = preset_shape(name)
-    attention = attention_of("auto", softcap=shape.second, device="cuda")
+    attention = attention_of("auto", softcap=shape.attn_softcap, device="cuda")
     own = environment.own_kernels_wanted()
     plain = Run(
         shape=shape, strategy="lora", rows=1, tokens=2048, attention=attention, native=own, fused=own, eval_rows=1

@@ -6,12 +6,13 @@ never coerced, so that `"3"` is not 3.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from gemma_ft.errors import UserError
+from gemma_ft.families import LINEARS, PRESETS, SystemPolicy
 from gemma_ft.system.paths import expanded
 
 
@@ -32,7 +33,11 @@ Batch = Annotated[int, Field(ge=1, le=65_536)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
-Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+if TYPE_CHECKING:
+    Linear: TypeAlias = str
+    Preset: TypeAlias = str
+else:  # words that families.py knows
+    Linear, Preset = Literal[LINEARS], Literal[tuple(PRESETS)]
 
 
 class Section(BaseModel):
@@ -103,7 +108,7 @@ class Data(Section):
     too_long: Literal["auto", "truncate_right", "truncate_left", "split", "drop", "error"] = Field(
         "auto", description="Rows past max_seq_len; auto: chats are cut at the right, documents split"
     )
-    system: Literal["fold", "error", "drop"] = Field(
+    system: SystemPolicy = Field(
         "fold", description="A system message goes into the first user turn, is refused, or is left out"
     )
 
@@ -135,9 +140,7 @@ class Data(Section):
 class Model(Section):
     """Which Gemma is tuned."""
 
-    preset: Literal["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-tiny"] = Field(
-        description="Shape of the model"
-    )
+    preset: Preset = Field(description="Shape of the model")
     weights: Location | None = Field(
         None, description="Folder or hub id; not set: the preset's own; random: fresh weights"
     )

@@ -105,5 +105,5 @@ def _as_it_will_run(run: Run, device: torch.device) -> Run:
     if run.native and gpu.reason_against(device, dtype) is not None:
         run = run.changed(native=False)
     if run.attention == "flex" and flex_attention.reason_against(device, run.shape.head_dim, dtype) is not None:
-        run = run.changed(attention=without_flex(softcap=run.shape.second))
+        run = run.changed(attention=without_flex(softcap=run.shape.attn_softcap))
     return run

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from gemma_ft.build.contract import CONTRACT, Contract, asking_encoder, contract_of, sha256_of
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import SYSTEM_POLICIES, SystemPolicy, chat_template
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
+from gemma_ft.families import SYSTEM_POLICIES, TURNS, SystemPolicy
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"
 
@@ -68,7 +68,7 @@ def test_what_the_build_before_wrote_is_served(tmp_path: Path, policy: SystemPol
     """Its template file and its hash, in a folder; the ids are the same, and what is written anew keeps the hash."""
     saved(tmp_path, policy)
     template = tmp_path / "chat_template.jinja"
-    template.write_text(chat_template(policy, marked=False))
+    template.write_text(TURNS.text(policy, marked=False))
     assert sha256_of(template.read_text()) == FORMER[policy]
     change(tmp_path, template_sha256=FORMER[policy])
     encoder = serve(tmp_path)
@@ -87,7 +87,7 @@ def test_what_the_build_before_wrote_is_served(tmp_path: Path, policy: SystemPol
 
 def test_a_template_of_the_build_before_under_another_policy_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(chat_template("drop", marked=False))
+    (tmp_path / "chat_template.jinja").write_text(TURNS.text("drop", marked=False))
     assert refusal(tmp_path).startswith("FOLDER: its chat template is not the one that was trained (gemma_ft.json)")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gemma_ft.cli.app import main
+from gemma_ft.families import PUBLISHED
 from gemma_ft.plan.gpus import GIB, GPUS, gpu_bytes, smallest_gpu
-from gemma_ft.plan.inference import PUBLISHED
 
 PRESETS = "gemma-2b, gemma-7b, gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-tiny"
 RECIPES = "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_tiny, tiny_base"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 
 from gemma_ft.data.conversation import Conversation, Document, Turn
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
-from gemma_ft.data.encode.template import chat_template
 from gemma_ft.errors import DataError
+from gemma_ft.families import TURNS
 from tests.data.strategies import clean_texts, conversations, documents, texts
 
 MANY = settings(max_examples=150, deadline=None)
@@ -94,10 +94,10 @@ def test_fault_18_ids_equal_the_chat_template(encoders: dict[str, ChatEncoder], 
     for policy, encoder in encoders.items():
         if policy == "error" and conversation.turns[0].role == "system":
             continue
-        expected = encoder.tokenizer.apply_chat_template(messages, chat_template=chat_template(policy))["input_ids"]
+        expected = encoder.tokenizer.apply_chat_template(messages, chat_template=TURNS.text(policy))["input_ids"]
         assert encoder.encode(conversation).input_ids == expected
         asked = encoder.tokenizer.apply_chat_template(
-            messages[:-1], chat_template=chat_template(policy), add_generation_prompt=True
+            messages[:-1], chat_template=TURNS.text(policy), add_generation_prompt=True
         )["input_ids"]
         assert encoder.encode_prompt(conversation.turns) == asked
 
@@ -130,7 +130,7 @@ def test_template_refuses_what_the_encoder_refuses(
         with pytest.raises(Exception, match="must alternate"):
             tokenizer.apply_chat_template(
                 [{"role": role, "content": "a"} for role in roles],
-                chat_template=chat_template(policy),  # type: ignore[arg-type]
+                chat_template=TURNS.text(policy),  # type: ignore[arg-type]
             )
 
 

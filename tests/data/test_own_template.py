@@ -17,9 +17,10 @@ from gemma_ft.data.conversation import Conversation, Turn
 from gemma_ft.data.encode import own_template
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.encode.own_template import CURE, UnknownTemplate, own_encoder
-from gemma_ft.data.encode.template import SYSTEM_POLICIES, SystemPolicy, chat_template, unmarked
+from gemma_ft.data.encode.template import unmarked
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.encode.tokenizer_files import has_chat_template
+from gemma_ft.families import SYSTEM_POLICIES, TURNS, SystemPolicy
 from tests.data.strategies import clean_texts, conversations
 from tests.foreign import CHATML, TEMPLATES, TINY, foreign_tokenizer
 
@@ -160,7 +161,7 @@ def test_named_templates_without_a_default_are_refused() -> None:
 @pytest.mark.parametrize("policy", SYSTEM_POLICIES)
 def test_our_own_templates_keep_their_policy(tokenizer: Any, policy: SystemPolicy) -> None:
     for marked in (True, False):
-        tokenizer.chat_template = chat_template(policy, marked=marked)
+        tokenizer.chat_template = TURNS.text(policy, marked=marked)
         encoder = own_encoder(tokenizer, "FOLDER")
         assert (encoder.system_policy, encoder.template_hash) == (policy, FORMER[policy])
         assert encoder.format == ChatEncoder(tokenizer, policy).format
@@ -195,7 +196,7 @@ def test_a_template_is_found_wherever_it_lies(tmp_path: Path, place: str) -> Non
     tokenizer = foreign_tokenizer(None)
     tokenizer.save_pretrained(str(tmp_path))
     assert not has_chat_template(tmp_path)
-    assert load_tokenizer(str(tmp_path)).chat_template == chat_template("fold")
+    assert load_tokenizer(str(tmp_path)).chat_template == TURNS.text("fold")
     PLACES[place](tmp_path, CHATML)
     assert has_chat_template(tmp_path)
     assert load_tokenizer(str(tmp_path)).chat_template == CHATML
@@ -209,7 +210,7 @@ def test_the_assistant_mask_of_a_saved_template_is_what_is_trained(
     turns = [("system", "Be brief."), ("user", " Hi? "), ("assistant", "Yes.\n"), ("user", "So?"), ("assistant", "No")]
     found = tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns],
-        chat_template=chat_template(policy),
+        chat_template=TURNS.text(policy),
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
@@ -234,5 +235,5 @@ def test_marks_are_taken_off_without_a_change_of_text(marked: str, expected: str
 
 @pytest.mark.parametrize("policy", SYSTEM_POLICIES)
 def test_an_unmarked_template_is_that_of_the_build_before(tokenizer: Any, policy: SystemPolicy) -> None:
-    assert unmarked(chat_template(policy)) == chat_template(policy, marked=False)
+    assert unmarked(TURNS.text(policy)) == TURNS.text(policy, marked=False)
     assert ChatEncoder(tokenizer, policy).template_hash == FORMER[policy]

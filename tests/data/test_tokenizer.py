@@ -11,12 +11,12 @@ from transformers import GemmaTokenizer
 
 from gemma_ft.data.conversation import Conversation, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import chat_template
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds, add_tokens, load_tokenizer, pieces_of
 from gemma_ft.data.encode.tokenizer import _sharing as sharing
 from gemma_ft.data.encode.tokenizer import _without as without
 from gemma_ft.data.encode.tokenizer_facts import is_text_token, tokenizer_facts
 from gemma_ft.errors import UserError
+from gemma_ft.families import TURNS
 from tests.data.conftest import TINY
 from tests.quirky_tokenizer import early_conversion
 
@@ -143,9 +143,9 @@ def test_fault_01_plain_text_gets_one_bos_from_the_loaded_tokenizer(tmp_path: Pa
 def test_fault_23_a_tokenizer_without_chat_template_gets_ours(tmp_path: Path) -> None:
     shutil.copy(TINY / "tokenizer.json", tmp_path)
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.chat_template == chat_template("fold")
+    assert loaded.chat_template == TURNS.text("fold")
     loaded.save_pretrained(tmp_path / "saved")
-    assert load_tokenizer(str(tmp_path / "saved")).chat_template == chat_template("fold")
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == TURNS.text("fold")
 
 
 def test_a_template_of_its_own_is_kept(tmp_path: Path) -> None:

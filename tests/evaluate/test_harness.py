@@ -17,10 +17,10 @@ import torch
 from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
-from gemma_ft.data.encode.template import BOS, END_OF_TURN
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.statistics import mean, perplexity
+from gemma_ft.families import TURNS
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_root
 
@@ -52,7 +52,7 @@ SPECIFIC: dict[str, dict[str, Any]] = {
     "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
                 "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
     "open": {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
-             "generation_kwargs": {"until": ["\n", " team", END_OF_TURN], "max_gen_toks": 10},
+             "generation_kwargs": {"until": ["\n", " team", TURNS.end_of_turn], "max_gen_toks": 10},
              "metric_list": [{"metric": "exact_match"}]},
 }  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_rolling_texts_score_as_on_the_hf_backend(
     twice = theirs(True).loglikelihood_rolling(asked, disable_tqdm=True)
     assert found[1] != pytest.approx(twice[1], abs=1)
     assert found[3] == 0
-    spelled = [request_like(asked[0], (BOS + asked[0].args[0],))]
+    spelled = [request_like(asked[0], (TURNS.bos + asked[0].args[0],))]
     assert NativeLM(model, encoder, batch_size=3).loglikelihood_rolling(spelled) == pytest.approx(found[:1], abs=1e-4)
 
 
@@ -215,7 +215,7 @@ def test_what_is_too_long_is_read_behind_bos(encoder: ChatEncoder) -> None:
     assert lm._piece(long, all_of_it, 0).input_ids == [bos, *all_of_it]
     options = {"until": ["x"], "max_gen_toks": 4}
     assert lm._request("word " * 60, options, seed=1)[0].prompt_ids == [bos, *long[-27:]]
-    assert lm._request(BOS + "word " * 60, options, seed=1)[0].prompt_ids == [bos, *long[-27:]]
+    assert lm._request(TURNS.bos + "word " * 60, options, seed=1)[0].prompt_ids == [bos, *long[-27:]]
     assert lm.truncated == 4
     assert lm._request("word", options, seed=1)[0].prompt_ids == lm.tok_encode("word")
     fits = lm.tok_encode("word")
@@ -257,8 +257,8 @@ def test_the_end_of_a_turn_is_no_part_of_an_answer(
     asked = [request_like(requests["local_open"][0], (OPEN[3], {"until": ["\n"], "max_gen_toks": 20}))]
     found = NativeLM(model, encoder, batch_size=3).generate_until(asked)
     expected = stock.generate_until(asked, disable_tqdm=True)
-    assert found == [text.removesuffix(END_OF_TURN) for text in expected]
-    assert expected[0].endswith(END_OF_TURN)
+    assert found == [text.removesuffix(TURNS.end_of_turn) for text in expected]
+    assert expected[0].endswith(TURNS.end_of_turn)
 
 
 def request_like(request: Any, arguments: tuple[Any, ...]) -> Any:
@@ -344,9 +344,9 @@ def test_examples_of_a_chat_are_turns_of_their_own(folder: Path, tmp_path: Path)
 
 
 def text_of_template(policy: str) -> str:
-    from gemma_ft.data.encode.template import chat_template
+    from gemma_ft.families import TURNS
 
-    return chat_template(policy)
+    return TURNS.text(policy)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from gemma_ft.export.export import Wish, export_model
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
+from gemma_ft.families import TURNS
 from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -87,7 +88,7 @@ def test_a_merge_keeps_the_stop_ids_of_its_base(tmp_path: Path, contract: bool) 
     found = json.loads((tmp_path / "x" / "generation_config.json").read_text(encoding="utf-8"))
     assert found == {**told, "eos_token_id": [1, 6, 50, 51], "pad_token_id": 3, "top_k": 64}
     saved = (tmp_path / "x" / "chat_template.jinja").read_text(encoding="utf-8")
-    assert saved == (gemma_format("drop").template if contract else template)
+    assert saved == (gemma_format(TURNS, "drop").template if contract else template)
 
 
 def test_a_gguf_and_its_modelfile_say_the_same(chatml: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from gemma_ft.build.contract import Contract, contract_of
 from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import chat_template
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
@@ -25,7 +24,7 @@ from gemma_ft.export.gguf_file import GGUF_TYPES, GgufType, check_for_llama_cpp,
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
-from gemma_ft.model.config import PRESETS
+from gemma_ft.families import PRESETS, TURNS
 from tests.export.tuned import TINY, save_base
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -124,7 +123,7 @@ def test_all_that_llama_cpp_reads_of_a_gemma_2(folders: dict[str, Path], tmp_pat
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.chat_template": chat_template("fold", marked=False),
+        "tokenizer.chat_template": TURNS.text("fold", marked=False),
     }
 
 

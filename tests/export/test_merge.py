@@ -23,10 +23,10 @@ from gemma_ft.build.place import BaseFiles, place_of
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.build.weights import WeightFiles, write_shards
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import chat_template
 from gemma_ft.export.merge.dequantize import Stored, quantized_names, there_and_back
 from gemma_ft.export.merge.merge import merge_into, merge_to_folder, verify
 from gemma_ft.export.merge.merged import merged_weights
+from gemma_ft.families import TURNS
 from tests.export.tuned import linear_names, names_in, same_bytes, save_tuned, tensors
 from tests.parity.amplified import SECOND, ours, relative
 
@@ -158,7 +158,7 @@ def test_the_folder_is_complete_for_stock_libraries(base: Path, tmp_path: Path) 
     ids = torch.arange(8, 40)[None]
     assert relative(stock.eval()(ids).logits, load_model(adapter, dtype=torch.float32)(ids).logits) <= 1e-5
     tokenizer, contract = AutoTokenizer.from_pretrained(out), Contract.read(out)
-    assert tokenizer.chat_template == chat_template("drop")
+    assert tokenizer.chat_template == TURNS.text("drop")
     assert contract is not None
     assert (contract.quantize, contract.system, contract.base) == (None, "drop", str(base))
     generation = json.loads((out / "generation_config.json").read_text())

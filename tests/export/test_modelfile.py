@@ -14,9 +14,9 @@ import pytest
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import gemma_format
 from gemma_ft.data.encode.own_template import own_encoder
-from gemma_ft.data.encode.template import SYSTEM_POLICIES
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.export.modelfile import go_template, modelfile
+from gemma_ft.families import SYSTEM_POLICIES, TURNS
 from tests.export.tuned import TINY
 from tests.foreign import TEMPLATES, foreign_tokenizer
 
@@ -77,9 +77,9 @@ def test_the_whole_file() -> None:
 
 
 def test_a_system_turn_is_dropped_or_refused_as_trained() -> None:
-    assert "System" not in go_template(gemma_format("drop"))
-    assert go_template(gemma_format("error")).endswith(go_template(gemma_format("drop")))
-    assert "system turns are refused by this model" in go_template(gemma_format("error"))
+    assert "System" not in go_template(gemma_format(TURNS, "drop"))
+    assert go_template(gemma_format(TURNS, "error")).endswith(go_template(gemma_format(TURNS, "drop")))
+    assert "system turns are refused by this model" in go_template(gemma_format(TURNS, "error"))
 
 
 ENCODERS: dict[str, Callable[[], ChatEncoder]] = {

@@ -12,27 +12,21 @@ from transformers import Gemma2ForCausalLM as ReferenceGemma2
 from transformers import GemmaForCausalLM as ReferenceGemma1
 
 from gemma_ft.errors import UserError
-from gemma_ft.model.config import PRESETS, GemmaNumerics
+from gemma_ft.families import PRESETS, PUBLISHED
+from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import FIRST, SECOND, tiny_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-COUNTS = {
-    "gemma-2b": 2_506_172_416,
-    "gemma-7b": 8_537_680_896,
-    "gemma-2-2b": 2_614_341_888,
-    "gemma-2-9b": 9_241_705_984,
-    "gemma-2-27b": 27_227_128_320,
-}
 
 
-@pytest.mark.parametrize("preset", COUNTS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_has_exactly_the_published_parameters(preset: str) -> None:
     config = PRESETS[preset].config()
     with torch.device("meta"):
         model = GemmaForCausalLM(config)
         stock = (ReferenceGemma1 if config.model_type == "gemma" else ReferenceGemma2)(PRESETS[preset].config())
-    assert sum(weight.numel() for weight in model.parameters()) == COUNTS[preset]
+    assert sum(weight.numel() for weight in model.parameters()) == PRESETS[preset].parameters
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     assert shapes == {name: tuple(weight.shape) for name, weight in stock.state_dict().items()}
 
@@ -53,7 +47,7 @@ def test_a_published_config_equals_the_preset(name: str) -> None:
     published = AutoConfig.from_pretrained(FIXTURES / name)
     assert GemmaNumerics.from_config(published) == GemmaNumerics.from_config(PRESETS[name].config())
     with torch.device("meta"):
-        assert sum(weight.numel() for weight in GemmaForCausalLM(published).parameters()) == COUNTS[name]
+        assert sum(weight.numel() for weight in GemmaForCausalLM(published).parameters()) == PRESETS[name].parameters
 
 
 def test_the_numbers_of_each_preset() -> None:

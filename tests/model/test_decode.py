@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemma_ft.families import PRESETS
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.gemv import MOST_ROWS
 from gemma_ft.model import gemma
-from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemma_ft.families import PRESETS
 from gemma_ft.kernels.rotary import rotate
 from gemma_ft.model.attention import Visible
-from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.layers import GemmaMLP, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles
 from gemma_ft.model.lm_head import softcapped

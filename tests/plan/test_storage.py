@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from gemma_ft.build import weights
+from gemma_ft.families import PRESETS
 from gemma_ft.infer import engine
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.kernels import matmul
 from gemma_ft.model import kv_cache, lm_head
-from gemma_ft.model.config import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
 from gemma_ft.plan import parts, phases, storage

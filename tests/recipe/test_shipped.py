@@ -62,7 +62,7 @@ def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
     shutil.copytree(source / "recipe", package / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("errors.py", "system/redact.py"):
+    for name in ("errors.py", "families.py", "system/redact.py"):
         shutil.copy(source / name, package)
     (package / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")

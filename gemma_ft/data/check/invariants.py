@@ -8,7 +8,6 @@ from typing import Any
 import numpy
 
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import BOS, END_OF_TURN
 from gemma_ft.data.pack.counts import Counts, count_pieces
 from gemma_ft.data.pack.examples import Examples
 
@@ -16,35 +15,35 @@ from gemma_ft.data.pack.examples import Examples
 def find_faults(examples: Examples, encoder: ChatEncoder) -> list[str]:
     """What is wrong with the examples, one line each: BOS not exactly once and first in a document, an answer whose
     terminator is not trained, a label that is not its own token, an example with nothing trained."""
-    return faults_in(count_pieces(examples, encoder.control))
+    return faults_in(count_pieces(examples, encoder.control), encoder)
 
 
-def faults_in(counts: Counts) -> list[str]:
+def faults_in(counts: Counts, encoder: ChatEncoder) -> list[str]:
     """As `find_faults`, of pieces that are counted."""
     untrained = numpy.flatnonzero(numpy.bincount(counts.example, counts.trained) == 0).tolist()
     found = [(example, -1, 0, f"example {example + 1}: no token is trained") for example in untrained]
-    for check, (wrong, text) in enumerate(_checks(counts)):
+    for check, (wrong, text) in enumerate(_checks(counts, encoder)):
         for piece in numpy.flatnonzero(wrong).tolist():
             example, place = int(counts.example[piece]), int(counts.place[piece])
             line = f"example {example + 1}, document {place + 1}: {text(piece)}"
             found.append((example, place, check, line))
     faults = [line for *_, line in sorted(found)]
     if counts.turns.any() and not counts.ends.any():
-        faults.append(f"no {END_OF_TURN} is trained in any example: the model would never stop")
+        faults.append(f"no {encoder.format.end} is trained in any example: the model would never stop")
     return faults
 
 
-def _checks(counts: Counts) -> list[tuple[Any, Callable[[int], str]]]:
+def _checks(counts: Counts, encoder: ChatEncoder) -> list[tuple[Any, Callable[[int], str]]]:
     """(which pieces are wrong: bool [P], what to say of one) for each check of a piece."""
     return [
         (
             (counts.bos != 1) | ~counts.begins_with_bos,
-            lambda piece: f"{BOS} occurs {counts.bos[piece]} times, expected once, at the start",
+            lambda piece: f"{encoder.chat.bos} occurs {counts.bos[piece]} times, expected once, at the start",
         ),
         (
             counts.first_trained,
             lambda _: "the first token is trained, it would be predicted from the document before",
         ),
         (counts.mismatched > 0, lambda _: "a label differs from its token"),
-        (counts.open_ends > 0, lambda _: f"an answer is trained without its {END_OF_TURN}"),
+        (counts.open_ends > 0, lambda _: f"an answer is trained without its {encoder.format.end}"),
     ]

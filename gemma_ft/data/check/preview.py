@@ -14,7 +14,6 @@ from gemma_ft.data.check.overview import Overview, overview
 from gemma_ft.data.check.preview_tokens import ShownExample, shown_example
 from gemma_ft.data.check.row_ids import documents_at
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.template import BOS, END_OF_TURN
 from gemma_ft.data.pack.arrange import Prepared
 from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples, steps_per_epoch
@@ -61,10 +60,10 @@ class Preview:
 
     def passed(self) -> list[str]:
         """What the checks found to be as it must be, where there is no fault."""
-        ends = self.stats.terminators
+        ends, end = self.stats.terminators, self.encoder.format.end
         return [
-            f"{BOS} once in each of {self.stats.documents:,} sequences, at the start",
-            f"{END_OF_TURN} is trained {ends:,} times" if ends else "plain text: no turns, every token is trained",
+            f"{self.encoder.chat.bos} once in each of {self.stats.documents:,} sequences, at the start",
+            f"{end} is trained {ends:,} times" if ends else "plain text: no turns, every token is trained",
             "every example has trained tokens",
         ]
 
@@ -99,7 +98,7 @@ def look_at(
         notes=notes,
         overview=overview(examples.documents, counts),
         lengths=examples.lengths.tolist(),
-        faults=faults_in(counts),
+        faults=faults_in(counts, encoder),
         global_batch_size=global_batch_size,
         streamed=streamed,
     )

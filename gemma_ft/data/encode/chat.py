@@ -12,11 +12,10 @@ from typing import Any, Literal
 
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn, order_fault
 from gemma_ft.data.encode.chat_format import ChatFormat, System, gemma_format
-from gemma_ft.data.encode.template import SYSTEM_POLICIES, SystemPolicy, chat_template, unmarked
+from gemma_ft.data.encode.template import chat_of, unmarked
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
 from gemma_ft.errors import DataError
-
-__all__ = ["IGNORE", "ChatEncoder", "Encoded", "chat_template"]
+from gemma_ft.families import SystemPolicy
 
 IGNORE = -100
 SYSTEM_REFUSED = "a system turn, and data.system is 'error'; set it to fold or drop"
@@ -32,9 +31,9 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations, prompts and documents for one tokenizer in one chat format (default: Gemma's turns under
-    one system policy); of a conversation all answers are trained, or the last alone, and never one whose turn says
-    `train: false`.
+    """Encodes conversations, prompts and documents for one tokenizer in one chat format (default: its Gemma's own
+    turns under one system policy); of a conversation all answers are trained, or the last alone, and never one whose
+    turn says `train: false`.
     """
 
     def __init__(
@@ -45,10 +44,11 @@ class ChatEncoder:
         *,
         format: ChatFormat | None = None,
     ) -> None:
-        if system_policy not in SYSTEM_POLICIES:
-            raise DataError(f"data.system: unknown policy {system_policy!r}; use {', '.join(SYSTEM_POLICIES)}")
+        self.chat = chat_of(tokenizer)
+        if system_policy not in self.chat.systems:
+            raise DataError(f"data.system: unknown policy {system_policy!r}; use {', '.join(self.chat.systems)}")
         self.tokenizer, self.trained_turns = tokenizer, trained_turns
-        self.format = format if format is not None else gemma_format(system_policy)
+        self.format = format if format is not None else gemma_format(self.chat, system_policy)
         ids = tokenizer.convert_tokens_to_ids(list(self.format.control_tokens))
         start, end, *end_of_role = ids
         self.control = replace(ControlIds.from_tokenizer(tokenizer), start_of_turn=start, end_of_turn=end)

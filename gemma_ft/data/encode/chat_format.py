@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma_ft.data.encode.template import (  # fmt: skip
-    AFTER_ROLE,
-    AFTER_SYSTEM,
-    AFTER_TURN,
-    END_OF_TURN,
-    ROLE_NAMES,
-    START_OF_TURN,
-    SystemPolicy,
-    chat_template,
-)
+from gemma_ft.families import ChatTemplate, SystemPolicy
 
 # What becomes of a system text: a turn of its own, or one of the policies that training knows.
 System = Literal["turn", "fold", "error", "drop"]
@@ -41,7 +32,7 @@ class ChatFormat:
     system: System
     template: str
     end_of_role: str | None = None
-    after_system: str = AFTER_SYSTEM
+    after_system: str = "\n\n"
     stripped: frozenset[str] = EVERY_ROLE
     bos: bool = True
     default_system: str | None = None
@@ -56,15 +47,16 @@ class ChatFormat:
         return self.start + self.roles[role] + (self.end_of_role or "") + self.after_role
 
 
-def gemma_format(policy: SystemPolicy = "fold") -> ChatFormat:
-    """Gemma's turns under a system policy: what gemma-ft trains."""
+def gemma_format(chat: ChatTemplate, policy: SystemPolicy = "fold") -> ChatFormat:
+    """A family's own turns under a system policy: what gemma-ft trains."""
     return ChatFormat(
-        name="Gemma's turns",
-        start=START_OF_TURN,
-        end=END_OF_TURN,
-        roles=ROLE_NAMES,
-        after_role=AFTER_ROLE,
-        after_turn=AFTER_TURN,
+        name=f"{chat.name} turns",
+        start=chat.start_of_turn,
+        end=chat.end_of_turn,
+        roles={"user": chat.user, "assistant": chat.model},
+        after_role=chat.after_role,
+        after_turn=chat.after_turn,
+        after_system=chat.after_system,
         system=policy,
-        template=chat_template(policy),
+        template=chat.text(policy),
     )

@@ -17,14 +17,15 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import ChatFormat
-from gemma_ft.data.encode.template import BOS, END_OF_TURN, START_OF_TURN, policy_of, unmarked
+from gemma_ft.data.encode.template import chat_of, policy_of, unmarked
 from gemma_ft.errors import UserError, first_line
+from gemma_ft.families import CHATS
 
 Chat = Sequence[tuple[Literal["system", "user", "assistant"], str]]
 Found = TypeVar("Found")
 # Name, what begins and ends a turn, what ends the speaker's name.
 FAMILIES = (
-    ("Gemma's turns", START_OF_TURN, END_OF_TURN, None),
+    *((f"{chat.name} turns", chat.start_of_turn, chat.end_of_turn, None) for chat in CHATS),
     ("ChatML", "<|im_start|>", "<|im_end|>", None),
     ("Llama 3's headers", "<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>"),
 )
@@ -44,7 +45,8 @@ SYSTEM_CHATS: tuple[Chat, ...] = (
     (("system", "Be brief."), ("user", "Hello")),
     (("system", MIXED), ("user", MIXED), ("assistant", MIXED), ("user", "Why?")),
 )
-FORGING = "".join(f"{start}{end}{after or ''} " for _, start, end, after in FAMILIES) + "<bos><eos><pad>"
+FORGING = "".join(f"{start}{end}{after or ''} " for _, start, end, after in FAMILIES)
+FORGING += "".join(f"{chat.bos}{chat.eos}{chat.pad}" for chat in CHATS)
 
 
 class UnknownTemplate(UserError):
@@ -61,9 +63,9 @@ def own_encoder(tokenizer: Any, where: object, trained_turns: Literal["all", "la
         template = tokenizer.get_chat_template()
     except ValueError as error:
         raise UnknownTemplate(f"{where}: none of its named chat templates is 'default'; {CURE}") from error
-    policy = policy_of(template)
-    if policy is not None:
-        return ChatEncoder(tokenizer, policy, trained_turns)
+    known = policy_of(template)
+    if known is not None and known[0] == chat_of(tokenizer):
+        return ChatEncoder(tokenizer, known[1], trained_turns)
     return _within(lambda: _Template(tokenizer, template, where).encoder(trained_turns), where)
 
 
@@ -142,10 +144,10 @@ class _Template:
     def _read(self, text: str, family: tuple[str, str, str, str | None]) -> ChatFormat | None:
         """The format of a family that a rendered chat has, or None."""
         name, start, end, end_of_role = family
-        s, e = re.escape(start), re.escape(end)
+        s, e, bos = (re.escape(token) for token in (start, end, chat_of(self.tokenizer).bos))
         within = f"(?:(?!{s}|{e}).)*?"
         found = re.fullmatch(
-            f"(?P<bos>(?:{re.escape(BOS)})?)(?P<front>.*?){s}(?P<user>{within}){ASKED}{e}(?P<after>{within})"
+            f"(?P<bos>(?:{bos})?)(?P<front>.*?){s}(?P<user>{within}){ASKED}{e}(?P<after>{within})"
             f"{s}(?P<model>{within}){ANSWERED}{e}(?P=after){s}(?P=user){AGAIN}{e}(?P=after){s}(?P=model)",
             text,
             re.DOTALL,

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from gemma_ft.data.encode.template import CONTROL_TOKENS, START_OF_TURN
+from gemma_ft.data.encode.template import chat_of
 from gemma_ft.data.encode.tokenizer_facts import HTML_TAGS, SPACE_SIGN
 
 LONGEST_RUN = 31  # of one blank, as a piece
@@ -22,7 +22,7 @@ OTHERS = ("<mask>", "<2mass>", "[@BOS@]", "[toxicity=0]")
 
 def lacks_tokens(tokenizer: Any) -> bool:
     """Whether a transformers tokenizer has turn tokens in its vocabulary, but not among its added tokens."""
-    return START_OF_TURN not in tokenizer.added_tokens_encoder
+    return chat_of(tokenizer).start_of_turn not in tokenizer.added_tokens_encoder
 
 
 def register_tokens(tokenizer: Any) -> None:
@@ -33,7 +33,7 @@ def register_tokens(tokenizer: Any) -> None:
     Source: the added tokens of Gemma 2's published tokenizer.json, whose vocabulary is Gemma 1's; the turn tokens are
     special there, the rest is not.
     """
-    backend = tokenizer.backend_tokenizer
+    backend, control = tokenizer.backend_tokenizer, chat_of(tokenizer).control_tokens
     runs = [
         blank * count
         for blank in ("\n", "\t", SPACE_SIGN)
@@ -41,8 +41,8 @@ def register_tokens(tokenizer: Any) -> None:
     ]
     tags = [f"<{slash}{tag}>" for tag in HTML_TAGS for slash in ("", "/")]
     unused = [f"<unused{number}>" for number in range(UNUSED)]
-    names = [*CONTROL_TOKENS, *OTHERS, *unused, *runs, *tags]
-    special = {*CONTROL_TOKENS, tokenizer.mask_token}  # what transformers makes of them when it opens them again
+    names = [*control, *OTHERS, *unused, *runs, *tags]
+    special = {*control, tokenizer.mask_token}  # what transformers makes of them when it opens them again
     known = [(number, name) for name in names if (number := backend.token_to_id(name)) is not None]
     tokenizer.add_tokens(
         [AddedToken(name, normalized=name[0] == SPACE_SIGN, special=name in special) for _, name in sorted(known)]

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from gemma_ft.data.conversation import text_fault
 from gemma_ft.data.encode.registered_tokens import lacks_tokens, register_tokens
-from gemma_ft.data.encode.template import BOS, CONTROL_TOKENS, END_OF_TURN, EOS, PAD, START_OF_TURN, chat_template
+from gemma_ft.data.encode.template import chat_of
 from gemma_ft.data.encode.tokenizer_facts import BLANK_RUN, spells_control, tokenizer_facts
 from gemma_ft.data.encode.tokenizer_files import LEGACY_TEMPLATE, VOCABULARIES, own_template
 from gemma_ft.data.encode.tokenizer_model import settings_from_pieces
@@ -41,11 +41,7 @@ class ControlIds:
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "ControlIds":
         """The ids of a transformers tokenizer. Raises: UserError naming the tokens that it does not have."""
-        ids = {name: tokenizer.backend_tokenizer.token_to_id(name) for name in CONTROL_TOKENS}
-        missing = [name for name, found in ids.items() if found is None]
-        if missing:
-            raise UserError(f"{tokenizer.name_or_path}: not a Gemma tokenizer: it has no token {', '.join(missing)}")
-        return cls(ids[PAD], ids[EOS], ids[BOS], ids[START_OF_TURN], ids[END_OF_TURN])
+        return cls(*map(tokenizer.backend_tokenizer.token_to_id, chat_of(tokenizer).control_tokens))
 
 
 class ContentEncoder:
@@ -106,14 +102,14 @@ def add_tokens(tokenizer: Any, names: Sequence[str]) -> None:
 
 def _added_by_user(tokenizer: Any) -> list[str]:
     """Names of `add_tokens`, now or before the tokenizer was saved; other added tokens are control tokens."""
-    found = getattr(tokenizer, "init_kwargs", {}).get(ADDED_BY_USER, [])
-    return [name for name in found if isinstance(name, str) and not any(one in name for one in CONTROL_TOKENS)]
+    found, control = getattr(tokenizer, "init_kwargs", {}).get(ADDED_BY_USER, []), chat_of(tokenizer).control_tokens
+    return [name for name in found if isinstance(name, str) and not any(one in name for one in control)]
 
 
 def pieces_of(tokenizer: Any, names: Sequence[str]) -> list[list[int]]:
     """The ids that added tokens were before they were added: what their names are to the tokenizer without them."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    plain = _without(spec, {*names, *CONTROL_TOKENS})
+    plain = _without(spec, {*names, *chat_of(tokenizer).control_tokens})
     return [encoding.ids for encoding in plain.encode_batch_fast(list(names), add_special_tokens=False)]
 
 
@@ -168,7 +164,7 @@ def load_tokenizer(path_or_hub_id: str, *, revision: str | None = None, trained_
         register_tokens(tokenizer)
     tokenizer.init_kwargs.pop("vocab_file", None)  # a place on this machine, which would be saved with it
     tokenizer.padding_side = "right"
-    tokenizer.chat_template = own_template(tokenizer, folder) or chat_template("fold")
+    tokenizer.chat_template = own_template(tokenizer, folder) or chat_of(tokenizer).text("fold")
     return tokenizer
 
 

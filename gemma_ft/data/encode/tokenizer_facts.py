@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gemma_ft.data.encode.template import CONTROL_TOKENS
+from gemma_ft.families import CHATS
 
 LAYOUT = 1  # of what is kept: another number finds none of the older facts. Raise it with any change of what is found
 SPACE_SIGN = "\u2581"  # SentencePiece's sign for a space in a piece
@@ -73,7 +73,8 @@ def tokenizer_facts(serialized: str, added_by_user: Iterable[str], folder: Path)
 def _found(spec: dict[str, Any], text: set[str]) -> TokenizerFacts:
     ids = {**spec["model"]["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
     added = {token["content"] for token in spec["added_tokens"]} - text
-    control = {name for name in added if not is_text_token(name)} | set(CONTROL_TOKENS)
+    turns = {name for chat in CHATS for name in chat.control_tokens if name in ids}
+    control = {name for name in added if not is_text_token(name)} | turns
     decides = [sorted(spec["model"]["vocab"].items()), spec["model"].get("merges"), spec["added_tokens"]]
     return TokenizerFacts(
         sha256=hashlib.sha256(json.dumps(decides).encode()).hexdigest(),

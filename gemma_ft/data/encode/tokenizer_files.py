@@ -7,7 +7,8 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from gemma_ft.data.encode.template import SystemPolicy, chat_template
+from gemma_ft.data.encode.template import chat_of
+from gemma_ft.families import SystemPolicy
 
 PIECES = "tokenizer.model"
 VOCABULARIES = ("tokenizer.json", PIECES)  # a tokenizer is opened from either
@@ -57,7 +58,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, *, system_policy: SystemPolicy 
     from.
     """
     if system_policy is not None:
-        tokenizer.chat_template = chat_template(system_policy)
+        tokenizer.chat_template = chat_of(tokenizer).text(system_policy)
     try:
         tokenizer.save_pretrained(str(folder))
     except Exception as error:  # its Rust half tells a full disk in the text of a bare Exception

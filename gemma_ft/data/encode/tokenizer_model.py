@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from gemma_ft.data.encode.template import END_OF_TURN, START_OF_TURN
 from gemma_ft.data.encode.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
+from gemma_ft.families import CHATS
 
 CONTROL, USER_DEFINED = 3, 4  # sentencepiece_model.proto, SentencePiece.Type
 BPE = 2  # the same, TrainerSpec.ModelType
@@ -59,7 +59,7 @@ def settings_from_pieces(folder: Path) -> dict[str, Any]:
         names[names.index(TAB_BYTE)] = TAB
     vocabulary = {name: id for id, name in enumerate(names)}
     scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True)}
-    turns = (START_OF_TURN, END_OF_TURN)
+    turns = {name for chat in CHATS for name in (chat.start_of_turn, chat.end_of_turn)}
     added = {
         id: AddedToken(name, normalized=False, special=piece.type == CONTROL or name in turns)
         for id, (name, piece) in enumerate(zip(names, model.pieces, strict=True))

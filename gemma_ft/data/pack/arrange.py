@@ -11,7 +11,6 @@ import numpy
 from gemma_ft.data.conversation import Document, Item
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.encode.documents import COUNTS, Documents
-from gemma_ft.data.encode.template import END_OF_TURN
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
 from gemma_ft.data.pack.packing import best_fit_decreasing
 from gemma_ft.data.pack.stats import DataStats
@@ -99,7 +98,7 @@ def arrange(
     if refuse:
         if not len(pieces):
             raise DataError(untrainable(stats, max_seq_len))
-        refuse_without_ends(stats, chats=bool(count["chat"].any()))
+        refuse_without_ends(stats, encoder, chats=bool(count["chat"].any()))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
     weights = documents.weights()[pieces[:, 0]]
@@ -163,11 +162,12 @@ def untrainable(stats: DataStats, max_seq_len: int) -> str:
     return f"none of the {stats.rows + stats.overlapping:,} rows can be trained on: {found}"
 
 
-def refuse_without_ends(stats: DataStats, *, chats: bool) -> None:
+def refuse_without_ends(stats: DataStats, encoder: ChatEncoder, *, chats: bool) -> None:
     """Raises DataError for chats from which no end of an answer would be learnt."""
     if chats and not stats.terminators:
         raise DataError(
-            f"no {END_OF_TURN} would be trained: every answer is cut at data.max_seq_len {stats.max_seq_len}; raise it"
+            f"no {encoder.format.end} would be trained: every answer is cut at data.max_seq_len {stats.max_seq_len}; "
+            "raise it"
         )
 
 

@@ -125,7 +125,7 @@ class Stream:
                 at = Cursor(at.passed, at.block + 1, block.end, rows, bad)
                 if block.order:
                     if not found:
-                        refuse_without_ends(block.prepared.stats, chats=block.chats)
+                        refuse_without_ends(block.prepared.stats, self.sources[0].reading.encoder, chats=block.chats)
                     found = True
                     yield block
                 elif not found:

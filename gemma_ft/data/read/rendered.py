@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 
 from gemma_ft.data.conversation import Item, texts_of
+from gemma_ft.families import CHATS
 
 ROLE = r"(?:system|developer|user|human|assistant|model|tool|ipython)"
 # (template, its marker as it is told, what stands at the beginning of a rendered text)
 TEMPLATES = (
-    ("Gemma's", "<start_of_turn>", rf"<start_of_turn>{ROLE}[ \t\r]*\n"),
+    *((chat.name, chat.start_of_turn, rf"{re.escape(chat.start_of_turn)}{ROLE}[ \t\r]*\n") for chat in CHATS),
     ("Gemma 4's", "<|turn>", rf"<\|turn>{ROLE}[ \t\r]*\n"),
     ("ChatML's", "<|im_start|>", rf"<\|im_start\|>{ROLE}[ \t\r]*\n"),
     ("Llama 3's", "<|start_header_id|>", rf"<\|start_header_id\|>{ROLE}<\|end_header_id\|>"),
@@ -33,7 +34,7 @@ TEMPLATES = (
     ("a list of turns in JSON", '[{"role"', rf"\[\s*\{{\s*['\"](?:role|from)['\"]\s*:\s*['\"](?:{ROLE}|gpt)['\"]"),
 )
 BOS = (
-    "<bos>",
+    *(chat.bos for chat in CHATS),
     "<s>",
     "[gMASK]",
     "<sop>",
@@ -46,7 +47,8 @@ BOS = (
 FIRST = rf"(?:(?:{'|'.join(map(re.escape, BOS))})\s*)*"
 OPENINGS = [(f"{name} {marker}", re.compile(FIRST + begins, re.DOTALL)) for name, marker, begins in TEMPLATES]
 ENDS = (
-    "<end_of_turn>", "<eos>", "</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>",
+    *(name for chat in CHATS for name in (chat.end_of_turn, chat.eos)),
+    "</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|end|>",
     "<turn|>",
 )  # fmt: skip
 FEWEST_ENDS, ENDS_SHARE = 3, 0.5  # rows, and share of all rows, from which on it is a custom of the data

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract
-from gemma_ft.model.config import PRESETS
+from gemma_ft.families import FAMILIES, PRESETS
 
-TERMS_URL = "https://ai.google.dev/gemma/terms"
 POLICY_URL = "https://ai.google.dev/gemma/prohibited_use_policy"
 APACHE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
 TINY = "gemma-tiny"
@@ -47,14 +46,15 @@ def terms_of(config: PreTrainedConfig, contract: Contract | None) -> Terms:
             "Trained from fresh weights: it holds no weights of Google's Gemma, whose terms do not apply. "
             "Its license is for whoever trained it to choose; name it here.",
         )
+    license = FAMILIES[config.model_type].license
     return Terms(
-        ("gemma", TERMS_URL),
+        license,
         f"{GEMMA_NOTICE}\n\n"
         "The weights in this folder are not Google's: they were made from Gemma's and modified by fine-tuning.\n"
         f"Whoever uses or passes them on is bound by these terms and by the Prohibited Use Policy, {POLICY_URL}\n",
         f"{GEMMA_NOTICE}.\n\n"
         "These weights are a derivative of Gemma, modified by fine-tuning. Using them is bound to the "
-        f"[Gemma Terms of Use]({TERMS_URL}) and its [Prohibited Use Policy]({POLICY_URL}) (section 3.2). Whoever "
+        f"[Gemma Terms of Use]({license[1]}) and its [Prohibited Use Policy]({POLICY_URL}) (section 3.2). Whoever "
         "passes them on passes on those restrictions, a copy of the terms, the file `NOTICE`, and a word on what was "
         "changed (section 3.1).",
     )

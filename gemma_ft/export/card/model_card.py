@@ -16,13 +16,13 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.export.card.license import TINY, Terms, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
+from gemma_ft.families import FAMILIES
 from gemma_ft.recipe.schema import Source, names_of
 from gemma_ft.system.shipped import locate
 
 Form = Literal["hf", "adapter", "gguf"]
 LIBRARIES: dict[Form, str] = {"hf": "transformers", "adapter": "peft", "gguf": "gguf"}
 RELATIONS: dict[Form, str] = {"hf": "finetune", "adapter": "adapter", "gguf": "quantized"}
-FAMILIES = {"gemma": "Gemma 1", "gemma2": "Gemma 2"}
 # Fields of summary.json's data, and what a reader calls them.
 COUNTS = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "trained tokens"), ("truncated", "rows cut"),
           ("dropped", "rows dropped"))  # fmt: skip
@@ -83,7 +83,7 @@ class Card:
         return {**found, "tags": tags}
 
     def _opening(self) -> str:
-        recipe, family = self.record.recipe, FAMILIES[self.config.model_type]
+        recipe, family = self.record.recipe, FAMILIES[self.config.model_type].label
         base = f"`{self.base}`" if self.base else "fresh weights"
         ways = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}
         how = ways[recipe.strategy] if recipe is not None else None
