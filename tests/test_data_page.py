@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_ft.data.read.formats import detect_format, parse_rows
+from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.sources import Row
 from gemma_ft.recipe.load import load_recipe
 
@@ -28,7 +29,7 @@ def test_each_example_is_what_it_says(form: str, lines: str) -> None:
 
 
 def test_every_format_has_its_example() -> None:
-    from gemma_ft.data.read.formats import FORMATS
+    from gemma_ft.data.row_format import formats
 
     assert [form for form, _ in EXAMPLES] == [
         "messages",
@@ -38,7 +39,7 @@ def test_every_format_has_its_example() -> None:
         "preference",
         "text",
     ]
-    assert {form for form, _ in EXAMPLES} == set(FORMATS)
+    assert {form for form, _ in EXAMPLES} == set(formats())
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.S))

@@ -51,7 +51,7 @@ def package(tmp_path: Path) -> Path:
     source = Path(gemma_ft.__file__).parent
     shutil.copytree(source, tmp_path / "gemma_ft", ignore=shutil.ignore_patterns("__pycache__", "_shipped"))
     for name in ("recipes", "data"):
-        (tmp_path / name).symlink_to(source.parent / name)
+        shutil.copytree(source.parent / name, tmp_path / name)
     return tmp_path / "gemma_ft"
 
 
@@ -83,3 +83,84 @@ def test_a_size_takes_one_file(package: Path) -> None:
         "parameters": [3_208_448, 3_208_448],
         "windows": [128, None, 128],
     }
+
+
+FORMAT = '''\
+"""riddle, solution: texts."""
+
+from __future__ import annotations
+
+from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.conversation import Item, Turn
+from gemma_ft.data.row_format import Columns, Format, conversation, text_in
+
+
+def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
+    """One conversation."""
+    turns = [Turn("user", text_in(fields, "riddle")), Turn("assistant", text_in(fields, "solution"))]
+    return [conversation(where, turns)]
+
+
+FORMAT = Format(
+    readings=lambda row: ["riddle, solution"] if "riddle" in row and "solution" in row else [],
+    parse=parse,
+    answer_field=lambda row: "solution" if "riddle" in row else None,
+)
+'''
+SHOW_FORMAT = """
+import json
+from pathlib import Path
+from gemma_ft.data.read.sources import Row
+from gemma_ft.errors import UserError
+from gemma_ft.infer.prompts import prompts_of
+from gemma_ft.recipe.json_schema import json_schema
+from gemma_ft.recipe.load import parse_recipe
+
+
+def refused(format):
+    try:
+        return parse_recipe(recipe(format)).data.format
+    except UserError as error:
+        return str(error)
+
+
+def recipe(format):
+    return {"output_dir": "r", "strategy": "full", "data": {"train": "a", "format": format},
+            "model": {"preset": "gemma-2b"}}
+
+
+print(json.dumps({
+    "recipe": refused("riddles"),
+    "slip": refused("riddle"),
+    "in the schema": json_schema()["$defs"]["Data"]["properties"]["format"]["enum"],
+    "asked": [turn.content for turn in prompts_of([Row("a:1", {"riddle": "What has keys?"})])[0].turns],
+}))
+"""
+
+
+def test_a_format_takes_one_file(package: Path) -> None:
+    (package / "data" / "formats" / "riddles.py").write_text(FORMAT, encoding="utf-8")
+    known = ["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "riddles"]
+    assert shown(package, SHOW_FORMAT) == {
+        "recipe": "riddles",
+        "slip": f"recipe: data.format: expected one of {', '.join(known)}, got 'riddle'; did you mean 'riddles'?",
+        "in the schema": known,
+        "asked": ["What has keys?"],
+    }
+
+
+def test_rows_of_a_new_format_are_detected_and_encoded(package: Path) -> None:
+    """As `gemma-ft preview` shows them, from a file."""
+    (package / "data" / "formats" / "riddles.py").write_text(FORMAT, encoding="utf-8")
+    rows = package.parent / "rows.jsonl"
+    rows.write_text('{"riddle": "What has keys?", "solution": "A piano."}\n' * 3, encoding="utf-8")
+    recipe = package.parent / "r.yaml"
+    recipe.write_text(f"extends: sft_tiny\noutput_dir: r\ndata: {{train: {rows}, eval: null}}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "gemma_ft", "preview", str(recipe), "--rows", "1"]
+    run = subprocess.run(
+        command, cwd=package.parent, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(package.parent), "GEMMA_FT_CACHE": str(package.parent / "cache")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "riddles: the rows have riddle, solution" in run.stdout
+    assert "A piano.<end_of_turn>" in run.stdout

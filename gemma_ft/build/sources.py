@@ -12,8 +12,8 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.detect import check_format, detect_format
 from gemma_ft.data.read.files import find_files
-from gemma_ft.data.read.formats import check_format, detect_format
 from gemma_ft.data.read.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.schema import Data, Source

@@ -22,8 +22,9 @@ class Turn:
 class Conversation:
     """An optional system turn, then user and assistant in turn, ending with an assistant.
 
-    `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see formats.py).
-    `weight`: of each of its trained tokens in the loss. `unread`: the row's fields that are in none of this.
+    `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see
+    formats/sharegpt.py). `weight`: of each of its trained tokens in the loss. `unread`: the row's fields that are in
+    none of this.
     """
 
     where: str

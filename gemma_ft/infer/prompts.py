@@ -8,12 +8,13 @@ from typing import Any
 
 from gemma_ft.data.conversation import Conversation, Document, Turn, text_fault
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import BESIDE, FieldError, fill_value
-from gemma_ft.data.read.detect import LIST_FIELDS, PAIRS, detect_format
-from gemma_ft.data.read.formats import parse_rows
+from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
+from gemma_ft.data.row_format import LIST_FIELDS, formats
 from gemma_ft.errors import DataError, UserError
 
 UNANSWERED = ""  # put where a row has no answer, so that one parser serves training and asking; no model sees it
@@ -108,16 +109,10 @@ def _of_chat(row: Row, item: Conversation, system: str | None, raw: bool) -> Pro
 
 
 def _with_answer(fields: Fields, format: str = "auto") -> dict[str, Any]:
-    """A row's fields with an answer beside a question that has none, as `format` or any would have it."""
-    filled = dict(fields)
-    answered = "chosen" in fields or any(question in fields and answer in fields for question, answer in PAIRS)
-    if "instruction" in fields and "instances" not in fields and format in ("auto", "alpaca"):
-        filled.setdefault("output", UNANSWERED)
-    elif not answered and format in ("auto", "prompt_completion"):
-        asked = next((pair for pair in PAIRS if pair[0] in fields), None)
-        if asked is not None:
-            filled[asked[1]] = UNANSWERED
-    return filled
+    """A row's fields with an answer beside a question that has none, as `format` or the first of any would have it."""
+    known = formats().values() if format == "auto" else [formats()[format]]
+    name = next((name for one in known if (name := one.answer_field(fields)) is not None), None)
+    return dict(fields) if name is None else {**fields, name: fields.get(name, UNANSWERED)}
 
 
 def _with_last_turn(row: Row, columns: Columns) -> Row:

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from gemma_ft.errors import UserError
 from gemma_ft.families import LINEARS, PRESETS, SystemPolicy
+from gemma_ft.recipe.format_names import format_names
 from gemma_ft.system.paths import expanded
 
 
@@ -32,12 +33,12 @@ Rows = Annotated[int, Field(ge=0, le=10_000_000)]
 Batch = Annotated[int, Field(ge=1, le=65_536)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight"]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
 if TYPE_CHECKING:
+    Format: TypeAlias = str
     Linear: TypeAlias = str
     Preset: TypeAlias = str
-else:  # words that families.py knows
-    Linear, Preset = Literal[LINEARS], Literal[tuple(PRESETS)]
+else:  # words that have their home elsewhere
+    Format, Linear, Preset = Literal["auto", *format_names()], Literal[LINEARS], Literal[tuple(PRESETS)]
 
 
 class Section(BaseModel):

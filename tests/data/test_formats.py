@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.read.formats import Conversation, Document, Turn, detect_format, parse_rows
+from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError
 
@@ -98,8 +100,22 @@ def test_two_readings_are_refused() -> None:
         "a.jsonl: prompt_completion (prompt, completion) and prompt_completion (question, answer) fit; "
         "set data.format, or data.columns"
     )
+    assert message({"text": "x", "chosen": "b", "rejected": "c"}) == (
+        "a.jsonl: preference (chosen, rejected) and text (text) fit; set data.format, or data.columns"
+    )
+    both = {"conversations": MESSAGES["messages"], "messages": SHAREGPT["conversations"]}
+    assert message(both) == (
+        "a.jsonl: sharegpt (messages) and messages (conversations) fit; set data.format, or data.columns"
+    )
     unread = ("instruction", "input", "output")
     assert parse_rows(rows({**ALPACA, "text": "x"}), format="text") == [Document("a.jsonl:1", "x", unread=unread)]
+
+
+def test_a_prompt_that_columns_name_is_that_of_preferences_where_half_of_the_rows_are_some() -> None:
+    pair, preference = {"q": "a", "completion": "b"}, {"q": "a", "chosen": "b", "rejected": "c"}
+    reason = "data.columns names prompt"
+    assert detect_format(rows(pair, preference), {"prompt": "{q}"}) == ("preference", reason)
+    assert detect_format(rows(pair, pair, preference), {"prompt": "{q}"}) == ("prompt_completion", reason)
 
 
 def test_no_reading_is_refused() -> None:

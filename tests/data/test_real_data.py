@@ -8,7 +8,8 @@ from gemma_ft.data.check.invariants import find_faults
 from gemma_ft.data.conversation import Document
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
-from gemma_ft.data.read.formats import detect_format, parse_rows
+from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.sources import read_rows
 
 Find = Callable[[str], str]

@@ -62,9 +62,11 @@ def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
     shutil.copytree(source / "recipe", package / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source / "data" / "formats", package / "data" / "formats")
     for name in ("errors.py", "families.py", "system/redact.py"):
         shutil.copy(source / name, package)
     (package / "__init__.py").touch()
+    (package / "data" / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")
     script = "from gemma_ft.recipe.load import load_recipe; print(load_recipe('sft_7b').path)"
     # -P and cwd: the checkout must not be what is imported

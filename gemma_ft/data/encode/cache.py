@@ -31,14 +31,14 @@ import pyarrow as pa
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents, Part, table_of, without_empty
+from gemma_ft.data.parse_rows import parse_row
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
-from gemma_ft.data.read.formats import parse_row
 from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment
 
-LAYOUT = 6  # of the files, and of how formats.py reads a row: another number finds none of the older ones
+LAYOUT = 6  # of the files, and of how a format reads a row: another number finds none of the older ones
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
 ALONE = 1  # chunks that are encoded here before other processes, which start slowly, are asked to help

@@ -10,7 +10,6 @@ from gemma_ft.errors import DataError
 
 COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight")
 BESIDE = {"system", "weight"}  # keys that say nothing of a row's format
-TOGETHER = ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen", "rejected"})  # those of one format
 EXAMPLES = {"messages": "dialog", "weight": "score"}  # of what such a field may be called
 LEAST_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
@@ -23,11 +22,8 @@ class FieldError(Exception):
     """A row does not have what a template asks for; the message is the reason, without the place."""
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Nothing when the templates are well formed and belong to one format; what they do not name keeps its own name.
-
-    Raises: DataError naming the key.
-    """
+def check_templates(columns: Mapping[str, str]) -> None:
+    """Raises: DataError naming the first key that is unknown, or whose template is malformed."""
     for key, template in columns.items():
         if key not in COLUMN_KEYS:
             raise DataError(f"data.columns: unknown key {key!r}; use {', '.join(COLUMN_KEYS)}")
@@ -39,15 +35,6 @@ def check_columns(columns: Mapping[str, str]) -> None:
                     f"data.columns.{key}: cannot read {found[0]!r} in {template!r}; write fields as {{name}}, "
                     "{name.inner} or {name[0].inner}, and braces as {{ }}"
                 )
-    keys = set(columns) - BESIDE
-    if not any(keys <= together for together in TOGETHER):
-        raise DataError(
-            f"data.columns: got {', '.join(sorted(columns))}, which are of different formats; give prompt and "
-            "completion, or messages, or text, or prompt, chosen and rejected (weight goes with all, system with all "
-            "but text)"
-        )
-    if keys == {"text"} and "system" in columns:
-        raise DataError("data.columns: system does not go with text; a plain document has no turns")
 
 
 def lookup(fields: Mapping[str, Any], path: str) -> Any:

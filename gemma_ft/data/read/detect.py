@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gemma_ft.data.conversation import kind_of
-from gemma_ft.data.read.columns import BESIDE, COLUMN_KEYS, FieldError, check_columns, fill_value
+from gemma_ft.data.read.columns import BESIDE, COLUMN_KEYS, check_templates
 from gemma_ft.data.read.sources import Row
-from gemma_ft.data.read.turns import SPEAKERS, TOOL_ROLES, TURN_ROLES, keys_of
+from gemma_ft.data.read.turns import TOOL_ROLES, TURN_ROLES
+from gemma_ft.data.row_format import LIST_FIELDS, Columns, formats
 from gemma_ft.errors import DataError
 
-LIST_FIELDS = ("messages", "conversations", "conversation")
-PAIRS = (("prompt", "completion"), ("question", "answer"))
 SAMPLED_ROWS = 100
-FORMAT_OF = dict(zip(SPEAKERS, ("messages", "sharegpt"), strict=True))
 ONE_CHAT = 'write each chat as one row, {"messages": [{"role": "user", "content": "..."}, ...]}'
 SINGLE = ("content", "text", "value", "message")  # what one message is called where each has a row of its own
 SINGLE_ROLES = {*TURN_ROLES, *TOOL_ROLES, "prompter", "bot", "ai"}
@@ -22,35 +20,25 @@ SINGLE_ROLES = {*TURN_ROLES, *TOOL_ROLES, "prompter", "bot", "ai"}
 Fields = Mapping[str, Any]
 
 
-def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> tuple[str, str]:
+def detect_format(rows: Sequence[Row], columns: Columns | None = None) -> tuple[str, str]:
     """(format, one-line reason) for these rows: what most of the first rows have, or what `columns` names.
 
     Raises: DataError when no format fits, or more than one does.
     """
     columns = columns or {}
-    check_columns(columns)
+    _check_columns(columns)
     if not rows:
         raise DataError("no rows to tell a format from")
     source, sample = rows[0].where.rpartition(":")[0], rows[:SAMPLED_ROWS]
-    named = [key for key in COLUMN_KEYS if key in columns and key not in BESIDE]
-    if "messages" in columns:
-        kinds = [_list_format(_value_or_none(columns["messages"], row.fields)) for row in sample]
-        kind = "sharegpt" if kinds.count("sharegpt") > kinds.count("messages") else "messages"
-        return kind, f"data.columns names messages, whose turns are those of {kind}"
-    sure = {"chosen": "preference", "rejected": "preference", "completion": "prompt_completion", "text": "text"}
-    found = next((sure[key] for key in named if key in sure), None)
-    if found is None and named:  # a prompt alone, which two formats have
-        chosen = [all(name in row.fields for name in ("chosen", "rejected")) for row in sample]
-        found = "preference" if 2 * sum(chosen) >= len(sample) else "prompt_completion"
-    if found is not None:
-        return found, f"data.columns names {_listed(named)}"
+    if set(columns) - BESIDE:
+        return _named(sample, columns)
     votes: dict[tuple[str, str], int] = {}
     for row in sample:
         for reading in _readings(row.fields):
             votes[reading] = votes.get(reading, 0) + 1
     fitting = [reading for reading, count in votes.items() if 2 * count >= len(sample)] or list(votes)
     single = [row.fields for row in sample if _single_message(row.fields)]
-    if len(fitting) == 1 and (fitting[0][0] != "text" or 2 * len(single) < len(sample)):
+    if len(fitting) == 1 and (not formats()[fitting[0][0]].documents or 2 * len(single) < len(sample)):
         return fitting[0][0], f"the rows have {fitting[0][1]}"
     if len(fitting) <= 1:
         raise DataError(f"{source}: {_reason_against(single[0] if fitting else rows[0].fields)}")
@@ -58,30 +46,62 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     raise DataError(f"{source}: {both} fit; set data.format, or data.columns")
 
 
+def check_format(format: str, columns: Columns) -> None:
+    """Raises: DataError for a format that is unknown, or that `columns` do not go with; "auto" goes with all."""
+    _check_columns(columns)
+    if format == "auto":
+        return
+    if format not in formats():
+        raise DataError(f"data.format: unknown format {format!r}; use auto, {', '.join(formats())}")
+    known = formats()[format]
+    if set(columns) - ({"weight"} if known.documents else BESIDE) - known.columns:
+        raise DataError(f"data.columns: {', '.join(columns)} cannot be used with format {format}")
+
+
+def _check_columns(columns: Columns) -> None:
+    """Nothing when the templates are well formed and belong to one format; what they do not name keeps its own name.
+
+    Raises: DataError naming the key.
+    """
+    check_templates(columns)
+    keys = set(columns) - BESIDE
+    sets = {known.columns for known in formats().values()}
+    if not any(keys <= one for one in sets):
+        groups = [_ordered(one) for one in sets if one]
+        together = [_listed(one) for one in sorted(groups, key=lambda one: COLUMN_KEYS.index(one[-1]))]
+        texts = _listed(_ordered({key for known in formats().values() if known.documents for key in known.columns}))
+        raise DataError(
+            f"data.columns: got {', '.join(sorted(columns))}, which are of different formats; give "
+            f"{', or '.join(together)} (weight goes with all, system with all but {texts})"
+        )
+    plain = [known for known in formats().values() if known.documents and keys and keys <= known.columns]
+    if plain and "system" in columns:
+        raise DataError(
+            f"data.columns: system does not go with {_listed(_ordered(keys))}; a plain document has no turns"
+        )
+
+
+def _named(sample: Sequence[Row], columns: Columns) -> tuple[str, str]:
+    """The format that `columns` name; of several, the one that most rows fit, of equals the one with most columns."""
+    keys = set(columns) - BESIDE
+    named = {name: known for name, known in formats().items() if keys <= known.columns}
+    first = sorted(named, key=lambda name: -len(named[name].columns))
+    name = max(first, key=lambda name: sum(named[name].fits(row.fields, columns) for row in sample))
+    alike = [one for one in named.values() if one.columns == named[name].columns]
+    turns = f", whose turns are those of {name}" if len(alike) > 1 else ""
+    return name, f"data.columns names {_listed(_ordered(keys))}{turns}"
+
+
 def _readings(fields: Fields) -> list[tuple[str, str]]:
-    """Every (format, fields that say so) this row could be read as."""
-    readings = [(kind, name) for name in LIST_FIELDS if (kind := _list_format(fields.get(name)))]
-    if "instruction" in fields and ("output" in fields or "instances" in fields):
-        readings.append(("alpaca", f"instruction, {'output' if 'output' in fields else 'instances'}"))
-    readings += [("prompt_completion", f"{one}, {two}") for one, two in PAIRS if one in fields and two in fields]
-    if "chosen" in fields and "rejected" in fields:
-        readings.append(("preference", "chosen, rejected"))
-    if "text" in fields:
-        readings.append(("text", "text"))
-    return readings
+    """Every (format, fields that say so) this row could be read as: lists of turns first, documents last."""
+    named = [(known, name, why) for name, known in formats().items() for why in known.readings(fields)]
+    lists = {name: place for place, name in enumerate(LIST_FIELDS)}
+    named.sort(key=lambda one: (one[0].documents, lists.get(one[2], len(lists))))
+    return [(name, why) for _, name, why in named]
 
 
-def _list_format(value: Any) -> str | None:
-    """ "messages" or "sharegpt", by the keys of the first turn; None when this is no list of turns."""
-    keys = keys_of(value)
-    return None if keys is None else FORMAT_OF[keys]
-
-
-def _value_or_none(template: str, fields: Fields) -> Any:
-    try:
-        return fill_value(template, fields)
-    except FieldError:
-        return None
+def _ordered(keys: Collection[str]) -> list[str]:
+    return sorted(keys, key=COLUMN_KEYS.index)
 
 
 def _reason_against(fields: Fields) -> str:

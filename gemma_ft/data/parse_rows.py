@@ -1,0 +1,72 @@
+"""Rows -> conversations and documents, by the format that they have (formats/, detect.py).
+
+What a row says in a field that its format did not read is told with its items (`unread`); where it changes what the
+answer means, the row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from gemma_ft.data.conversation import Item
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.columns import FieldError, fill_weight
+from gemma_ft.data.read.detect import check_format, detect_format
+from gemma_ft.data.read.fields import Fields, says_something
+from gemma_ft.data.read.sources import Row
+from gemma_ft.data.read.turns import refuse_tool_calls
+from gemma_ft.data.row_format import Columns, formats
+
+VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
+
+
+def parse_rows(
+    rows: Sequence[Row], *, format: str = "auto", columns: Columns | None = None, trained: bool = True
+) -> list[Item]:
+    """Conversations or documents, in the rows' order, out of rows of one format ("auto": detected). `trained`: whether
+    their answers are, so that one which is said to be bad is refused.
+
+    Raises: DataError listing the first five bad rows as `file:line: reason`; DataError for a bad format or columns.
+    """
+    check_format(format, columns or {})
+    name = detect_format(rows, columns)[0] if format == "auto" else format
+    check_format(name, columns or {})
+    bad = BadRows()
+    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad, trained=trained)]
+    bad.raise_if_any()
+    return items
+
+
+def parse_row(row: Row, format: str, columns: Columns, bad: BadRows, *, trained: bool = True) -> list[Item]:
+    """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format.
+    `trained`: as of `parse_rows`.
+    """
+    fields, known = Fields(row.fields), formats()[format]
+    try:
+        items = known.parse(row.where, fields, columns)
+        changes: dict[str, Any] = {}
+        if "weight" in columns:
+            changes["weight"] = fill_weight(columns["weight"], fields)
+        if unread := fields.unread():
+            changes["unread"] = unread if known.documents or not trained else _told(fields, unread)
+        return [replace(item, **changes) for item in items] if changes else items
+    except FieldError as fault:
+        bad.add(row.where, str(fault))
+        return []
+
+
+def _told(fields: Fields, unread: tuple[str, ...]) -> tuple[str, ...]:
+    """What is to be told of the fields of a chat that were not read. Raises: FieldError for one without which the
+    answer means something else.
+    """
+    refuse_tool_calls({name: fields.look(name) for name in unread})
+    if "rejected" in unread and not says_something(fields.look("chosen")):
+        raise FieldError("has 'rejected', and no 'chosen'; name that with data.columns.chosen, or take 'rejected' out")
+    for name in VERDICTS:
+        if name in unread and str(fields.look(name)).lower() == "false":
+            raise FieldError(
+                f"{name!r} is false: the answer is a bad one, and would be trained as a good one; take such rows out"
+            )
+    return tuple(name for name in unread if name not in VERDICTS or str(fields.look(name)).lower() != "true")

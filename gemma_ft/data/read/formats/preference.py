@@ -1,0 +1,45 @@
+"""prompt, chosen, rejected, or two whole chats: chosen, rejected. The chosen one is trained."""
+
+from __future__ import annotations
+
+from gemma_ft.data.conversation import Item
+from gemma_ft.data.read.columns import FieldError
+from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.read.turns import asked, said
+from gemma_ft.data.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
+
+PLACE = 6
+
+
+def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
+    """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
+    chosen, rejected = (said(*part_of(fields, columns, key), "assistant", fields) for key in ("chosen", "rejected"))
+    if chosen[0].role == "assistant":
+        if "prompt" not in columns and "prompt" not in fields:
+            raise FieldError(
+                f"no field 'prompt'; the row has {', '.join(map(str, fields))}; map it with data.columns.prompt, or "
+                "give whole chats, as lists of turns, in 'chosen' and 'rejected'"
+            )
+        prompt = asked(said(*part_of(fields, columns, "prompt"), "user", fields))
+        if [turn.content.strip() for turn in chosen] == [turn.content.strip() for turn in rejected]:
+            raise FieldError("'chosen' and 'rejected' are the same answer")
+    else:  # whole chats; a prompt beside them is often their first question
+        prompt, beside = [], fields.look("prompt")
+        if isinstance(beside, str) and any(turn.content.strip() == beside.strip() for turn in chosen):
+            fields.get("prompt")
+    system = system_of(fields, columns)
+    chats = [conversation(where, after(system, prompt + turns)) for turns in (chosen, rejected)]
+    return list(chats[:1])
+
+
+def has_both(row: RowFields) -> bool:
+    """Whether a row has a chosen and a rejected answer."""
+    return "chosen" in row and "rejected" in row
+
+
+FORMAT = Format(
+    readings=lambda row: ["chosen, rejected"] if has_both(row) else [],
+    parse=parse,
+    columns=frozenset(("prompt", "chosen", "rejected")),
+    fits=lambda row, columns: has_both(row),
+)
