@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]  # of a config.json, by transformers' names
 SystemPolicy = Literal["fold", "error", "drop"]  # what becomes of a system text where there is no turn for it
 SYSTEM_POLICIES: tuple[SystemPolicy, ...] = get_args(SystemPolicy)
+TINY = "gemma-tiny"  # the preset that ships with the project: none of Google's
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 
 
@@ -257,8 +258,8 @@ GEMMA_2 = Family(
         # The tiny Gemma that ships with the project: all of Gemma 2, small enough to learn on two CPU cores. Its
         # vocabulary is that of its tokenizer, so a fresh one is built with `config(vocab_size=len(tokenizer))`.
         # Fresh weights of a model so narrow learn faster from a wider start than transformers' 0.02.
-        "gemma-tiny": _gemma2(
-            "data/gemma-tiny", None, D=128, F=512, layers=6, N=4, K=2, H=32, query_pre_attn_scalar=32,
+        TINY: _gemma2(
+            f"data/{TINY}", None, D=128, F=512, layers=6, N=4, K=2, H=32, query_pre_attn_scalar=32,
             sliding_window=64, max_position_embeddings=2048, initializer_range=0.06,
         ),
     },

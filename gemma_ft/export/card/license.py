@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract
-from gemma_ft.families import FAMILIES, PRESETS
+from gemma_ft.families import FAMILIES, PRESETS, TINY
 
 POLICY_URL = "https://ai.google.dev/gemma/prohibited_use_policy"
 APACHE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
-TINY = "gemma-tiny"
 # The sentence that section 3.1 of the Gemma Terms of Use asks for, word by word, in a text file named "Notice".
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 

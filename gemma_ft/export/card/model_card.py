@@ -14,9 +14,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft.build.contract import ONE_BOS, Contract
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
-from gemma_ft.export.card.license import TINY, Terms, is_tiny
+from gemma_ft.export.card.license import Terms, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
-from gemma_ft.families import FAMILIES
+from gemma_ft.families import FAMILIES, TINY
 from gemma_ft.recipe.schema import Source, names_of
 from gemma_ft.system.shipped import locate
 
