@@ -33,8 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gpu_models
 from benchmarks.record import ROOT, write_result
 from benchmarks.tables import columns, launches
-from gemma_ft.kernels import cpp_backend, cross_entropy, geglu, rms_norm, rotary
+from gemma_ft.kernels import cross_entropy, geglu, rms_norm, rotary
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
+from gemma_ft.kernels.plain_tensors import DTYPES
 
 TOKENS, ROWS, SHOWN = 32, 2, 10
 FEWER, MORE = 2, 4  # layers
@@ -175,13 +176,12 @@ class _Kernels:
 def as_on_a_gpu(count: Launches) -> Iterator[None]:
     """Our operations take what they would take on a GPU; plain torch computes it, and `count` is told of one launch."""
     from gemma_ft.adapters import fused_lora
-    from gemma_ft.kernels import nf4 as quantized
+    from gemma_ft.kernels import blockwise_attention as blockwise
     from gemma_ft.kernels.triton import cross_entropy, geglu, nf4, rms_norm, rotary, triton_backend
-    from gemma_ft.model import attention
 
     def serves_all(*tensors: Tensor | None) -> bool:
         given = [one for one in tensors if one is not None]
-        return given[0].dtype in cpp_backend.SUFFIXES and all(one.dtype == given[0].dtype for one in given)
+        return given[0].dtype in DTYPES and all(one.dtype == given[0].dtype for one in given)
 
     kernels = _Kernels(count)
     with contextlib.ExitStack() as patched:
@@ -191,9 +191,8 @@ def as_on_a_gpu(count: Launches) -> Iterator[None]:
             (rotary, {"turn": kernels.turn}),
             (geglu, {"forward": kernels.geglu, "backward": kernels.geglu_backward}),
             (cross_entropy, {"rows": kernels.rows}),
-            (attention, {"blockwise_attention": kernels.attend}),
-            (quantized, {"serves_nf4_on_gpu": lambda *_: True}),
-            (nf4, {"dequantize": kernels.dequantize}),
+            (blockwise, {"blockwise_attention": kernels.attend}),
+            (nf4, {"takes": lambda *_: True, "dequantize": kernels.dequantize}),
             (fused_lora, {"transposed_times": kernels.gradient}),
         ):
             patched.enter_context(mock.patch.multiple(module, **changed))

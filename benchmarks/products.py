@@ -63,7 +63,7 @@ def many_rows(weights: list[Tensor], rounds: int) -> dict[str, dict[str, float]]
 def few_rows(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Products of as many rows as decoding has."""
     from gemma_ft.kernels import cpp_backend, gemv
-    from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4
+    from gemma_ft.kernels.nf4 import dequantize_nf4, nf4_product
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(len(x), len(weight), dtype=x.dtype)
@@ -81,7 +81,7 @@ def few_rows(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: in
                 "nf4, dequantized first": lambda x=x: [
                     gemv.weight_first(x, dequantize_nf4(*one, out=place)) for one in packed
                 ],
-                "nf4, ours": lambda x=x: [few_rows_nf4(x, *one) for one in packed],
+                "nf4, ours": lambda x=x: [nf4_product(x, *one) for one in packed],
             },
             rounds,
         )

@@ -11,36 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import gemv
+from gemma_ft.kernels.gemv import are_few, few_rows
 from gemma_ft.kernels.matmul import times_transposed
-from gemma_ft.kernels.nf4 import dequantize_nf4, few_rows_nf4, serves_few_rows_nf4, serves_nf4
-from gemma_ft.kernels.workspace import Scratch
+from gemma_ft.kernels.nf4 import dequantize_nf4_for_now, nf4_product
 
 
 def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     """rows [M, I] times the weight transposed -> [M, O], without a gradient. `weight` [O, I], or NF4 bytes with
     bitsandbytes' QuantState.
     """
-    if state is None and weight.dtype == rows.dtype and gemv.are_few(rows, len(rows)):
-        return gemv.few_rows(rows, weight)
-    if state is not None and serves_few_rows_nf4(rows, weight, state):
-        return few_rows_nf4(rows, weight, state)
-    return times_transposed(rows, plain(weight, state, rows.dtype))
+    if state is not None:
+        return nf4_product(rows, weight, state)
+    if weight.dtype == rows.dtype and are_few(rows, len(rows)):
+        return few_rows(rows, weight)
+    return times_transposed(rows, weight.to(rows.dtype))
 
 
 def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:
     """The weight [O, I] in `dtype`; one in 4 bits is dequantized for this use, on a CPU into memory that the next use
     writes over.
     """
-    if state is None:
-        return weight.to(dtype)
-    out = _SCRATCH.take("weight", state.shape, state.dtype) if serves_nf4(weight, state) else None
-    return dequantize_nf4(weight, state, out=out).to(dtype)
+    return (weight if state is None else dequantize_nf4_for_now(weight, state)).to(dtype)
 
 
 def state_of(layer: Any) -> Any:
     """The QuantState of one of bitsandbytes' 4-bit layers: its weight's, or the layer's own where that lost it."""
     return getattr(layer.weight, "quant_state", None) or layer.quant_state
-
-
-_SCRATCH = Scratch()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.kernels.add_lora import add_lora_reference, lora_implementation, scaled_product
 from gemma_ft.kernels.fused_decode import LinearParts
-from gemma_ft.kernels.gemv import MOST_ROWS, unhooked
+from gemma_ft.kernels.gemv import unhooked
 from gemma_ft.kernels.matmul import times, transposed_times
-from gemma_ft.kernels.triton import triton_backend as gpu
 
 
 def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -37,12 +37,14 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        if not any(ctx.needs_input_grad) and _adds_by_itself(x, lora_a, lora_b):
-            return _with_few_rows(x, weight, state, lora_a, lora_b, scaling)
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)  # kept for backward: a cast is small, and takes a launch on a GPU
-        low = _scaled_product(x, a.T, scaling)  # [M, R]
+        if not any(ctx.needs_input_grad) and (chosen := lora_implementation(x, lora_a, lora_b)).name != "torch":
+            x = x.contiguous()
+            out = frozen_product(x, weight, state)
+            chosen.run(x, lora_a, lora_b, scaling, out)
+            return out
         out = frozen_product(x, weight, state)  # [M, O]
-        out.addmm_(low, b.T)
+        # a and b in x.dtype, kept for backward: a cast is small, and takes a launch on a GPU
+        a, b, low = add_lora_reference(x, lora_a, lora_b, scaling, out)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.state, ctx.scaling, ctx.dtypes = state, scaling, (lora_a.dtype, lora_b.dtype)
         return out
@@ -51,7 +53,7 @@ class _FusedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
-        grad_low = _scaled_product(upstream, b, ctx.scaling)  # [M, R]
+        grad_low = scaled_product(upstream, b, ctx.scaling)  # [M, R]
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = times(upstream, plain(weight, ctx.state, x.dtype))
@@ -61,29 +63,6 @@ class _FusedLora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = transposed_times(upstream, low, ctx.dtypes[1])
         return grad_x, None, None, grad_a, grad_b, None
-
-
-def _adds_by_itself(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether these are few rows on a GPU, as decoding has them, where each cast would be a launch for every token."""
-    few = x.is_cuda and 0 < len(x) <= MOST_ROWS and gpu.serves(x) and gpu.serves(lora_a, lora_b)
-    return few and lora_a.is_contiguous() and lora_b.is_contiguous()
-
-
-def _with_few_rows(
-    x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:  # fmt: skip
-    from gemma_ft.kernels.triton.gemv_lora import add_lora
-
-    x = x.contiguous()
-    out = frozen_product(x, weight, state)
-    add_lora(x, lora_a, lora_b, scaling, out)
-    return out
-
-
-def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
-    """scaling · x y, in one operation."""
-    out = torch.empty(len(x), y.shape[1], dtype=x.dtype, device=x.device)
-    return out.addmm_(x, y, beta=0, alpha=scaling)  # beta 0: what lies in `out` is not read
 
 
 def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from gemma_ft.adapters.frozen_linear import frozen_product, plain, state_of
 from gemma_ft.errors import UserError
 from gemma_ft.kernels.fused_decode import LinearParts
 from gemma_ft.kernels.matmul import times
-from gemma_ft.kernels.nf4 import serves_nf4, serves_nf4_on_gpu
+from gemma_ft.kernels.nf4 import nf4_implementation
 
 
 class _Frozen(torch.autograd.Function):
@@ -104,6 +104,4 @@ def keep_unpacked(model: nn.Module) -> int:
 def _suits(layer: Linear4bit) -> bool:
     weight = layer.weight
     known = isinstance(weight, Params4bit) and weight.quant_state is not None
-    if not known:
-        return False
-    return serves_nf4(weight.data, weight.quant_state) or serves_nf4_on_gpu(weight.data, weight.quant_state)
+    return known and nf4_implementation(weight.data, weight.quant_state).name != "torch"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ft.kernels.triton.cuda_graph import Recorder
 from gemma_ft.model.kv_cache import KVCache
 from gemma_ft.model.static_pass import FixedPass
 from gemma_ft.system import environment
@@ -131,6 +132,4 @@ def recorder(native: Any, device: torch.device, *, alone: bool) -> Record | None
         return None
     if getattr(native, "is_loaded_in_8bit", False):
         return None
-    from gemma_ft.kernels.triton.cuda_graph import Recorder
-
     return Recorder(device)

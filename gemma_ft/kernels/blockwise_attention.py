@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.backend import implementation_of
 from gemma_ft.kernels.matmul import product_dtype
 
 BLOCK_QUERIES = 256
@@ -26,7 +26,7 @@ def blockwise_attention(
 
     query [B, N, T, H], key and value [B, K, T, H], low [B or 1, T] with 0 <= low[t] <= t -> [B, N, T, H] in
     query.dtype. Products are in the dtype that the processor multiplies fastest (product.py), and then wide: cap and
-    softmax in float32 or wider. Backward computes the scores again. The reference is model.attention.eager_attention.
+    softmax in float32 or wider. Backward computes the scores again. The reference is attention.eager_attention.
     """
     low = low.expand(query.shape[0], -1)
     out: Tensor = _Blockwise.apply(query, key, value, low, scale, softcap)
@@ -66,8 +66,10 @@ def _attended(
         q = _grouped(query[row, :, queries].to(at), key.shape[1])
         k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
         flat = q.flatten(1, 2)  # [K, G Q, H]
-        block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
-        weights, log_sum[row, :, queries] = block.weights(flat @ k.transpose(1, 2))
+        block = Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
+        raw = flat @ k.transpose(1, 2)  # [K, G Q, S]
+        chosen = implementation_of("attention_block", raw, fits=raw.is_contiguous())
+        weights, log_sum[row, :, queries] = chosen.run(block, raw)
         out[row, :, queries] = (weights @ v).view(-1, q.shape[2], q.shape[3])
     return out, log_sum
 
@@ -86,10 +88,10 @@ def _gradients(
         k, v = key[row, :, keys].to(at), value[row, :, keys].to(at)
         given = _grouped(upstream[row, :, queries].to(at), kv_heads).flatten(1, 2)  # [K, G Q, H]
         flat = q.flatten(1, 2)
-        block = _Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
-        weights, grads = block.gradients(
-            flat @ k.transpose(1, 2), given @ v.transpose(1, 2), log_sum[row, :, queries]
-        )  # [K, G Q, S]
+        block = Block(low[row, queries] - keys.start, queries.start - keys.start, q.shape[:3], scale, softcap)
+        raw, slope = flat @ k.transpose(1, 2), given @ v.transpose(1, 2)  # [K, G Q, S]
+        chosen = implementation_of("attention_block", raw, slope, fits=raw.is_contiguous() and slope.is_contiguous())
+        weights, grads = chosen.backward(block, raw, slope, log_sum[row, :, queries])
         grad_value[row, :, keys] += weights.transpose(1, 2) @ given
         grad_query[row, :, queries] = (grads @ k).view(-1, q.shape[2], q.shape[3])
         grad_key[row, :, keys] += grads.transpose(1, 2) @ flat
@@ -97,9 +99,9 @@ def _gradients(
 
 
 @dataclass(frozen=True)
-class _Block:
-    """What happens to the scores of a block between its matrix products. Scores and results are [K, G Q, S] in the
-    products' dtype; query i of the block sees its keys low[i] .. last + i. In C++ where that serves.
+class Block:
+    """Some queries of one sequence and the keys that any of them sees: query i sees those from low[i] to last + i.
+    Scores of a block are [K, G Q, S].
     """
 
     low: Tensor  # [Q]
@@ -108,47 +110,12 @@ class _Block:
     scale: float
     softcap: float | None
 
-    def weights(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, which may be written over -> weights, and log of their sum [N, Q]."""
-        if cpp_backend.serves(raw) and raw.is_contiguous():
-            log_sum = torch.empty(self._heads, self.shape[2])
-            cpp_backend.call("attend", raw, self.low, log_sum, *self._sizes(raw), of=raw.dtype)
-            return raw, log_sum
-        scores, _ = self._scores(raw)  # [K, G, Q, S]
-        hidden = self._hidden(raw.shape[-1])
-        top = scores.masked_fill_(hidden, float("-inf")).amax(dim=-1, keepdim=True)
-        weights = scores.sub_(top).exp_().masked_fill_(hidden, 0.0)
-        total = weights.sum(dim=-1, keepdim=True)
-        log_sum = (top + total.log()).flatten(0, 1)[..., 0]
-        return weights.div_(total).to(raw.dtype).flatten(1, 2), log_sum
-
-    def gradients(self, raw: Tensor, grad: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and the gradient of the weights, which may be written over -> weights, gradient of the scores."""
-        if cpp_backend.serves(raw, grad) and raw.is_contiguous() and grad.is_contiguous():
-            cpp_backend.call(
-                "attend_backward", raw, grad, self.low, log_sum.contiguous(), *self._sizes(raw), of=raw.dtype
-            )
-            return raw, grad
-        scores, tanh = self._scores(raw)
-        weights = scores.sub_(log_sum.view(*self.shape, 1)).exp_()
-        weights.masked_fill_(self._hidden(raw.shape[-1]), 0.0)
-        narrow = weights.to(raw.dtype).flatten(1, 2)
-        slope = grad.to(scores.dtype).view_as(weights)
-        # not from the output, as flash attention has it: rounded to bf16, it would not cancel what it is to cancel
-        slope = slope.sub_(torch.linalg.vecdot(weights, slope)[..., None]).mul_(weights)
-        if tanh is not None:  # d cap tanh(s / cap) / ds = 1 - tanh^2
-            slope.mul_(torch.rsub(tanh.square_(), 1.0))
-        return narrow, slope.mul_(self.scale).to(raw.dtype).flatten(1, 2)
-
     @property
-    def _heads(self) -> int:
+    def heads(self) -> int:
+        """Query heads, N."""
         return self.shape[0] * self.shape[1]
 
-    def _sizes(self, raw: Tensor) -> tuple[int, int, int, int, float, float]:
-        """As cpp/ops.cpp takes them; a cap of 0 is none."""
-        return self._heads, self.shape[2], raw.shape[-1], self.last, self.scale, self.softcap or 0.0
-
-    def _scores(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """Capped scores [K, G, Q, S], wide, and the tanh that capped them."""
         scores = raw.to(torch.promote_types(raw.dtype, torch.float32)).view(*self.shape, -1)
         if self.softcap is None:
@@ -156,10 +123,37 @@ class _Block:
         tanh = scores.mul_(self.scale / self.softcap).tanh_()
         return tanh * self.softcap, tanh
 
-    def _hidden(self, keys: int) -> Tensor:
+    def hidden(self, keys: int) -> Tensor:
         """Which keys of the block its queries do not see: bool [Q, S]."""
         places = torch.arange(keys)
         return (places < self.low[:, None]) | (places > self.last + torch.arange(self.shape[2])[:, None])
+
+
+def block_weights(block: Block, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores, which may be written over -> weights in their dtype, and log of their sum [N, Q], wide."""
+    scores, _ = block.scores(raw)  # [K, G, Q, S]
+    hidden = block.hidden(raw.shape[-1])
+    top = scores.masked_fill_(hidden, float("-inf")).amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_().masked_fill_(hidden, 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    log_sum = (top + total.log()).flatten(0, 1)[..., 0]
+    return weights.div_(total).to(raw.dtype).flatten(1, 2), log_sum
+
+
+def block_gradients(block: Block, raw: Tensor, grad: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and the gradient of the weights, which may be written over, and the weights' log sums [N, Q] -> weights,
+    gradient of the scores.
+    """
+    scores, tanh = block.scores(raw)
+    weights = scores.sub_(log_sum.view(*block.shape, 1)).exp_()
+    weights.masked_fill_(block.hidden(raw.shape[-1]), 0.0)
+    narrow = weights.to(raw.dtype).flatten(1, 2)
+    slope = grad.to(scores.dtype).view_as(weights)
+    # not from the output, as flash attention has it: rounded to bf16, it would not cancel what it is to cancel
+    slope = slope.sub_(torch.linalg.vecdot(weights, slope)[..., None]).mul_(weights)
+    if tanh is not None:  # d cap tanh(s / cap) / ds = 1 - tanh^2
+        slope.mul_(torch.rsub(tanh.square_(), 1.0))
+    return narrow, slope.mul_(block.scale).to(raw.dtype).flatten(1, 2)
 
 
 def _blocks(low: Tensor) -> Iterator[tuple[int, slice, slice]]:

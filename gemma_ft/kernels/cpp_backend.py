@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ft.kernels.plain_tensors import DTYPES, are_plain
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import processor_words
 
@@ -41,9 +42,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "few_rows_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
     "decode": (P, P, P, P, P, P),
 }
-PLAIN = (Tensor, torch.nn.Parameter)  # no subclass: its memory may be elsewhere, or not be
-CPU = torch.device("cpu")
-SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+SUFFIXES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -70,34 +69,20 @@ def operations() -> Operations:
         return Operations({}, f"plain torch: {name} could not build the C++ ones ({_why(error)})")
 
 
-def serves(*tensors: Tensor | None) -> bool:
+def serves(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the C++ operations take these tensors: plain ones of a dtype that they know."""
-    given = [one for one in tensors if one is not None]
-    return given[0].dtype in SUFFIXES and are_plain(*given) and bool(operations().functions)
+    return first.dtype in SUFFIXES and are_plain(first, *others) and bool(operations().functions)
 
 
-def are_plain(*tensors: Tensor, device: torch.device = CPU) -> bool:
-    """Whether tensors are real ones on one device, all of one dtype, and nobody watches."""
-    dtype = tensors[0].dtype
-    real = all(type(one) in PLAIN and one.device == device and one.dtype == dtype for one in tensors)
-    return real and not _traced()
-
-
-def _traced() -> bool:
-    """Whether torch watches what is computed (compile, trace, functorch, a dispatch mode): it would not see an address
-    being written to.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def verdict(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[bool, str]:
+    """Whether they run on tensors of this dtype on the CPU, and why, in words for the user."""
+    found = operations()
+    return dtype in SUFFIXES and bool(found.functions), found.reason
 
 
 def call(name: str, *arguments: Any, of: torch.dtype) -> None:
     """One operation on tensors of dtype `of`; tensors are given by address, and must be laid out as it expects."""
-    given = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
+    given = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
     operations().functions[f"{name}_{SUFFIXES[of]}"](*given, torch.get_num_threads())
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import implementation_of
 
 
 def capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -28,33 +27,17 @@ def head_rows(
     """Raw logits [M, V], which may be written over, and their targets [M] -> losses [M] in float32 or wider, whether
     the most likely token is the target [M], and the gradient [M, V] of the losses' sum in the logits' dtype.
 
-    `weights` [M] multiply the gradient, not the losses.
+    `weights` [M] multiply the gradient, not the losses. A target that is no token is an IndexError on a CPU and a loss
+    of NaN on a GPU, from which nothing comes back in time.
     """
-    if gpu.serves(logits) and logits.is_contiguous() and targets.device == logits.device:
-        return _on_gpu(logits, targets, weights, softcap, with_grad)
-    if cpp_backend.serves(logits) and logits.is_contiguous() and targets.device.type == "cpu":
-        targets = targets.long().contiguous()
-        if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
-            raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
-        losses = torch.empty(len(logits))
-        correct = torch.empty(len(logits), dtype=torch.bool)
-        each = None if weights is None else weights.float().contiguous()
-        sizes = (*logits.shape, softcap or 0.0, int(with_grad))
-        cpp_backend.call("head_rows", logits, targets, each, losses, correct, *sizes, of=logits.dtype)
-        return losses, correct, logits if with_grad else None
-    return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
-
-
-def _on_gpu(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In Triton; nothing comes back from the device, so that a label out of bounds is seen as a loss of NaN."""
-    from gemma_ft.kernels.triton import cross_entropy as kernel
-
+    fits = logits.is_contiguous() and targets.device == logits.device
+    chosen = implementation_of("cross_entropy", logits, fits=fits)
+    if chosen.name == "torch":
+        return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     correct = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
     each = None if weights is None else weights.float().contiguous()
-    kernel.rows(logits, targets.long().contiguous(), each, losses, correct, softcap, with_grad=with_grad)
+    chosen.run(logits, targets.long().contiguous(), each, losses, correct, softcap, with_grad=with_grad)
     return losses, correct, logits if with_grad else None
 
 

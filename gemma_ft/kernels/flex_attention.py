@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gemma_ft.kernels.plain_tensors import DTYPES
 from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.system import environment
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+FEW_SCORES = 2**24  # 64 MiB of them in float32
 PROBED_TOKENS = 256
 BLOCK = 128  # tokens to a side of a block of the mask: FlexAttention's own default
 RECOMPILES = 64  # the lengths and batch sizes of a run, with a gradient and without: torch gives up at 8, in its favour
@@ -80,7 +82,7 @@ def flex_attention(
 
     query [B, N, T, H], key and value [B, K, T, H] -> [B, N, T, H]. Compiled once for each kind of shapes on a GPU, and
     kept on the disk by torch; on a CPU every score is written out, which is for tests. `tiles`: one of TILES (None: the
-    first that the GPU of these tensors has room for). The reference is model.attention.eager_attention.
+    first that the GPU of these tensors has room for). The reference is attention.eager_attention.
     """
     from torch.nn.attention import flex_attention as torch_flex
 
@@ -175,3 +177,23 @@ def reason_against(device: torch.device, head_dim: int, dtype: torch.dtype) -> s
         return "this GPU is older than FlexAttention"
     fit = fitting(device, head_dim, dtype)
     return None if fit.tiles is not None else f"FlexAttention does not run here ({fit.failed})"
+
+
+def serves(query: Tensor, *_: Tensor | None) -> bool:
+    """Whether a query [B, N, T, H] meets its keys in it: where it runs, and where compiling for T is worth it."""
+    if not query.is_cuda or query.shape[2] == 1 or query.dtype not in DTYPES:  # float64 is for laws
+        return False
+    batch, heads, tokens, width = query.shape
+    if not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES:
+        return False  # a prompt, read in pieces: written out sooner than compiled for its length
+    return reason_against(query.device, width, query.dtype) is None
+
+
+def verdict(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[bool, str]:
+    """Whether it runs on a GPU at this head dim, and why, in words for the user. Without one nothing is tried, for
+    trying is compiling.
+    """
+    if head_dim is None:
+        return False, ""
+    against = reason_against(device, head_dim, dtype)
+    return against is None, fitting(device, head_dim, dtype).describe() if against is None else against

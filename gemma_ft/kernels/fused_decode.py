@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.cpp_backend import F32, I64, P
+from gemma_ft.kernels.cpp_operations import nf4_scales
 from gemma_ft.kernels.gemv import fits
-from gemma_ft.kernels.nf4 import scales_of, serves_nf4
+from gemma_ft.kernels.nf4 import nf4_implementation
 
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp")
@@ -83,14 +84,14 @@ class LinearParts:
                 weight.dtype == dtype and weight.dim() == 2 and weight.is_contiguous() and cpp_backend.serves(weight)
             )
         else:
-            served = state.dtype == dtype and serves_nf4(weight, state)
+            served = state.dtype == dtype and nf4_implementation(weight, state).name == "cpp"
         shape = weight.shape if state is None else state.shape
         if not (served and fits(1, shape, *(() if state is None else (state.blocksize,)))):
             return None
         one = _Linear(weight=weight.data_ptr(), outputs=shape[0], inputs=shape[1])
         if state is not None:
             names = ("scales", "scales8", "code2", "scales2", "offset", "code")
-            scales, blocks = scales_of(state)
+            scales, blocks = nf4_scales(state)
             for name, value in zip((*names, "block", "block2"), (*scales, *blocks), strict=True):
                 setattr(one, name, value.data_ptr() if isinstance(value, Tensor) else value)
         return self._with_lora(one, shape)

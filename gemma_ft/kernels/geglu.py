@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import Implementation, implementation_of
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up, each of any one shape and dtype. Source: arXiv:2002.05202."""
-    on_gpu = gpu.serves(gate, up)
-    if (on_gpu or cpp_backend.serves(gate, up)) and gate.shape == up.shape:
-        out: Tensor = _GeGLU.apply(gate, up, on_gpu)
-        return out
-    return geglu_reference(gate, up)
+    chosen = implementation_of("geglu", gate, up)
+    if chosen.name == "torch" or gate.shape != up.shape:
+        return geglu_reference(gate, up)
+    out: Tensor = _GeGLU.apply(gate, up, chosen)
+    return out
 
 
 def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,17 +28,12 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 class _GeGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, on_gpu: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, chosen: Implementation) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        if on_gpu:
-            from gemma_ft.kernels.triton import geglu as kernel
-
-            kernel.forward(gate, up, out)
-        else:
-            cpp_backend.call("geglu", gate, up, out, out.numel(), of=gate.dtype)
+        chosen.run(gate, up, out)
         ctx.save_for_backward(gate, up)
-        ctx.on_gpu = on_gpu
+        ctx.chosen = chosen
         return out
 
     @staticmethod
@@ -47,11 +41,5 @@ class _GeGLU(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        given = upstream.contiguous()
-        if ctx.on_gpu:
-            from gemma_ft.kernels.triton import geglu as kernel
-
-            kernel.backward(given, gate, up, grad_gate, grad_up)
-        else:
-            cpp_backend.call("geglu_backward", given, gate, up, grad_gate, grad_up, gate.numel(), of=gate.dtype)
+        ctx.chosen.backward(upstream.contiguous(), gate, up, grad_gate, grad_up)
         return grad_gate, grad_up, None

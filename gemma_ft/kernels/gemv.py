@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.backend import implementation_of
 
 MOST_ROWS = 16  # up to which torch has the weight first
 OWN_ROWS = 12  # up to which the C++ is faster than either product of torch (benchmarks/results/products.json)
@@ -39,12 +39,9 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
     torch takes a third longer with x first in the product, and for up to OWN_ROWS longer than the C++ does.
     """
-    rows = len(x)
-    if fits(rows, weight.shape) and cpp_backend.serves(x, weight) and weight.is_contiguous():
-        out = torch.empty(rows, len(weight), dtype=x.dtype)
-        cpp_backend.call("few_rows", weight, x.contiguous(), out, rows, *weight.shape, of=x.dtype)
-        return out
-    return weight_first(x, weight)
+    served = fits(len(x), weight.shape) and weight.is_contiguous()
+    found: Tensor = implementation_of("gemv", x, weight, fits=served).run(x, weight)
+    return found
 
 
 def weight_first(x: Tensor, weight: Tensor) -> Tensor:

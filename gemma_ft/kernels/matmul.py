@@ -15,26 +15,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.plain_tensors import are_plain
 from gemma_ft.kernels.triton import triton_backend as gpu
-from gemma_ft.kernels.workspace import Scratch
+from gemma_ft.kernels.workspace import workspace
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import float32_is_faster, processor_words
 
 MANY = 128  # rows from which on widening the weight pays
 WEIGHT_NUMBERS = 2**24  # of the weight that are float32 at a time: 64 MiB
 ROWS_NUMBERS = 2**22  # of what goes in, and of what comes out: 16 MiB each
-_WIDE = Scratch()
 
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, I], weight [O, I] -> x weightᵀ [M, O] in their dtype, without a gradient."""
-    return widened_transposed(x, weight) if _serves(x, weight) else x @ weight.T
+    return widened_transposed(x, weight) if serves(x, weight) else x @ weight.T
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, O], weight [O, I] -> x weight [M, I] in their dtype, without a gradient."""
-    return widened(x, weight) if _serves(x, weight) else x @ weight
+    return widened(x, weight) if serves(x, weight) else x @ weight
 
 
 def transposed_times(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,8 +84,16 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _serves(x: Tensor, weight: Tensor) -> bool:
-    return len(x) >= MANY and cpp_backend.are_plain(x, weight) and product_dtype(x) != x.dtype
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with rows x is computed in float32 though its numbers are not: many rows in bf16 on a CPU."""
+    return len(x) >= MANY and are_plain(x, weight) and product_dtype(x) != x.dtype
+
+
+def verdict(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[bool, str]:
+    """Whether products of many rows are computed in float32 on the CPU, and why, in words for the user."""
+    if dtype != torch.bfloat16 or not widens():
+        return False, ""
+    return True, "bf16 is multiplied in float32, which this processor does faster"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -104,15 +111,15 @@ def _parts(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Parts of a weight's rows, and each in float32, which the next one writes over."""
     for part in _pieces(len(weight), WEIGHT_NUMBERS // weight.shape[1]):
         rows = weight[part]
-        yield part, _WIDE.take("weight", rows.shape, torch.float32).copy_(rows)
+        yield part, workspace().take("wide weight", rows.shape, torch.float32).copy_(rows)
 
 
 def _wide_rows(rows: Tensor) -> Tensor:
-    return _WIDE.take("in", rows.shape, torch.float32).copy_(rows)
+    return workspace().take("wide rows", rows.shape, torch.float32).copy_(rows)
 
 
 def _result(like: Tensor) -> Tensor:
-    return _WIDE.take("out", like.shape, torch.float32)
+    return workspace().take("wide result", like.shape, torch.float32)
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend, gemv
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import Implementation, implementation_of
+from gemma_ft.kernels.gemv import MOST_ROWS
+from gemma_ft.kernels.matmul import times_transposed
+from gemma_ft.kernels.plain_tensors import DTYPES
+from gemma_ft.kernels.workspace import workspace
+
+
+def nf4_implementation(packed: Tensor, state: Any) -> Implementation:
+    """What reads this weight: bitsandbytes' own, the reference, unless it is in its usual form, in whole blocks."""
+    return _chosen("nf4", packed, state, (packed, state))
 
 
 def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
@@ -23,92 +31,58 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor | None = None) -> Ten
     `out`: where to put it, contiguous and of that dtype and shape. Source: arXiv:2305.14314; bitsandbytes functional.py
     dequantize_4bit.
     """
-    if serves_nf4_on_gpu(packed, state):
-        from gemma_ft.kernels.triton import nf4 as kernel
-
-        return kernel.dequantize(packed, state, out)
-    if not serves_nf4(packed, state):
-        from bitsandbytes.functional import dequantize_4bit
-
-        found: Tensor = dequantize_4bit(packed, state, out=out)
-        return found
-    weight = torch.empty(state.shape, dtype=state.dtype) if out is None else out
-    scales, blocks = scales_of(state)
-    cpp_backend.call("nf4", packed, *scales, weight, weight.numel(), *blocks, of=state.dtype)
+    weight: Tensor = nf4_implementation(packed, state).run(packed, state, out)
     return weight
 
 
-def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
-    """x [M, I] times the weight transposed -> [M, O], for as few rows as decoding has: the weight is unpacked within
-    the product. Only where `serves_few_rows_nf4`.
+def dequantize_nf4_reference(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
+    """The same by bitsandbytes, whatever the weight's form."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    found: Tensor = dequantize_4bit(packed, state, out=out)
+    return found
+
+
+def dequantize_nf4_for_now(packed: Tensor, state: Any) -> Tensor:
+    """`dequantize_nf4` for one use: where C++ does it, into memory that the next use writes over."""
+    chosen = nf4_implementation(packed, state)
+    out = workspace().take("nf4 weight", state.shape, state.dtype) if chosen.name == "cpp" else None
+    weight: Tensor = chosen.run(packed, state, out)
+    return weight
+
+
+def nf4_product(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+    """x [M, I] times the weight transposed -> [M, O] in x.dtype, without a gradient. For as few rows as decoding has
+    the weight is unpacked within the product.
     """
-    x = x.contiguous()
-    if x.is_cuda:
-        from gemma_ft.kernels.triton import gemv_nf4 as kernel
-
-        return kernel.few_rows_nf4(x, packed, state)
-    out = torch.empty(len(x), state.shape[0], dtype=x.dtype)
-    scales, blocks = scales_of(state)
-    cpp_backend.call("few_rows_nf4", packed, *scales, x, out, len(x), *state.shape, *blocks, of=x.dtype)
-    return out
+    few = 0 < len(x) <= MOST_ROWS and x.dtype == state.dtype and x.device == packed.device
+    found: Tensor = _chosen("nf4_gemv", packed, state, (x, packed, state), fits=few).run(x, packed, state)
+    return found
 
 
-def serves_few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> bool:
-    """Whether `few_rows_nf4` takes these rows [M, I] and this weight."""
-    if x.dtype != state.dtype or x.device != packed.device or len(x) > gemv.MOST_ROWS:
-        return False
-    if not x.is_cuda:
-        few = gemv.are_few(x, len(x)) and serves_nf4(packed, state)
-        return few and gemv.fits(len(x), state.shape, state.blocksize)
-    if not serves_nf4_on_gpu(packed, state):
-        return False
-    from gemma_ft.kernels.triton import gemv_nf4 as kernel
-
-    return kernel.fits(x, state)
+def dequantized_product(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+    """The same of a weight that is dequantized before."""
+    return times_transposed(x, dequantize_nf4_for_now(packed, state).to(x.dtype))
 
 
-def scales_of(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    """How cpp/ops.cpp takes the scales and the sixteen numbers, and the sizes of the blocks."""
-    if not state.nested:
-        return (state.absmax, None, None, None, 0.0, state.code), (state.blocksize, 1)
-    nested = state.state2
-    scales = (None, state.absmax, nested.code, nested.absmax, float(state.offset), state.code)
-    return scales, (state.blocksize, nested.blocksize)
-
-
-def serves_nf4(packed: Tensor, state: Any) -> bool:
-    """Whether the C++ operation reads this weight: on the CPU, in its usual form, in whole blocks."""
-    return (
-        packed.device.type == "cpu"
-        and _is_usual(packed, state)
-        and state.blocksize % 32 == 0
-        and cpp_backend.serves(*_numbers(state))
-    )
-
-
-def serves_nf4_on_gpu(packed: Tensor, state: Any) -> bool:
-    """Whether the Triton kernels read this weight: where they run, in its usual form, in whole blocks."""
-    return (
-        packed.is_cuda
-        and _is_usual(packed, state)
-        and (not state.nested or isinstance(state.offset, Tensor))
-        and gpu.serves(*_numbers(state), state.offset if state.nested else None)
-        and gpu.reason_against(packed.device, state.dtype) is None
-    )
+def _chosen(operation: str, packed: Tensor, state: Any, given: tuple[Any, ...], *, fits: bool = True) -> Implementation:
+    fits = fits and _is_usual(packed, state)
+    return implementation_of(operation, *(_numbers(state) if fits else ()), fits=fits, given=given)
 
 
 def _is_usual(packed: Tensor, state: Any) -> bool:
+    """Whether a weight is stored in the form that the kernels read."""
     return (
         type(packed.data) is Tensor
         and packed.is_contiguous()
         and (not state.nested or state.absmax.dtype == torch.uint8)
         and state.absmax.device == packed.device
         and state.quant_type == "nf4"
-        and state.dtype in cpp_backend.SUFFIXES
+        and state.dtype in DTYPES
         and not getattr(state, "packing_format_for_cpu", False)
         and len(state.shape) == 2
         and state.shape[1] % state.blocksize == 0  # else bitsandbytes starts a block anew in each row
-        and all(one.dtype == torch.float32 for one in _numbers(state))
+        and all(one.dtype == torch.float32 and one.device == packed.device for one in _numbers(state))
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import Implementation, implementation_of
+from gemma_ft.kernels.plain_tensors import PLAIN
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -23,11 +23,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Source: arXiv:1910.07467 eq. 4; google/gemma_pytorch gemma/model.py RMSNorm.
     """
     fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
-    on_gpu = gpu.serves(x, residual)
-    if fits and type(weight) in cpp_backend.PLAIN and (on_gpu or cpp_backend.serves(x, residual)):
-        out: Tensor = _RMSNorm.apply(x, weight, eps, residual, on_gpu)
-        return out
-    return rms_norm_reference(x, weight, eps, residual)
+    chosen = implementation_of("rms_norm", x, residual, fits=fits and type(weight) in PLAIN)
+    if chosen.name == "torch":
+        return rms_norm_reference(x, weight, eps, residual)
+    out: Tensor = _RMSNorm.apply(x, weight, eps, residual, chosen)
+    return out
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -40,19 +40,15 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, on_gpu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, chosen: Implementation
+    ) -> Tensor:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
         out, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        if on_gpu:
-            from gemma_ft.kernels.triton import rms_norm as kernel
-
-            kernel.forward(x, weight.detach().contiguous(), residual, out, rstd, eps)
-        else:
-            gain = 1.0 + weight.detach().float()
-            cpp_backend.call("rms_norm", x, gain, residual, out, rstd, rstd.numel(), x.shape[-1], eps, of=x.dtype)
+        chosen.run(x, weight.detach().contiguous(), residual, out, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.on_gpu = on_gpu
+        ctx.chosen = chosen
         return out
 
     @staticmethod
@@ -63,15 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         given = upstream.contiguous()
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            if ctx.on_gpu:
-                from gemma_ft.kernels.triton import rms_norm as kernel
-
-                kernel.backward(given, x, weight.contiguous(), rstd, grad_x)
-            else:
-                gain = 1.0 + weight.float()
-                cpp_backend.call(
-                    "rms_norm_backward", given, x, gain, rstd, grad_x, rstd.numel(), x.shape[-1], of=x.dtype
-                )
+            ctx.chosen.backward(given, x, weight.contiguous(), rstd, grad_x)
         if ctx.needs_input_grad[1]:
             each = given.float() * x.float() * rstd[..., None]
             grad_weight = each.flatten(0, -2).sum(dim=0).to(weight.dtype)

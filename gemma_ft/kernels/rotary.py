@@ -5,15 +5,13 @@ Letters: B batch, T tokens, H head dim.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import Implementation, implementation_of
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,12 +20,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos and sin [B or 1, 1, T, H], the second half as the first, in float32 or wider.
     Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
     """
-    on_gpu = gpu.serves(x) and gpu.serves(cos, sin)
-    served = on_gpu or (cpp_backend.serves(x) and cpp_backend.serves(cos, sin))
-    if served and cos.dtype == torch.float32 and _fits(x, cos, sin):
-        out: Tensor = _Rotate.apply(x, cos, sin, on_gpu)
-        return out
-    return rotate_reference(x, cos, sin)
+    chosen = implementation_of("rotary", x, fits=cos.dtype == torch.float32 and _fits(x, cos, sin))
+    if chosen.name == "torch" or not chosen.serves(cos, sin):
+        return rotate_reference(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin, chosen)
+    return out
 
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -46,10 +43,10 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, chosen: Implementation) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.on_gpu = on_gpu
-        return _turned(x, x.new_empty(x.shape), cos, sin, 1.0, on_gpu)
+        ctx.chosen = chosen
+        return _turned(x, x.new_empty(x.shape), cos, sin, 1.0, chosen)
 
     @staticmethod
     @once_differentiable
@@ -59,18 +56,10 @@ class _Rotate(torch.autograd.Function):
         # laid out as the projection's output is, so that its backward need not copy
         grad = upstream.new_empty((batch, tokens, heads, width)).transpose(1, 2)
         cos, sin = ctx.saved_tensors
-        return _turned(given, grad, cos, sin, -1.0, ctx.on_gpu), None, None, None
+        return _turned(given, grad, cos, sin, -1.0, ctx.chosen), None, None, None
 
 
-def _turned(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float, on_gpu: bool) -> Tensor:
+def _turned(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float, chosen: Implementation) -> Tensor:
     """`out`, filled with x turned by the angles (sign -1: turned back)."""
-    cos, sin = cos.contiguous(), sin.contiguous()
-    if on_gpu:
-        from gemma_ft.kernels.triton import rotary as kernel
-
-        kernel.turn(x, cos, sin, out, sign)
-        return out
-    of_row = 0 if cos.shape[0] == 1 else cos.stride(0)
-    strides = [(ctypes.c_int64 * 3)(*one.stride()[:3]) for one in (x, out)]
-    cpp_backend.call("rotate", x, cos, sin, out, *x.shape, *strides, of_row, sign, of=x.dtype)
+    chosen.run(x, cos.contiguous(), sin.contiguous(), out, sign)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -25,3 +26,9 @@ class Scratch(threading.local):
             with torch.inference_mode(mode=False):
                 buffer = self.buffers[name] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(tuple(shape))
+
+
+@cache
+def workspace() -> Scratch:
+    """The one of this process: who takes memory of it has a name of its own for each use."""
+    return Scratch()

@@ -12,19 +12,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import FAMILIES, known_families
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.blockwise_attention import blockwise_attention
-from gemma_ft.kernels.decode_attention import one_query, serves_one_query
-from gemma_ft.kernels.flex_attention import block_mask, flex_attention
-from gemma_ft.kernels.flex_attention import reason_against as flex_reason_against
+from gemma_ft.kernels.attention import NO_CAP, eager_attention, sdpa_attention
+from gemma_ft.kernels.backend import implementation_of
+from gemma_ft.kernels.flex_attention import block_mask
 
 Attend = Callable[..., Tensor]
-FEW_SCORES = 2**24  # 64 MiB of them in float32
 
 
 class Visible:
@@ -152,114 +147,28 @@ def visible_keys(
     return visible
 
 
-def eager_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """softmax(cap(query · keyᵀ · scale), over visible keys) · value: the reference, every score written out.
-
-    query [B, N, T, H], key and value [B, K, S, H], visible [B or 1, 1, T, S] -> [B, N, T, H] in query.dtype. Scores,
-    cap and softmax are computed in float32 or wider. The cap comes before the mask. A query that sees no key (padding)
-    gets the mean of all values: finite, and masked out wherever it could matter.
-    Source: google/gemma_pytorch gemma/model.py GemmaAttention.forward.
-    """
-    batch, heads, tokens, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width)  # [B, K, N/K * T, H]: keys are read once, never repeated
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (grouped @ key.transpose(2, 3)).to(wide).view(batch, heads, tokens, -1)  # [B, N, T, S]
-    weights = F.dropout(_weights(scores, visible, scale, softcap), dropout_p)
-    return (weights.to(query.dtype).view(*grouped.shape[:3], -1) @ value).view(query.shape)
-
-
-def one_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scale: float, softcap: float | None = None
-) -> Tensor:
-    """`eager_attention` of a single query of each sequence, [B, N, 1, H]; `visible` None: it sees every key.
-
-    The keys come first in the product: on a CPU the same product the other way round takes several times as long.
-    """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # [B, K, N/K, H]
-    scores = (key @ grouped.transpose(2, 3)).transpose(2, 3)  # [B, K, N/K, S]
-    scores = scores.to(wide, memory_format=torch.contiguous_format)
-    return (_weights(scores, visible, scale, softcap).to(query.dtype) @ value).view(query.shape)
-
-
-def _weights(scores: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Raw scores [.., S], wide -> weights: scaled, capped, hidden where not `visible`, softmax."""
-    scores = scores * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1)
-
-
-def sdpa_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """torch's scaled_dot_product_attention with the interface of `eager_attention`, for models without a cap.
-
-    Raises: UserError when a cap is asked for: SDPA would drop it without a word.
-    """
-    if softcap is not None:
-        raise UserError(_NO_CAP.format(name="sdpa"))
-    visible = visible | ~visible.any(dim=-1, keepdim=True)  # a row without any key is NaN on some of SDPA's kernels
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=visible,
-        scale=scale,
-        dropout_p=dropout_p,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
     """Blocks where queries see runs of keys, on a GPU by FlexAttention; a single query by itself; else every score
     written out, or on a GPU without a cap SDPA.
     """
     dropout_p = options.pop("dropout_p", 0.0)
-    on_cpu, whole = _on_cpu(query), query.shape[2] == key.shape[2]
-    if query.shape[2] == 1 and not dropout_p:
-        if on_cpu:
-            return one_query_attention(query, key, value, None if visible.everything else visible.mask, **options)
-        if visible.held is not None and serves_one_query(query, key, value):
-            return one_query(query, key, value, visible.held, **options)
-    if whole and not dropout_p and (on_cpu or _flexes(query)) and visible.low is not None:
-        if on_cpu:
-            return blockwise_attention(query, key, value, visible.low, **options)
-        mask = visible.block_mask(len(query), query.device)
-        return flex_attention(query, key, value, mask, **options)
-    attend = eager_attention if on_cpu or options.get("softcap") is not None else sdpa_attention
+    single, whole = query.shape[2] == 1, query.shape[2] == key.shape[2]
+    operation = "decode_attention" if single else "attention"
+    chosen = implementation_of(operation, query, key, value, fits=(single or whole) and not dropout_p)
+    match operation, chosen.name:
+        case "decode_attention", "cpu":
+            seen = None if visible.everything else visible.mask
+            return chosen.run(query, key, value, seen, **options)
+        case "decode_attention", "triton" if visible.held is not None:
+            return chosen.run(query, key, value, visible.held, **options)
+        case "attention", "cpu" if visible.low is not None:
+            return chosen.run(query, key, value, visible.low, **options)
+        case "attention", "flex" if visible.low is not None:
+            blocks = visible.block_mask(len(query), query.device)
+            return chosen.run(query, key, value, blocks, **options)
+    capped = options.get("softcap") is not None
+    attend = eager_attention if query.is_cpu or capped else sdpa_attention
     return attend(query, key, value, visible.mask, dropout_p=dropout_p, **options)
-
-
-def _on_cpu(query: Tensor) -> bool:
-    return query.device.type == "cpu"
-
-
-def _flexes(query: Tensor) -> bool:
-    if not query.is_cuda or query.shape[2] == 1 or query.dtype not in cpp_backend.SUFFIXES:  # float64 is for laws
-        return False
-    batch, heads, tokens, _ = query.shape
-    if not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES:
-        return False  # a prompt, read in pieces: written out sooner than compiled for its length
-    return flex_reason_against(query.device, query.shape[3], query.dtype) is None
 
 
 def _masked(attend: Attend) -> Attend:
@@ -276,8 +185,6 @@ BACKENDS: dict[str, Attend] = {
     "eager": _masked(eager_attention),
     "sdpa": _masked(sdpa_attention),
 }
-_CAPPED = known_families("and", (family for family in FAMILIES.values() if family.attn_softcap))
-_NO_CAP = f"attention: {{name}} cannot compute {_CAPPED}'s soft-cap and would drop it; use auto, blockwise or eager"
 
 
 @dataclass(frozen=True)
@@ -303,5 +210,5 @@ def resolve_attention(requested: str | None, softcap: float | None) -> Attention
         *names, last = BACKENDS
         raise UserError(f"attention: unknown backend {requested!r}; use auto, {', '.join(names)} or {last}")
     if requested == "sdpa" and softcap is not None:
-        raise UserError(_NO_CAP.format(name=requested))
+        raise UserError(NO_CAP.format(name=requested))
     return AttentionChoice(str(requested), "asked for")

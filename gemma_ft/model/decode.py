@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.fused_decode import NORMS, Kept, LinearParts, decode
+from gemma_ft.kernels.backend import implementation_of
+from gemma_ft.kernels.fused_decode import NORMS, Kept, LinearParts
 from gemma_ft.kernels.gemv import LANES, MOST_ROWS, TOGETHER, unhooked
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
@@ -23,13 +23,15 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     """
     config = model.config
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
-    if asked or len(x) > MOST_ROWS or not cpp_backend.serves(x) or config.head_dim % LANES:
+    fits = not asked and len(x) <= MOST_ROWS and config.head_dim % LANES == 0
+    chosen = implementation_of("fused_decode", x, fits=fits)
+    if chosen.name == "torch":
         return None
     windows = [window or one.cache.max_seq_len for window in model.numerics.window_tokens]
     held = [(limit, window) for limit, window in zip(one.cache.limits, windows, strict=True)]
     if any(limit < TOGETHER or limit > window for limit, window in held):  # keys are read two by two, and all of them
         return None
-    if x.shape[:2] != one.position_ids.shape or len(one.starts) != len(x):
+    if x.shape[:2] != one.position_ids.shape:
         return None
     kept: list[Kept] = one.cache.kept or [Kept() for _ in model.layers]
     with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times
@@ -44,10 +46,11 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     one.cache.kept = kept
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     scale, softcap = model.numerics.query_scale, model.numerics.attn_softcap
-    found = decode(
+    found = chosen.run(
         x[:, 0], kept, angles, one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap
     )
-    return found[:, None]
+    last: Tensor = found[:, None]
+    return last
 
 
 def _taken(layer: Any, into: Kept, dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,11 +88,39 @@ class _Ring:
             part[target, :, :length] = part[source, :, :length]
 
 
-class KVPass:
-    """One forward pass over neighbouring rows of a KVCache; the model takes it as `past_key_values`.
+class Pass(Protocol):
+    """One forward pass over neighbouring rows of a KVCache, as the model takes it for `past_key_values`: KVPass, or
+    fixed_pass.FixedPass.
 
-    `position_ids` [B, T]: positions of the new tokens, -1 for padding at the end of a row, whose keys nobody sees.
+    `tokens`: new ones of each row, T, at most. `single`: it is one of every row. `position_ids` [B, T]: their
+    positions, -1 for padding at the end of a row, whose keys nobody sees.
     """
+
+    tokens: int
+    single: bool
+    position_ids: Tensor
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the rows hold nothing before this pass: its keys are then the new tokens', in their order."""
+
+    def key_positions(self, layer: int) -> Tensor:
+        """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
+
+    def held(self, layer: int) -> Tensor:
+        """How many places [B] of this layer's ring hold a key that the one new token of each row sees; they are the
+        first ones, for no ring is longer than its layer's window.
+        """
+
+    def sees_all(self, layer: int, window_tokens: int | None) -> bool:
+        """Whether the one new token of every row sees all keys that `update` gives for this layer."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values [B, K, T, H]; returns those to attend over, [B, K, S, H]."""
+
+
+class KVPass:
+    """A pass whose rows stand where the cache says: as many operations as they need."""
 
     def __init__(self, cache: KVCache, first: int, counts: Sequence[int], device: torch.device) -> None:
         self.cache = cache
@@ -116,29 +144,25 @@ class KVPass:
 
     @property
     def fresh(self) -> bool:
-        """Whether the rows hold nothing before this pass: its keys are then the new tokens', in their order."""
+        """See `Pass.fresh`."""
         return not any(self.starts)
 
     def key_positions(self, layer: int) -> Tensor:
-        """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
+        """See `Pass.key_positions`."""
         return self._plans[self.cache.limits[layer]].key_positions
 
     def held(self, layer: int) -> Tensor:
-        """How many places [B] of this layer's ring hold a key that the one new token of each row sees; they are the
-        first ones, for no ring is longer than its layer's window.
-        """
+        """See `Pass.held`."""
         return self._plans[self.cache.limits[layer]].held
 
     def sees_all(self, layer: int, window_tokens: int | None) -> bool:
-        """Whether the one new token of every row sees all keys that `update` gives for this layer: no row is shorter
-        than what is read of the ring, and that is no more than the window.
-        """
+        """See `Pass.sees_all`: no row is shorter than what is read of the ring, and that is no more than the window."""
         needed = self._plans[self.cache.limits[layer]].needed
         within = window_tokens is None or needed <= window_tokens
         return self.single and within and min(self.starts) + 1 >= needed
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values [B, K, T, H]; returns those to attend over, [B, K, S, H]."""
+        """See `Pass.update`."""
         ring, plan = self.cache.rings[layer], self._plans[self.cache.limits[layer]]
         ring.reserve(plan.needed, key, value, self.cache.lengths)
         new = key, value
@@ -191,12 +215,12 @@ class _Plan:
 
     @cached_property
     def held(self) -> Tensor:
-        """See `KVPass.held`."""
+        """See `Pass.held`."""
         return self.ends[:, 0].clamp(max=self.limit)
 
     @cached_property
     def key_positions(self) -> Tensor:
-        """See `KVPass.key_positions`; made only for those who need a mask."""
+        """See `Pass.key_positions`; made only for those who need a mask."""
         if not self.wraps:
             return self._after
         before = held_positions(torch.arange(self.old, device=self.starts.device), self.starts, self.limit)

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import Visible, first_of_own, first_visible, visible_keys, within_window
-from gemma_ft.model.kv_cache import KVPass
+from gemma_ft.model.kv_cache import Pass
 
 Windows = Sequence[int | None]
 NOBODY = -1  # the document of places in a cache that hold nothing yet
@@ -87,7 +87,7 @@ def _check_mask(mask: Any) -> None:
     )
 
 
-def masks_of_pass(one: KVPass, windows: Windows) -> dict[int | None, Visible]:
+def masks_of_pass(one: Pass, windows: Windows) -> dict[int | None, Visible]:
     """As `masks_of`, for rows that each stand at their own position."""
 
     def visible(window: int | None) -> Visible:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_ft.model.kv_cache import KVCache, KVPass, held_positions
+from gemma_ft.model.kv_cache import KVCache, held_positions
 
 
-class FixedPass(KVPass):
-    """One token for each of rows 0 .. B - 1 of a cache. Where they stand is in `starts_there` alone; all places of a
-    ring are given to attention, and what is not held is hidden by numbers on the device.
+class FixedPass:
+    """A `kv_cache.Pass` of one token for each of rows 0 .. B - 1 of a cache. Where they stand is in `starts_there`
+    alone; all places of a ring are given to attention, and what is not held is hidden by numbers on the device.
 
     It may be gone through again and again, as long as the rings have room: the cache's lengths are counted by whoever
     does so, and `starts_there` [B] set to them before.
@@ -21,31 +21,32 @@ class FixedPass(KVPass):
 
     def __init__(self, cache: KVCache, rows: int, starts_there: Tensor) -> None:
         self.cache = cache
-        self.counts, self.tokens, self.single = [1] * rows, 1, True
+        self.tokens, self.single = 1, True
         self.rows = slice(0, rows)
-        self.starts: list[int] = []  # nothing in Python knows
         self.position_ids = starts_there[:, None]
         self._rows_there = torch.arange(rows, device=starts_there.device)
         self._places = {limit: starts_there % limit for limit in set(cache.limits)}  # of the new tokens
 
     @property
     def fresh(self) -> bool:
+        """See `Pass.fresh`: nothing in Python knows."""
         return False
 
     def key_positions(self, layer: int) -> Tensor:
-        """See `KVPass.key_positions`: of every place of the layer's ring."""
+        """See `Pass.key_positions`: of every place of the layer's ring."""
         places = torch.arange(self.cache.rings[layer].parts[0].shape[2], device=self.position_ids.device)
         return held_positions(places, self.position_ids + 1, self.cache.limits[layer])
 
     def held(self, layer: int) -> Tensor:
-        """See `KVPass.held`."""
+        """See `Pass.held`."""
         return (self.position_ids[:, 0] + 1).clamp(max=self.cache.limits[layer])
 
     def sees_all(self, layer: int, window_tokens: int | None) -> bool:
+        """See `Pass.sees_all`: nothing in Python knows."""
         return False
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values [B, K, 1, H]; returns the rows' rings [B, K, places, H]."""
+        """See `Pass.update`: all places of the rows' rings."""
         place = self._places[self.cache.limits[layer]]
         rings = [part[self.rows] for part in self.cache.rings[layer].parts]
         for ring, fresh in zip(rings, (key, value), strict=True):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gemma_ft.kernels import cpp_backend, flex_attention
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import choice_of
 from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
@@ -98,12 +97,15 @@ def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World
 
 def _as_it_will_run(run: Run, device: torch.device) -> Run:
     """`run` without the fast paths that turned out not to be there."""
-    if run.device == "cpu":  # there is a compiler, but it may not have built the operations
-        return run if cpp_backend.operations().functions else run.changed(native=False)
     dtype = hardware.dtype_by_name(run.precision)
-    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    if run.native and gpu.reason_against(device, dtype) is not None:
+    if run.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+
+    def runs(operation: str) -> str:
+        return choice_of(operation, device, dtype, head_dim=run.shape.head_dim).implementation.name
+
+    if run.native and runs("rms_norm") == "torch":  # there is a compiler, but it may not have built the operations
         run = run.changed(native=False)
-    if run.attention == "flex" and flex_attention.reason_against(device, run.shape.head_dim, dtype) is not None:
+    if run.attention == "flex" and runs("attention") != "flex":
         run = run.changed(attention=without_flex(softcap=run.shape.attn_softcap))
     return run

@@ -11,8 +11,8 @@ from gemma_ft.build.located import Source
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate, own_encoder
 from gemma_ft.evaluate.forgetting import Canary
-from gemma_ft.kernels import cpp_backend, flex_attention, matmul
-from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.kernels.backend import choice_of, describe
+from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.batch_plan import accumulation, micro_batch
 from gemma_ft.recipe.schema import Recipe
@@ -116,24 +116,19 @@ def _small(micro: int, tokens: int, total: int, ranks: int) -> list[tuple[str, s
 
 def _device_rows(base: Any, precision: str) -> list[tuple[str, str]]:
     """What runs on the device of the base model, and what it does not do well."""
-    if base.device.type == "cpu":
-        told = cpp_backend.operations().reason
-        wide = "; bf16 is multiplied in float32, which this processor does faster"
-        return [("kernels", told + (wide if precision == "bf16" and matmul.widens() else ""))]
-    if base.device.type != "cuda":
-        return []
     dtype = hardware.dtype_by_name(precision)
-    against = gpu.reason_against(base.device, dtype)
-    rows = [("kernels", "Triton" if against is None else f"plain torch: {against}")]
+    said = describe(base.device, dtype)
+    rows = [("kernels", said)] if said else []
+    if base.device.type != "cuda":
+        return rows
     softcap = base.model.numerics.attn_softcap
     if resolve_attention(base.config._attn_implementation, softcap).name == "blockwise":
-        against = flex_attention.reason_against(base.device, base.config.head_dim, dtype)
-        if against is None:
-            rows.append(("", flex_attention.fitting(base.device, base.config.head_dim, dtype).describe()))
-        elif softcap is None:
-            rows.append(("", f"attention is torch's SDPA with a mask: {against}"))
-        else:
-            rows.append(("", f"every score of attention is written out: {against}"))
-    if precision == "bf16" and torch.cuda.get_device_capability(base.device) < gpu.CAPABILITY:
+        chosen = choice_of("attention", base.device, dtype, head_dim=base.config.head_dim)
+        without = (
+            "attention is torch's SDPA with a mask" if softcap is None else "every score of attention is written out"
+        )
+        flexes = chosen.implementation.name == "flex"
+        rows.append(("", chosen.reason if flexes else f"{without}: {chosen.reason}"))
+    if precision == "bf16" and torch.cuda.get_device_capability(base.device) < CAPABILITY:
         rows.append(("", "this GPU has no bf16 of its own and is slow in it; train.precision=float32 may be faster"))
     return rows

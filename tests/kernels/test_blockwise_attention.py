@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_ft.kernels import blockwise_attention as module
+from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
-from gemma_ft.model.attention import eager_attention
 
 TOKENS, WIDTH = 37, 8
 CAPS = [None, 50.0, 2.0]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels import flex_attention as module
+from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.model import attention
-from gemma_ft.model.attention import BACKENDS, Visible, eager_attention, first_visible, visible_keys
+from gemma_ft.model.attention import BACKENDS, Visible, first_visible, visible_keys
 
 TOKENS, WIDTH = 150, 16  # more than one block of a mask, and no multiple of one
 HEADS = 4
@@ -65,11 +66,10 @@ def test_it_is_eager_attention(case: dict[str, Any], softcap: float | None, kv_h
 
 
 def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: what the device is, and whether it serves, is told here."""
-    monkeypatch.setattr(attention, "_flexes", lambda query: query.shape[2] > 1)
-    monkeypatch.setattr(attention, "_on_cpu", lambda _: False)
+    """As on a GPU: whether it serves is told here."""
+    monkeypatch.setattr(module, "serves", lambda query, *_: query.shape[2] > 1)
     calls: list[int] = []
-    monkeypatch.setattr(attention, "flex_attention", lambda query, *_, **__: calls.append(query.shape[2]) or query)
+    monkeypatch.setattr(module, "flex_attention", lambda query, *_, **__: calls.append(query.shape[2]) or query)
     parts = [drawn(1, 2, 6, WIDTH, seed=seed) for seed in range(3)]
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     runs = Visible(lambda: mask, lambda: torch.zeros(1, 6, dtype=torch.int64))
@@ -82,7 +82,7 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
     uncapped = {"scale": 1.0, "softcap": None}
     taken: list[int] = []
     monkeypatch.setattr(attention, "sdpa_attention", lambda query, *_, **__: taken.append(query.shape[2]) or query)
-    BACKENDS["blockwise"](*parts, Visible(lambda: mask), **uncapped)
+    BACKENDS["blockwise"](*(one.to("meta") for one in parts), Visible(lambda: mask), **uncapped)
     assert taken == [6], "SDPA where there is no cap that it would drop"
     one = [parts[0][:, :, -1:], *parts[1:]]
     BACKENDS["blockwise"](*one, Visible(lambda: mask[:, :, -1:]), **options)
@@ -90,17 +90,17 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
 
 
 def test_it_serves_what_is_trained_and_what_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "flex_reason_against", lambda *_: None)
+    monkeypatch.setattr(module, "reason_against", lambda *_: None)
 
     def query(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Any:
         return SimpleNamespace(is_cuda=True, shape=(1, 8, tokens, 256), dtype=dtype, device=torch.device("cuda"))
 
-    assert attention._flexes(query(64))
-    assert not attention._flexes(query(1))
-    assert not attention._flexes(query(64, torch.float64))
+    assert module.serves(query(64))
+    assert not module.serves(query(1))
+    assert not module.serves(query(64, torch.float64))
     with torch.no_grad():
-        assert not attention._flexes(query(512)), "a prompt would wait for what is compiled for its length"
-        assert attention._flexes(query(4096))
+        assert not module.serves(query(512)), "a prompt would wait for what is compiled for its length"
+        assert module.serves(query(4096))
 
 
 def test_a_batch_has_a_row_of_the_mask_each(monkeypatch: pytest.MonkeyPatch) -> None:

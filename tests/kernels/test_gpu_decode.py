@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from gemma_ft.model.attention import eager_attention
+from gemma_ft.kernels.attention import eager_attention
 from tests.kernels.interpreter import mend_bf16
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,7 +15,6 @@ OUT, IN = 56, 40
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that multiplies float32 faster, whatever this one does."""
     monkeypatch.setattr(matmul, "widens", lambda: True)
-    monkeypatch.setattr(matmul, "_WIDE", matmul.Scratch())
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -5,20 +5,18 @@ rounding, and what is no number.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.backend import OPERATIONS
 from gemma_ft.kernels.cross_entropy import head_rows, head_rows_reference
 from gemma_ft.kernels.geglu import geglu, geglu_reference
 from gemma_ft.kernels.rms_norm import rms_norm, rms_norm_reference
 from gemma_ft.kernels.rotary import rotate, rotate_reference
-from gemma_ft.kernels.triton import triton_backend as gpu
-from tests.kernels.interpreter import mend_bf16
+from gemma_ft.kernels.triton.triton_backend import load
+from tests.kernels.forced import force
 
 DTYPES = [torch.float32, torch.bfloat16]
 Op = Callable[..., Tensor]
@@ -75,32 +73,17 @@ def run(
     return [one.cpu().double() for one in (out.detach(), *torch.autograd.grad(out, given, upstream))]
 
 
-@pytest.fixture(params=["C++", "Triton"], autouse=True)
+FAST = [one.name for one in OPERATIONS["rms_norm"] if one.name != "torch"]  # those of the other rows' operations too
+
+
+@pytest.fixture(params=FAST, autouse=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the operations run: those in C++ on the CPU, Triton's on a GPU, or by its interpreter as if it were one."""
-    if request.param == "C++":
-        if not cpp_backend.operations().functions:
-            pytest.skip(cpp_backend.operations().reason)
-        return "cpu"
-    if find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    from gemma_ft.kernels.triton import cross_entropy as kernel
-
-    monkeypatch.setattr(kernel, "BLOCK", 256)  # several to a row
-    if torch.cuda.is_available():
-        return "cuda"
-
-    def serves(*tensors: Tensor | None) -> bool:
-        given = [one for one in tensors if one is not None]
-        return given[0].dtype in cpp_backend.SUFFIXES and cpp_backend.are_plain(*given)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("C++ ran")
-
-    mend_bf16(monkeypatch)
-    monkeypatch.setattr(gpu, "serves", serves)
-    monkeypatch.setattr(cpp_backend, "call", refuse)
-    return "cpu"
+    device = force(monkeypatch, request.param)
+    if request.param == "triton":
+        (kernel,) = (one for one in OPERATIONS["cross_entropy"] if one.name == "triton")
+        monkeypatch.setattr(load(kernel.module), "BLOCK", 256)  # several to a row
+    return device
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -178,7 +161,7 @@ def test_what_is_no_number_is_seen_in_the_loss(cap: float | None, device: str) -
 def test_a_label_that_is_none_is_seen_in_the_loss(device: str, request: pytest.FixtureRequest) -> None:
     """On a GPU nothing comes back in time to say so; on the CPU it is an error."""
     logits, targets = drawn(2, 50).float().to(device), torch.tensor([3, 50], device=device)
-    if request.node.callspec.params["device"] == "C++":
+    if request.node.callspec.params["device"] == "cpp":
         with pytest.raises(IndexError):
             head_rows(logits, targets, None, 30.0, with_grad=True)
     else:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_ft.model.attention import BACKENDS, Visible, eager_attention
+from gemma_ft.kernels.attention import eager_attention
+from gemma_ft.model.attention import BACKENDS, Visible
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import SECOND, SHAPES, SHRINK, TOKENS, WINDOW, ours, relative, tiny_config, token_rows
 

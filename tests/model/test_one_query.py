@@ -7,7 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma_ft.model.attention import eager_attention, one_query_attention, visible_keys
+from gemma_ft.kernels.attention import eager_attention
+from gemma_ft.kernels.decode_attention import one_query_attention
+from gemma_ft.model.attention import visible_keys
 from gemma_ft.model.kv_cache import KVCache
 
 ROWS, HEADS, KV_HEADS, KEYS, WIDTH = 3, 4, 2, 37, 16

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gemma_ft.data.encode.chat import ChatEncoder, chat_template
-from gemma_ft.kernels import cpp_backend, matmul
+from gemma_ft.kernels import cpp_backend, flex_attention, matmul
+from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.train import startup
 from tests.foreign import CHATML, TEMPLATES, foreign_tokenizer
 
@@ -32,18 +33,18 @@ def test_on_a_cpu(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup.gpu, "reason_against", lambda *_: None)
-    monkeypatch.setattr(startup.flex_attention, "reason_against", lambda *_: None)
+    monkeypatch.setattr(gpu, "reason_against", lambda *_: None)
+    monkeypatch.setattr(flex_attention, "reason_against", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    fit = startup.flex_attention.Fit(startup.flex_attention.TILES[1], "", 12.4)
-    monkeypatch.setattr(startup.flex_attention, "fitting", lambda *_: fit)
+    fit = flex_attention.Fit(flex_attention.TILES[1], "", 12.4)
+    monkeypatch.setattr(flex_attention, "fitting", lambda *_: fit)
     told = (
         "FlexAttention in smaller tiles, for the shared memory of this GPU, compiled and tried in 12 s, kept on "
         "the disk"
     )
     assert startup._device_rows(base("cuda"), "bf16") == [("kernels", "Triton"), ("", told)]
-    monkeypatch.setattr(startup.gpu, "reason_against", lambda *_: "Triton is not installed")
-    monkeypatch.setattr(startup.flex_attention, "reason_against", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(gpu, "reason_against", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(flex_attention, "reason_against", lambda *_: "Triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert startup._device_rows(base("cuda"), "bf16") == [
         ("kernels", "plain torch: Triton is not installed"),

@@ -81,7 +81,9 @@ def _joined(
     tl.store(out + row * H + at, (found / total).to(out.dtype.element_ty))
 
 
-def one_query(query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scale: float, softcap: float | None) -> Tensor:
+def one_query(
+    query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
     """softmax(cap(query · keyᵀ · scale), over the places 0 .. held - 1) · value -> [B, N, 1, H] in query.dtype; scores
     and softmax in float32. Only where `serves_one_query`.
 
@@ -109,7 +111,7 @@ def one_query(query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scale: 
 
 def serves_one_query(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `one_query` takes these: a group of up to GROUP heads, a head dim that is a power of two from 16 to 256,
-    all of one dtype. That Triton runs there, serves.py says.
+    all of one dtype. That Triton runs there is known.
     """
     _, heads, tokens, width = query.shape
     return (

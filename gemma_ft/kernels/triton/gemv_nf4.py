@@ -100,7 +100,7 @@ def _sum(parts, out, count, SPLITS: tl.constexpr, ADDED: tl.constexpr):
 
 def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     """x [M, I] times the weight transposed -> [M, O] in x.dtype: products of weights as bitsandbytes dequantizes them,
-    added in float32 and rounded once. Only where it `fits`, and `kernels.nf4.serves_nf4_on_gpu`.
+    added in float32 and rounded once. Only where it `takes` them.
 
     packed: bitsandbytes' NF4 bytes, of which `state` is its QuantState. Nothing waits for the GPU, and what is started
     depends on shapes alone: a CUDA graph may hold it. Source: arXiv:2305.14314; bitsandbytes functional.py.
@@ -132,3 +132,8 @@ def fits(x: Tensor, state: Any) -> bool:
     outputs, inputs = state.shape
     whole = outputs % OUTPUTS == 0 and inputs % TILES.get(x.dtype, inputs + 1) == 0
     return whole and 0 < len(x) <= MOST_ROWS and x.shape[1] == inputs
+
+
+def takes(x: Tensor, packed: Tensor, state: Any) -> bool:
+    """Whether `few_rows_nf4` takes these rows and this weight."""
+    return nf4.takes(packed, state) and fits(x, state)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemma_ft.kernels.triton import triton_backend as gpu
+
 BYTES = 1024  # of a program: two weights each
 
 
@@ -35,7 +37,7 @@ def _dequantize(
 
 def dequantize(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
     """Packed bytes and bitsandbytes' QuantState -> the weight [O, I] in state.dtype, bit for bit as bitsandbytes has
-    it. Only where `kernels.nf4.serves_nf4_on_gpu`. Source: bitsandbytes functional.py dequantize_4bit.
+    it. Only where it `takes` them. Source: bitsandbytes functional.py dequantize_4bit.
     """
     weight = torch.empty(state.shape, dtype=state.dtype, device=packed.device) if out is None else out
     count = weight.numel() // 2
@@ -45,6 +47,12 @@ def dequantize(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
             enable_fp_fusion=False,  # a scale is rounded before the offset is added to it
         )  # fmt: skip
     return weight
+
+
+def takes(packed: Tensor, state: Any) -> bool:
+    """Whether these kernels read this weight, which is in its usual form and whose numbers they serve."""
+    nested = not state.nested or (isinstance(state.offset, Tensor) and gpu.serves(state.code, state.offset))
+    return nested and gpu.reason_against(packed.device, state.dtype) is None
 
 
 def bytes_of(packed: Tensor) -> Tensor:

@@ -1,31 +1,47 @@
-"""Whether the Triton kernels of this folder run. Nothing needs them: without Triton, or on a CPU, others do."""
+"""Whether the Triton kernels of this folder run, and their modules, which import Triton: loaded when they are first
+used. Nothing needs them: without Triton, or on a CPU, others do.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels import cpp_backend
+from gemma_ft.kernels.plain_tensors import DTYPES, are_plain
 from gemma_ft.system import environment
 
 CAPABILITY = (8, 0)  # of NVIDIA cards: the first with bf16, and with what FlexAttention is compiled for
 
 
-def serves(*tensors: Tensor | None) -> bool:
+def serves(first: Tensor, *others: Tensor | None) -> bool:
     """Whether they take these tensors: plain ones on one GPU, of a dtype that they know."""
-    given = [one for one in tensors if one is not None]
-    first = given[0]
     return (
         first.is_cuda
-        and first.dtype in cpp_backend.SUFFIXES
-        and cpp_backend.are_plain(*given, device=first.device)
+        and first.dtype in DTYPES
+        and are_plain(first, *others, device=first.device)
         and reason_against(first.device, first.dtype) is None
     )
+
+
+def verdict(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[bool, str]:
+    """Whether they run on tensors of this dtype on a GPU, and why, in words for the user."""
+    if dtype not in DTYPES:
+        return False, f"plain torch: no kernel computes in {str(dtype).removeprefix('torch.')}"
+    against = reason_against(device, dtype)
+    return against is None, "Triton" if against is None else f"plain torch: {against}"
+
+
+@cache
+def load(module: str) -> ModuleType:
+    """A module by its full name, imported when it is first asked for: the one place where a kernel's module is."""
+    return import_module(module)
 
 
 @cache
@@ -41,10 +57,8 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
         return "this GPU has no bf16 of its own"
 
     def one() -> None:
-        from gemma_ft.kernels.triton import geglu
-
         numbers = torch.zeros(64, dtype=dtype, device=device)
-        geglu.forward(numbers, numbers, torch.empty_like(numbers))
+        load("gemma_ft.kernels.triton.geglu").forward(numbers, numbers, torch.empty_like(numbers))
         torch.cuda.synchronize(device)
 
     failed = tried(one)
