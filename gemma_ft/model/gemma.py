@@ -28,7 +28,7 @@ from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
 from gemma_ft.model.linear import keep_trainable, linear
-from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, layered_head_loss, softcapped
+from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 from gemma_ft.model.static_pass import FixedPass
@@ -207,7 +207,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        loss_weights: Tensor | None = None,
+        loss_weights: TokenWeights = None,
         skip_logits: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -219,7 +219,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         documents. labels [B, T] with -100 for what is not trained: the loss is summed over labelled tokens and divided
         by `num_items_in_batch` (default: the labelled tokens of this call), so that it does not depend on how a batch
         is cut. loss_weights [B, T]: each token's loss is multiplied by its weight; the default divisor is then the
-        weights of labelled tokens, so that a weight of 2 is the same as having the token twice. skip_logits: True
+        weights of labelled tokens, so that a weight of 2 is the same as having the token twice; a function gives them
+        instead for the labels' log-probabilities [B, T]. skip_logits: True
         leaves `.logits` None and never builds them; the default is True in training mode with labels. logits_to_keep:
         only the last so many positions (0: all), or the positions of an index tensor. cache: `past_key_values` by the
         name that it has from transformers 5.24 on.
@@ -253,7 +254,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             logits = torch.cat((logits, nn.functional.linear(hidden, added.rows.to(hidden.dtype))), dim=-1)
         return softcapped(logits, self.model.numerics.final_softcap)
 
-    def head_loss(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor | None = None) -> HeadLoss:
+    def head_loss(self, hidden: Tensor, labels: Tensor, loss_weights: TokenWeights = None) -> HeadLoss:
         """Final hidden states [B, T, D], labels and loss weights [B, T] -> `fused_head_loss` of this model's head, or
         `layered_head_loss` where something is put around the head.
         """
@@ -274,7 +275,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         hidden: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | float | None,
-        loss_weights: Tensor | None,
+        loss_weights: TokenWeights,
     ) -> tuple[HeadLoss, Tensor]:
         head = self.head_loss(hidden, labels, loss_weights)
         divisor = torch.as_tensor(head.weight_sum if num_items_in_batch is None else num_items_in_batch)

@@ -20,6 +20,8 @@ from gemma_ft.kernels.matmul import times, times_transposed
 
 IGNORED = -100  # torch's and transformers' label for "not trained"
 CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
+# What multiplies the loss of each token, [B, T], of either sign; a function gives it for the labels' log-probabilities.
+TokenWeights = Tensor | Callable[[Tensor], Tensor] | None
 CPU_ROWS, CPU_BYTES = 256, 64 * 2**20  # on a CPU so many rows, or more of a small vocabulary: it is read for each chunk
 
 
@@ -47,25 +49,66 @@ def fused_head_loss(
     labels: Tensor,
     *,
     softcap: float | None,
-    loss_weights: Tensor | None = None,
+    loss_weights: TokenWeights = None,
     added: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
     """Hidden states [B, T, D] and labels [B, T] -> the summed next-token loss of a linear head `weight` [V, D], with
     the rows `added` [A, D] behind it.
 
-    The label at t is predicted from t - 1, and its loss is multiplied by the loss weight at t ([B, T]; None: 1); rows
-    whose label is -100 are never projected. Logits exist for `chunk_rows`
+    The label at t is predicted from t - 1, and its loss is multiplied by the loss weight at t (None: 1), given or
+    made of `fused_token_logprobs`; rows whose label is -100 are never projected. Logits exist for `chunk_rows`
     rows at a time (default: as many as fit CHUNK_BYTES), are capped in float32 or wider, and their gradient is taken at
     once, so that nothing of size V is kept for backward when the head is frozen (a trained head keeps its own gradient,
     [V, D]).
     """
-    rows, targets, each = _labelled(hidden, labels, loss_weights)
     chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
+    if not (loss_weights is None or isinstance(loss_weights, Tensor)):
+        logprobs = fused_token_logprobs(hidden, weight, labels, softcap=softcap, added=added, chunk_rows=chunk_rows)
+        loss_weights = loss_weights(logprobs)
+    rows, targets, each = _labelled(hidden, labels, loss_weights)
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
     loss_sum, correct = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
     return _head_loss(loss_sum, correct, targets, each)
+
+
+@torch.no_grad()
+def fused_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None,
+    added: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Hidden states [B, T, D] and labels [B, T] -> log p of the label at t given what is before it, [B, T] in float32
+    or wider, 0 where the label is -100; without gradients. The logits are those of `fused_head_loss`, to the bit.
+    """
+    rows, targets, _ = _labelled(hidden, labels, None)
+    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
+    head, more = weight.to(rows.dtype), None if added is None else added.to(rows.dtype)
+    losses = [
+        head_rows(_raw_logits(part, head, more), target, None, softcap, with_grad=False)[0]
+        for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    ]
+    return _in_place(labels, losses)
+
+
+@torch.no_grad()
+def layered_token_logprobs(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, words: int, chunk_rows: int | None = None
+) -> Tensor:
+    """As `fused_token_logprobs`, for the heads of `layered_head_loss`, whose next pass draws the same dropout."""
+    rows, targets, _ = _labelled(hidden, labels, None)
+    chunk_rows = chunk_rows or _chunk_rows(words, rows.device)
+    with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
+        losses = [
+            cross_entropy(logits(part), target, reduction="none")
+            for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
+        ]
+    return _in_place(labels, losses)
 
 
 def layered_head_loss(
@@ -74,7 +117,7 @@ def layered_head_loss(
     labels: Tensor,
     *,
     words: int,
-    loss_weights: Tensor | None = None,
+    loss_weights: TokenWeights = None,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
     """As `fused_head_loss`, for a head that is more than one weight, such as one with an adapter around it.
@@ -82,8 +125,11 @@ def layered_head_loss(
     `logits`: rows [m, D] -> capped logits [m, V], differentiable; `words`: V. They exist for `chunk_rows` rows at a
     time here too, and are made once more for backward.
     """
+    chunk_rows = chunk_rows or _chunk_rows(words, hidden.device)
+    if not (loss_weights is None or isinstance(loss_weights, Tensor)):
+        logprobs = layered_token_logprobs(logits, hidden, labels, words=words, chunk_rows=chunk_rows)
+        loss_weights = loss_weights(logprobs)
     rows, targets, each = _labelled(hidden, labels, loss_weights)
-    chunk_rows = chunk_rows or _chunk_rows(words, rows.device)
 
     def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         found, target = logits(rows), targets[start : start + chunk_rows]
@@ -111,6 +157,20 @@ def _labelled(hidden: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tu
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]
     each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]
     return rows, targets[labelled], each
+
+
+def _in_place(labels: Tensor, losses: list[Tensor]) -> Tensor:
+    """Losses of the labelled rows, chunk by chunk -> their negatives where the labels are, [B, T]; 0 elsewhere."""
+    of_all = torch.cat(losses)
+    found = torch.zeros(labels.shape, dtype=of_all.dtype, device=labels.device)
+    found[:, 1:][labels[:, 1:] != IGNORED] = -of_all
+    return found
+
+
+def _raw_logits(part: Tensor, head: Tensor, added: Tensor | None) -> Tensor:
+    """Rows [m, D] -> their logits [m, V], with the added tokens [m, V + A], not capped."""
+    raw = times_transposed(part, head)
+    return raw if added is None else torch.cat((raw, part @ added.T), dim=1)
 
 
 def _chunk_rows(words: int, device: torch.device) -> int:
@@ -152,8 +212,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
-            raw = times_transposed(part, head)  # [m, V], with the added tokens [m, V + A]
-            raw = raw if more is None else torch.cat((raw, part @ more.T), dim=1)
+            raw = _raw_logits(part, head, more)
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
             losses, hits, grad = head_rows(raw, target, each, softcap, with_grad=with_grad)
             loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
