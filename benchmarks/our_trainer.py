@@ -26,15 +26,21 @@ class Rows(list):  # type: ignore[type-arg]
 def trainer_of(
     model: Any, settings: Any, rows: Iterable[dict[str, list[int]]], autocast: torch.dtype | None = None
 ) -> Any:
-    """A GemmaTrainer with TRL's `settings` that tells nobody anything."""
+    """A GemmaTrainer with TRL's `settings`, whose accumulation becomes ours, that tells nobody anything."""
     from gemma_ft.data.pack.collate import Collator
+    from gemma_ft.recipe.batch_plan import BatchPlan
     from gemma_ft.train.distributed import World
+    from gemma_ft.train.objectives.registry import build_objective
+    from gemma_ft.train.progress import Progress
+    from gemma_ft.train.sampler import TrainingData
+    from gemma_ft.train.settings import TrainerOptions
     from gemma_ft.train.signals import StopRequest
-    from gemma_ft.train.trainer import GemmaTrainer, Progress
+    from gemma_ft.train.trainer import GemmaTrainer
 
+    size, times = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    settings.gradient_accumulation_steps = 1
     return GemmaTrainer(
-        model, settings, world=World(), stop=StopRequest(), source=None, train_examples=Rows(rows),
-        eval_examples=None, collator=Collator(0), tokenizer=tokenizer(), schedule="constant", warmup_ratio=0.0,
-        autocast=autocast, keep_checkpoints=1, keep_best=False, progress=Progress(), on_step=lambda figures: None,
-        on_eval=lambda step, loss: None, on_fault=lambda line: None,
+        model, settings, data=TrainingData(Rows(rows), None, Collator(0)), batch=BatchPlan(size * times, size, times),
+        objective=build_objective("sft"), options=TrainerOptions(autocast=autocast), tokenizer=tokenizer(),
+        world=World(), stop=StopRequest(), source=None, progress=Progress(),
     )  # type: ignore[arg-type]  # fmt: skip

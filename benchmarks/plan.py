@@ -84,8 +84,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     model_type = "gemma2" if preset.second else "gemma"
     shape = shape_of(arm.preset, {"model_type": model_type, "max_position_embeddings": 8192, **sizes})
     run = Run(
-        shape=shape, strategy=arm.strategy, quantize=arm.quantize, rows=arm.rows, tokens=arm.tokens,
-        checkpointed=arm.checkpointed, accumulation=arm.accumulation, precision=arm.precision, device="cpu",
+        shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
+        checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
         attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, widened=widened,
         eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip

@@ -102,11 +102,12 @@ def _together(run: Run, room: int, ladders: list[Ladder], *, auto: bool) -> Chan
 
 def _harmless(run: Run, auto: bool) -> list[Ladder]:
     """Settings that change memory and not the result."""
-    rows = [count for count in range(run.rows - 1, 0, -1) if run.rows * run.accumulation % count == 0]
+    sequences = run.micro_batch_size * run.accumulation_steps
+    smaller = [size for size in range(run.micro_batch_size - 1, 0, -1) if sequences % size == 0]
     scored = dict.fromkeys(count for count in (run.eval_rows // 2, run.eval_rows // 4, 1) if 1 <= count < run.eval_rows)
     return [
         [] if auto or run.checkpointed == run.shape.layers else [(AUTO, lambda one: one)],
-        [(f"train.micro_batch_size={count}", _rows(count)) for count in rows],
+        [(f"train.micro_batch_size={size}", _micro_batches(size)) for size in smaller],
         [(f"eval.batch_size={count}", _changed(eval_rows=count)) for count in scored],
     ]
 
@@ -128,5 +129,7 @@ def _changed(**fields: Any) -> Callable[[Run], Run]:
     return lambda run: run.changed(**fields)
 
 
-def _rows(count: int) -> Callable[[Run], Run]:
-    return lambda run: run.changed(rows=count, accumulation=run.rows * run.accumulation // count)
+def _micro_batches(size: int) -> Callable[[Run], Run]:
+    return lambda run: run.changed(
+        micro_batch_size=size, accumulation_steps=run.micro_batch_size * run.accumulation_steps // size
+    )

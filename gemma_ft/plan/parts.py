@@ -71,7 +71,7 @@ def activations(run: Run) -> int:
     layer = run.layer
     kept = run.shape.layers - run.checkpointed
     return (
-        run.rows
+        run.micro_batch_size
         * run.tokens
         * (_angles(run.shape) + run.checkpointed * checkpointed_bytes(layer) + kept * saved_bytes(layer))
     )
@@ -82,7 +82,7 @@ def recomputed(run: Run) -> int:
     checkpointed ones, as if all were (to take the last one as well is then never more), and all of its own.
     """
     inputs = run.shape.layers * checkpointed_bytes(run.layer) if run.checkpointed else 0
-    return run.rows * run.tokens * (_angles(run.shape) + inputs + saved_bytes(run.layer))
+    return run.micro_batch_size * run.tokens * (_angles(run.shape) + inputs + saved_bytes(run.layer))
 
 
 def _angles(shape: Shape) -> int:
@@ -91,7 +91,7 @@ def _angles(shape: Shape) -> int:
 
 def workspace(run: Run) -> int:
     """What a layer's backward takes beside what was kept, and one dequantized weight."""
-    return run.rows * run.tokens * workspace_bytes(run.layer) + dequantized(run)
+    return run.micro_batch_size * run.tokens * workspace_bytes(run.layer) + dequantized(run)
 
 
 def dequantized(run: Run) -> int:
@@ -103,7 +103,7 @@ def head(run: Run, *, backward: bool = True) -> int:
     """The fused head over all tokens as if all were labelled: states around the final norm, rows picked out, their
     gradient, and a chunk of logits; a trained head also has its own gradient and copy of itself.
     """
-    shape, tokens, element = run.shape, run.rows * run.tokens, run.element
+    shape, tokens, element = run.shape, run.micro_batch_size * run.tokens, run.element
     chunk = max(16, CHUNK_BYTES // (WIDE * shape.vocabulary))
     if run.device == "cpu":
         chunk = min(chunk, max(CPU_ROWS, CPU_BYTES // (WIDE * shape.vocabulary)))

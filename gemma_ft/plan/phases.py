@@ -40,9 +40,9 @@ def train_moments(run: Run) -> list[Phase]:
     Gradients of a first micro-batch are there while a second one is computed.
     """
     always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
-    always |= _products(parts.widened(run, run.rows * run.tokens))
+    always |= _products(parts.widened(run, run.micro_batch_size * run.tokens))
     gradients, kept = parts.gradients(run), parts.activations(run)
-    former = gradients if run.accumulation > 1 else 0
+    former = gradients if run.accumulation_steps > 1 else 0
     begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
     copies = parts.narrow_copies(run)
     alive = copies * (run.shape.layers - run.checkpointed) // run.shape.layers
@@ -68,7 +68,7 @@ def phases(run: Run) -> list[Phase]:
     scoring = _products(parts.widened(run, run.eval_rows * run.tokens))
     reading = _products(parts.widened(run, parts.PREFILL_TOKENS, head=False))  # of the head few rows are read
     layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
-    head = parts.head(run.changed(rows=run.eval_rows), backward=False)
+    head = parts.head(run.changed(micro_batch_size=run.eval_rows), backward=False)
     scored = {"activations": layer} if layer > head else {"head": head}  # one after the other
     found = [_load(run)]
     if run.kind in ("nf4", "int8"):

@@ -12,7 +12,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
 from gemma_ft.plan.storage import BYTES, Kind
-from gemma_ft.recipe.batch_plan import micro_batch
+from gemma_ft.recipe.batch_plan import BatchPlan, batch_plan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import float32_is_faster, processor_words
@@ -39,13 +39,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Sizes are those of one rank: `rows` sequences of `tokens` tokens at a time."""
+    """One run. Sizes are those of one rank: `micro_batch_size` sequences of `tokens` tokens at a time."""
 
     shape: Shape
     strategy: Literal["full", "lora", "qlora"]
-    rows: int
+    micro_batch_size: int
     tokens: int
-    accumulation: int = 1
+    accumulation_steps: int = 1
     precision: Literal["bf16", "float32"] = "bf16"
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = True
@@ -140,13 +140,13 @@ def multiple_for(device: Device, *, packing: bool) -> int:
 def run_of(
     recipe: Recipe,
     *,
-    rows: int | None = None,
+    batch: BatchPlan | None = None,
     tokens: int | None = None,
     device: Device = "cuda",
     ranks: Ranks | None = None,
 ) -> Run:
-    """The run that a recipe describes. rows, tokens: of a micro-batch, where they are known better than the recipe says
-    (None: micro_batch_size and max_seq_len).
+    """The run that a recipe describes. `batch`: how its steps are dealt (None: `batch_plan` of the recipe and ranks);
+    `tokens`: of a sequence, where that is known better than the recipe says (None: max_seq_len).
 
     gradient_checkpointing: auto is taken as no layer: fit.py chooses. Raises: UserError for weights in a folder without
     a Gemma's config.json, and where no micro-batch deals the rows of a step to all ranks.
@@ -154,15 +154,15 @@ def run_of(
     train, adapter = recipe.train, recipe.adapter
     ranks = ranks or Ranks()
     shape = _shape(recipe)
-    rows = rows or micro_batch(recipe, ranks.size)
+    batch = batch or batch_plan(recipe, ranks.size)
     multiple = multiple_for(device, packing=recipe.data.packing)
     targets = None if adapter is None or adapter.targets == "all-linear" else frozenset(adapter.targets)
     run = Run(
         shape=shape,
         strategy=recipe.strategy,
-        rows=rows,
+        micro_batch_size=batch.micro_batch_size,
         tokens=-(-(tokens or recipe.data.max_seq_len) // multiple) * multiple,
-        accumulation=max(1, train.global_batch_size // (rows * ranks.size)),
+        accumulation_steps=batch.accumulation_steps,
         precision=train.precision,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,

@@ -135,7 +135,7 @@ def recomputing(run: Run) -> str:
 def _described(run: Run) -> str:
     how = {"full": "full", "lora": f"lora, rank {run.rank}", "qlora": f"qlora over {run.quantize}, rank {run.rank}"}
     many = "1 device" if run.ranks.size == 1 else f"{run.ranks.size} devices ({run.ranks.layout})"
-    rows = f"{run.rows} sequence{'s' * (run.rows > 1)} of {run.tokens:,} tokens"
+    rows = f"{run.micro_batch_size} sequence{'s' * (run.micro_batch_size > 1)} of {run.tokens:,} tokens"
     return f"{run.shape.name}, {how[run.strategy]}, {run.precision}: {rows} at a time on {many}"
 
 
@@ -156,7 +156,8 @@ def _defaults(name: str) -> list[tuple[str, Run]]:
     attention = attention_of("auto", softcap=shape.attn_softcap, device="cuda")
     own = environment.own_kernels_wanted()
     plain = Run(
-        shape=shape, strategy="lora", rows=1, tokens=2048, attention=attention, native=own, fused=own, eval_rows=1
+        shape=shape, strategy="lora", micro_batch_size=1, tokens=2048, attention=attention, native=own, fused=own,
+        eval_rows=1,
     )  # fmt: skip
     return [
         ("full", plain.changed(strategy="full", rank=0)),

@@ -15,6 +15,7 @@ from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
 from gemma_ft.plan.run import Ranks, Run, run_of, without_flex
 from gemma_ft.plan.show import recomputing
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.distributed import World
@@ -58,25 +59,25 @@ class Checkpointing:
             return None
         return replace(self, run=self.run.changed(checkpointed=layers))
 
-    def cure(self, rows: int) -> str:
-        """Settings to give when memory ran out in a step of `rows` sequences, although it was planned to fit: what the
-        planner changes to have activations and head take a tenth less; "" where it knows nothing.
+    def cure(self, micro_batch_size: int) -> str:
+        """Settings to give when memory ran out over so many sequences at a time, although it was planned to fit: what
+        the planner changes to have activations and head take a tenth less; "" where it knows nothing.
         """
-        training = self.run.changed(rows=rows, eval_rows=1, answers=False)
+        training = self.run.changed(micro_batch_size=micro_batch_size, eval_rows=1, answers=False)
         phase = train_phase(training)
         less = (phase.device["activations"] + phase.device["head"]) // 10
         found = smallest_change(training, phase.total - less, auto=False)
         return " ".join(found.overrides) if found is not None else ""
 
 
-def choose_checkpointing(recipe: Recipe, *, rows: int, tokens: int, world: World) -> Checkpointing:
-    """The layers to checkpoint: what the recipe says, or where it says auto, the fewest with which a step of `rows`
-    sequences of `tokens` fits into what this process holds and what is free, on every rank. All ranks call it.
+def choose_checkpointing(recipe: Recipe, batch: BatchPlan, *, tokens: int, world: World) -> Checkpointing:
+    """The layers to checkpoint: what the recipe says, or where it says auto, the fewest with which a step of `batch`
+    and of sequences of `tokens` fits into what this process holds and what is free, on every rank. All ranks call it.
     """
     device = hardware.default_device()
     run = run_of(
         recipe,
-        rows=rows,
+        batch=batch,
         tokens=tokens,
         device="cuda" if device.type == "cuda" else "cpu",
         ranks=Ranks(world.size, world.layout, world.reshard_after_forward, world.offload),

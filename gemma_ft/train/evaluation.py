@@ -17,7 +17,7 @@ from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_
 from gemma_ft.recipe.schema import Eval
 from gemma_ft.train.distributed import World
 from gemma_ft.train.fsdp import gathered_root
-from gemma_ft.train.trainer import Progress
+from gemma_ft.train.progress import Progress
 
 Figures = dict[str, float | None]
 SAMPLE_SECONDS = 60.0  # for the answers that are logged at an evaluation; they are cut then

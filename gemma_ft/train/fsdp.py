@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ft.adapters.quantize import fill_quantized, quantized
 from gemma_ft.build.empty_weights import base_name, is_hollow
@@ -156,6 +157,25 @@ def gathered_root(model: Any) -> Iterator[None]:
         yield
     finally:
         reshard(model)
+
+
+@contextlib.contextmanager
+def gradients_deferred(model: Any) -> Iterator[None]:
+    """Around the backward of a step's micro-batches but the last: ranks sum their gradients once, in the last one's.
+    Those of a whole model cut by FSDP2 are summed each time, or they would take as much memory as the model on every
+    rank; an adapter's are small.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule) and hasattr(model, "get_base_model"):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def reshard(model: Any) -> None:

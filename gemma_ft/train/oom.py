@@ -10,38 +10,36 @@ import torch
 
 from gemma_ft.data.pack.examples import Example
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
 
 CURES = "set train.gradient_checkpointing=true, lower data.max_seq_len, or --launch fsdp2"
 
 
-def cures_of(trainer: Any) -> str:
+def cures_of(trainer: Any, micro_batch_size: int) -> str:
     """What to do where memory is too small: the planner's change, where it has one, or other ways."""
-    rows = trainer.args.per_device_train_batch_size
-    cure = trainer.checkpointing.cure(rows) if trainer.checkpointing is not None else ""
+    cure = trainer.checkpointing.cure(micro_batch_size) if trainer.checkpointing is not None else ""
     return f"set {cure}, or --launch fsdp2" if cure else CURES
 
 
-def fit_micro_batch(trainer: Any) -> int:
+def fit_micro_batch(trainer: Any) -> BatchPlan:
     """Compute the longest micro-batch once, forward and backward; where memory runs out on any rank, first checkpoint
     all layers, where the recipe leaves that to us, then halve it until it fits; accumulation grows by as much, so that
-    each step trains the same rows over the same count of tokens. Returns the micro-batch, which the trainer now has.
+    each step trains the same rows over the same count of tokens. Returns the plan that fits.
 
     The model is not wrapped for several ranks yet: none waits for another inside. Raises: UserError when a single row
     does not fit.
     """
-    arguments, world = trainer.args, trainer.world
-    longest = trainer.train_examples.longest(arguments.per_device_train_batch_size)
-    while True:
-        rows = arguments.per_device_train_batch_size
-        if not world.any(not _fits(trainer, longest[:rows])):
-            return int(rows)
+    batch: BatchPlan = trainer.batch
+    longest = trainer.data.train.longest(batch.micro_batch_size)
+    while trainer.world.any(not _fits(trainer, longest[: batch.micro_batch_size])):
         if recompute_all(trainer):
             continue
-        if rows == 1:
+        if batch.micro_batch_size == 1:
             tokens = len(longest[0]["input_ids"])
-            raise UserError(f"a single row of {tokens:,} tokens does not fit into GPU memory; {cures_of(trainer)}")
-        halve(arguments)
+            raise UserError(f"a single row of {tokens:,} tokens does not fit into GPU memory; {cures_of(trainer, 1)}")
+        batch = batch.smaller()
+    return batch
 
 
 def recompute_all(trainer: Any) -> bool:
@@ -56,31 +54,22 @@ def recompute_all(trainer: Any) -> bool:
     return True
 
 
-def halve(arguments: Any) -> None:
-    """Half the rows in a micro-batch (or the next smaller part), and more of them in a step; there is one row at least
-    after it.
-    """
-    rows = arguments.per_device_train_batch_size
-    fewer = max(part for part in range(1, rows) if rows % part == 0)
-    arguments.per_device_train_batch_size = fewer
-    arguments.gradient_accumulation_steps *= rows // fewer
-
-
-def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
+def recover(trainer: Any, error: torch.OutOfMemoryError) -> BatchPlan:
     """After memory ran out within a step: gradients are dropped, a checkpoint is made of the last whole step, and all
-    layers are checkpointed or the micro-batch is halved. The trainer can then train on from that checkpoint.
+    layers are checkpointed or the micro-batch is halved. The trainer can then train on from that checkpoint, with the
+    plan that is returned.
 
     Raises: `error` where weights may have changed already (the optimizer ran out), UserError where nothing is left to
     halve, or other ranks are in the same step: they would wait for this one.
     """
-    step, rows = trainer.state.global_step, trainer.args.per_device_train_batch_size
+    step, size = trainer.state.global_step, trainer.batch.micro_batch_size
     if not trainer.computing:
         raise error
     more = trainer.world.size == 1 and recompute_all(trainer)
-    if trainer.world.size > 1 or (rows == 1 and not more):
-        cures = cures_of(trainer)
-        cure = cures if rows == 1 else f"--resume train.micro_batch_size={rows // 2} goes on, or {cures}"
-        raise UserError(f"out of GPU memory in step {step + 1}, micro-batches of {rows} rows; {cure}") from error
+    if trainer.world.size > 1 or (size == 1 and not more):
+        cures = cures_of(trainer, size)
+        cure = cures if size == 1 else f"--resume train.micro_batch_size={size // 2} goes on, or {cures}"
+        raise UserError(f"out of GPU memory in step {step + 1}, micro-batches of {size} rows; {cure}") from error
     trainer.model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -88,10 +77,10 @@ def recover(trainer: Any, error: torch.OutOfMemoryError) -> None:
     if step and trainer.saved_step != step:  # no space, which was told
         raise UserError(
             f"out of GPU memory in step {step + 1}, and no space for a checkpoint to go on from; free some, then "
-            f"--resume train.micro_batch_size={max(rows // 2, 1)}"
+            f"--resume train.micro_batch_size={max(size // 2, 1)}"
         ) from error
-    if not more:
-        halve(trainer.args)
+    batch: BatchPlan = trainer.batch
+    return batch if more else batch.smaller()
 
 
 def _fits(trainer: Any, rows: list[Example]) -> bool:
@@ -114,9 +103,9 @@ def _compute(trainer: Any, rows: list[Example]) -> None:
     model = trainer.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     reserve = torch.empty((2 + (trainer.world.size > 1)) * trained, dtype=torch.uint8, device=trainer.args.device)
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    inputs = {name: tensor.to(trainer.args.device) for name, tensor in trainer.data.collate(rows).items()}
     model.train()
-    with trainer.compute_loss_context_manager():
+    with trainer.autocast_context():
         loss = model(**inputs, use_cache=False).loss
     loss.backward()
     del reserve

@@ -15,14 +15,15 @@ from gemma_ft.build.inputs import build_tokenizer, check_apart, inputs_of
 from gemma_ft.build.model import build_model
 from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.forgetting import build_canary
-from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.checkpoints import newest_valid
 from gemma_ft.train.display import Display
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
 from gemma_ft.train.guard import guarded
-from gemma_ft.train.loop import Course
+from gemma_ft.train.loop import build_course, go, take_up
+from gemma_ft.train.run_context import RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
@@ -88,7 +89,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
     for note in loaded.notes:
         display.say(f"  note: {note}")
     with world.phase("the checks"):
-        accumulation(recipe, world.size)
+        batch = batch_plan(recipe, world.size)
         if world.main:
             check_apart(recipe, run.root, named=f"output_dir: {run.root}", cure="choose another")
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
@@ -115,16 +116,18 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
             model, source = build_model(recipe, tokenizer, hollow=world.layout == "fsdp2")
         with world.phase("the plan"):
             longest = int(max(data.train.examples.lengths)) if data.streamed is None else recipe.data.max_seq_len
-            rows = micro_batch(recipe, world.size)
-            chosen = choose_checkpointing(recipe, rows=rows, tokens=longest, world=world)
-        display.plan(outlook(recipe, data, canary, model, source, total, world, chosen))
-        course = Course(recipe, run, display, tokenizer, data, canary, model, source, total, world, stop, chosen)
+            chosen = choose_checkpointing(recipe, batch, tokens=longest, world=world)
+        display.plan(outlook(recipe, data, canary, model, source, total, batch, world, chosen))
+        context = RunContext(
+            recipe, run, display, tokenizer, data, canary, model, source, total, batch, world, stop, chosen
+        )
+        course = build_course(context)
         with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
             newest = newest_valid(run.checkpoints, display.say) if mode.resume and world.main else None
         checkpoint: Path | None = world.gather(newest)[0]
         with world.phase("the checkpoint"):
             if checkpoint is not None:
-                course.take_up(checkpoint, mode.allow_drift)
+                take_up(course, checkpoint, mode.allow_drift)
             if world.main:
                 if mode.overwrite:
                     run.clear()
@@ -132,4 +135,4 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
                 run.write_bad_rows(data.skipped, add=data.streamed is not None and checkpoint is not None)
                 if data.streamed is not None:
                     data.streamed.on_bad_rows = lambda bad: run.write_bad_rows(bad.rows, add=True)
-        return course.go(checkpoint)
+        return go(course, checkpoint)

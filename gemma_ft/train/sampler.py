@@ -1,133 +1,97 @@
-"""Which rows a rank trains on, and when: a pure function of (seed, epoch, rank, ranks), so that a resumed run sees the
+"""Which rows a rank trains on, and when: a pure function of (seed, step, rank, ranks), so that a resumed run sees the
 same rows, and every number of ranks the same steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.pack.collate import PADDING
+from gemma_ft.data.pack.examples import Examples
+from gemma_ft.data.pack.streamed import StreamedExamples
+from gemma_ft.recipe.batch_plan import BatchPlan
+
+Example = Mapping[str, Any]
+Batch = dict[str, torch.Tensor]
+Collate = Callable[[Sequence[Any]], Batch]
 
 
-class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one rank, lists of row numbers, step after step.
+class StepRows:
+    """The rows of each optimizer step of a run, and the micro-batches in which one rank computes them.
 
-    A step's rows are cut into micro-batches as on one rank, which are dealt to the ranks in turn. Every rank gets as
-    many: where they do not go round in the last step of an epoch, a blank row (number `length`) fills in, which has no
-    label and so changes nothing. `seed`: None keeps the rows in order. `tokens`: the lengths of the rows, where those
-    of a step are to be cut longest first, so that little is padded; which rows are in a step stays as it is. Those of
-    steps before `first_step`, which a resumed run passes over, need not be known.
+    `length`: rows of an epoch. `seed`: None keeps them in order. `tokens`: the length of each row, where the rows of a
+    step are to be cut longest first, so that little is padded; which rows are in a step stays as it is. Of a step that
+    is not asked for nothing need be known.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        step_rows: int,
-        micro_rows: int,
-        seed: int | None,
-        rank: int = 0,
-        ranks: int = 1,
-        tokens: Sequence[int] | None = None,
-        first_step: int = 0,
-    ) -> None:
-        assert seed is None or step_rows % (micro_rows * ranks) == 0, "a step is dealt without a rest"
-        self.length, self.step_rows, self.micro_rows, self.seed = length, step_rows, micro_rows, seed
-        self.rank, self.ranks, self.epoch, self.tokens, self.first_step = rank, ranks, 0, tokens, first_step
+    def __init__(self, length: int, plan: BatchPlan, *, seed: int | None, rank: int = 0, tokens: Any = None) -> None:
+        self.length, self.plan, self.seed, self.rank, self.tokens = length, plan, seed, rank, tokens
+        self._epoch, self._order = -1, list[int]()  # of the epoch that was dealt last
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which each row is trained once; the last may have fewer rows."""
+        return math.ceil(self.length / self.plan.global_batch_size)
 
     def rows_of_step(self, step: int) -> list[int]:
-        """The rows of all ranks in a step of this epoch, counted from 0."""
-        return list(self._order()[step * self.step_rows : (step + 1) * self.step_rows])
+        """The rows of all ranks in a step of the run, counted from 0."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        start = number * self.plan.global_batch_size
+        return list(self._order_in(epoch)[start : start + self.plan.global_batch_size])
 
-    def __len__(self) -> int:
-        full, rest = divmod(self.length, self.step_rows)
-        dealt = self.micro_rows * self.ranks
-        return full * math.ceil(self.step_rows / dealt) + math.ceil(rest / dealt)
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """This rank's micro-batches of a step, lists of row numbers, `length` standing for the blank row."""
+        rows = self.rows_of_step(step)
+        if self.tokens is not None:
+            rows.sort(key=lambda row: -self.tokens[row])  # stable, as on any machine
+        return dealt(rows, self.plan.micro_batch_size, blank=self.length, rank=self.rank, ranks=self.plan.ranks)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        for start in range(0, self.length, self.step_rows):
-            rows = list(order[start : start + self.step_rows])
-            if self.tokens is not None and start >= self.first_step * self.step_rows:
-                rows.sort(key=lambda row: -self.tokens[row])  # type: ignore[index]  # stable, as on any machine
-            cuts = [rows[at : at + self.micro_rows] for at in range(0, len(rows), self.micro_rows)]
-            cuts += [[self.length]] * (-len(cuts) % self.ranks)
-            yield from cuts[self.rank :: self.ranks]
-
-    def _order(self) -> Sequence[int]:
+    def _order_in(self, epoch: int) -> Sequence[int]:
         if self.seed is None:
             return range(self.length)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
-        return order
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator).tolist()
+        return self._order
 
 
-class WithBlank(Dataset[Mapping[str, Any]]):
-    """Examples, and after the last one a blank row: one token of padding."""
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples that are already tokens, labels and document ids, and what makes a batch of them."""
 
-    def __init__(self, examples: Sequence[Mapping[str, Any]], pad_id: int) -> None:
-        self.examples = examples
-        self.blank = {"input_ids": [pad_id], "labels": [IGNORE], "position_ids": [0], "document_ids": [PADDING]}
-
-    def __len__(self) -> int:
-        return len(self.examples) + 1
-
-    def __getitem__(self, row: int) -> Mapping[str, Any]:
-        return self.blank if row == len(self.examples) else self.examples[row]
+    train: Examples | StreamedExamples
+    held_out: Examples | None
+    collate: Collate
 
 
-def placeholder(examples: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
-    """What SFTTrainer is given, for it takes nothing but a `Dataset`: the first example. DealtRows deals from all of
-    them, wherever they lie.
+def dealt(rows: Sequence[int], size: int, *, blank: int, rank: int, ranks: int) -> list[list[int]]:
+    """One rank's batches of at most `size` rows: they are cut as on one rank, and dealt to the ranks in turn. Every
+    rank gets as many: where they do not go round a blank row fills in, which has no label and so changes nothing.
     """
-    return datasets.Dataset.from_list([dict(examples[0])])
+    cuts = [list(rows[at : at + size]) for at in range(0, len(rows), size)]
+    cuts += [[blank]] * (-len(cuts) % ranks)
+    return cuts[rank::ranks]
 
 
-class DealtRows:
-    """The data loaders of a Trainer on one of several ranks. Mixed into GemmaTrainer, whose attributes it uses."""
+def blank_row(pad_id: int) -> Example:
+    """One token of padding."""
+    return {"input_ids": [pad_id], "labels": [IGNORE], "position_ids": [0], "document_ids": [PADDING]}
 
-    args: Any
-    world: Any
-    train_examples: Any
-    eval_examples: Any
-    progress: Any
-    processing_class: Any
-    data_collator: Any
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's own sampler draws its order from the global random state, which a resume cannot replay, and
-        accelerate deals rows twice where they do not go round.
-        """
-        rows = self.args.per_device_train_batch_size
-        self._sampler = self._batches(
-            self.train_examples, rows, step_rows=rows * self.args.gradient_accumulation_steps * self.world.size
-        )
-        return self._loader(self.train_examples, self._sampler)
+def collated(examples: Sequence[Example], rows: Sequence[int], collate: Collate, pad_id: int) -> Batch:
+    """Rows of `examples` as one batch of tensors; the number behind the last example is the blank row."""
+    return collate([examples[row] if row < len(examples) else blank_row(pad_id) for row in rows])
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """This rank's part of the held-out rows, in their order; as many batches on every rank."""
-        data = self.eval_examples
-        return self._loader(data, self._batches(data, self.args.per_device_eval_batch_size, step_rows=None))
 
-    def _batches(self, data: Any, rows: int, *, step_rows: int | None) -> StepBatches:
-        return StepBatches(
-            len(data),
-            step_rows=step_rows or max(1, len(data)),
-            micro_rows=rows,
-            seed=self.args.seed if step_rows and not data.streamed else None,
-            tokens=data.lengths if step_rows else None,
-            first_step=self.progress.step if data.streamed else 0,
-            rank=self.world.rank,
-            ranks=self.world.size,
-        )
-
-    def _loader(self, data: Any, batches: StepBatches) -> DataLoader[Any]:
-        rows = WithBlank(data, self.processing_class.pad_token_id)
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator)
+def held_out_batches(
+    examples: Sequence[Example], collate: Collate, pad_id: int, *, size: int, rank: int, ranks: int
+) -> Iterator[Batch]:
+    """This rank's part of the held-out rows, in their order; as many batches on every rank."""
+    for rows in dealt(range(len(examples)), size, blank=len(examples), rank=rank, ranks=ranks):
+        yield collated(examples, rows, collate, pad_id)

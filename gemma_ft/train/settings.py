@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from trl import SFTConfig
 
 from gemma_ft.data.pack.examples import steps_per_epoch
-from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.distributed import World
+from gemma_ft.train.lr_schedule import Schedule
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -20,26 +23,51 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: World, *, evaluates: bool) -> SFTConfig:
+@dataclass(frozen=True)
+class TrainerOptions:
+    """What of a recipe is no setting of TRL's, or decided otherwise here."""
+
+    schedule: Schedule = "constant"
+    warmup_ratio: float = 0.0
+    autocast: torch.dtype | None = None  # of full fine-tuning, whose weights are float32; a frozen base has its own
+    keep_checkpoints: int = 1
+    keep_best: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> TrainerOptions:
+        """Those of a recipe."""
+        narrow = recipe.strategy == "full" and recipe.train.precision == "bf16"
+        return cls(
+            schedule=recipe.train.schedule,
+            warmup_ratio=recipe.train.warmup_ratio,
+            autocast=torch.bfloat16 if narrow else None,
+            keep_checkpoints=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
+        )
+
+
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, total: int, batch: BatchPlan, world: World, *, evaluates: bool
+) -> SFTConfig:
     """A recipe as TRL's settings; whatever a library would do on its own (reports, progress bars, datasets) is switched
     off.
     """
     train = recipe.train
     evals = recipe.eval.every_steps if evaluates else None
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
         max_steps=total,
-        per_device_train_batch_size=micro_batch(recipe, world.size),
+        per_device_train_batch_size=batch.micro_batch_size,
         per_device_eval_batch_size=recipe.eval.batch_size,
-        gradient_accumulation_steps=accumulation(recipe, world.size),
+        gradient_accumulation_steps=1,  # a step of Trainer's is a whole one of ours, which accumulates (step.py)
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=False,
         gradient_checkpointing=False,  # Trainer knows all layers or none; train.checkpointing takes some
-        logging_steps=1,
+        logging_strategy="no",  # each step tells its own figures
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,  # every trained weight is used in every step
         ddp_broadcast_buffers=False,  # there are none
@@ -60,6 +88,3 @@ def training_arguments(recipe: Recipe, checkpoints: Path, total: int, world: Wor
         log_level="error",
         use_cpu=hardware.default_device().type == "cpu",
     )
-    # Trainer would spread a model over every visible GPU with nn.DataParallel, which TRL refuses: one device is used.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments

@@ -14,7 +14,7 @@ from gemma_ft.evaluate.forgetting import Canary
 from gemma_ft.kernels.backend import choice_of, describe
 from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.model.attention import resolve_attention
-from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
@@ -30,6 +30,7 @@ def outlook(
     model: Any,
     source: Source | None,
     total: int,
+    batch: BatchPlan,
     world: World,
     checkpointing: Checkpointing,
 ) -> list[tuple[str, str]]:
@@ -66,16 +67,15 @@ def outlook(
     if data.overlap:
         rows.append(("", f"{data.overlap:,} held-out rows are training rows too: their scores mean little"))
     devices = "1 device" if world.size == 1 else f"{world.size} devices"
-    micro = micro_batch(recipe, world.size)
-    cut = f"{micro} (micro batch) x {accumulation(recipe, world.size)} (accumulation) x {devices}"
+    cut = f"{batch.micro_batch_size} (micro batch) x {batch.accumulation_steps} (accumulation) x {devices}"
     if world.size > 1:
         rows.append(("ranks", f"{world.size}, {sharing(world)}"))
-    rows.append(("batch", f"{train.global_batch_size} = {cut}"))
-    if micro < train.micro_batch_size:
+    rows.append(("batch", f"{batch.global_batch_size} = {cut}"))
+    if batch.micro_batch_size < train.micro_batch_size:
         rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
     elif base.device.type == "cuda":
         stats = data.train.stats
-        rows += _small(micro, round(stats.tokens / max(stats.packed_rows, 1)), train.global_batch_size, world.size)
+        rows += _small(batch, round(stats.tokens / max(stats.packed_rows, 1)))
     rows.append(("memory", checkpointing.describe()))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
@@ -104,9 +104,10 @@ def sharing(world: World) -> str:
     return ", ".join(parts)
 
 
-def _small(micro: int, tokens: int, total: int, ranks: int) -> list[tuple[str, str]]:
+def _small(batch: BatchPlan, tokens: int) -> list[tuple[str, str]]:
     """What to set where micro-batches of rows of so many tokens leave a GPU waiting for what starts its kernels."""
-    larger = [size for size in range(micro + 1, total // ranks + 1) if total % (size * ranks) == 0]
+    micro, on_a_rank = batch.micro_batch_size, batch.global_batch_size // batch.ranks
+    larger = [size for size in range(micro + 1, on_a_rank + 1) if on_a_rank % size == 0]
     if micro * tokens >= FILLS or not larger:
         return []
     enough = next((size for size in larger if size * tokens >= FILLS), larger[-1])

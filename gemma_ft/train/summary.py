@@ -11,7 +11,7 @@ from gemma_ft.evaluate.held_out import Question, Score
 from gemma_ft.evaluate.report.lengths import length_histogram
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.evaluation import Figures
-from gemma_ft.train.trainer import Progress
+from gemma_ft.train.progress import Progress
 
 
 def summary_of(

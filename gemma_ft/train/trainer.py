@@ -1,111 +1,93 @@
-"""TRL's SFTTrainer, bent where Gemma, exactness and our files ask for it. The training loop is `SFTTrainer.train`,
-unchanged.
+"""TRL's SFTTrainer, bent where Gemma, exactness and our files ask for it: what is bent of a library is bent here.
 
-What is overridden, and why, is said at each method; nothing of a library is patched.
+`SFTTrainer.train`, unchanged, drives: it places and wraps the model, makes the optimizer, goes through epochs and
+steps, and says when to evaluate, save and stop. What one step is stands in step.py. Why something is overridden is said
+at each method; nothing of a library is patched.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
 from gemma_ft.build.located import Source
-from gemma_ft.data.encode.chat import IGNORE
-from gemma_ft.data.pack.examples import Examples
-from gemma_ft.data.pack.streamed import StreamedExamples
+from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.train.activation_checkpointing import Checkpointing
+from gemma_ft.train.checkpoint_state import load_optimizer, load_weights
 from gemma_ft.train.distributed import World
-from gemma_ft.train.fsdp import reshard, shard, whole
+from gemma_ft.train.fsdp import shard
 from gemma_ft.train.lr_schedule import learning_rate_factor
-from gemma_ft.train.sampler import DealtRows, placeholder
-from gemma_ft.train.saving import OwnCheckpoints
+from gemma_ft.train.objectives.registry import Objective
+from gemma_ft.train.progress import Listener, Progress
+from gemma_ft.train.sampler import Batch, StepRows, TrainingData, held_out_batches
+from gemma_ft.train.saving import commit_checkpoint
+from gemma_ft.train.settings import TrainerOptions
 from gemma_ft.train.signals import StopRequest
+from gemma_ft.train.step import StepFigures, StepParts, optimizer_step
 
 
-@dataclass
-class Progress:
-    """What a run has done so far, over all of its resumes; part of every checkpoint."""
+class GemmaTrainer(SFTTrainer):
+    """Trains a model on every rank of a world, as `batch` deals the rows of a step, for an objective.
 
-    step: int = 0
-    tokens: int = 0  # non-pad input tokens
-    seconds: float = 0.0  # in optimizer steps; evaluation and saving are not counted
-    last_loss: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # figures of the caller that a resumed run needs again
-
-
-class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
-    """Trains a model on examples that are already tokens, labels and document ids, on every rank of a world.
-
-    `on_step(figures)` hears every optimizer step: step, loss, learning_rate, grad_norm, tokens, tokens_per_second.
-    `on_eval(step, loss)` hears each in-training evaluation, `on_fault(line)` what went wrong and
-    ends nothing. Raises what `SFTTrainer.train` raises.
+    Raises what `SFTTrainer.train` raises.
     """
-
-    # The loss is divided by the labelled tokens of the whole optimizer step: Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         model: Any,
         args: SFTConfig,
         *,
+        data: TrainingData,
+        batch: BatchPlan,
+        objective: Objective,
+        options: TrainerOptions,
+        tokenizer: PreTrainedTokenizerBase,
         world: World,
         stop: StopRequest,
         source: Source | None,
-        train_examples: Examples | StreamedExamples,
-        eval_examples: Examples | None,
-        collator: Callable[[Any], dict[str, Tensor]],
-        tokenizer: PreTrainedTokenizerBase,
-        schedule: Any,
-        warmup_ratio: float,
-        autocast: torch.dtype | None,
-        keep_checkpoints: int,
-        keep_best: bool,
         progress: Progress,
-        on_step: Callable[[dict[str, Any]], None],
-        on_eval: Callable[[int, float | None], None],
-        on_fault: Callable[[str], None],
+        listener: Listener | None = None,
+        checkpointing: Checkpointing | None = None,
     ) -> None:
-        self.world, self.stop = world, stop
-        self.train_examples, self.eval_examples = train_examples, eval_examples
+        self.data, self.batch, self.objective, self.options = data, batch, objective, options
+        self.world, self.stop, self.progress = world, stop, progress
+        self.listener = listener or Listener()
+        self.checkpointing = checkpointing  # the plan, where the caller has one
         self.stopped = False  # all ranks agreed to stop
         self.skipped = 0  # updates left out in a row, for they were not finite
-        self.computing = False  # forward and backward, in which no weight changes
         self.saved_step = -1
-        self.checkpointing: Checkpointing | None = None  # the plan, where the caller has one
         self.former_best: dict[str, Any] | None = None
-        self.schedule, self.warmup_ratio, self.autocast = schedule, warmup_ratio, autocast
-        self.keep_checkpoints, self.keep_best, self.progress = keep_checkpoints, keep_best, progress
-        self.on_step, self.on_eval, self.on_fault = on_step, on_eval, on_fault
-        self._step_loss: Tensor | None = None
-        self._step_tokens: Tensor | None = None
+        self._parts: StepParts | None = None
+        self._figures: StepFigures | None = None  # of a step that nobody has heard of yet
         self._step_started = 0.0
-        self._micro = 0
         tuned = hasattr(model, "get_base_model")
         native = model.get_base_model() if tuned else model
         values = trainables_in_float32(model) if tuned else {}  # a whole model is not cast by SFTTrainer
         # Trainer's own word for a model that is cut already: it wraps and moves nothing of it.
         native._is_distributed_loading_by_transformers = world.layout == "fsdp2"
+        # It would spread a model over every visible GPU with nn.DataParallel, which TRL refuses: one device is used.
+        args._n_gpu = min(1, args.n_gpu)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=placeholder(train_examples),
-            eval_dataset=placeholder(eval_examples) if eval_examples is not None else None,
-            data_collator=collator,
+            train_dataset=_placeholder(data.train),
+            eval_dataset=None if data.held_out is None else _placeholder(data.held_out),
+            data_collator=data.collate,
             processing_class=tokenizer,
         )
         if tuned:
@@ -116,167 +98,149 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
         if world.layout == "fsdp2":  # after SFTTrainer, which casts weights in place, and before there is an optimizer
             shard(self.model, source, world)
 
-    # What SFTTrainer does unasked
-
     def _send_telemetry(self) -> None:
         """SFTTrainer reports each construction to its hub; a training run tells nobody anything."""
 
-    # Data order and loss
+    # A step
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """On a resume Trainer takes the intervals of evaluation and saving from the checkpoint; the recipe decides."""
-        result = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)
-        return result
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """What Trainer goes through: the number of each step of an epoch, for a step deals its own rows.
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        """Trainer tells the epoch to the data loader, but on a resume that loader is wrapped and the sampler never
-        hears it.
+        Trainer's own sampler draws its order from the global random state, which a resume cannot replay, and accelerate
+        deals rows twice where they do not go round.
         """
-        self._sampler.epoch = epoch
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        examples = self.data.train
+        self._rows = StepRows(
+            len(examples),
+            self.batch,
+            seed=None if examples.streamed else self.args.seed,
+            rank=self.world.rank,
+            tokens=examples.lengths,
+        )
+        steps: Any = range(self._rows.steps_per_epoch)
+        return DataLoader(steps, collate_fn=tuple)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The start of an optimizer step: its clock and its sums begin here."""
-        self._step_started, self._step_loss, self._step_tokens = time.perf_counter(), None, None
-        self._micro = 0
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A whole optimizer step, the update included: Trainer, whose accumulation is 1, then finds no gradients and
+        changes nothing. Its own way averages over micro-batches and ranks, and hides what is not finite.
+        """
         self.world.enter(f"step {self.state.global_step + 1}")
-        return super().get_batch_samples(*args, **kwargs)
+        self._step_started = time.perf_counter()
+        self._parts = StepParts(
+            step=self.state.global_step,
+            model=model,
+            optimizer=self.optimizer,
+            objective=self.objective,
+            examples=self.data.train,
+            rows=self._rows,
+            collate=self.data.collate,
+            pad_id=self.processing_class.pad_token_id,
+            world=self.world,
+            device=self.args.device,
+            autocast=self.autocast_context,
+            seed=self.args.seed,
+            max_grad_norm=self.args.max_grad_norm,
+        )
+        self._figures = optimizer_step(self._parts)
+        self.skipped = 0 if self._figures.finite else self.skipped + 1
+        return torch.tensor(self._figures.loss, device=self.args.device)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """What the loss of a step is divided by: its labelled tokens on all ranks; where rows have weights, the sum of
-        those, so that a row of weight 2 is the same as the row twice.
-        """
-        if not self.train_examples.weighted:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        own = 0.0
-        for batch in batch_samples:
-            if "loss_weights" in batch:  # not a blank row
-                own += float(batch["loss_weights"][batch["labels"] != IGNORE].double().sum())
-        return torch.tensor(self.world.sum([own])[0], dtype=torch.float64, device=device)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What dropout draws is a function of the seed, the step and the micro-batch, as one rank counts them: the same
-        after a resume, and on any number of ranks.
-        """
-        micro = self._micro * self.world.size + self.world.rank
-        self._micro += 1
-        torch.manual_seed(_mixed(self.args.seed, self.state.global_step, micro))
-        self.computing = True
-        loss = super().training_step(*args, **kwargs)
-        self.computing = False
-        return loss
-
-    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Between the micro-batches of a step: an adapter's gradients are small and are summed once, at its end; those
-        of a whole model are cut at once, or they would take as much memory as the model.
-        """
-        return _unreduced(self.model) if hasattr(self.model, "get_base_model") else contextlib.nullcontext()
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        return whole(super()._clip_grad_norm(model))
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm; where it or the loss is not finite, there are no gradients any more when this returns, and the
-        optimizer changes nothing.
-        """
-        norm = float(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
-        loss = 0.0 if self._step_loss is None else float(self._step_loss)
-        if self.world.any(not (math.isfinite(norm) and math.isfinite(loss))):
-            self.skipped += 1
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        else:
-            self.skipped = 0
-        return norm
+    @property
+    def computing(self) -> bool:
+        """Whether forward or backward of a step is under way, or broke off: no weight was changed by it."""
+        return self._parts is not None and self._parts.computing
 
     def rows_of_last_step(self) -> list[int]:
-        """The examples of all ranks in the step whose figures were logged last."""
-        per_epoch = math.ceil(self._sampler.length / self._sampler.step_rows)
-        return self._sampler.rows_of_step((self.state.global_step - 1) % per_epoch)
+        """The examples of all ranks in the step whose figures were told last."""
+        return self._rows.rows_of_step(self.state.global_step - 1)
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast for full fine-tuning, whose weights are float32; a frozen base has its own dtype and needs
-        none.
-        """
-        if self.autocast is None:
+    def autocast_context(self) -> contextlib.AbstractContextManager[Any]:
+        """What forward passes run in."""
+        if self.options.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, dtype=self.autocast)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Summed loss of labelled tokens over the count of the whole optimizer step, from our fused head: the result
-        does not depend on how the step is cut into micro-batches (SFTTrainer asks its own head, which ours replaces).
-        """
-        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
-        tokens = (inputs["document_ids"] >= 0).sum()  # neither padding nor blank rows
-        first = self._step_loss is None or self._step_tokens is None
-        self._step_loss = outputs.loss.detach() if first else self._step_loss + outputs.loss.detach()
-        self._step_tokens = tokens if first else self._step_tokens + tokens
-        loss = outputs.loss * self.world.size  # gradients are averaged over ranks, and are to be summed
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """An evaluation before training leaves a sharded model's root whole: the optimizer is of its slices."""
-        reshard(self.model)
-        return super().create_optimizer(*args, **kwargs)
+        return torch.autocast(self.args.device.type, dtype=self.options.autocast)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate as a pure function of the step (`schedule.py` says why not the library's)."""
-        warmup = round(self.warmup_ratio * num_training_steps)
+        """The learning rate as a pure function of the step (`schedule.py` says why not the library's), from the step on
+        that a run goes on with.
+        """
+        options, begun = self.options, self.progress.step
+        warmup = round(options.warmup_ratio * num_training_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer if optimizer is None else optimizer,
             lambda step: learning_rate_factor(
-                step, total_steps=num_training_steps, warmup_steps=warmup, schedule=self.schedule
+                begun + step, total_steps=num_training_steps, warmup_steps=warmup, schedule=options.schedule
             ),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # Figures
+    # The end of a step
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One call for each optimizer step (logging_steps is 1): hand its figures on, keep no history in memory."""
-        Trainer.log(self, logs, start_time)
-        self.state.log_history.clear()
-        if "loss" not in logs or self._step_loss is None or self._step_tokens is None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Figures are handed on; a step that ends the run leaves a checkpoint of itself, whatever the intervals."""
+        if self.stop_now():
+            self.control.should_evaluate = False
+        self._tell_figures()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop_now():
+            self.control.should_training_stop = True
+            if self.saved_step != self.state.global_step:
+                self._save_checkpoint(self.model, None)
+
+    def _tell_figures(self) -> None:
+        if self._figures is None:  # the end of an epoch, which is told of its last step again
             return
-        seconds = time.perf_counter() - self._step_started
-        loss, counted = self.world.sum([float(self._step_loss), float(self._step_tokens)])
-        progress, tokens = self.progress, round(counted)
-        progress.step, progress.tokens = self.state.global_step, progress.tokens + tokens
+        figures, self._figures = self._figures, None
+        seconds, progress = time.perf_counter() - self._step_started, self.progress
+        examples: Any = self.data.train
+        progress.step, progress.tokens = self.state.global_step, progress.tokens + figures.tokens
         progress.seconds += seconds
-        if self.train_examples.streamed:
-            progress.extra["stream"] = self.train_examples.state(progress.step * self._sampler.step_rows)
-        if not self.skipped:
-            progress.last_loss = loss
-        self.on_step(
+        if examples.streamed:
+            progress.extra["stream"] = examples.state(progress.step * self.batch.global_batch_size)
+        if figures.finite:
+            progress.last_loss = figures.loss
+        self.listener.on_step(
             {
                 "step": progress.step,
-                "loss": loss,
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
+                "loss": figures.loss,
+                "learning_rate": figures.learning_rate,
+                "grad_norm": figures.grad_norm,
                 "tokens": progress.tokens,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": figures.tokens / seconds,
             }
         )
+
+    def stop_now(self) -> bool:
+        """Whether any rank was asked to stop; all ranks call it at the same places, and then all stop."""
+        self.stopped = self.stopped or self.world.any(self.stop.asked())
+        return self.stopped
+
+    # Evaluation
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """This rank's part of the held-out rows; none where there are no such rows."""
+        data, world = self.data, self.world
+        return held_out_batches(
+            data.held_out or [], data.collate, self.processing_class.pad_token_id,
+            size=self.args.per_device_eval_batch_size, rank=world.rank, ranks=world.size,
+        )  # fmt: skip
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss per labelled token, every token weighing the same (Trainer averages over batches). What is trained
         afterwards does not depend on whether this was called.
         """
-        self.world.enter(f"evaluation after step {self.state.global_step}")
-        best = False
+        step, best = self.state.global_step, False
+        self.world.enter(f"evaluation after step {step}")
         loss = held_out_loss(
             self.model,
-            self.get_eval_dataloader(),
-            autocast=self.compute_loss_context_manager,
+            self.held_out_batches(),
+            autocast=self.autocast_context,
             sum_over_ranks=self.world.sum,
             stop=self.stop_now,
         )
         if not self.stopped:
-            self.on_eval(self.state.global_step, loss)
+            self.listener.on_eval(step, loss)
             best = self._note_best(loss)
         metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -286,46 +250,58 @@ class GemmaTrainer(DealtRows, OwnCheckpoints, SFTTrainer):
     def _note_best(self, loss: float | None) -> bool:
         """Whether the best held-out loss so far is to be kept, which it then is in `progress` as well."""
         best = self.progress.extra.get("best")
-        if not self.keep_best or loss is None or (best and loss >= best["loss"]):
+        if not self.options.keep_best or loss is None or (best and loss >= best["loss"]):
             return False
         self.former_best = best
         self.progress.extra["best"] = {"step": self.state.global_step, "loss": loss}
         return True
 
-    # Stopping
-
-    def stop_now(self) -> bool:
-        """Whether any rank was asked to stop; all ranks call it at the same places, and then all stop."""
-        self.stopped = self.stopped or self.world.any(self.stop.asked())
-        return self.stopped
+    # Checkpoints
 
     def keep_step(self) -> None:
         """A checkpoint of the last whole step, where there is none yet."""
         if self.state.global_step and self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """The end of a step: one that ends the run leaves a checkpoint of itself, whatever the intervals."""
-        if self.stop_now():
-            self.control.should_evaluate = False
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop_now():
-            self.control.should_training_stop = True
-            if self.saved_step != self.state.global_step:
-                self._save_checkpoint(self.model, None)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint of this step (saving.py). A full disk costs the checkpoint, and the run only where it was to end
+        here.
+        """
+        step, extra = self.state.global_step, self.progress.extra
+        try:
+            with self.world.phase(f"the save of step {step}"):
+                commit_checkpoint(
+                    Path(self.args.output_dir),
+                    step,
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    world=self.world,
+                    progress=vars(self.progress),
+                    write_more=lambda folder: self.state.save_to_json(str(folder / TRAINER_STATE_NAME)),
+                    keep=self.options.keep_checkpoints,
+                )
+        except UserError as error:
+            if error.exit_code != DiskError.exit_code or self.stopped:
+                raise
+            if extra.get("best", {}).get("step") == step:  # it is not kept: the one before it stays
+                extra["best"] = self.former_best or {}
+            self.listener.on_fault(f"{error}; no checkpoint of step {step}, the next interval tries again")
+            return
+        self.saved_step = step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights; `progress` was already taken from this checkpoint by whoever made the trainer."""
+        load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer's tensors; the schedule begins where the run goes on, and nothing random is kept (step.py)."""
+        if checkpoint is None:
+            return
+        load_optimizer(Path(checkpoint), self.optimizer, self.model)
+        # Trainer took the intervals of evaluation and saving from the checkpoint; the recipe decides.
+        self.state.compute_steps(self.args, self.state.max_steps)
 
 
-@contextlib.contextmanager
-def _unreduced(model: Any) -> Iterator[None]:
-    """Gradients of an FSDP model stay whole on each rank while this is open."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed out of several numbers, unlike that of any numbers near them."""
-    digest = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63
+def _placeholder(examples: Any) -> datasets.Dataset:
+    """What SFTTrainer is given, for it takes nothing but a `Dataset`: the first example."""
+    return datasets.Dataset.from_list([dict(examples[0])])

@@ -15,6 +15,7 @@ from typing import Any
 
 from gemma_ft.build.weights import file_hash
 from gemma_ft.errors import CheckpointError, UserError
+from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system import hardware
 
@@ -110,12 +111,17 @@ def _compare(whole: Path, other: Path, *, exact: bool) -> None:
 
 
 def _other_ranks(loaded: LoadedRecipe) -> int | None:
-    """Two, where the global batch can be dealt to two ranks and there are two devices."""
-    train = loaded.recipe.train
+    """Two, where there are two devices and the global batch can be dealt to them in micro-batches of the same size:
+    dropout draws for each micro-batch.
+    """
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
-    return 2 if devices >= 2 and train.global_batch_size % (2 * train.micro_batch_size) == 0 else None
+    try:
+        plan = batch_plan(loaded.recipe, 2)
+    except UserError:
+        return None
+    return 2 if devices >= 2 and plan.micro_batch_size == loaded.recipe.train.micro_batch_size else None
 
 
 def _last_line(said: str) -> str:

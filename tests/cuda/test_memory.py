@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.train.trainer import GemmaTrainer
+from gemma_ft.train import step as page
+from gemma_ft.train.step import forward_backward
 from tests.cuda.conftest import CUDA, ROWS
 
 RecipeFor = Callable[..., LoadedRecipe]
@@ -26,19 +27,18 @@ STEP, MOST = 2, 16 if CUDA else 4
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """From STEP on, the next run has so many bytes of the device; on a CPU, half of the rows at most."""
-    compute_loss = GemmaTrainer.compute_loss
 
     def limit(room: int) -> None:
-        def limited_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step + 1 >= STEP:
-                if not CUDA and len(inputs["input_ids"]) > MOST // 2:
+        def limited_pass(parts: Any, batch: Any, divisor: Any) -> Any:
+            if parts.step + 1 >= STEP:
+                if not CUDA and len(batch["input_ids"]) > MOST // 2:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 if CUDA:
                     torch.cuda.empty_cache()
                     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
-            return compute_loss(self, model, inputs, *args, **kwargs)
+            return forward_backward(parts, batch, divisor)
 
-        monkeypatch.setattr(GemmaTrainer, "compute_loss", limited_loss)
+        monkeypatch.setattr(page, "forward_backward", limited_pass)
 
     yield limit
     unlimited()

@@ -37,9 +37,9 @@ BY_THEMSELVES = """
 import sys
 from rich.console import Console
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.train.loop import Course
+from gemma_ft.train import loop
 from gemma_ft.train.run import train_recipe
-Course._report = lambda _: None
+course.report_page = lambda _: None
 for path in sys.argv[1:]:
     assert train_recipe(load_recipe(path, []), console=Console(quiet=True)) == 0
 """

@@ -109,6 +109,26 @@ def runs(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens")
 
 
+def instead_of_losses(loss: Callable[[int, int, Any, Any, Callable[[], Any]], Any]) -> None:
+    """Have `loss(step, number, model, inputs, original)` give what `micro_batch_loss` gives, of the so-manieth
+    micro-batch of a step, both counted from 1, in this process.
+    """
+    from gemma_ft.train import step as page
+
+    forward_backward, micro_batch_loss = page.forward_backward, page.micro_batch_loss
+    step = number = 0
+
+    def counted(parts: Any, *given: Any) -> Any:
+        nonlocal step, number
+        step, number = parts.step + 1, number + 1 if step == parts.step + 1 else 1
+        return forward_backward(parts, *given)
+
+    def replaced(model: Any, inputs: Any, *given: Any) -> Any:
+        return loss(step, number, model, inputs, lambda: micro_batch_loss(model, inputs, *given))
+
+    page.forward_backward, page.micro_batch_loss = counted, replaced
+
+
 def outcome(run: Path) -> tuple[list[tuple[Any, ...]], bytes]:
     """What must be the same, bit for bit: the figures of each step, and the adapter."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

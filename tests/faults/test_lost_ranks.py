@@ -17,7 +17,7 @@ LIMIT = 60.0  # SILENT_SECONDS of the watch, and the start of two processes
 PLACES = ("load", "step", "save", "eval")
 HOOKS = {
     "load": ("gemma_ft.train.run", "build_model"),
-    "step": ("gemma_ft.train.trainer", "GemmaTrainer.compute_loss"),
+    "step": ("gemma_ft.train.step", "micro_batch_loss"),
     "save": ("gemma_ft.train.checkpoint_state", "save_optimizer"),
     "eval": ("gemma_ft.train.trainer", "held_out_loss"),
 }

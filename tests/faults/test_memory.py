@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import STEPS, Runs, outcome
+from tests.faults.conftest import STEPS, Runs, instead_of_losses, outcome
 
 PLAIN = ("adapter.dropout=0.0", "eval.generate_rows=0")  # dropout draws by micro-batch, which are others afterwards
 
@@ -18,23 +18,19 @@ def run_out(step: int, rows: int, where: str) -> Callable[[], None]:
     def install() -> None:
         import torch
 
-        from gemma_ft.train.trainer import GemmaTrainer
-
-        original = GemmaTrainer.compute_loss
-
         def full(*_: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            short = self.state.global_step + 1 >= step and len(inputs["input_ids"]) > rows
+        def loss(at: int, number: int, model: Any, inputs: Any, original: Callable[[], Any]) -> Any:
+            short = at >= step and len(inputs["input_ids"]) > rows
             if short and where == "forward":
                 full()
-            loss = original(self, model, inputs, *args, **kwargs)
-            if short and self._micro == 2:  # the first micro-batch of the step has left its gradients
-                loss.register_hook(full)
-            return loss
+            found, value = original()
+            if short and number == 2:  # the first micro-batch of the step has left its gradients
+                found.register_hook(full)
+            return found, value
 
-        GemmaTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        instead_of_losses(loss)
 
     return install
 

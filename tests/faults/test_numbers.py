@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import STEPS, Runs
+from tests.faults.conftest import STEPS, Runs, instead_of_losses
 
 NAN = float("nan")
 
@@ -20,24 +20,22 @@ def spoil(what: str, steps: set[int]) -> Callable[[], None]:
     """Make a number of some steps (counted from 1) NaN."""
 
     def install() -> None:
-        from gemma_ft.train.trainer import GemmaTrainer
+        now = 0
 
-        original = GemmaTrainer.compute_loss
-
-        def compute_loss(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-            here = self.state.global_step + 1 in steps
-            if here and what == "weight":
+        def loss(step: int, number: int, model: Any, inputs: Any, original: Callable[[], Any]) -> Any:
+            nonlocal now
+            now = step
+            if step in steps and what == "weight":
                 next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = NAN
-            loss = original(self, model, *args, **kwargs)
-            if here and what == "loss":
-                self._step_loss = self._step_loss * NAN
-                loss = loss * NAN
-            if here and what == "gradient":
+            found, value = original()
+            if step in steps and what == "loss":
+                found, value = found * NAN, value * NAN
+            if step in steps and what == "gradient":
                 parameter = next(p for p in model.parameters() if p.requires_grad)
-                parameter.register_hook(lambda grad: grad * (NAN if self.state.global_step + 1 in steps else 1.0))
-            return loss
+                parameter.register_hook(lambda grad: grad * (NAN if now in steps else 1.0))
+            return found, value
 
-        GemmaTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        instead_of_losses(loss)
 
     return install
 

@@ -75,10 +75,10 @@ def test_ranks_that_are_stopped_in_different_places_end_alike(runs: Runs) -> Non
     def signalled() -> None:
         import os
 
-        from gemma_ft.train.loop import Course
+        from gemma_ft.train import loop
         from gemma_ft.train.trainer import GemmaTrainer
 
-        place, name = ((GemmaTrainer, "get_batch_samples"), (Course, "_fit"))[int(os.environ["RANK"])]
+        place, name = ((GemmaTrainer, "training_step"), (loop, "fit"))[int(os.environ["RANK"])]
         original = getattr(place, name)
 
         def then(*given: Any, **more: Any) -> Any:

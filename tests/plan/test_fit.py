@@ -23,7 +23,7 @@ STRATEGIES: list[dict[str, Any]] = [
 
 
 def run(**fields: Any) -> Run:
-    given = {"shape": preset_shape("gemma-2-2b"), "strategy": "lora", "rows": 2, "tokens": 2048, **fields}
+    given = {"shape": preset_shape("gemma-2-2b"), "strategy": "lora", "micro_batch_size": 2, "tokens": 2048, **fields}
     return Run(**given)
 
 
@@ -32,8 +32,8 @@ def run(**fields: Any) -> Run:
 def test_more_of_anything_takes_no_less(strategy: dict[str, Any], device: str) -> None:
     attention = attention_of("auto", softcap=True, device=device)
     plain = run(**strategy, device=device, attention=attention)
-    for name, more in (("rows", 4), ("tokens", 4096), ("eval_rows", 16), ("new_tokens", 2048), ("rank", 64),
-                       ("accumulation", 4)):  # fmt: skip
+    for name, more in (("micro_batch_size", 4), ("tokens", 4096), ("eval_rows", 16), ("new_tokens", 2048), ("rank", 64),
+                       ("accumulation_steps", 4)):  # fmt: skip
         if name == "rank" and plain.full:
             continue
         larger = plain.changed(**{name: more})
@@ -93,7 +93,7 @@ def test_the_smallest_change_fits_and_no_part_of_it_can_be_left_out(name: str, m
 
 def test_what_leaves_the_result_alone_comes_first() -> None:
     """A micro-batch and an evaluation are cut before a sequence is."""
-    large = run(shape=preset_shape("gemma-2-9b"), rows=4, eval_rows=8, strategy="qlora", quantize="nf4")
+    large = run(shape=preset_shape("gemma-2-9b"), micro_batch_size=4, eval_rows=8, strategy="qlora", quantize="nf4")
     change = smallest_change(large, int(10.9 * GIB), auto=True)
     assert change is not None
     assert [one.partition("=")[0] for one in change.overrides] == ["train.micro_batch_size", "eval.batch_size"]

@@ -12,7 +12,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.plan.run import Device, Ranks, attention_of, ranks_in, run_of
 from gemma_ft.plan.shape import preset_shape
-from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.batch_plan import BatchPlan, batch_plan
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system.shipped import shipped_launches, shipped_root
 
@@ -63,9 +63,9 @@ def test_another_file_is_refused(text: str, line: str, tmp_path: Path) -> None:
 
 def test_ranks_share_the_rows_of_a_step() -> None:
     recipe = load_recipe("sft_2b", ["train.micro_batch_size=8"]).recipe
-    assert (run_of(recipe).rows, run_of(recipe).accumulation) == (8, 4)
+    assert (run_of(recipe).micro_batch_size, run_of(recipe).accumulation_steps) == (8, 4)
     shared = run_of(recipe, ranks=Ranks(8, "ddp"))
-    assert (shared.rows, shared.accumulation) == (4, 1)
+    assert (shared.micro_batch_size, shared.accumulation_steps) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,15 @@ def test_rows_are_cut_as_training_cuts_them(
     given = [f"train.global_batch_size={rows}", f"train.micro_batch_size={micro}"]
     recipe = load_recipe("sft_2b", given).recipe
     if expected is None:
-        for refused in (lambda: run_of(recipe, ranks=Ranks(ranks, "ddp")), lambda: accumulation(recipe, ranks)):
+        for refused in (lambda: run_of(recipe, ranks=Ranks(ranks, "ddp")), lambda: batch_plan(recipe, ranks)):
             with pytest.raises(UserError, match=f"{rows} rows cannot be dealt to {ranks} devices; use "):
                 refused()
         return
     planned = run_of(recipe, ranks=Ranks(ranks, "ddp"))
-    assert (planned.rows, planned.accumulation) == expected
-    assert (micro_batch(recipe, ranks), accumulation(recipe, ranks)) == expected
-    assert run_of(recipe, rows=1, ranks=Ranks(ranks, "ddp")).accumulation == rows // ranks  # where it is known better
+    assert (planned.micro_batch_size, planned.accumulation_steps) == expected
+    assert batch_plan(recipe, ranks) == BatchPlan(rows, *expected, ranks)
+    known_better = run_of(recipe, batch=BatchPlan(rows, 1, rows // ranks, ranks), ranks=Ranks(ranks, "ddp"))
+    assert (known_better.micro_batch_size, known_better.accumulation_steps) == (1, rows // ranks)
 
 
 def test_the_vocabulary_is_that_of_the_weights() -> None:

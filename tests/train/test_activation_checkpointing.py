@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system import environment
 from gemma_ft.train.activation_checkpointing import checkpoint_layers, choose_checkpointing
@@ -25,7 +26,7 @@ def gradients(trainer: Any, layers: int) -> dict[str, torch.Tensor]:
     trainer.model.train()
     trainer.model.zero_grad()
     torch.manual_seed(3)
-    inputs = trainer.data_collator(trainer.train_examples.longest(2))
+    inputs = trainer.data.collate(trainer.data.train.longest(2))
     trainer.model(**inputs, use_cache=False).loss.backward()
     return {name: one.grad.clone() for name, one in trainer.model.named_parameters() if one.grad is not None}
 
@@ -62,7 +63,7 @@ def test_so_many_of_the_first_layers_run_twice(recipe_for: RecipeFor) -> None:
 
 def chosen(loaded: LoadedRecipe, free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(environment, "memory_bytes", lambda: (0, free))
-    return choose_checkpointing(loaded.recipe, rows=2, tokens=2048, world=World())
+    return choose_checkpointing(loaded.recipe, BatchPlan(4, 2, 2), tokens=2048, world=World())
 
 
 def test_memory_decides_and_the_recipe_may(recipe_for: RecipeFor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +106,9 @@ def test_where_memory_is_short_all_layers_come_before_smaller_micro_batches(
     trainer = make_trainer(loaded)
     trainer.checkpointing = chosen(loaded, 2**40, monkeypatch)
     asked = small_memory(trainer, 2)
-    assert fit_micro_batch(trainer) == 2
-    longest = int(trainer.train_examples.lengths.max())
+    trainer.batch = fit_micro_batch(trainer)
+    assert trainer.batch == BatchPlan(4, 2, 2)
+    longest = int(trainer.data.train.lengths.max())
     assert asked == [(4, longest), (4, longest), (2, longest)]
     assert trainer.checkpointing.run.checkpointed == 6
     assert losses(trainer) == pytest.approx(expected, rel=1e-5)
@@ -117,10 +119,10 @@ def test_the_cure_is_the_planners(recipe_for: RecipeFor, monkeypatch: pytest.Mon
     plan = chosen(recipe_for("strategy=lora"), 2**20, monkeypatch)
     trainer.checkpointing = plan
     small_memory(trainer, 0)
-    longest = int(trainer.train_examples.lengths.max())
+    longest = int(trainer.data.train.lengths.max())
     with pytest.raises(Exception, match="does not fit") as raised:
         fit_micro_batch(trainer)
     assert str(raised.value) == (
         f"a single row of {longest} tokens does not fit into GPU memory; set strategy=qlora, or --launch fsdp2"
     )
-    assert plan.cure(rows=2) == "train.micro_batch_size=1"
+    assert plan.cure(2) == "train.micro_batch_size=1"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gemma_ft.errors import UserError
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.oom import fit_micro_batch
 from tests.train.test_trainer import make_trainer
@@ -31,7 +32,7 @@ def small_memory(trainer: Any, rows: int) -> list[tuple[int, int]]:
 
 def losses(trainer: Any) -> list[float]:
     found: list[float] = []
-    trainer.on_step = lambda figures: found.append(figures["loss"])
+    trainer.listener.on_step = lambda figures: found.append(figures["loss"])
     trainer.train()
     return found
 
@@ -41,10 +42,10 @@ def test_it_is_halved_until_it_fits_and_the_steps_stay_the_same(recipe_for: Reci
     expected = losses(make_trainer(loaded))
     trainer = make_trainer(loaded)
     asked = small_memory(trainer, 1)
-    assert fit_micro_batch(trainer) == 1
-    longest = int(trainer.train_examples.lengths.max())
+    trainer.batch = fit_micro_batch(trainer)
+    longest = int(trainer.data.train.lengths.max())
     assert asked == [(4, longest), (2, longest), (1, longest)]
-    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (1, 4)
+    assert trainer.batch == BatchPlan(4, 1, 4)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert losses(trainer) == pytest.approx(expected, rel=1e-5)
 
@@ -52,15 +53,15 @@ def test_it_is_halved_until_it_fits_and_the_steps_stay_the_same(recipe_for: Reci
 def test_what_fits_is_left_alone(recipe_for: RecipeFor) -> None:
     trainer = make_trainer(recipe_for("strategy=lora", "train.micro_batch_size=4"))
     asked = small_memory(trainer, 4)
-    assert fit_micro_batch(trainer) == 4
+    assert fit_micro_batch(trainer) is trainer.batch
+    assert trainer.batch == BatchPlan(4, 4, 1)
     assert len(asked) == 1
-    assert trainer.args.gradient_accumulation_steps == 1
 
 
 def test_a_row_that_does_not_fit_is_told(recipe_for: RecipeFor) -> None:
     trainer = make_trainer(recipe_for("strategy=lora"))
     small_memory(trainer, 0)
-    longest = int(trainer.train_examples.lengths.max())
+    longest = int(trainer.data.train.lengths.max())
     with pytest.raises(UserError) as raised:
         fit_micro_batch(trainer)
     assert str(raised.value) == (

@@ -30,15 +30,15 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the next run die right after its figures of `step` are written."""
-    original = GemmaTrainer.log
+    original = GemmaTrainer._tell_figures
 
-    def log(self: GemmaTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
-        original(self, logs, start_time)
+    def tell(self: GemmaTrainer) -> None:
+        original(self)
         if self.state.global_step == step:
-            monkeypatch.setattr(GemmaTrainer, "log", original)
+            monkeypatch.setattr(GemmaTrainer, "_tell_figures", original)
             raise Killed
 
-    monkeypatch.setattr(GemmaTrainer, "log", log)
+    monkeypatch.setattr(GemmaTrainer, "_tell_figures", tell)
 
 
 def exact(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,36 +10,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.batch_plan import accumulation, micro_batch
+from gemma_ft.recipe.batch_plan import BatchPlan, batch_plan
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.train.sampler import StepBatches, WithBlank
+from gemma_ft.train.sampler import StepRows, collated, dealt
+
+
+def epoch_of(rows: StepRows, epoch: int = 0) -> list[list[list[int]]]:
+    """The micro-batches of each step of an epoch, on one rank."""
+    first = epoch * rows.steps_per_epoch
+    return [rows.micro_batches(step) for step in range(first, first + rows.steps_per_epoch)]
 
 
 @given(st.integers(1, 90), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
 def test_ranks_together_train_the_steps_of_one(length: int, micro: int, times: int, ranks: int, epoch: int) -> None:
     step = micro * times * ranks
-    alone, *dealt = (
-        StepBatches(length, step_rows=step, micro_rows=micro, seed=7, rank=rank, ranks=count)
-        for count, rank in [(1, 0), *((ranks, rank) for rank in range(ranks))]
-    )
-    for batches in (alone, *dealt):
-        batches.epoch = epoch
-    rows = [list(batches) for batches in dealt]
-    assert [len(batches) for batches in dealt] == [len(mine) for mine in rows]
-    assert len({len(mine) for mine in rows}) == 1, "every rank computes as often, or the others wait for it"
-    order = [row for batch in alone for row in batch]
+    alone = StepRows(length, BatchPlan(step, micro, times * ranks), seed=7)
+    dealt = [StepRows(length, BatchPlan(step, micro, times, ranks), seed=7, rank=rank) for rank in range(ranks)]
+    of_one, of_each = epoch_of(alone, epoch), [epoch_of(rows, epoch) for rows in dealt]
+    order = [row for batches in of_one for batch in batches for row in batch]
     assert sorted(order) == list(range(length))
-    for number in range(math.ceil(length / step)):
-        expected = sorted(order[number * step : (number + 1) * step])
-        mine = [row for one in rows for batch in one[number * times : (number + 1) * times] for row in batch]
-        assert sorted(row for row in mine if row != length) == expected == sorted(alone.rows_of_step(number))
+    assert len(of_one) == math.ceil(length / step) == alone.steps_per_epoch
+    for number, batches in enumerate(of_one):
+        expected = sorted(row for batch in batches for row in batch)
+        mine = [steps[number] for steps in of_each]
+        assert len({len(one) for one in mine}) == 1, "every rank computes as often, or the others wait for it"
+        rows = [row for one in mine for batch in one for row in batch]
+        assert sorted(row for row in rows if row != length) == expected
+        assert expected == sorted(alone.rows_of_step(epoch * alone.steps_per_epoch + number))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        batches = StepBatches(50, step_rows=4, micro_rows=2, seed=seed)
-        batches.epoch = epoch
-        return [row for batch in batches for row in batch]
+        rows = StepRows(50, BatchPlan(4, 2, 2), seed=seed)
+        return [row for batches in epoch_of(rows, epoch) for batch in batches for row in batch]
 
     torch.manual_seed(0)
     first = order(1, 0)
@@ -48,30 +51,31 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
+def test_a_step_is_the_same_whatever_was_asked_for_before() -> None:
+    rows = StepRows(10, BatchPlan(4, 2, 2), seed=1)
+    forwards = [rows.micro_batches(step) for step in range(9)]
+    assert [rows.micro_batches(step) for step in reversed(range(9))] == forwards[::-1]
+
+
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 4))
 def test_rows_of_a_step_are_cut_longest_first(tokens: list[int], micro: int, times: int) -> None:
     """Little is padded, and each step still holds the rows that it would have without."""
-    step = micro * times
-    plain, sorted_ = (
-        list(StepBatches(len(tokens), step_rows=step, micro_rows=micro, seed=3, tokens=given))
-        for given in (None, tokens)
-    )
-    per_step = math.ceil(min(step, len(tokens)) / micro)
-    for at in range(0, len(plain), per_step):
-        one, other = ([row for batch in batches[at : at + per_step] for row in batch] for batches in (plain, sorted_))
+    plan = BatchPlan(micro * times, micro, times)
+    plain, sorted_ = (epoch_of(StepRows(len(tokens), plan, seed=3, tokens=given)) for given in (None, tokens))
+    for batches, others in zip(plain, sorted_, strict=True):
+        one, other = ([row for batch in some for row in batch] for some in (batches, others))
         assert sorted(one) == sorted(other)
         assert [tokens[row] for row in other] == sorted((tokens[row] for row in one), reverse=True)
 
 
 def test_held_out_rows_keep_their_order() -> None:
-    rows = [list(StepBatches(7, step_rows=7, micro_rows=2, seed=None, rank=rank, ranks=2)) for rank in (0, 1)]
+    rows = [dealt(range(7), 2, blank=7, rank=rank, ranks=2) for rank in (0, 1)]
     assert rows == [[[0, 1], [4, 5]], [[2, 3], [6]]]
 
 
 def test_the_blank_row_trains_nothing() -> None:
-    data = WithBlank([{"input_ids": [5]}], pad_id=0)
-    assert (len(data), data[0]) == (2, {"input_ids": [5]})
-    assert data[1] == {"input_ids": [0], "labels": [-100], "position_ids": [0], "document_ids": [-1]}
+    blank = {"input_ids": [0], "labels": [-100], "position_ids": [0], "document_ids": [-1]}
+    assert collated([{"input_ids": [5]}], [0, 1], list, 0) == [{"input_ids": [5]}, blank]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,10 +91,16 @@ def test_the_blank_row_trains_nothing() -> None:
 def test_a_global_batch_is_dealt_whole_or_refused(ranks: int, told: str | None) -> None:
     recipe = load_recipe("sft_tiny", ["train.global_batch_size=32", "train.micro_batch_size=4"]).recipe
     if told is None:
-        micro = micro_batch(recipe, ranks)
-        assert accumulation(recipe, ranks) * ranks * micro == 32
-        assert micro == {1: 4, 2: 4, 16: 2}[ranks]
+        assert batch_plan(recipe, ranks) == BatchPlan(32, *{1: (4, 8), 2: (4, 4), 16: (2, 1)}[ranks], ranks)
         return
     with pytest.raises(UserError) as raised:
-        accumulation(recipe, ranks)
+        batch_plan(recipe, ranks)
     assert str(raised.value) == f"train.global_batch_size: {told}"
+
+
+def test_a_smaller_plan_is_the_same_step() -> None:
+    plan = BatchPlan(36, 9, 2, 2)
+    assert plan.smaller() == BatchPlan(36, 3, 6, 2)
+    assert plan.smaller().smaller() == BatchPlan(36, 1, 18, 2)
+    with pytest.raises(AssertionError, match="without a rest"):
+        BatchPlan(10, 3, 3)

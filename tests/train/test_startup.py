@@ -10,6 +10,7 @@ import torch
 from gemma_ft.data.encode.chat import ChatEncoder, chat_template
 from gemma_ft.kernels import cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.triton import triton_backend as gpu
+from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.train import startup
 from tests.foreign import CHATML, TEMPLATES, foreign_tokenizer
 
@@ -64,7 +65,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_micro_batches_on_a_gpu_are_told(
     micro: int, tokens: int, total: int, ranks: int, enough: int | None
 ) -> None:
-    found = startup._small(micro, tokens, total, ranks)
+    found = startup._small(BatchPlan(total, micro, total // (micro * ranks), ranks), tokens)
     if enough is None:
         assert found == []
     else:

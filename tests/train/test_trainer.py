@@ -17,12 +17,18 @@ from gemma_ft.build.data import build_data
 from gemma_ft.build.inputs import build_tokenizer
 from gemma_ft.build.model import build_model
 from gemma_ft.data.pack.collate import Collator
+from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train import step as page
 from gemma_ft.train.distributed import World
 from gemma_ft.train.lr_schedule import learning_rate_factor
-from gemma_ft.train.settings import training_arguments
+from gemma_ft.train.objectives.registry import build_objective
+from gemma_ft.train.progress import Listener, Progress
+from gemma_ft.train.sampler import TrainingData
+from gemma_ft.train.settings import TrainerOptions, training_arguments
 from gemma_ft.train.signals import StopRequest
-from gemma_ft.train.trainer import GemmaTrainer, Progress
+from gemma_ft.train.step import forward_backward
+from gemma_ft.train.trainer import GemmaTrainer
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -39,21 +45,15 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "world": World(),
         "stop": StopRequest(),
         "source": None,
-        "train_examples": data.train.examples,
-        "eval_examples": None,
-        "collator": Collator(data.encoder.control.pad),
+        "data": TrainingData(data.train.examples, None, Collator(data.encoder.control.pad)),
+        "batch": batch_plan(recipe, 1),
+        "objective": build_objective("sft"),
+        "options": TrainerOptions(keep_checkpoints=2),
         "tokenizer": tokenizer,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-        "autocast": None,
-        "keep_checkpoints": 2,
-        "keep_best": False,
         "progress": Progress(),
-        "on_step": lambda figures: None,
-        "on_eval": lambda step, loss: None,
-        "on_fault": lambda line: None,
     }
-    settings = training_arguments(recipe, Path(recipe.output_dir) / "checkpoints", 4, World(), evaluates=False)
+    out = Path(recipe.output_dir) / "checkpoints"
+    settings = training_arguments(recipe, out, 4, arguments["batch"], World(), evaluates=False)
     return GemmaTrainer(model, settings, **{**arguments, **changes})
 
 
@@ -62,17 +62,23 @@ def test_it_is_sfttrainer_and_its_train_is_what_runs(
 ) -> None:
     assert issubclass(GemmaTrainer, SFTTrainer)
     assert GemmaTrainer.train is SFTTrainer.train is Trainer.train
-    assert GemmaTrainer._inner_training_loop is Trainer._inner_training_loop
-    calls = []
-    original = Trainer.training_step
+    for name in ("_inner_training_loop", "_run_epoch", "get_batch_samples"):
+        assert getattr(GemmaTrainer, name) is getattr(Trainer, name)
+    steps: list[int] = []
+    original = Trainer.get_batch_samples
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        steps.append(0)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "training_step", counted)
+    def micro_batch(*args: Any) -> Any:
+        steps[-1] += 1
+        return forward_backward(*args)
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", counted)
+    monkeypatch.setattr(page, "forward_backward", micro_batch)
     assert len(train(recipe_for("strategy=lora"))) == 4
-    assert len(calls) == 2 + 2 + 1 + 2  # 10 rows in micro-batches of 2: steps of 4, 4 and 2 rows, then 4 again
+    assert steps == [2, 2, 1, 2]  # 10 rows in micro-batches of 2: steps of 4, 4 and 2 rows, then 4 again
 
 
 def test_no_pickle_is_ever_written(
@@ -135,7 +141,7 @@ def trained_in_float64(loaded: LoadedRecipe) -> tuple[list[float], torch.Tensor]
     model, _ = build_model(loaded.recipe, build_tokenizer(loaded.recipe))
     model.to(torch.float64)
     losses: list[float] = []
-    make_trainer(loaded, model, on_step=lambda figures: losses.append(figures["loss"])).train()
+    make_trainer(loaded, model, listener=Listener(lambda figures: losses.append(figures["loss"]))).train()
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     assert weights.dtype == torch.float64
     return losses, weights

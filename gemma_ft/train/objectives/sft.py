@@ -1,0 +1,36 @@
+"""Supervised fine-tuning: the mean cross-entropy of the labelled tokens of a step, each with the weight of its row.
+
+Source: arXiv:2203.02155 section 3.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gemma_ft.data.encode.chat import IGNORE
+from gemma_ft.train.objectives.registry import Batch, Objective
+
+
+@dataclass(frozen=True)
+class SupervisedFineTuning:
+    """Sum of -weight[t] log p[t] over sum of weight[t], t the labelled tokens: a row of weight 2 is the row twice."""
+
+    needs_logprobs = False  # weight[t] is the derivative
+
+    def divisor(self, batch: Batch) -> float:
+        """Labelled tokens, or the sum of their weights."""
+        labelled = batch["labels"][:, 1:] != IGNORE  # nothing comes before the first token
+        if "loss_weights" not in batch:  # a blank row among weighted ones has no label either
+            return float(labelled.sum())
+        return float(batch["loss_weights"][:, 1:][labelled].double().sum())
+
+    def __call__(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        """See `Objective`."""
+        return -(logprobs * batch["loss_weights"] if "loss_weights" in batch else logprobs).sum()
+
+
+def build() -> Objective:
+    """It has no settings."""
+    return SupervisedFineTuning()

@@ -1,0 +1,53 @@
+"""What one run is made of, on one of its ranks: what run.py built, and what it then goes on with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gemma_ft.build.data import BuiltData
+from gemma_ft.build.located import Source
+from gemma_ft.evaluate.forgetting import Canary
+from gemma_ft.recipe.batch_plan import BatchPlan
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.train.activation_checkpointing import Checkpointing
+from gemma_ft.train.display import Display
+from gemma_ft.train.distributed import World
+from gemma_ft.train.evaluation import Scorer
+from gemma_ft.train.progress import Progress
+from gemma_ft.train.run_dir import RunDir
+from gemma_ft.train.run_log import RunLog
+from gemma_ft.train.signals import StopRequest
+from gemma_ft.train.trainer import GemmaTrainer
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run that is checked and built, before it trains."""
+
+    recipe: Recipe
+    run: RunDir
+    display: Display
+    tokenizer: PreTrainedTokenizerBase
+    data: BuiltData
+    canary: Canary | None
+    model: Any
+    source: Source | None  # of the base's weights
+    total: int  # optimizer steps
+    batch: BatchPlan
+    world: World
+    stop: StopRequest
+    checkpointing: Checkpointing
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run and what it goes on with: how far it has come, who logs, trains and scores it."""
+
+    context: RunContext
+    progress: Progress
+    log: RunLog
+    trainer: GemmaTrainer
+    scorer: Scorer

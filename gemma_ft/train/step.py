@@ -1,0 +1,147 @@
+"""One optimizer step, in reading order: its rows, micro-batches, forward, loss, backward, agreement of ranks, clip,
+update, figures.
+
+Letters: B sequences of a micro-batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_ft.train.distributed import World
+from gemma_ft.train.fsdp import gradients_deferred, whole
+from gemma_ft.train.objectives.registry import Objective
+from gemma_ft.train.sampler import Batch, Collate, Example, StepRows, collated
+
+
+@dataclass
+class StepParts:
+    """What a step is made of, on one rank."""
+
+    step: int  # of the run, counted from 0
+    model: Any  # as DDP or FSDP2 wraps it
+    optimizer: Any
+    objective: Objective
+    examples: Sequence[Example]
+    rows: StepRows
+    collate: Collate
+    pad_id: int
+    world: World
+    device: torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    seed: int
+    max_grad_norm: float  # 0: gradients are not clipped
+    computing: bool = False  # gradients are, by forward and backward, in which no weight changes
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step came to, on all ranks together."""
+
+    loss: float  # the objective's, over its divisor
+    grad_norm: float  # before it was clipped
+    learning_rate: float
+    tokens: int  # of the input, without padding and blank rows
+    finite: bool  # where not, the update was left out
+
+
+def optimizer_step(parts: StepParts) -> StepFigures:
+    """Train on the rows of a step. All ranks call it."""
+    rows = parts.rows.micro_batches(parts.step)
+    batches = [collated(parts.examples, some, parts.collate, parts.pad_id) for some in rows]
+    divisor = _divisor(parts, batches)
+    parts.computing = True
+    loss, tokens = _accumulate_gradients(parts, batches, divisor)
+    parts.computing = False
+    norm = _clip_gradients(parts)
+    finite = not parts.world.any(not (math.isfinite(norm) and math.isfinite(loss)))
+    learning_rate = float(parts.optimizer.param_groups[0]["lr"])
+    if finite:
+        parts.optimizer.step()
+    parts.model.zero_grad()
+    loss, counted = parts.world.sum([loss, tokens])
+    return StepFigures(loss, norm, learning_rate, round(counted), finite)
+
+
+def _divisor(parts: StepParts, batches: Sequence[Batch]) -> Tensor:
+    """What the step's loss is divided by, once: what the objective counts in all micro-batches of all ranks."""
+    own = sum(parts.objective.divisor(batch) for batch in batches)
+    return torch.tensor(parts.world.sum([own])[0] or 1.0, dtype=torch.float64, device=parts.device)
+
+
+def _accumulate_gradients(parts: StepParts, batches: Sequence[Batch], divisor: Tensor) -> tuple[float, float]:
+    """Forward and backward over this rank's micro-batches; gradients of ranks are summed in the last one's backward.
+    Returns this rank's parts of the loss and of the count of tokens.
+
+    What dropout draws is a function of the seed, the step and the micro-batch, as one rank counts them: the same after
+    a resume, and on any number of ranks.
+    """
+    loss, tokens = torch.zeros((), device=parts.device), torch.zeros((), device=parts.device, dtype=torch.int64)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(_mixed(parts.seed, parts.step, number * parts.world.size + parts.world.rank))
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else gradients_deferred(parts.model):
+            value, count = forward_backward(parts, batch, divisor)
+        loss, tokens = loss + value, tokens + count
+    return float(loss), float(tokens)
+
+
+def forward_backward(parts: StepParts, batch: Batch, divisor: Tensor) -> tuple[Tensor, Tensor]:
+    """One micro-batch: its gradients are added to those that are there. Returns its parts of loss and tokens."""
+    inputs = {name: tensor.to(parts.device) for name, tensor in batch.items()}
+    parts.model.train()
+    with parts.autocast():
+        loss, value = micro_batch_loss(parts.model, inputs, parts.objective, divisor)
+    (loss * parts.world.size).backward()  # gradients are averaged over ranks, and are to be summed
+    return value, (inputs["document_ids"] >= 0).sum()
+
+
+def micro_batch_loss(model: Any, inputs: Batch, objective: Objective, divisor: Tensor) -> tuple[Tensor, Tensor]:
+    """(what has the gradient of the objective over the divisor, the objective over the divisor) of one micro-batch.
+
+    d objective = sum over tokens of d objective / d log p[t] * d log p[t]: so the head's cross-entropy, each token's
+    multiplied by minus that derivative, undivided and of either sign, has the objective's gradient. Where it needs no
+    log-probabilities it is that sum itself; else the head gives them first, without a gradient, for the derivative.
+    """
+    labels, values = inputs["labels"], []
+
+    def weights(logprobs: Tensor) -> Tensor:
+        value, found = token_weights(objective, logprobs, inputs)
+        values.append(value)
+        return found
+
+    given = weights if objective.needs_logprobs else weights(torch.zeros_like(labels, dtype=torch.float32))
+    outputs = model(**{**inputs, "loss_weights": given}, use_cache=False, num_items_in_batch=divisor)
+    value = values[0] / divisor if objective.needs_logprobs else outputs.loss
+    return outputs.loss, value.detach()
+
+
+def token_weights(objective: Objective, logprobs: Tensor, inputs: Batch) -> tuple[Tensor, Tensor]:
+    """(the objective's value, minus its derivative by each log-probability [B, T]), both detached."""
+    with torch.enable_grad(), torch.autocast(logprobs.device.type, enabled=False):
+        logprobs = logprobs.detach().requires_grad_()
+        value = objective(logprobs, inputs)
+        if not value.requires_grad:  # it has no term: a blank row
+            return value, torch.zeros_like(logprobs)
+        (slope,) = torch.autograd.grad(value, logprobs)
+    return value.detach(), -slope
+
+
+def _clip_gradients(parts: StepParts) -> float:
+    """The norm of all gradients, which are then scaled to `max_grad_norm` where it is larger."""
+    limit = parts.max_grad_norm or math.inf
+    return float(whole(torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit)))
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed out of several numbers, unlike that of any numbers near them."""
+    digest = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**63
