@@ -9,7 +9,7 @@ from gemma_ft.cli.model_options import Adapter, Dtype, Model, Quantize, memory_a
 from gemma_ft.cli.start import check_model
 from gemma_ft.errors import UserError
 
-NEEDED = ("fastapi", "uvicorn")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
@@ -34,7 +34,7 @@ def serve(
 ) -> int:
     """Serve a model over HTTP in the form of OpenAI's API."""
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise UserError("serve: needs FastAPI and uvicorn; pip install 'gemma-ft[serve]'")
+        raise UserError("serve: needs FastAPI, uvicorn and prometheus_client; pip install 'gemma-ft[serve]'")
     from gemma_ft.serve.address import checked_binding, open_socket
     from gemma_ft.serve.limits import Limits
 

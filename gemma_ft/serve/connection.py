@@ -26,7 +26,9 @@ READING = (h11.IDLE, h11.SEND_BODY)  # states of a client that has not sent its 
 class GuardedConnection(H11Protocol):
     """One connection that no client can hold by being slow: a request must be in, and an answer be taken, in time.
 
-    uvicorn has a timeout for the pause between requests only.
+    uvicorn has a timeout for the pause between requests only. hypercorn's read_timeout begins anew with each part that
+    comes in, so that a byte a second holds a connection for ever; it waits without end for a client that does not read,
+    and counts no connections: under it, all of this would have to be written as well.
     """
 
     def __init__(self, limits: Limits, **given: Any) -> None:

@@ -139,7 +139,7 @@ class Scheduler:
         call = Call(jobs, now + self.limits.request_seconds, open=set(jobs), begun=now)
         self.open += len(jobs)
         self._calls.update(dict.fromkeys(jobs, call))
-        self.metrics.prompt_tokens.add(prompt_tokens)
+        self.metrics.prompt_tokens.inc(prompt_tokens)
         self._order("submit", jobs)
         return call
 
@@ -148,7 +148,7 @@ class Scheduler:
         left = [job for job in call.jobs if job in call.open]
         for job in left:
             self._close(job)
-        self.metrics.cancelled.add(len(left))
+        self.metrics.cancelled.inc(len(left))
         if left:
             self._order("cancel", left)
 
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _deliver(self, given: list[tuple[Job, Piece]]) -> None:
         for job, piece in given:
-            self.metrics.answer_tokens.add(piece.tokens)
+            self.metrics.answer_tokens.inc(piece.tokens)
             call = self._calls.get(job)
             if call is None:  # given up in the meantime
                 continue

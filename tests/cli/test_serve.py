@@ -47,13 +47,17 @@ def test_a_port_in_use_is_known_before_a_model_is_loaded(capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", line)
 
 
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
 def test_without_the_extra_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     assert main(["serve", str(MODEL)]) == 2
-    assert capsys.readouterr() == ("", "serve: needs FastAPI and uvicorn; pip install 'gemma-ft[serve]'\n")
+    assert capsys.readouterr() == (
+        "",
+        "serve: needs FastAPI, uvicorn and prometheus_client; pip install 'gemma-ft[serve]'\n",
+    )
 
 
 def test_no_such_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

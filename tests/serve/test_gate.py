@@ -14,6 +14,7 @@ import pytest
 from gemma_ft.infer.session import Session
 from gemma_ft.serve.address import Binding
 from gemma_ft.serve.limits import Limits
+from gemma_ft.serve.metrics import SECONDS
 from tests.serve.conftest import PATIENCE, Served, chat_body, serving, wait_until
 
 KEY = "correct-horse-battery"
@@ -263,7 +264,8 @@ def test_metrics_can_be_read(served: Served) -> None:
     assert grown('gemma_ft_requests_total{route="other",status="404"}') == 20
     assert grown("gemma_ft_time_to_first_token_seconds_count") == 1
     route = 'route="/v1/chat/completions"'
-    buckets = [after[name] for name in after if name.startswith(f"gemma_ft_request_seconds_bucket{{{route},")]
+    buckets = [after[name] for name in after if name.startswith("gemma_ft_request_seconds_bucket{") and route in name]
+    assert len(buckets) == len(SECONDS) + 1
     assert buckets == sorted(buckets)
     assert buckets[-1] == after[f"gemma_ft_request_seconds_count{{{route}}}"]
     assert (after["gemma_ft_active"], after["gemma_ft_queue_length"]) == (0, 0)

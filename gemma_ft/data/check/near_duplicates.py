@@ -111,6 +111,11 @@ def _elements(text: str) -> Any:
 def _candidates(signatures: Any) -> Any:
     """(earlier, later) numbers of texts that share a bucket of some band: int64 [pairs, 2]. Each is paired with the
     first of its bucket and with its NEIGHBOURS before it: a bucket may be as large as the data set.
+
+    datasketch.MinHashLSH with these bands has a bucket's members only all together, text by text in Python. Measured on
+    two cores, signing included: 20,000 made-up texts take it 9.9 s and 255 MiB, this 2.3 s and 117 MiB; the questions
+    of GSM8K 3.7 s, this 0.95 s; the same pairs in both. With 8,000 near copies of one text among 20,000 it did not end
+    in 100 s; this takes 0.5 s.
     """
     found = []
     for band in range(BANDS):
