@@ -4,6 +4,8 @@ as rings fill, wrap and grow. Recorded on a GPU as a CUDA graph, elsewhere by wh
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -138,11 +140,31 @@ def test_a_cpu_and_several_processes_record_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_recordings_are_few(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that were made at most two are held; each holds memory."""
     monkeypatch.setattr(decode_step, "MOST", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_PLACES", 64)  # rings do not grow, so that no recording goes with them
+    held: weakref.WeakSet[Any] = weakref.WeakSet()
+    made = 0
+
+    def counted(run: Any) -> Any:
+        nonlocal made
+        made += 1
+        repeat, logits = record(run)
+
+        def again() -> None:
+            repeat()
+
+        held.add(again)
+        return again, logits
+
+    monkeypatch.setattr(engine, "recorder", lambda *_, **__: counted)
     model = lively(SECOND).eval().to(DEVICE)
     speaking = Engine(model, stop_ids=[], max_batch=4)
     for one in asked(4, (20, 16, 12, 8)):
         speaking.submit(one)
     while speaking.waiting or speaking.active:
         speaking.step()
-        assert len(speaking._decode_step._recorded) <= 2
+        gc.collect()
+        assert len(held) <= 2
+    assert made == 4
+    assert speaking.unrecorded is None

@@ -92,9 +92,19 @@ def test_each_row_draws_from_its_own_generator() -> None:
         assert found == [int(next_tokens(rows[i : i + 1], [apart[i]])) for i in range(3)]
 
 
-def test_no_seed_means_another_draw_each_time() -> None:
-    drawn = {tuple(sampler(temperature=1.0).uniform() for _ in range(4)) for _ in range(3)}
-    assert len(drawn) == 3
+def test_no_seed_means_another_draw_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each generator is seeded with what the system gives, here 7, then 8."""
+    given = iter((7, 8))
+
+    class Generator(torch.Generator):
+        def seed(self) -> int:
+            return self.manual_seed(next(given)).initial_seed()
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    for seed in (7, 8):
+        drawn, expected = sampler(temperature=1.0), sampler(temperature=1.0, seed=seed)
+        assert [drawn.uniform() for _ in range(4)] == [expected.uniform() for _ in range(4)]
+    assert list(given) == []
 
 
 def test_logits_that_are_not_finite_give_no_token() -> None:
