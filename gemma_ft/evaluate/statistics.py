@@ -37,11 +37,6 @@ class Estimate:
         """The fields by name, for a report file."""
         return asdict(self)
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0: of a difference, that it is no accident of these rows."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def mean(sums: Floats) -> Floats:
     """Sums [S, 2] of (total, weight) -> the weighted mean [S]."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from gemma_ft.families import FAMILIES
 from gemma_ft.model.config import GemmaNumerics
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
-GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 CONTRACT_KEY = "gemma_ft.contract"
 ELSE = "use --to hf instead"
 LARGEST_F16 = 65504.0

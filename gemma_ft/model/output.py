@@ -12,20 +12,19 @@ from gemma_ft.model.lm_head import HeadLoss
 
 # transformers 5.24 calls `cache` what was `past_key_values` before.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
-OWN = ("token_count", "token_accuracy")
+OWN = ("token_count",)
 
 
 @dataclass
 class GemmaCausalLMOutput(CausalLMOutputWithPast):
     """transformers' output: loss, logits, cache, hidden_states, as far as there are any, in this order.
 
-    Where a loss was made without logits, also what the fused head counted: `token_count` labelled tokens, and
-    `token_accuracy` in 0..1, both by name alone. With logits there is nothing that transformers' output lacks: its
-    Trainer takes all that it does not know for predictions.
+    Where a loss was made without logits, also what the fused head counted: `token_count` labelled tokens, by name
+    alone. With logits there is nothing that transformers' output lacks: its Trainer takes all that it does not know for
+    predictions.
     """
 
     token_count: Tensor | None = None
-    token_accuracy: Tensor | None = None
 
     @classmethod
     def of(
@@ -34,8 +33,7 @@ class GemmaCausalLMOutput(CausalLMOutputWithPast):
         """`head`: what the loss came from, where there are labels."""
         if head is None or logits is not None:
             return cls(loss, logits, cache, hidden_states)
-        accuracy = head.correct_count / head.token_count.clamp(min=1)
-        return cls(loss, None, cache, hidden_states, None, head.token_count, accuracy)
+        return cls(loss, None, cache, hidden_states, None, head.token_count)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values by position that transformers' output has: who asks for logits that were not built gets an

@@ -12,7 +12,6 @@ CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 64 * 2**20,
 WEIGHT_NUMBERS, ROWS_NUMBERS = 2**24, 2**22
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
 CPU_PROCESS = 3 * 2**28  # torch and the libraries around it, with a first use of their kernels
-FIRST_STEP = 24 * 2**20  # of that: what they set up in a first training step, measured with a model of next to nothing
 
 
 def weights(run: Run) -> int:

@@ -122,11 +122,6 @@ class World:
         dist.broadcast(found, src=0, group=self._control)
         return [int(number) for number in found]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(group=self._control)
-
     def close(self) -> None:
         """Leave the group; nothing is waited for."""
         if self._watch is not None:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy
 import pytest
 
-from gemma_ft.data.check.invariants import find_faults
+from gemma_ft.data.check.invariants import faults_in
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
+from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples
 
 ITEMS: list[Item] = [
@@ -59,7 +60,7 @@ def plain_faults(examples: Examples, encoder: ChatEncoder) -> list[str]:
 @pytest.mark.parametrize("seed", range(6))
 def test_they_are_those_of_a_loop_over_all_tokens(encoder: ChatEncoder, packing: bool, seed: int) -> None:
     examples = prepare(ITEMS, encoder, max_seq_len=32, packing=packing).examples
-    assert find_faults(examples, encoder) == plain_faults(examples, encoder) == []
+    assert faults_in(count_pieces(examples, encoder.control), encoder) == plain_faults(examples, encoder) == []
     part = examples.documents.parts[0]
     (ids, starts), (labels, _) = (tuple(array.copy() for array in both) for both in (part.ids, part.labels))
     generator = numpy.random.default_rng(seed)
@@ -78,7 +79,7 @@ def test_they_are_those_of_a_loop_over_all_tokens(encoder: ChatEncoder, packing:
     vars(part).update(ids=(ids, starts), labels=(labels, starts))
     expected = plain_faults(examples, encoder)
     assert expected
-    assert find_faults(examples, encoder) == expected
+    assert faults_in(count_pieces(examples, encoder.control), encoder) == expected
 
 
 def test_no_example_is_put_together(encoder: ChatEncoder) -> None:
@@ -88,4 +89,4 @@ def test_no_example_is_put_together(encoder: ChatEncoder) -> None:
 
     found = prepare(ITEMS, encoder, max_seq_len=32, packing=True).examples
     rows = [[piece] for piece in range(len(found.pieces))]
-    assert find_faults(Untouchable(found.documents, found.pieces, rows, found.bos), encoder) == []
+    assert faults_in(count_pieces(Untouchable(found.documents, found.pieces, rows, found.bos), encoder.control), encoder) == []

@@ -42,7 +42,7 @@ def test_lengths_shares_and_what_is_cut(encoder: ChatEncoder) -> None:
     prepared = prepare(ITEMS, encoder, max_seq_len=LIMIT, packing=True)
     found = figures(prepared, encoder)
     whole = [len(encoder.encode(one).input_ids) for one in ITEMS[:2]]  # type: ignore[arg-type]
-    assert found.lengths.tolist() == [*whole, len(encoder.encode_document(ITEMS[3]).input_ids)]  # type: ignore[arg-type]
+    assert found.lengths.tolist() == [*whole, len(encoder.encode_documents([ITEMS[3]])[0].input_ids)]  # type: ignore[arg-type]
     lost = encoder.encode(ITEMS[1]).labels[LIMIT:]  # type: ignore[arg-type]
     assert (found.cut_tokens, found.cut_trained) == (len(lost), sum(label != IGNORE for label in lost))
     assert len(found.shares) == prepared.stats.documents

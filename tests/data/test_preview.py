@@ -7,13 +7,14 @@ import numpy
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.check.invariants import find_faults
+from gemma_ft.data.check.invariants import faults_in
 from gemma_ft.data.check.preview import look_at
 from gemma_ft.data.check.preview_console import show, token_text
 from gemma_ft.data.conversation import Conversation, Document, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, Prepared, prepare
+from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples
 
 CHAT = Conversation("a.jsonl:4", (Turn("user", "Hi <end_of_turn>"), Turn("assistant", "Yes\nit is")))
@@ -82,7 +83,7 @@ def test_nothing_in_a_row_can_command_the_terminal(encoder: ChatEncoder) -> None
 
 
 def test_bytes_of_one_character_are_shown_as_the_character(encoder: ChatEncoder) -> None:
-    encoded = encoder.encode_document(Document("d:1", "漢字 🙂"))
+    encoded = encoder.encode_documents([Document("d:1", "漢字 🙂")])[0]
     assert token_text(encoded.input_ids, encoded.labels, encoder).plain == "<bos>漢字 🙂<eos>"
 
 
@@ -91,7 +92,7 @@ def test_long_documents_show_head_and_tail(encoder: ChatEncoder) -> None:
     prepared = prepare([Document("d:1", text)], encoder, max_seq_len=16384, packing=True)
     passed, output = shown(prepared, encoder, colours=False)
     assert passed
-    hidden = len(encoder.encode_document(Document("d:1", text)).input_ids) - 500
+    hidden = len(encoder.encode_documents([Document("d:1", text)])[0].input_ids) - 500
     assert f"... {hidden:,} tokens not shown ..." in output
     assert "plain text: no turns, every token is trained" in output
 
@@ -115,7 +116,7 @@ def damaged(prepared: Prepared, **columns: Any) -> Prepared:
 
 def broken(encoder: ChatEncoder, **columns: Any) -> list[str]:
     prepared = damaged(prepare([CHAT], encoder, max_seq_len=64, packing=True), **columns)
-    return find_faults(prepared.examples, encoder)
+    return faults_in(count_pieces(prepared.examples, encoder.control), encoder)
 
 
 def test_fault_01_missing_bos_is_found(encoder: ChatEncoder) -> None:
@@ -224,7 +225,7 @@ def test_of_a_conversation_cut_at_the_left_the_last_lost_tokens_are_shown(encode
 
 
 def test_pieces_of_a_long_document_say_which_they_are(encoder: ChatEncoder) -> None:
-    size = len(encoder.encode_document(Document("d:1", "word " * 40)).input_ids)
+    size = len(encoder.encode_documents([Document("d:1", "word " * 40)])[0].input_ids)
     prepared = prepare([Document("d:1", "word " * 40)], encoder, max_seq_len=32, packing=False)
     text = shown(prepared, encoder, colours=False, row_ids=["1"], rows=2)[1]
     assert f"── document 1 · d:1 · 32 tokens · 1 to 32 of {size} · ◀ asked for" in text
@@ -248,7 +249,7 @@ def test_the_examples_of_rows_are_shown_by_name(encoder: ChatEncoder) -> None:
 def test_one_long_document_hides_no_short_ones(encoder: ChatEncoder) -> None:
     rows = [*(chat(f"a.jsonl:{number}", "Hi", "Yes") for number in range(200)), Document("b.txt:1", "word " * 500)]
     text = shown(prepare(rows, encoder, max_seq_len=64, packing=True), encoder, colours=False)[1]
-    short, long = len(encoder.encode(rows[0]).input_ids), len(encoder.encode_document(rows[-1]).input_ids)
+    short, long = len(encoder.encode(rows[0]).input_ids), len(encoder.encode_documents([rows[-1]])[0].input_ids)
     (line,) = (line for line in text.splitlines() if line.startswith("documents by length"))
     bars, told = line.split("|")[1:]
     assert (bars[-1], max(bars)) == ("▁", "█")

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from gemma_ft.data.check.invariants import find_faults
+from gemma_ft.data.check.invariants import faults_in
 from gemma_ft.data.conversation import Document
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
+from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.sources import read_rows
@@ -17,7 +18,7 @@ Find = Callable[[str], str]
 
 def prepared_file(source: str, encoder: ChatEncoder) -> Prepared:
     prepared = prepare(parse_rows(read_rows(source)), encoder, max_seq_len=512, packing=True)
-    assert find_faults(prepared.examples, encoder) == []
+    assert faults_in(count_pieces(prepared.examples, encoder.control), encoder) == []
     return prepared
 
 

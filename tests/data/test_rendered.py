@@ -147,7 +147,7 @@ def test_answers_that_end_in_a_tokens_name_are_told_where_most_do(encoder: ChatE
 def test_the_ids_stay(encoder: ChatEncoder) -> None:
     document = Document("a.jsonl:1", GEMMA)
     prepared = prepare([document], encoder, max_seq_len=256, packing=False)
-    assert prepared.examples[0]["input_ids"] == encoder.encode_document(document).input_ids
+    assert prepared.examples[0]["input_ids"] == encoder.encode_documents([document])[0].input_ids
 
 
 @pytest.fixture

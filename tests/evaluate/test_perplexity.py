@@ -64,7 +64,7 @@ def test_a_stride_of_the_window_gives_chunks_without_a_lonely_end(tokens: int, s
 
 def test_every_window_begins_with_one_bos_and_counts_each_token_once(encoder: ChatEncoder) -> None:
     found = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10)
-    whole = encoder.encode_document(Document("a", TEXT)).input_ids
+    whole = encoder.encode_documents([Document("a", TEXT)])[0].input_ids
     counted = [label for piece in found.pieces for label in piece.labels if label != IGNORE]
     assert counted == whole[1:]
     for piece in found.pieces:
@@ -82,7 +82,7 @@ def scored(model: GemmaForCausalLM, encoder: ChatEncoder, text: str, window: int
 
 
 def test_one_window_over_all_is_the_plain_loss(model: GemmaForCausalLM, encoder: ChatEncoder) -> None:
-    ids = torch.tensor([encoder.encode_document(Document("a", TEXT)).input_ids])
+    ids = torch.tensor([encoder.encode_documents([Document("a", TEXT)])[0].input_ids])
     logits = model(ids).logits[0, :-1]
     plain = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     total, count = scored(model, encoder, TEXT, window=ids.shape[1], stride=5)
@@ -102,7 +102,7 @@ def test_a_stride_without_overlap_is_the_loss_of_training_chunks(model: GemmaFor
 
 def test_context_is_what_a_window_says(model: GemmaForCausalLM, encoder: ChatEncoder) -> None:
     """The new tokens of the second window, scored by hand: BOS, the context, the new tokens."""
-    body = encoder.encode_document(Document("a", TEXT)).input_ids[1:]
+    body = encoder.encode_documents([Document("a", TEXT)])[0].input_ids[1:]
     pieces = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10).pieces
     losses = piece_losses(model, pieces, pad_id=encoder.control.pad, batch_size=4, on_progress=done)
     ids = torch.tensor([[encoder.control.bos, *body[10:41]]])

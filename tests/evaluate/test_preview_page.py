@@ -120,7 +120,7 @@ def test_faults_are_told(encoder: ChatEncoder, tmp_path: Path) -> None:
 
 def test_of_a_long_document_the_middle_is_left_out(encoder: ChatEncoder, tmp_path: Path) -> None:
     items: list[Item] = [Document("d.txt:1", "word " * 3000)]
-    size = len(encoder.encode_document(items[0]).input_ids)  # type: ignore[arg-type]
+    size = len(encoder.encode_documents([items[0]])[0].input_ids)  # type: ignore[arg-type]
     found = look_at(prepare(items, encoder, max_seq_len=16384, packing=True), encoder)
     assert f"... {size - 1500:,} tokens not shown ..." in seen(found, tmp_path).text
 
@@ -145,7 +145,7 @@ def test_a_picture_says_what_its_last_bar_holds(
 
     monkeypatch.setattr(page, "histogram_picture", drawn)
     items = [*ITEMS[:1] * 200, Document("b.txt:1", "word " * 500)]
-    size = len(encoder.encode_document(items[-1]).input_ids)  # type: ignore[arg-type]
+    size = len(encoder.encode_documents([items[-1]])[0].input_ids)  # type: ignore[arg-type]
     write_preview(looked(encoder, items), tmp_path / "out.html", recipe=RECIPE)
     assert labels[0] == f"tokens of a document, before any cut (the last bar: also 1 longer, up to {size:,})"
     assert "last bar" not in labels[2]

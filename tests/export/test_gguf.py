@@ -6,7 +6,7 @@ import json
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
-from gemma_ft.export.gguf_file import GGUF_TYPES, GgufType, check_for_llama_cpp, write_gguf
+from gemma_ft.export.gguf_file import GgufType, check_for_llama_cpp, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
@@ -62,7 +62,7 @@ def stored(reader: Any, name: str) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
-@pytest.mark.parametrize("kind", GGUF_TYPES)
+@pytest.mark.parametrize("kind", get_args(GgufType))
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_weight_comes_back(family: str, kind: GgufType, folders: dict[str, Path], tmp_path: Path) -> None:
     reader = write(folders[family], tmp_path / "x.gguf", kind)
@@ -175,7 +175,7 @@ def test_a_tensor_is_dropped_before_the_next_one_is_read(folders: dict[str, Path
     write_gguf(weights, tokenizer, vocabulary, tmp_path / "x.gguf", kind="f32", name="x")
 
 
-@pytest.mark.parametrize("kind", GGUF_TYPES)
+@pytest.mark.parametrize("kind", get_args(GgufType))
 def test_the_blocks_of_a_tensor_do_not_show(
     kind: GgufType, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

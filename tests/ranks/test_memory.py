@@ -67,7 +67,7 @@ def test_all_ranks_together_hold_one_copy(
         )  # fmt: skip
         shard(model, source, world)
         (tmp_path / f"{world.rank}.json").write_text(json.dumps([memory("VmHWM") - before, memory("VmRSS") - before]))
-        world.barrier()
+        world.gather(world.rank)  # no rank leaves before all have measured
         world.close()
 
     children = fork_ranks(ranks, load, tmp_path, layout="fsdp2")

@@ -8,18 +8,14 @@ from typing import Any
 import numpy
 
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.pack.counts import Counts, count_pieces
-from gemma_ft.data.pack.examples import Examples
-
-
-def find_faults(examples: Examples, encoder: ChatEncoder) -> list[str]:
-    """What is wrong with the examples, one line each: BOS not exactly once and first in a document, an answer whose
-    terminator is not trained, a label that is not its own token, an example with nothing trained."""
-    return faults_in(count_pieces(examples, encoder.control), encoder)
+from gemma_ft.data.pack.counts import Counts
 
 
 def faults_in(counts: Counts, encoder: ChatEncoder) -> list[str]:
-    """As `find_faults`, of pieces that are counted."""
+    """What is wrong with the examples whose pieces were counted, one line each: BOS not exactly once and first in a
+    document, an answer whose terminator is not trained, a label that is not its own token, an example with nothing
+    trained.
+    """
     untrained = numpy.flatnonzero(numpy.bincount(counts.example, counts.trained) == 0).tolist()
     found = [(example, -1, 0, f"example {example + 1}: no token is trained") for example in untrained]
     for check, (wrong, text) in enumerate(_checks(counts, encoder)):

@@ -142,12 +142,8 @@ class ChatEncoder:
         contents = self._contents(folded)
         return [*self._assemble(folded, contents, "prompt").input_ids, *self._heads["assistant"]]
 
-    def encode_document(self, document: Document) -> Encoded:
-        """Ids of BOS, the text as it is, EOS; every one but BOS is trained."""
-        return self.encode_documents([document])[0]
-
     def encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:
-        """As `encode_document`, for many at once."""
+        """Ids of BOS, the text as it is, EOS, for each; every one but BOS is trained."""
         contents = self.content.encode_many([one.text for one in documents])
         bodies = [[*ids, self.control.eos] for ids in contents]
         return [

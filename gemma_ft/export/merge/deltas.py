@@ -84,10 +84,6 @@ class Adapter:
         """Whether it is a sum that can be weighted: neither magnitudes nor whole weights nor rows of tokens."""
         return self.kind != "dora" and not self._whole and not self._ids
 
-    def replaces(self, target: str) -> bool:
-        """Whether the base's value of a weight is not needed."""
-        return target in self._whole
-
     def apply(self, target: str, weight: Tensor) -> Tensor:
         """`weight` [O, I] of the base, float32 or wider, changed in place as the adapter says; returned. The embedding
         grows by the rows of added tokens.
