@@ -84,7 +84,7 @@ test-ranks: setup  ## two ranks on the CPU: DDP and FSDP2 in every strategy
 # writes benchmarks/results/*.json and the tables of docs/performance.md; PARTS="startup tiny" runs some of it
 bench: setup  ## measure speed on the CPU against transformers, PEFT and TRL, in a quarter of an hour
 	$(OFFLINE) $(BIN)/python -m benchmarks $(PARTS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.page_performance
 
 faults-short: setup  ## kills, damage, full disks, signals, lost ranks: a few of each
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults -n 2

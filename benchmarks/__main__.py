@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 
-from benchmarks.record import RESULTS, ROOT
-from benchmarks.tables import columns, rows_of
-from benchmarks.turns import QUICK
+from benchmarks.page_performance import columns, rows_of
+from benchmarks.shared.record import RESULTS, ROOT
+from benchmarks.shared.turns import QUICK
 
 # part: its command after `python -m benchmarks.`; it is also the name of what it writes and of its table
 PARTS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 
 VOCAB, WIDTH, LAYERS, TOKENS, ADDED = 256_000, 2304, 2, 512, 2
 STEPS, ROUNDS = 4, 3

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_result
-from benchmarks.turns import in_turns, paired
+from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.turns import in_turns, paired
 
 STRATEGIES = {
     "qlora nf4 (make demo)": [],

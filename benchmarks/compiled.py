@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 
 CAPABILITIES = (80, 86, 90, 100)
 WIDTHS = {"gemma-2b": 2048, "gemma-2-2b, gemma-2-9b": 3584, "gemma-2-27b": 4608}

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.shared.record import ROOT, write_result
 
 STEPS = 200
 STRATEGIES = ("lora", "qlora")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.shared.record import ROOT, write_result
 from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder

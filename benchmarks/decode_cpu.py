@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.hundred_million import SHAPE, VOCABULARY, write_base
-from benchmarks.record import write_result
-from benchmarks.turns import QUICK, in_turns, paired
+from benchmarks.shared.hundred_million import SHAPE, VOCABULARY, write_base
+from benchmarks.shared.record import write_result
+from benchmarks.shared.turns import QUICK, in_turns, paired
 
 PROMPT, NEW, TURNS = 512, 64, 2
 LINES = {"bf16_1": (None, 1), "nf4_1": ("nf4", 1), "bf16_8": (None, 8), "nf4_8": ("nf4", 8)}  # quantize, sequences

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_result
-from benchmarks.turns import QUICK
+from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.turns import QUICK
 
 ARMS = {
     "qlora nf4 (make demo)": [],

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 from gemma_ft.system import hardware
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 
 # Figures of the field's list that no test here takes yet, or that stand elsewhere, and where.
 ELSEWHERE: dict[str, str] = {

@@ -28,7 +28,7 @@ from benchmarks.gpu_decode import decode
 from benchmarks.gpu_kernels import attention, gemm, head
 from benchmarks.gpu_setup import MODELS, Setup
 from benchmarks.gpu_train import longest, train
-from benchmarks.record import RESULTS, write_result
+from benchmarks.shared.record import RESULTS, write_result
 
 Part = Callable[[Setup], dict[str, Any]]
 TOKENS, LAYOUTS, KINDS = (2048, 8192, 512, 4096), ("packed", "natural"), ("lora", "qlora")

@@ -11,8 +11,8 @@ import torch
 from benchmarks import gpu_models
 from benchmarks.decode_cpu import by_engine, by_generate, engine_for, equal_tokens
 from benchmarks.gpu_setup import Setup
-from benchmarks.limits import read_rate
-from benchmarks.turns import in_turns, paired
+from benchmarks.shared.limits import read_rate
+from benchmarks.shared.turns import in_turns, paired
 
 
 def decode(setup: Setup, model: str, kind: str) -> dict[str, Any]:

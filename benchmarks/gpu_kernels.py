@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_setup import Setup
-from benchmarks.limits import best_seconds, gemm_rate, keys_seen
+from benchmarks.shared.limits import best_seconds, gemm_rate, keys_seen
 from gemma_ft.kernels.flex_attention import TILES, block_mask, flex_attention
 
 CAP = 50.0

@@ -19,10 +19,10 @@ import torch
 from benchmarks import gpu_models
 from benchmarks.gpu_setup import Setup
 from benchmarks.gpu_steps import Clock, Stepper
-from benchmarks.limits import flops_per_token, gemm_rate
-from benchmarks.record import ROOT
-from benchmarks.slowest import slowest
-from benchmarks.turns import order, paired
+from benchmarks.shared.limits import flops_per_token, gemm_rate
+from benchmarks.shared.record import ROOT
+from benchmarks.shared.slowest import slowest
+from benchmarks.shared.turns import order, paired
 
 TOKENS_PER_STEP, WARM, STEPS, TURNS = 8192, 10, 15, 2  # steps of a turn: 30 timed ones in all
 # arm: (our model, attention or None for the model's own choice, activation checkpointing, what must be importable)

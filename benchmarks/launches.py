@@ -31,8 +31,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu_models
-from benchmarks.record import ROOT, write_result
-from benchmarks.tables import columns, launches
+from benchmarks.page_performance import columns, launches
+from benchmarks.shared.record import ROOT, write_result
 from gemma_ft.kernels import cross_entropy, geglu, rms_norm, rotary
 from gemma_ft.kernels.blockwise_attention import blockwise_attention
 from gemma_ft.kernels.plain_tensors import DTYPES

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.shared.record import ROOT, write_result
 
 SHORT = ["train.max_steps=30", "eval.generate_rows=0"]
 ARMS = {

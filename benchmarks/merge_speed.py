@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.hundred_million import SHAPE, tokenizer, write_base
-from benchmarks.record import write_result
-from benchmarks.turns import QUICK, in_turns, paired
+from benchmarks.shared.hundred_million import SHAPE, tokenizer, write_base
+from benchmarks.shared.record import write_result
+from benchmarks.shared.turns import QUICK, in_turns, paired
 
 TURNS = 4
 

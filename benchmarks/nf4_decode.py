@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.families import PRESETS

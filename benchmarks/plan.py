@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.hundred_million import random_gemma, tokenizer
-from benchmarks.our_trainer import trainer_of
-from benchmarks.record import ROOT, write_result
+from benchmarks.shared.hundred_million import random_gemma, tokenizer
+from benchmarks.shared.our_trainer import trainer_of
+from benchmarks.shared.record import ROOT, write_result
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32_000}  # fmt: skip

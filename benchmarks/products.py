@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import write_result
-from benchmarks.turns import QUICK, in_turns
+from benchmarks.shared.record import write_result
+from benchmarks.shared.turns import QUICK, in_turns
 
 SHAPE, WEIGHTS = (3072, 768), 24  # [O, I] of one, and how many: 113 MB in bf16
 MANY, FEW = (64, 128, 256, 512, 2048), (1, 2, 4, 8, 12, 16)

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hundred_million import write_base
-from benchmarks.record import ROOT, write_result
-from benchmarks.slowest import slowest
+from benchmarks.shared.hundred_million import write_base
+from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.slowest import slowest
 from benchmarks.train_cpu import ARMS, GRID, our_trainer, stock_trainer
 
 LINES, STEP = ("lora_512",), 3

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, write_result
-from benchmarks.turns import in_turns, paired
+from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.turns import in_turns, paired
 from gemma_ft.families import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.real.fetch import packages

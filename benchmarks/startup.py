@@ -15,8 +15,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.record import ROOT, write_result
-from benchmarks.turns import QUICK, in_turns, paired
+from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.turns import QUICK, in_turns, paired
 
 TURNS = 3
 PYTHON = sys.executable

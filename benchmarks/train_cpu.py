@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.hundred_million import RANK, SHAPE, VOCABULARY, gemma, tokenizer, write_base
-from benchmarks.limits import flops_per_token, gemm_rate
-from benchmarks.our_trainer import trainer_of
-from benchmarks.record import write_result
-from benchmarks.turns import QUICK, order, paired
+from benchmarks.shared.hundred_million import RANK, SHAPE, VOCABULARY, gemma, tokenizer, write_base
+from benchmarks.shared.limits import flops_per_token, gemm_rate
+from benchmarks.shared.our_trainer import trainer_of
+from benchmarks.shared.record import write_result
+from benchmarks.shared.turns import QUICK, order, paired
 from gemma_ft.system import hardware
 
 ARMS = ("ours", "stock", "stock_best")

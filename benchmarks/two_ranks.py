@@ -14,7 +14,7 @@ import numpy
 from safetensors.numpy import load_file
 
 from benchmarks.demo import gemma_ft
-from benchmarks.record import write_result
+from benchmarks.shared.record import write_result
 
 WAYS: dict[str, list[str]] = {"one process": [], "--launch cpu_2ranks": ["--launch", "cpu_2ranks"]}
 

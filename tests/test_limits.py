@@ -1,12 +1,12 @@
-"""benchmarks/limits.py: the FLOPs of a token, against a count by hand and against the pairs that a mask has."""
+"""benchmarks/shared/limits.py: the FLOPs of a token, against a count by hand and against the pairs that a mask has."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.limits import flops_per_token, keys_seen
-from benchmarks.turns import order, paired
+from benchmarks.shared.limits import flops_per_token, keys_seen
+from benchmarks.shared.turns import order, paired
 from gemma_ft.families import PRESETS
 from gemma_ft.model.attention import visible_keys
 

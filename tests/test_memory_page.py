@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.memory_page import PAGE, errors, with_tables
+from benchmarks.page_memory import PAGE, errors, with_tables
 from benchmarks.plan import ARMS, WITHIN, planned
-from benchmarks.record import ROOT
+from benchmarks.shared.record import ROOT
 from gemma_ft.plan import show
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
@@ -16,7 +16,7 @@ RESULT = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(en
 
 def test_the_tables_are_what_is_planned_and_measured() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert with_tables(page) == page, "python -m benchmarks.memory_page writes them anew"
+    assert with_tables(page) == page, "python -m benchmarks.page_memory writes them anew"
 
 
 def test_all_arms_were_measured() -> None:

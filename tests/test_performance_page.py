@@ -1,4 +1,4 @@
-"""docs/performance.md: every figure is of a result file, every table what benchmarks/tables.py makes of it."""
+"""docs/performance.md: every figure is of a result file, every table as benchmarks/page_performance.py makes it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import pytest
 
 from benchmarks.__main__ import PARTS, main
-from benchmarks.record import PUBLISHED
-from benchmarks.tables import MARKED, PAGE, TABLES, made
+from benchmarks.page_performance import MARKED, PAGE, TABLES, made
+from benchmarks.shared.record import PUBLISHED
 
 
 def test_the_tables_are_what_was_measured() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert "train_cpu" in MARKED.findall(page)
-    assert made(page) == page, "python -m benchmarks.tables writes them anew"
+    assert made(page) == page, "python -m benchmarks.page_performance writes them anew"
 
 
 def test_every_table_stands_between_marks() -> None:

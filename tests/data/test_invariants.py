@@ -89,4 +89,7 @@ def test_no_example_is_put_together(encoder: ChatEncoder) -> None:
 
     found = prepare(ITEMS, encoder, max_seq_len=32, packing=True).examples
     rows = [[piece] for piece in range(len(found.pieces))]
-    assert faults_in(count_pieces(Untouchable(found.documents, found.pieces, rows, found.bos), encoder.control), encoder) == []
+    assert (
+        faults_in(count_pieces(Untouchable(found.documents, found.pieces, rows, found.bos), encoder.control), encoder)
+        == []
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.llama_parity import (
+from benchmarks.llama_cpp import (
     LENGTHS,
     QUESTIONS,
     TEXTS,

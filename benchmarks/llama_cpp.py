@@ -1,7 +1,7 @@
 """Compares llama.cpp on exported GGUF files with our own model and writes benchmarks/results/llama_cpp.json.
 
     pip install 'gemma-ft[gguf]' llama-cpp-python
-    python -m benchmarks.llama_parity [--run RUN]     # RUN: a finished run of the tiny Gemma; else one is trained
+    python -m benchmarks.llama_cpp [--run RUN]     # RUN: a finished run of the tiny Gemma; else one is trained
 
 Two models, each in every GGUF type: the tuned tiny Gemma 2, and a tiny Gemma 1 with loud random weights. Compared are
 the ids of texts, the logits of every position of prompts shorter and longer than the sliding window, greedy answers.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.shared.record import ROOT, write_result
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 TEXTS = (
@@ -201,7 +201,7 @@ def main() -> None:
                 path = scratch / f"{folder.name}-{kind}.gguf"
                 gemma_ft("export", str(folder), "--to", "gguf", "--gguf-type", kind, "--out", str(path))
                 results.setdefault(name, {})[kind] = compare(folder, path, QUESTIONS)
-    commands += ["gemma-ft export HF --to gguf --gguf-type TYPE --out FILE.gguf", "python -m benchmarks.llama_parity"]
+    commands += ["gemma-ft export HF --to gguf --gguf-type TYPE --out FILE.gguf", "python -m benchmarks.llama_cpp"]
     write_result("llama_cpp", also=("llama-cpp-python", "gguf"), commands=commands, models=results)
 
 

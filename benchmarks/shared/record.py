@@ -13,7 +13,7 @@ import torch
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import processor_words
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "results"
 RESULTS = Path(os.environ.get("BENCH_OUT") or PUBLISHED)  # BENCH_OUT: a trial, or a machine that keeps another folder
 

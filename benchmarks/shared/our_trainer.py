@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.hundred_million import tokenizer
+from benchmarks.shared.hundred_million import tokenizer
 
 
 class Rows(list):  # type: ignore[type-arg]

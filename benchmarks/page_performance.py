@@ -1,6 +1,6 @@
 """The tables of docs/performance.md, out of result files; each lies between two marks that name it.
 
-.venv/bin/python -m benchmarks.tables        write the page anew
+.venv/bin/python -m benchmarks.page_performance        write the page anew
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import PUBLISHED, ROOT
+from benchmarks.shared.record import PUBLISHED, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import ROOT
+from benchmarks.shared.record import ROOT
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 256}  # fmt: skip

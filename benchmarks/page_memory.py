@@ -1,6 +1,6 @@
 """The generated tables of docs/memory.md: what is planned now, and what benchmarks/results/plan.json measured.
 
-.venv/bin/python -m benchmarks.memory_page       write them into the page
+.venv/bin/python -m benchmarks.page_memory       write them into the page
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import re
 
 from benchmarks.plan import ARMS, planned
-from benchmarks.record import ROOT
+from benchmarks.shared.record import ROOT
 from gemma_ft.families import PUBLISHED
 from gemma_ft.plan.show import inference_lines, training_lines
 
