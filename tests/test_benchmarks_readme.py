@@ -9,7 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 FILE, RESULT = re.compile(r"`([a-z_0-9]+\.(?:py|sh))`"), re.compile(r"`([a-z_0-9]+\.json)`")
-MADE_FOR_ONE_PART = re.compile(r"gpu_\w+\.json")  # gpu.py's own, one a part
+MADE_FOR_ONE_PART = re.compile(r"gpu_[\w.-]+\.json")  # gpu.py's own, one a part
 
 if not (FOLDER / "README.md").exists():
     pytest.skip("only in a checkout", allow_module_level=True)
