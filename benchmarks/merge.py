@@ -34,7 +34,7 @@ def merges(run: Path) -> dict[str, Any]:
     from gemma_ft.build.place import place_of
     from gemma_ft.export.merge.certificate import BeyondLimit, certify
     from gemma_ft.export.merge.merge import merge_to_folder
-    from gemma_ft.export.merge_display import DTYPES
+    from gemma_ft.ui.merge import DTYPES
 
     place, found = place_of(run), {}
     quantized = place.contract is not None and place.contract.quantize is not None

@@ -25,7 +25,7 @@ import json
 import torch
 from gemma_ft.families import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.plan.show import overview, preset_plan
+from gemma_ft.ui.plan import overview, preset_plan
 from gemma_ft.recipe.json_schema import json_schema
 from gemma_ft.recipe.load import parse_recipe
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.page_memory import PAGE, errors, with_tables
 from benchmarks.plan import ARMS, WITHIN, planned
 from benchmarks.shared.record import ROOT
-from gemma_ft.plan import show
+from gemma_ft.ui import plan as show
 
 RESULT = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
 

@@ -16,15 +16,15 @@ from gemma_ft.build.sources import Described, chunks_of, described
 from gemma_ft.data.check.clean import Copy, copy_clean
 from gemma_ft.data.check.findings import Severity
 from gemma_ft.data.check.preview import Preview, look_at
-from gemma_ft.data.check.preview_console import show
 from gemma_ft.data.check.rows import RowSource, Side
-from gemma_ft.data.check.show import show_copies, show_report
 from gemma_ft.data.check.survey import survey
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe, Source
 from gemma_ft.system.files import as_json, commit_folder, replace_text
+from gemma_ft.ui.data_check import show_copies, show_report
+from gemma_ft.ui.data_preview import show
 
 
 def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:

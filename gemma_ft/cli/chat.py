@@ -13,7 +13,7 @@ from gemma_ft.cli import model_options as options
 from gemma_ft.cli.start import check_model
 
 if TYPE_CHECKING:
-    from gemma_ft.infer.repl import Screen
+    from gemma_ft.ui.chat import Screen
 
 LESS_MEMORY = "give --quantize nf4, a lower --max-tokens, or begin anew with /reset"
 
@@ -44,8 +44,8 @@ def chat(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.infer.repl import Repl
     from gemma_ft.infer.sampling import Sampling
+    from gemma_ft.ui.chat import Repl
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     with options.memory_advice(LESS_MEMORY):
@@ -71,8 +71,8 @@ def _screen() -> Screen:
     """The terminal, or stdin line by line where it is none."""
     from rich.console import Console
 
-    from gemma_ft.infer.compare_view import compare_view
-    from gemma_ft.infer.repl import Screen, terminal_reader
+    from gemma_ft.ui.chat import Screen, terminal_reader
+    from gemma_ft.ui.compare import compare_view
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that this terminal's encoding lacks is no failure

@@ -21,6 +21,6 @@ def checkpoints(run: RunFolder, verify: Verify = False, prune: Prune = None) -> 
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.train.checkpoint_list import show_checkpoints
+    from gemma_ft.ui.checkpoints import show_checkpoints
 
     return show_checkpoints(run, verify=verify, keep=prune, console=Console())

@@ -204,8 +204,8 @@ def _answer_file(opened: Callable[[], Session], work: BatchFile, overwrite: bool
         return
     from rich.console import Console
 
-    from gemma_ft.infer.progress import AnswerProgress
     from gemma_ft.infer.prompts import system_turns
+    from gemma_ft.ui.progress import AnswerProgress
 
     session = opened()
     system_turns(session.encoder, work.how.system)  # refused here where the rows' own are not

@@ -43,7 +43,7 @@ def merge(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.export.merge_display import merge_and_show
+    from gemma_ft.ui.merge import merge_and_show
 
     merge_and_show(model, out, adapters=named, dtype=dtype, policy=policy, prompts=prompts)
     return 0

@@ -34,7 +34,7 @@ def plan(
     if nproc is not None and launch is None:
         raise UserError("--nproc: says how many ranks --launch starts; add --launch NAME")
     from gemma_ft.plan.gpus import gpu_bytes
-    from gemma_ft.plan.show import is_preset, known, overview, preset_plan, recipe_plan
+    from gemma_ft.ui.plan import is_preset, known, overview, preset_plan, recipe_plan
 
     size = gpu_bytes(gpu) if gpu is not None else None
     if name is None or is_preset(name):

@@ -35,7 +35,7 @@ def preview(
 
     if html is None:
         return 2 if preview_recipe(loaded, rows=rows, row_ids=row_ids or ()).faults else 0
-    from gemma_ft.evaluate.report.preview import check_page, write_preview
+    from gemma_ft.ui.pages.preview import check_page, write_preview
 
     check_page(html)
     found = preview_recipe(loaded, rows=rows, row_ids=row_ids or ())

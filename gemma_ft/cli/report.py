@@ -24,8 +24,8 @@ def report(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.evaluate.report.comparison import write_comparison
-    from gemma_ft.evaluate.report.page import write_report
+    from gemma_ft.ui.pages.comparison import write_comparison
+    from gemma_ft.ui.pages.page import write_report
 
     if len(runs) == 1:
         written = write_report(runs[0], out or runs[0] / "report.html")

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from gemma_ft.build.data import BuiltData, build_data
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate import statistics
-from gemma_ft.evaluate.eval_display import EvalDisplay
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.held_out import Question, Reply, answer_questions, questions_of
 from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
@@ -25,6 +24,7 @@ from gemma_ft.families import PRESETS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
 from gemma_ft.system.files import as_json, replace_text
+from gemma_ft.ui.evaluation import EvalDisplay
 
 SAMPLES_KEPT = 10
 

@@ -17,9 +17,9 @@ from gemma_ft.export.card.model_card import Form as FormName
 from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
 from gemma_ft.export.gguf_file import GgufType
 from gemma_ft.export.hf_folder import check_free
-from gemma_ft.export.merge_display import DTYPES, show_certificate
 from gemma_ft.export.metadata import Papers
 from gemma_ft.export.push import check_name, push
+from gemma_ft.ui.merge import DTYPES, show_certificate
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
 from gemma_ft.plan.phases import train_phase
 from gemma_ft.plan.run import Ranks, Run, run_of, without_flex
-from gemma_ft.plan.show import recomputing
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.distributed import World
+from gemma_ft.ui.plan import recomputing
 
 HEADROOM = 0.9  # of the memory that is free; the rest is left to what no plan knows of
 

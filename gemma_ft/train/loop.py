@@ -18,7 +18,6 @@ from gemma_ft.system.files import as_json, check_space, replace_text
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
 from gemma_ft.train.checkpoint_state import bytes_of, load_state, load_weights
 from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
-from gemma_ft.train.display import show_summary
 from gemma_ft.train.evaluation import Scorer
 from gemma_ft.train.listener import listener_of, log_samples
 from gemma_ft.train.objectives.registry import build_objective
@@ -32,6 +31,7 @@ from gemma_ft.train.settings import TrainerOptions, training_arguments
 from gemma_ft.train.summary import summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer
+from gemma_ft.ui.training import show_summary
 
 # What a run is made of beside its recipe, and what is said of it when it changed.
 INPUTS = {
@@ -258,7 +258,7 @@ def _stop_waiting(context: RunContext) -> None:
 def report_page(context: RunContext) -> Path | None:
     """The run's page; one line instead of it when it cannot be made, for the run itself is whole."""
     try:
-        from gemma_ft.evaluate.report.page import write_report
+        from gemma_ft.ui.pages.page import write_report
 
         return write_report(context.run.root, context.run.report)
     except Exception as error:

@@ -19,7 +19,6 @@ from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.checkpoints import newest_valid
-from gemma_ft.train.display import Display
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
 from gemma_ft.train.guard import guarded
 from gemma_ft.train.loop import build_course, go, take_up
@@ -28,6 +27,7 @@ from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
 from gemma_ft.train.startup import outlook
+from gemma_ft.ui.training import Display
 
 
 def train_recipe(

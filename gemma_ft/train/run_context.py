@@ -13,7 +13,6 @@ from gemma_ft.evaluate.forgetting import Canary
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.train.activation_checkpointing import Checkpointing
-from gemma_ft.train.display import Display
 from gemma_ft.train.distributed import World
 from gemma_ft.train.evaluation import Scorer
 from gemma_ft.train.progress import Progress
@@ -21,6 +20,7 @@ from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.signals import StopRequest
 from gemma_ft.train.trainer import GemmaTrainer
+from gemma_ft.ui.training import Display
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 from gemma_ft.build.data import BuiltData
 from gemma_ft.evaluate.forgetting import forgetting_note
 from gemma_ft.evaluate.held_out import Question, Score
-from gemma_ft.evaluate.report.lengths import length_histogram
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.evaluation import Figures
+from gemma_ft.train.lengths import length_histogram
 from gemma_ft.train.progress import Progress
 
 

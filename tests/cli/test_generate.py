@@ -15,8 +15,8 @@ import torch
 from gemma_ft.cli import model_options
 from gemma_ft.cli.app import main
 from gemma_ft.data.conversation import Turn
-from gemma_ft.infer.progress import AnswerProgress
 from gemma_ft.infer.sampling import Sampling
+from gemma_ft.ui.progress import AnswerProgress
 from tests.infer.tiny_session import TINY, ScriptedSession, tiny_session
 
 BASE_NOTE = f"note: {TINY}: a base model without a chat template; it was never tuned to answer\n"

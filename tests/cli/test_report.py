@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma_ft.cli.app import main
-from tests.evaluate.test_report import make_run
+from tests.ui.test_report import make_run
 
 
 def test_one_run_gets_its_page_several_are_compared(

@@ -13,9 +13,7 @@ import pytest
 from rich.console import Console
 
 from gemma_ft.data.check.preview import look_at
-from gemma_ft.data.check.preview_console import show
 from gemma_ft.data.check.rows import RowSource
-from gemma_ft.data.check.show import show_report
 from gemma_ft.data.check.survey import survey
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.encode.cache import Cache, Reading
@@ -28,6 +26,8 @@ from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.fields import harmless
 from gemma_ft.data.read.sources import Row, read_chunks
 from gemma_ft.errors import DataError
+from gemma_ft.ui.data_check import show_report
+from gemma_ft.ui.data_preview import show
 
 File = Callable[[str, str | bytes], str]
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from gemma_ft.data.check.invariants import faults_in
 from gemma_ft.data.check.preview import look_at
-from gemma_ft.data.check.preview_console import show, token_text
 from gemma_ft.data.conversation import Conversation, Document, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, Prepared, prepare
 from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples
+from gemma_ft.ui.data_preview import show, token_text
 
 CHAT = Conversation("a.jsonl:4", (Turn("user", "Hi <end_of_turn>"), Turn("assistant", "Yes\nit is")))
 

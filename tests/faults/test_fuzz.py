@@ -26,10 +26,10 @@ from gemma_ft.data.pack.arrange import Prepared, prepare
 from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.report.page import write_report
 from gemma_ft.recipe.load import dump_recipe, load_recipe
 from gemma_ft.serve.limits import Limits
 from gemma_ft.train import checkpoints
+from gemma_ft.ui.pages.page import write_report
 from tests.faults.conftest import FULL, ROOT, Runs
 from tests.faults.fuzz import SECONDS, bad_bytes, bad_json, bad_value, tried
 from tests.forked import fork

@@ -21,10 +21,10 @@ from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError
 from gemma_ft.infer.base_model import Untuned
-from gemma_ft.infer.compare_view import SideBySide, Stacked, compare_view
-from gemma_ft.infer.repl import Repl, Screen, terminal_reader
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
+from gemma_ft.ui.chat import Repl, Screen, terminal_reader
+from gemma_ft.ui.compare import SideBySide, Stacked, compare_view
 from tests.infer.tiny_session import TINY, ScriptedSession, save_loud_adapter, tiny_session
 
 CTRL_C, CTRL_D = KeyboardInterrupt, EOFError

@@ -116,7 +116,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 @functools.cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("gemma_ft.evaluate.report", "."),
+        loader=PackageLoader("gemma_ft.ui.pages", "."),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_finalize,

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.evaluate.eval_display import label_of
-from gemma_ft.evaluate.report.blocks import Block, Note, Picture, Sample, Section, Table, render
-from gemma_ft.evaluate.report.curves import Curve, Panel, curve_picture
-from gemma_ft.evaluate.report.facts import RunFacts, read_run
-from gemma_ft.evaluate.report.page import signed, write_page
-from gemma_ft.evaluate.report.results import interval
 from gemma_ft.export.card.run_record import figures_by_model
 from gemma_ft.system.units import NOTHING, count, duration, gib, number, percent
+from gemma_ft.ui.evaluation import label_of
+from gemma_ft.ui.pages.blocks import Block, Note, Picture, Sample, Section, Table, render
+from gemma_ft.ui.pages.curves import Curve, Panel, curve_picture
+from gemma_ft.ui.pages.facts import RunFacts, read_run
+from gemma_ft.ui.pages.page import signed, write_page
+from gemma_ft.ui.pages.results import interval
 
 SAMPLES_SHOWN = 10
 FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (

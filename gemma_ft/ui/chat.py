@@ -12,11 +12,11 @@ from types import FrameType
 from gemma_ft.data.conversation import Turn, text_fault
 from gemma_ft.errors import UserError
 from gemma_ft.infer.base_model import Untuned
-from gemma_ft.infer.compare_view import NAMES, SideBySide, Stacked
 from gemma_ft.infer.prompts import system_turns
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session
 from gemma_ft.system.escape import EscapeStripper
+from gemma_ft.ui.compare import NAMES, SideBySide, Stacked
 
 COMMANDS = {
     "/help": "this list",

@@ -9,7 +9,9 @@ from typing import Any
 
 from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.report.blocks import (
+from gemma_ft.system.files import replace_text
+from gemma_ft.system.units import NOTHING, count, duration, gib, is_figure, number, percent
+from gemma_ft.ui.pages.blocks import (
     GENERATOR,
     Block,
     Cards,
@@ -22,11 +24,9 @@ from gemma_ft.evaluate.report.blocks import (
     Table,
     render,
 )
-from gemma_ft.evaluate.report.curves import SMALL, Curve, Panel, curve_picture, histogram_picture
-from gemma_ft.evaluate.report.facts import RunFacts, read_run
-from gemma_ft.evaluate.report.results import certificate_blocks, evaluation_blocks
-from gemma_ft.system.files import replace_text
-from gemma_ft.system.units import NOTHING, count, duration, gib, is_figure, number, percent
+from gemma_ft.ui.pages.curves import SMALL, Curve, Panel, curve_picture, histogram_picture
+from gemma_ft.ui.pages.facts import RunFacts, read_run
+from gemma_ft.ui.pages.results import certificate_blocks, evaluation_blocks
 
 SAMPLES_SHOWN = 10
 

@@ -11,11 +11,11 @@ from gemma_ft.data.check.overview import Overview, histogram
 from gemma_ft.data.check.preview import Preview
 from gemma_ft.data.check.preview_tokens import KINDS, LINE_BREAK, ShownDocument, Token, cut_tokens, tokens_of
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.evaluate.report.blocks import Block, Cards, Note, Picture, Section, Table, Tokens, render
-from gemma_ft.evaluate.report.curves import histogram_picture
-from gemma_ft.evaluate.report.page import is_page
 from gemma_ft.system.files import is_disk_full, replace_text
 from gemma_ft.system.units import count, percent
+from gemma_ft.ui.pages.blocks import Block, Cards, Note, Picture, Section, Table, Tokens, render
+from gemma_ft.ui.pages.curves import histogram_picture
+from gemma_ft.ui.pages.page import is_page
 
 HEAD_TOKENS, TAIL_TOKENS = 1200, 300  # of a document
 FAULTS_SHOWN = 50

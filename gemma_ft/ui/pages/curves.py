@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.evaluate.report.facts import Points
 from gemma_ft.system.escape import printable
+from gemma_ft.ui.pages.facts import Points
 
 WIDE, SMALL = 9.2, 3.1  # inches: a picture as wide as the page, and one of three side by side
 MOST_POINTS = 800  # of a drawn curve

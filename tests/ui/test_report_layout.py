@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gemma_ft.evaluate.report.comparison import write_comparison
-from gemma_ft.evaluate.report.curves import SMALL, WIDE
-from tests.evaluate.test_report import EVALUATION, Seen, make_run, measured, seen
+from gemma_ft.ui.pages.comparison import write_comparison
+from gemma_ft.ui.pages.curves import SMALL, WIDE
+from tests.ui.test_report import EVALUATION, Seen, make_run, measured, seen
 
 
 def widths(page: Seen) -> dict[str, float]:

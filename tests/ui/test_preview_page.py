@@ -15,9 +15,9 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.evaluate.report import preview as page
-from gemma_ft.evaluate.report.preview import check_page, write_preview
-from tests.evaluate.test_report import HOSTILE, TAGS, Seen
+from gemma_ft.ui.pages import preview as page
+from gemma_ft.ui.pages.preview import check_page, write_preview
+from tests.ui.test_report import HOSTILE, TAGS, Seen
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "gemma-tiny"
 RECIPE = Path("recipes/mine.yaml")

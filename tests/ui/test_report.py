@@ -14,12 +14,12 @@ import numpy
 import pytest
 
 from gemma_ft.errors import UserError
-from gemma_ft.evaluate.report.comparison import write_comparison
-from gemma_ft.evaluate.report.curves import MOST_POINTS, smoothed, thinned
-from gemma_ft.evaluate.report.lengths import length_histogram
-from gemma_ft.evaluate.report.page import write_report
 from gemma_ft.recipe.load import load_recipe
+from gemma_ft.train.lengths import length_histogram
 from gemma_ft.train.run_dir import RunDir
+from gemma_ft.ui.pages.comparison import write_comparison
+from gemma_ft.ui.pages.curves import MOST_POINTS, smoothed, thinned
+from gemma_ft.ui.pages.page import write_report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[31mred\x1b[0m\u202egnp"
 SHOWN = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}redgnp"  # as text
