@@ -33,8 +33,8 @@ def merges(run: Path) -> dict[str, Any]:
     """The certificate of each policy and dtype of a run, passed or not."""
     from gemma_ft.build.place import place_of
     from gemma_ft.export.merge.certificate import BeyondLimit, certify
+    from gemma_ft.export.merge.certified import DTYPES
     from gemma_ft.export.merge.merge import merge_to_folder
-    from gemma_ft.ui.merge import DTYPES
 
     place, found = place_of(run), {}
     quantized = place.contract is not None and place.contract.quantize is not None

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from gemma_ft.build.data import build_data
 from gemma_ft.build.inputs import build_tokenizer, check_apart
@@ -17,67 +14,61 @@ from gemma_ft.data.check.clean import Copy, copy_clean
 from gemma_ft.data.check.findings import Severity
 from gemma_ft.data.check.preview import Preview, look_at
 from gemma_ft.data.check.rows import RowSource, Side
-from gemma_ft.data.check.survey import survey
+from gemma_ft.data.check.survey import Report, survey
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
-from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.schema import Recipe, Source
 from gemma_ft.system.files import as_json, commit_folder, replace_text
-from gemma_ft.ui.data_check import show_copies, show_report
-from gemma_ft.ui.data_preview import show
+from gemma_ft.system.observer import SILENT, Observer
 
 
-def check_recipe(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:
-    """Look at all rows of a recipe's sources, print what was found, write it to the file `out` as JSON.
+def check_recipe(recipe: Recipe, out: Path, *, observer: Observer = SILENT) -> Report:
+    """What is found in all rows of a recipe's sources, which `write_report` can write to `out`.
 
-    Returns 2 when there is an error (`strict`: or a warning), else 0. Raises: UserError and its children.
+    Raises: UserError and its children.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give a file with --out")
-    with _counted(console, "looked at") as progress:
-        report = survey(
+    with observer.job("rows looked at") as job:
+        return survey(
             row_sources(recipe),
             max_seq_len=recipe.data.max_seq_len,
             too_long=recipe.data.too_long,
             severities=_severities(recipe),
             skip_bad_rows=recipe.data.on_bad_row == "skip",
-            progress=progress,
+            progress=job.advance,
         )
-    show_report(report, console)
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Write what a check found as JSON. Raises: UserError."""
     try:
         replace_text(out, as_json(report.as_dict()))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
-    console.print(f"report: {out}", markup=False, highlight=False, soft_wrap=True)
-    return 2 if report.findings.worst() in ("error", *(["warning"] if strict else [])) else 0
 
 
-def preview_recipe(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
-    """Print what a recipe would train on, as coloured tokens with counts: the first `rows` examples, or those that hold
-    some rows. Returns it.
+def preview_recipe(recipe: Recipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
+    """What a recipe would train on, as tokens with counts: the first `rows` examples, or those that hold some rows.
 
     Raises: DataError, also for a row that is not there.
     """
-    for note in loaded.notes:
-        print(f"note: {note}")
-    data = build_data(loaded.recipe, build_tokenizer(loaded.recipe))
-    found = look_at(
+    data = build_data(recipe, build_tokenizer(recipe))
+    return look_at(
         data.train,
         data.encoder,
         format=data.train_format,
         rows=rows,
         row_ids=row_ids,
         held_out={item.where for item in data.held_out_items},
-        global_batch_size=loaded.recipe.train.global_batch_size,
+        global_batch_size=recipe.train.global_batch_size,
         streamed=data.streamed is not None,
     )
-    show(found)
-    return found
 
 
-def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
+def fix_recipe(recipe: Recipe, out: Path, *, observer: Observer = SILENT) -> list[Copy]:
     """Write a cleaned copy of each source of a recipe, and changes.log, to the new folder `out`; it appears complete
-    or not at all.
+    or not at all. Returns the copies.
 
     Raises: UserError and its children, also when there is something at `out`.
     """
@@ -89,8 +80,8 @@ def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
     copies: list[Copy] = []
 
     def write(folder: Path) -> None:
-        with _counted(console, "copied") as progress:
-            copies.extend(copy_clean(sources, folder, progress))
+        with observer.job("rows copied") as job:
+            copies.extend(copy_clean(sources, folder, job.advance))
         with contextlib.suppress(FileNotFoundError):
             place.rmdir()  # it was empty; what has appeared in it since is not ours to remove
 
@@ -98,7 +89,7 @@ def fix_recipe(recipe: Recipe, out: Path, *, console: Console) -> None:
         commit_folder(place, write, manifest=False, replace=False, go_on="run again")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
-    show_copies(copies, out, console)
+    return copies
 
 
 def row_sources(recipe: Recipe) -> list[RowSource]:
@@ -117,18 +108,3 @@ def _severities(recipe: Recipe) -> dict[str, Severity]:
     """What weighs otherwise because the recipe says how it is dealt with."""
     weighed: dict[str, Severity] = {"overlap": "note"} if recipe.eval.overlap == "allow" else {}
     return weighed | {"too_long": "error"} if recipe.data.too_long == "error" else weighed
-
-
-@contextlib.contextmanager
-def _counted(console: Console, what: str) -> Iterator[Callable[[int], None]]:
-    """Shows how many rows there have been, while there is somebody to see it."""
-    shown = Progress(
-        TextColumn("{task.completed:,} rows {task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with shown:
-        task = shown.add_task(what, total=None)
-        yield lambda rows: shown.advance(task, rows)

@@ -51,9 +51,9 @@ def check(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.build.data_check import check_recipe
+    from gemma_ft.ui.data_check import check_and_show
 
-    return check_recipe(loaded.recipe, out, strict=strict, console=Console())
+    return check_and_show(loaded.recipe, out, strict=strict, console=Console())
 
 
 def fix(
@@ -78,7 +78,7 @@ def fix(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.build.data_check import fix_recipe
+    from gemma_ft.ui.data_check import fix_and_show
 
-    fix_recipe(loaded.recipe, out, console=Console())
+    fix_and_show(loaded.recipe, out, console=Console())
     return 0

@@ -76,8 +76,9 @@ def evaluate(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
+    from gemma_ft.evaluate.compare import EvalOptions
     from gemma_ft.evaluate.models import find_subject
+    from gemma_ft.ui.evaluation import evaluate_and_show
 
     options = EvalOptions(
         models=_names("--models", models),
@@ -93,7 +94,7 @@ def evaluate(
         out=out,
     )
     subject = find_subject(source, overrides or (), adapter=adapter, merged=merged)
-    evaluate_subject(subject, options, stdout=Console(), stderr=Console(stderr=True))
+    evaluate_and_show(subject, options, stdout=Console(), stderr=Console(stderr=True))
     return 0
 
 

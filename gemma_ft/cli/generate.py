@@ -205,7 +205,7 @@ def _answer_file(opened: Callable[[], Session], work: BatchFile, overwrite: bool
     from rich.console import Console
 
     from gemma_ft.infer.prompts import system_turns
-    from gemma_ft.ui.progress import AnswerProgress
+    from gemma_ft.ui.progress import ANSWERS, ConsoleObserver
 
     session = opened()
     system_turns(session.encoder, work.how.system)  # refused here where the rows' own are not
@@ -213,8 +213,8 @@ def _answer_file(opened: Callable[[], Session], work: BatchFile, overwrite: bool
         _tell(f"note: {note}")
     if work.file.done:
         _tell(f"{work.file.path}: going on after {work.file.done} of {work.file.total} answers")
-    with AnswerProgress(Console(stderr=True), total=work.file.total, done=work.file.done) as progress:
-        work.run(session, overwrite=overwrite, on_answer=progress.answered)
+    observer = ConsoleObserver(Console(stderr=True), line=ANSWERS, stays=True)
+    work.run(session, overwrite=overwrite, observer=observer)
     _tell(f"{work.file.path}: {work.file.total} answers")
 
 

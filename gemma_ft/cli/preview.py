@@ -31,13 +31,13 @@ def preview(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.build.data_check import preview_recipe
+    from gemma_ft.ui.data_preview import preview_and_show
 
     if html is None:
-        return 2 if preview_recipe(loaded, rows=rows, row_ids=row_ids or ()).faults else 0
+        return 2 if preview_and_show(loaded, rows=rows, row_ids=row_ids or ()).faults else 0
     from gemma_ft.ui.pages.preview import check_page, write_preview
 
     check_page(html)
-    found = preview_recipe(loaded, rows=rows, row_ids=row_ids or ())
+    found = preview_and_show(loaded, rows=rows, row_ids=row_ids or ())
     print(f"page: {write_preview(found, html, recipe=loaded.path)}")
     return 2 if found.faults else 0

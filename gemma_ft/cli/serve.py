@@ -48,5 +48,6 @@ def serve(
     with memory_advice("serve with a smaller --max-batch, or with --quantize nf4"):
         session = open_model(model, adapter, dtype, quantize, max_batch=limits.max_batch)
         from gemma_ft.serve.run import run_server
+        from gemma_ft.ui.stderr import StderrObserver
 
-        return run_server(session, opened, binding, limits, key_variable=api_key_env)
+        return run_server(session, opened, binding, limits, key_variable=api_key_env, observer=StderrObserver())

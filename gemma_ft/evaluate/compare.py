@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build.data import BuiltData, build_data
@@ -24,7 +23,7 @@ from gemma_ft.families import PRESETS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
 from gemma_ft.system.files import as_json, replace_text
-from gemma_ft.ui.evaluation import EvalDisplay
+from gemma_ft.system.observer import SILENT, Job, Observer
 
 SAMPLES_KEPT = 10
 
@@ -46,12 +45,29 @@ class EvalOptions:
     out: Path | None = None
 
 
-def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console, stderr: Console) -> dict[str, Any]:
-    """Score the models of a subject, show the table, write eval.json; returns what it holds.
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, as eval.json holds it, and the file that is to hold it (None: nobody asked for one)."""
 
-    A run's own eval.json is written only for the whole run as it is: every model, every row, no other setting.
+    results: dict[str, Any]
+    out: Path | None
 
-    Raises: UserError in one line; then nothing is written.
+    def write(self) -> None:
+        """Write the file. Raises: DiskError."""
+        if self.out is None:
+            return
+        try:
+            replace_text(self.out, as_json(self.results))
+        except OSError as error:
+            raise DiskError(f"--out {self.out}: cannot be written: {error.strerror}; name another file") from error
+
+
+def evaluate_subject(subject: Subject, options: EvalOptions, *, observer: Observer = SILENT) -> Evaluation:
+    """Score the models of a subject. Nothing is written yet.
+
+    A run's own eval.json is meant only for the whole run as it is: every model, every row, no other setting.
+
+    Raises: UserError in one line.
     """
     _check_task_options(options)
     names = chosen_models(subject, options.models)
@@ -61,24 +77,11 @@ def evaluate_subject(subject: Subject, options: EvalOptions, *, stdout: Console,
         _check_out(out)
     if BASE in names:
         check_base(subject)
-    with EvalDisplay(stdout, stderr) as display:
-        work = _prepare(subject, options, display)
-        measured: dict[str, Measured] = {}
-
-        def measure(name: str, model: Any) -> None:
-            measured[name] = work.measure(name, model)
-
-        display.start(len(names) * work.steps)
-        with_each(subject, names, measure)
-    results = work.results(measured)
-    display.show(results)
-    if out is not None:
-        try:
-            replace_text(out, as_json(results))
-        except OSError as error:
-            raise DiskError(f"--out {out}: cannot be written: {error.strerror}; name another file") from error
-    display.kept(out)
-    return results
+    work = _prepare(subject, options, observer)
+    measured: dict[str, Measured] = {}
+    with observer.job("loading", len(names) * work.steps) as job:
+        with_each(subject, names, lambda name, model: measured.update({name: work.measure(name, model, job)}))
+    return Evaluation(work.results(measured), out)
 
 
 def _check_out(out: Path) -> None:
@@ -112,48 +115,48 @@ class _Work:
     metrics: list[str]
     tasks: Tasks | None
     requests: int
-    display: EvalDisplay
+    observer: Observer
 
     @property
     def steps(self) -> int:
         """What the progress bar counts for one model."""
         return (len(self.pieces.pieces) if self.pieces else 0) + len(self.questions) + self.requests
 
-    def measure(self, name: str, model: Any) -> Measured:
+    def measure(self, name: str, model: Any, job: Job) -> Measured:
         """All figures and answers of one model."""
         found = Measured()
         encoder, batch_size = self.data.encoder, self.settings["batch_size"]
         if self.pieces is not None:
-            self.display.phase(f"{name}: loss")
+            job.phase(f"{name}: loss")
             losses = piece_losses(
                 model,
                 self.pieces.pieces,
                 pad_id=encoder.control.pad,
                 batch_size=batch_size,
-                on_progress=self.display.advance,
+                on_progress=job.advance,
             )
             rows = loss_rows(losses, self.pieces)
             found.scores["loss"] = Scored(rows, statistics.mean)
             found.scores["perplexity"] = Scored(rows, statistics.perplexity)
         if self.questions:
-            self.display.phase(f"{name}: answers")
-            found.replies = self._answers(model)
+            job.phase(f"{name}: answers")
+            found.replies = self._answers(model, job)
             references = [question.answer for question in self.questions]
             for metric in self.metrics:
                 table = METRICS[metric]
                 found.scores[metric] = Scored(table.rows(found.replies, references), table.figure)
         if self.tasks is not None:
-            self.display.phase(f"{name}: tasks")
-            tasks, cut = self.tasks.run(model, encoder, batch_size=batch_size, on_progress=self.display.advance)
+            job.phase(f"{name}: tasks")
+            tasks, cut = self.tasks.run(model, encoder, batch_size=batch_size, on_progress=job.advance)
             found.tasks = {
                 task: {metric: Scored(one.rows, one.figure, one.value) for metric, one in figures.items()}
                 for task, figures in tasks.items()
             }
             if cut:
-                self.display.note(f"{name}: {cut:,} task requests did not fit the context: cut at the left, behind BOS")
+                self.observer.say(f"{name}: {cut:,} task requests did not fit the context: cut at the left, behind BOS")
         return found
 
-    def _answers(self, model: Any) -> list[Reply]:
+    def _answers(self, model: Any, job: Job) -> list[Reply]:
         """Answers to all questions, some batches at a time, so that the bar moves."""
         replies: list[Reply] = []
         step = 4 * self.settings["batch_size"]
@@ -167,7 +170,7 @@ class _Work:
                 max_new_tokens=self.settings["max_new_tokens"],
                 batch_size=self.settings["batch_size"],
             )
-            self.display.advance(len(asked))
+            job.advance(len(asked))
         return replies
 
     def results(self, measured: dict[str, Measured]) -> dict[str, Any]:
@@ -196,7 +199,7 @@ class _Work:
         }
 
 
-def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _Work:
+def _prepare(subject: Subject, options: EvalOptions, observer: Observer) -> _Work:
     """Read rows and tasks, and say what is worth knowing about them. Raises: UserError."""
     recipe = _recipe(subject, options)
     tokenizer = subject.tokenizer()
@@ -220,8 +223,31 @@ def _prepare(subject: Subject, options: EvalOptions, display: EvalDisplay) -> _W
     if options.tasks:
         tasks = Tasks(options.tasks, path=options.task_path, limit=options.task_limit, chat=options.task_chat)
         requests = tasks.requests(data.encoder, context=_context(recipe))
-    display.about(data, pieces, questions, too_long, recipe)
-    return _Work(subject, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, display)
+    for line in _about(data, pieces, questions, too_long, recipe):
+        observer.say(line)
+    return _Work(subject, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, observer)
+
+
+def _about(
+    data: BuiltData, pieces: Pieces | None, questions: Sequence[Question], too_long: int, recipe: Recipe
+) -> list[str]:
+    """The rows that are scored, and what is worth knowing about them."""
+    if pieces is None:
+        return []
+    lines = [f"held out: {data.eval_source}: {pieces.stats.rows:,} rows scored, {len(questions):,} answered"]
+    if pieces.single_document:
+        lines.append(
+            f"  a single document, in {len(pieces.pieces):,} windows: these are resampled, and counted as rows"
+        )
+    lines += [f"  {line}" for line in pieces.stats.describe().splitlines()[2:]]  # what became of rows not scored whole
+    if too_long:
+        limit = recipe.data.max_seq_len
+        lines.append(f"  {too_long:,} rows not answered: their question does not fit data.max_seq_len {limit}")
+    if not questions and recipe.eval.generate_rows == 0:
+        lines.append("  no answers are generated: eval.generate_rows is 0; --rows N asks for some")
+    if data.overlap:
+        lines.append(f"  {data.overlap:,} held-out rows are training rows too: their scores mean little")
+    return lines
 
 
 def _recipe(subject: Subject, options: EvalOptions) -> Recipe:

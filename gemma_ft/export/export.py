@@ -1,14 +1,10 @@
-"""`gemma-ft export` in reading order: look, write, say what came of it, upload."""
+"""`gemma-ft export` in reading order: look, write, upload."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress
 
 from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.tokenizer import HUB_ID
@@ -17,9 +13,11 @@ from gemma_ft.export.card.model_card import Form as FormName
 from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
 from gemma_ft.export.gguf_file import GgufType
 from gemma_ft.export.hf_folder import check_free
+from gemma_ft.export.merge.certified import DTYPES
 from gemma_ft.export.metadata import Papers
 from gemma_ft.export.push import check_name, push
-from gemma_ft.ui.merge import DTYPES, show_certificate
+from gemma_ft.system.observer import SILENT, Observer, callbacks
+from gemma_ft.system.units import byte_size
 
 
 @dataclass(frozen=True)
@@ -55,45 +53,57 @@ class Wish:
             )
 
 
-def export_model(
-    source: str, wish: Wish, *, dry_run: bool = False, console: Console | None = None, api: Any = None
-) -> None:
-    """Write a model in another form and upload it when asked; prints what is done. `dry_run`: only prints it.
+@dataclass(frozen=True)
+class Export:
+    """A model in another form, which is written or will be."""
 
-    api: an HfApi for the upload. Raises: UserError and its children in one line; nothing half-written is left.
-    """
-    console = console or Console()
+    wish: Wish
+    form: Form
+    facts: dict[str, Any] | None = None  # of its merge, where there was one
+
+    @property
+    def steps(self) -> list[Step]:
+        """What is done for it: the files that are written, and their upload."""
+        steps = self.form.steps()
+        if self.wish.push is None:
+            return list(steps)
+        sizes = [size for step in steps for size in step.files.values()]
+        total = byte_size(sum(size or 0 for size in sizes), None, ".1f")
+        upload = Step(f"upload {len(sizes)} files, {total}, to {self.wish.push} ({self.visibility})", {})
+        return [*steps, upload]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that were written, by name."""
+        if isinstance(self.form, GgufForm) and self.form.alone:
+            return [self.form.out.parent / self.form.modelfile, self.form.out]
+        return sorted(self.form.out.iterdir())
+
+    @property
+    def visibility(self) -> str:
+        """Who sees what is uploaded."""
+        return "public" if self.wish.public else "private"
+
+
+def plan_export(source: str, wish: Wish) -> Export:
+    """What an export would write; nothing is. Raises: UserError and its children in one line."""
     wish.check()
     check_free(wish.out)  # before tokenizers and weights are read
-    form = _form(source, wish)
-    if dry_run:
-        _say(console, f"export {source} to {wish.out}, dry run: nothing is written or sent")
-        steps = form.steps()
-        for number, step in enumerate([*steps, *_push_step(steps, wish)], start=1):
-            _say(console, f"{number}. {step.what}")
-            for name, size in step.files.items():
-                _say(console, f"     {_bytes(size):>10}  {name}")
-    else:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
-            facts = form.write(_bar(shown))
-        files = written(form)
-        _say(console, f"{form.out}: {len(files)} files, {_bytes(sum(path.stat().st_size for path in files))}")
-        for path in files:
-            _say(console, f"     {_bytes(path.stat().st_size):>10}  {path.name}")
-        if facts is not None and facts["certificate"] is not None:
-            show_certificate(console, facts["certificate"], facts["policy"])
-    for note in form.notes():
-        _say(console, f"note: {note}")
-    if wish.push is not None and not dry_run:
-        address = push(form.out, [path.name for path in written(form)], wish.push, public=wish.public, api=api)
-        _say(console, f"uploaded to {address} ({_visibility(wish)})")
+    return Export(wish, _form(source, wish))
 
 
-def written(form: Form) -> list[Path]:
-    """The files of a finished export, by name."""
-    if isinstance(form, GgufForm) and form.alone:
-        return [form.out.parent / form.modelfile, form.out]
-    return sorted(form.out.iterdir())
+def export_model(source: str, wish: Wish, *, observer: Observer = SILENT) -> Export:
+    """Write a model in another form. Raises: UserError and its children in one line; nothing half-written is left."""
+    planned = plan_export(source, wish)
+    with callbacks(observer) as on_progress:
+        return replace(planned, facts=planned.form.write(on_progress))
+
+
+def upload(export: Export, *, api: Any = None) -> str:
+    """Upload what was written to where the wish says; returns its address. api: an HfApi. Raises: UserError."""
+    assert export.wish.push is not None
+    names = [path.name for path in export.files]
+    return push(export.form.out, names, export.wish.push, public=export.wish.public, api=api)
 
 
 def _form(source: str, wish: Wish) -> Form:
@@ -109,43 +119,3 @@ def _form(source: str, wish: Wish) -> Form:
             )
         return AdapterForm(place, papers, wish.out, wish.base_id)
     return HfForm(place, papers, wish.out, DTYPES[wish.dtype] if wish.dtype is not None else None)
-
-
-def _push_step(steps: Sequence[Step], wish: Wish) -> list[Step]:
-    if wish.push is None:
-        return []
-    sizes = [size for step in steps for size in step.files.values()]
-    total = _bytes(sum(size or 0 for size in sizes))
-    return [Step(f"upload {len(sizes)} files, {total}, to {wish.push} ({_visibility(wish)})", {})]
-
-
-def _visibility(wish: Wish) -> str:
-    return "public" if wish.public else "private"
-
-
-def _bar(shown: Progress) -> Callable[[str], Callable[[int, int], None]]:
-    """Makes a bar for something that is done, once its first step is done."""
-
-    def make(what: str) -> Callable[[int, int], None]:
-        tasks: list[Any] = []
-
-        def update(done: int, total: int) -> None:
-            tasks.extend([] if tasks else [shown.add_task(what, total=total)])
-            shown.update(tasks[0], completed=done)
-
-        return update
-
-    return make
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "-"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from gemma_ft.errors import DiskError, UserError
 from gemma_ft.families import family_of, known_families
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
+from gemma_ft.system.units import byte_size
 
 SPARE_BYTES = 64 * 2**20  # tokenizer, configs, and what a file system takes for itself
 
@@ -48,10 +49,8 @@ def check_out(out: Path, weight_bytes: int) -> None:
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; choose another --out") from error
     if free < weight_bytes + SPARE_BYTES:
-        raise DiskError(
-            f"{out}: needs {_gigabytes(weight_bytes + SPARE_BYTES)}, its disk has {_gigabytes(free)} left; "
-            "free some, or choose another --out"
-        )
+        needed, left = (byte_size(size, "GB", ".3g") for size in (weight_bytes + SPARE_BYTES, free))
+        raise DiskError(f"{out}: needs {needed}, its disk has {left} left; free some, or choose another --out")
 
 
 def check_free(out: Path) -> None:
@@ -139,7 +138,3 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read; fetch the folder again") from error
     raise UserError(f"{path}: cannot be read; fetch the folder again")
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gemma_ft.infer.engine import Request
 from gemma_ft.infer.prompts import Prompt, prompts_of
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session
+from gemma_ft.system.observer import SILENT, Observer
 
 ADDED = ("output", "finish", "index")
 
@@ -66,9 +67,8 @@ class BatchFile:
         taken = [name for name in ADDED if self.names[name] != name]
         return [f"the rows have a field {name!r}; ours is {self.names[name]!r}" for name in taken]
 
-    def run(self, session: Session, *, overwrite: bool = False, on_answer: Callable[[int], None] | None = None) -> int:
-        """Answer what is left, line by line; returns how many answers are now in the file. `on_answer` gets how many
-        tokens each new one has.
+    def run(self, session: Session, *, overwrite: bool = False, observer: Observer = SILENT) -> int:
+        """Answer what is left, line by line; returns how many answers are now in the file.
 
         Raises: DataError naming rows that are too long; InterruptedWork after Ctrl-C; DiskError, LockedError, UserError
         as AnswerFile.
@@ -77,13 +77,13 @@ class BatchFile:
         try:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(self.file.begin(overwrite=overwrite))
+                job = stack.enter_context(observer.job("answers", file.total, done=file.done))
                 texts = texts_in_order(session, requests[file.done :], stop=self.how.stop)
                 stack.enter_context(contextlib.closing(texts))
                 for prompt, text in zip(self.prompts[file.done :], texts, strict=True):
                     added = (text.text, text.finish, file.done)
                     file.append(prompt.row.fields | dict(zip(self.names.values(), added, strict=True)))
-                    if on_answer is not None:
-                        on_answer(text.tokens)
+                    job.advance(tokens=text.tokens)
         except KeyboardInterrupt:
             raise InterruptedWork(
                 f"{self.file.path}: stopped with {self.file.done} of {self.file.total} answers; the same command "

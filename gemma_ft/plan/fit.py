@@ -133,3 +133,12 @@ def _micro_batches(size: int) -> Callable[[Run], Run]:
     return lambda run: run.changed(
         micro_batch_size=size, accumulation_steps=run.micro_batch_size * run.accumulation_steps // size
     )
+
+
+def recomputing(run: Run) -> str:
+    """How many layers recompute their activations, in words."""
+    count, layers = run.checkpointed, run.shape.layers
+    if not count:
+        return "no layer recomputes its activations"
+    which = f"all {layers}" if count == layers else f"the first {count} of {layers}"
+    return f"{which} layers recompute their activations"

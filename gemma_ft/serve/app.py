@@ -24,6 +24,7 @@ from gemma_ft.serve.responses import Answer, EventStream
 from gemma_ft.serve.room import answer_room
 from gemma_ft.serve.scheduler import Call, Job, Scheduler
 from gemma_ft.serve.schema import ChatRequest, CompletionRequest, parsed
+from gemma_ft.system.observer import SILENT, Observer
 
 SERVED_FROM = 0  # `created` of the model: no date is known of it
 CLIENT_LEFT = 499  # nobody sees it: for the metrics
@@ -134,8 +135,12 @@ class Service:
         return {"id": self.model, "object": "model", "created": SERVED_FROM, "owned_by": "gemma-ft"}
 
 
-def build_app(session: Session, scheduler: Scheduler, limits: Limits, binding: Binding) -> FastAPI:
-    """The ASGI application; the scheduler's thread lives as long as it does. No page of its own, no CORS header."""
+def build_app(
+    session: Session, scheduler: Scheduler, limits: Limits, binding: Binding, observer: Observer = SILENT
+) -> FastAPI:
+    """The ASGI application; the scheduler's thread lives as long as it does. No page of its own, no CORS header.
+    `observer` is told of faults of ours.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -152,7 +157,7 @@ def build_app(session: Session, scheduler: Scheduler, limits: Limits, binding: B
     app.add_api_route("/health", service.health, response_model=None)
     app.add_api_route("/metrics", service.metrics, response_model=None)
     app.add_exception_handler(HTTPException, _routing_fault)
-    app.add_middleware(Gate, binding=binding, metrics=scheduler.metrics)
+    app.add_middleware(Gate, binding=binding, metrics=scheduler.metrics, observer=observer)
     return app
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sys
 import time
 import traceback
 
@@ -14,6 +13,7 @@ from gemma_ft.serve.address import Binding, host_of, is_loopback
 from gemma_ft.serve.errors import ApiFault, fault_of_ours
 from gemma_ft.serve.metrics import Metrics
 from gemma_ft.system import environment
+from gemma_ft.system.observer import Observer
 
 OPEN_ROUTE = "/health"  # for whoever watches the process; it tells nothing but whether it lives
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", OPEN_ROUTE, "/metrics")
@@ -30,8 +30,8 @@ class Gate:
     and every spelling of ::1, and answers 400 in plain text where clients read a JSON error with 403.
     """
 
-    def __init__(self, app: ASGIApp, binding: Binding, metrics: Metrics) -> None:
-        self.app, self.binding, self.metrics = app, binding, metrics
+    def __init__(self, app: ASGIApp, binding: Binding, metrics: Metrics, observer: Observer) -> None:
+        self.app, self.binding, self.metrics, self.observer = app, binding, metrics, observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -52,7 +52,7 @@ class Gate:
         except ApiFault as fault:
             await send_fault(counted, fault)
         except Exception as error:
-            _report(scope, error)
+            _report(self.observer, scope, error)
             if status == 0:
                 await send_fault(counted, fault_of_ours())
             else:  # what has begun cannot become an error: the connection is cut
@@ -103,9 +103,9 @@ async def send_fault(send: Send, fault: ApiFault) -> None:
     await send({"type": "http.response.body", "body": fault.content})
 
 
-def _report(scope: Scope, error: Exception) -> None:
-    """One line on stderr: the kind of the exception and where, never its text, which may quote a prompt."""
+def _report(observer: Observer, scope: Scope, error: Exception) -> None:
+    """One line: the kind of the exception and where, never its text, which may quote a prompt."""
     if environment.debug_enabled():
-        traceback.print_exception(error)
+        observer.warn("".join(traceback.format_exception(error)).rstrip("\n"))
     kind, route = type(error).__name__, route_of(scope["path"])
-    print(f"a fault of gemma-ft: {kind} at {route} (GEMMA_FT_DEBUG=1 shows the traceback)", file=sys.stderr)
+    observer.warn(f"a fault of gemma-ft: {kind} at {route} (GEMMA_FT_DEBUG=1 shows the traceback)")

@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import socket
-import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -20,19 +19,29 @@ from gemma_ft.serve.limits import Limits
 from gemma_ft.serve.scheduler import Scheduler
 from gemma_ft.system import environment
 from gemma_ft.system.escape import printable
+from gemma_ft.system.observer import SILENT, Observer
 
 
 def run_server(
-    session: Session, opened: socket.socket, binding: Binding, limits: Limits, *, key_variable: str | None = None
+    session: Session,
+    opened: socket.socket,
+    binding: Binding,
+    limits: Limits,
+    *,
+    key_variable: str | None = None,
+    observer: Observer = SILENT,
 ) -> int:
-    """Serve on a bound socket; returns the exit code: 0 after Ctrl-C, 143 after SIGTERM.
+    """Serve on a bound socket; returns the exit code: 0 after Ctrl-C, 143 after SIGTERM. `observer` is told what is
+    served where, and faults of ours.
 
     Raises: UserError when the port was taken meanwhile; the engine's exception when it failed, after everybody waiting
     has been told: the state of its model is unknown then, and a fresh process is the only sure cure.
     """
-    server, scheduler = build_server(
-        session, binding, limits, lambda: _say_hello(session, url_of(opened), limits, key_variable)
-    )
+
+    def started() -> None:
+        observer.warn("\n".join(greeting(session, url_of(opened), limits, key_variable)))
+
+    server, scheduler = build_server(session, binding, limits, started, observer)
     listen(opened, binding, server.config.backlog)
     try:
         server.run(sockets=[opened])
@@ -45,11 +54,13 @@ def run_server(
 
 
 def build_server(
-    session: Session, binding: Binding, limits: Limits, on_started: Callable[[], None]
+    session: Session, binding: Binding, limits: Limits, on_started: Callable[[], None], observer: Observer = SILENT
 ) -> tuple[SignalledServer, Scheduler]:
     """A server that is not running yet, and the scheduler whose failure ends it."""
     scheduler = Scheduler(session.engine, session.tokenizer, limits)
-    server = SignalledServer(uvicorn_config(build_app(session, scheduler, limits, binding), limits), on_started)
+    server = SignalledServer(
+        uvicorn_config(build_app(session, scheduler, limits, binding, observer), limits), on_started
+    )
     scheduler.on_failure = lambda: setattr(server, "should_exit", True)
     return server, scheduler
 
@@ -73,16 +84,15 @@ def uvicorn_config(app: object, limits: Limits) -> uvicorn.Config:
     )
 
 
-def _say_hello(session: Session, url: str, limits: Limits, key_variable: str | None) -> None:
-    """On stderr: what is served where, within which limits, and a call to try it with."""
+def greeting(session: Session, url: str, limits: Limits, key_variable: str | None) -> list[str]:
+    """Lines for whoever starts a server: what is served where, within which limits, and a call to try it with."""
     model = served_id(session)
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     key = f' -H "Authorization: Bearer ${key_variable}"' if key_variable is not None else ""
-    lines = [
+    return [
         f"gemma-ft serves {''.join(printable(model).splitlines())} at {url}/v1",
         f"  limits   {limits.max_batch} answers at once, {limits.max_queue} waiting, {limits.max_tokens} tokens an "
         f"answer, context {session.engine.max_seq_len}",
         f"  try      curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
         "  stop     Ctrl-C",
     ]
-    print("\n".join(lines), file=sys.stderr, flush=True)

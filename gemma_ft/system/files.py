@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gemma_ft.errors import DiskError
+from gemma_ft.system.units import byte_size
 
 MANIFEST = "manifest.json"
 
@@ -73,9 +74,8 @@ def check_space(place: Path, bytes_needed: int, *, go_on: str) -> None:
     """Raises: DiskError when the disk of an existing `place` has less than so many bytes left."""
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        raise DiskError(
-            f"{place}: {bytes_needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; free some and {go_on}"
-        )
+        needed, left = (byte_size(size, "GB", ".3g") for size in (bytes_needed, free))
+        raise DiskError(f"{place}: {needed} are needed, {left} are free; free some and {go_on}")
 
 
 def fault_of(folder: Path) -> str | None:

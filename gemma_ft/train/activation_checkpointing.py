@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from gemma_ft.kernels.backend import choice_of
 from gemma_ft.plan import parts
-from gemma_ft.plan.fit import layers_to_checkpoint, smallest_change
+from gemma_ft.plan.fit import layers_to_checkpoint, recomputing, smallest_change
 from gemma_ft.plan.phases import train_phase
 from gemma_ft.plan.run import Ranks, Run, run_of, without_flex
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment, hardware
+from gemma_ft.system.units import byte_size
 from gemma_ft.train.distributed import World
-from gemma_ft.ui.plan import recomputing
 
 HEADROOM = 0.9  # of the memory that is free; the rest is left to what no plan knows of
 
@@ -49,8 +49,8 @@ class Checkpointing:
     def describe(self) -> str:
         """The choice in one line."""
         why = "" if self.auto else ", as the recipe says"
-        gib = f"{self.planned / 2**30:.1f} GiB planned of {self.room / 2**30:.1f} GiB"
-        return f"{recomputing(self.run)}{why}; {gib}"
+        planned, room = (byte_size(size, digits=".1f") for size in (self.planned, self.room))
+        return f"{recomputing(self.run)}{why}; {planned} planned of {room}"
 
     def of_all(self) -> Checkpointing | None:
         """The same with all layers, where the choice is ours and not all are; None where there is no more to take."""

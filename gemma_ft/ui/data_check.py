@@ -1,4 +1,4 @@
-"""What a check found, and a fix did, as a person sees it."""
+"""`gemma-ft data` as a person sees it: what a check found, and what a fix did."""
 
 from __future__ import annotations
 
@@ -9,15 +9,38 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_ft.build.data_check import check_recipe, fix_recipe, write_report
 from gemma_ft.data.check.clean import CHANGES, Copy
 from gemma_ft.data.check.findings import Finding, Place
 from gemma_ft.data.check.preview_tokens import visible
 from gemma_ft.data.check.survey import Report
 from gemma_ft.data.pack.stats import unread_line
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.ui.progress import ConsoleObserver, say
 
 PLACES_SHOWN = 3
 BAD_ROWS_SHOWN = 20
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def check_and_show(recipe: Recipe, out: Path, *, strict: bool, console: Console) -> int:
+    """Look at all rows of a recipe's sources, print what was found, write it to the file `out` as JSON.
+
+    Returns 2 when there is an error (`strict`: or a warning), else 0. Raises: UserError and its children.
+    """
+    report = check_recipe(recipe, out, observer=ConsoleObserver(console))
+    show_report(report, console)
+    write_report(report, out)
+    say(console, f"report: {out}")
+    return 2 if report.findings.worst() in ("error", *(["warning"] if strict else [])) else 0
+
+
+def fix_and_show(recipe: Recipe, out: Path, *, console: Console) -> None:
+    """Write cleaned copies of a recipe's sources to the new folder `out`, and print what became of each.
+
+    Raises: UserError and its children.
+    """
+    show_copies(fix_recipe(recipe, out, observer=ConsoleObserver(console)), out, console)
 
 
 def show_report(report: Report, console: Console) -> None:
@@ -76,4 +99,4 @@ def _short(place: Place) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+    say(console, visible(text))

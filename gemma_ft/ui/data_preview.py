@@ -10,10 +10,12 @@ from rich.rule import Rule
 from rich.table import Column, Table
 from rich.text import Text
 
+from gemma_ft.build.data_check import preview_recipe
 from gemma_ft.data.check.overview import Overview, histogram
 from gemma_ft.data.check.preview import Preview
 from gemma_ft.data.check.preview_tokens import LINE_BREAK, Cut, ShownDocument, Token, cut_tokens, tokens_of, visible
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.recipe.load import LoadedRecipe
 
 # Neighbouring tokens alternate between two shades, so that each token's borders can be seen.
 STYLES = {
@@ -29,6 +31,18 @@ FAULTS_SHOWN = 5
 SOURCES_SHOWN = 20
 HEAD_TOKENS, TAIL_TOKENS = 400, 100
 BARS = " ▁▂▃▄▅▆▇█"
+
+
+def preview_and_show(loaded: LoadedRecipe, *, rows: int, row_ids: Sequence[str] = ()) -> Preview:
+    """Print what a recipe would train on: the first `rows` examples, or those that hold some rows. Returns it.
+
+    Raises: DataError, also for a row that is not there.
+    """
+    for note in loaded.notes:
+        print(f"note: {note}")
+    preview = preview_recipe(loaded.recipe, rows=rows, row_ids=row_ids)
+    show(preview)
+    return preview
 
 
 def show(preview: Preview, console: Console | None = None) -> None:

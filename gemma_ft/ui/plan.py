@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gemma_ft.families import PRESETS, PUBLISHED
-from gemma_ft.plan.fit import Change, fitted, peak, smallest_change
+from gemma_ft.plan.fit import Change, fitted, peak, recomputing, smallest_change
 from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
 from gemma_ft.plan.inference import CONTEXTS, table
 from gemma_ft.plan.phases import disk, phases
@@ -14,6 +14,7 @@ from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_recipes
+from gemma_ft.system.units import byte_size
 
 COLUMNS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "products", "cache", "overhead")
 # of the planned peaks of so many runs on a CPU, measured: docs/memory.md lists them, and a test holds this to it
@@ -90,8 +91,8 @@ def recipe_plan(loaded: LoadedRecipe, gpu: int | None, ranks: Ranks) -> tuple[st
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB with one decimal; a dot where they are too few to be seen."""
-    return f"{size / GIB:,.1f}" if size >= GIB / 20 else "." if size else ""
+    """Bytes in GiB, for a column of them: a dot where they are too few to be seen."""
+    return byte_size(size, digits=",.1f").removesuffix(" GiB") if size >= GIB / 20 else "." if size else ""
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
@@ -121,15 +122,6 @@ def _disk_lines(run: Run) -> list[str]:
 
 def _layers_line(run: Run) -> str:
     return f"train.gradient_checkpointing: {recomputing(run)}"
-
-
-def recomputing(run: Run) -> str:
-    """How many layers recompute their activations, in words."""
-    count, layers = run.checkpointed, run.shape.layers
-    if not count:
-        return "no layer recomputes its activations"
-    which = f"all {layers}" if count == layers else f"the first {count} of {layers}"
-    return f"{which} layers recompute their activations"
 
 
 def _described(run: Run) -> str:

@@ -1,50 +1,125 @@
-"""How far a file of answers is: a bar in a terminal, a few plain lines elsewhere."""
+"""The observer of a terminal: lines, and bars under them; where there is no terminal, lines alone. The one place where
+a bar is set up.
+"""
 
 from __future__ import annotations
 
-from types import TracebackType
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gemma_ft.system.units import byte_size, number
+from gemma_ft.ui.stderr import tell
 
 LINES_WITHOUT_TERMINAL = 20
+STEPS = "  step {done}/{total}  {figures}"  # lines of a training run, and of a file of answers
+ANSWERS = "  {done}/{total} answers  {figures}"
+SHOWN: Mapping[str, Callable[[Any], str]] = {
+    "loss": lambda value: f"loss {number(value)}",
+    "eval_loss": lambda value: f"eval {value:.4f}",
+    "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
+    "peak_bytes": byte_size,
+}
 
 
-class AnswerProgress:
-    """Shows on `console` how many of `total` rows are answered, and how many tokens a second are made."""
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no colours, not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __init__(self, console: Console, *, total: int, done: int) -> None:
-        self.console, self.total, self.done = console, total, done
-        self._tokens = 0
-        self._bar = Progress(
-            TextColumn("answers"),
+
+class ConsoleObserver:
+    """Writes to one console. `line`: how a counted job is told where there is no terminal, some twenty times, as a
+    format of done, total and figures; None: it is not. `stays`: bars are left on the screen when their job is done.
+    """
+
+    def __init__(self, console: Console, *, line: str | None = None, stays: bool = False) -> None:
+        self.console, self._line, self._stays = console, line, stays
+        self._bars: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One line, above the bars when there are any."""
+        say(self.console, text)
+
+    def warn(self, text: str) -> None:
+        """One line on stderr, past everything that may hold it up."""
+        tell(text)
+
+    @contextlib.contextmanager
+    def job(self, what: str, total: int | None = None, *, done: int = 0) -> Iterator[_Job]:
+        """A bar for a job, or a count where nobody knows how much there is; with those of jobs that go on already."""
+        outermost = self._bars is None
+        if self._bars is None:
+            self._bars = _bars(self.console, counted=total is not None, transient=total is None or not self._stays)
+            self._bars.start()
+        try:
+            yield _Job(self, self._bars, self._bars.add_task(what, total=total, completed=done, figures=""), self._line)
+        finally:
+            if outermost:
+                self._bars.stop()
+                self._bars = None
+
+    def heard(self, on_gone: Callable[[], None]) -> AbstractContextManager[None]:
+        """Writes straight to the console."""
+        return contextlib.nullcontext()
+
+
+class _Job:
+    """One bar."""
+
+    def __init__(self, observer: ConsoleObserver, bars: Progress, task: TaskID, line: str | None) -> None:
+        self._observer, self._bars, self._task, self._line = observer, bars, task, line
+        self._begun, self._tokens = time.monotonic(), 0.0
+
+    def advance(self, count: int = 1, /, **figures: float | None) -> None:
+        """Moves the bar, and says beside it what the figures are."""
+        text = self._figures(figures)
+        self._bars.update(self._task, advance=count, figures=text)
+        if self._line is not None and not self._observer.console.is_terminal:
+            task = self._bars.tasks[self._task]
+            done, total = int(task.completed), int(task.total or 0)
+            if done == total or done % max(1, total // LINES_WITHOUT_TERMINAL) == 0:
+                self._observer.say(self._line.format(done=done, total=total, figures=text).rstrip())
+
+    def phase(self, text: str) -> None:
+        """The name of the bar, or a line where there is none."""
+        if self._observer.console.is_terminal:
+            self._bars.update(self._task, description=text)
+        else:
+            self._observer.say(f"  {text}")
+
+    def _figures(self, figures: Mapping[str, float | None]) -> str:
+        shown = [SHOWN[name](value) for name, value in figures.items() if name != "tokens"]
+        if "tokens" in figures:
+            self._tokens += figures["tokens"] or 0
+            seconds = time.monotonic() - self._begun
+            shown += [SHOWN["tokens_per_second"](self._tokens / seconds)] if seconds else []
+        return "  ".join(shown)
+
+
+def _bars(console: Console, *, counted: bool, transient: bool) -> Progress:
+    columns: list[ProgressColumn] = [TextColumn("{task.completed:,} {task.description}"), TimeElapsedColumn()]
+    if counted:
+        columns = [
+            TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("answers", total=total, completed=done, speed="")
-
-    def answered(self, tokens: int) -> None:
-        """One more row is answered, with so many tokens."""
-        self.done += 1
-        self._tokens += tokens
-        seconds = self._bar.tasks[0].elapsed or 0.0
-        speed = f"{self._tokens / seconds:,.0f} tok/s" if seconds else ""
-        self._bar.update(self._task, completed=self.done, speed=speed)
-        every = max(1, self.total // LINES_WITHOUT_TERMINAL)
-        if not self.console.is_terminal and (self.done % every == 0 or self.done == self.total):
-            self.console.print(f"  {self.done}/{self.total} answers  {speed}".rstrip(), markup=False, highlight=False)
-
-    def __enter__(self) -> AnswerProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        ]
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)

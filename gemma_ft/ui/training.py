@@ -14,7 +14,8 @@ from rich.table import Table
 
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import hardware
-from gemma_ft.system.units import gib, number, percent
+from gemma_ft.system.units import byte_size as gib
+from gemma_ft.system.units import number, percent
 
 SAMPLES_SHOWN = 3
 LINES_WITHOUT_TERMINAL = 20

@@ -16,7 +16,7 @@ from gemma_ft.cli import model_options
 from gemma_ft.cli.app import main
 from gemma_ft.data.conversation import Turn
 from gemma_ft.infer.sampling import Sampling
-from gemma_ft.ui.progress import AnswerProgress
+from gemma_ft.ui import progress
 from tests.infer.tiny_session import TINY, ScriptedSession, tiny_session
 
 BASE_NOTE = f"note: {TINY}: a base model without a chat template; it was never tuned to answer\n"
@@ -210,15 +210,16 @@ def test_a_file_of_rows(run: Run, rows: list[dict[str, str]]) -> None:
 def test_ctrl_c_then_the_same_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run(*FILES, "--temperature", "2")
     whole = Path("out.jsonl").read_bytes()
-    answered = AnswerProgress.answered
+    advance, answered = progress._Job.advance, []
 
-    def interrupt(progress: AnswerProgress, tokens: int) -> None:
-        answered(progress, tokens)
-        if progress.done == 2:
+    def interrupt(job: progress._Job, count: int = 1, /, **figures: float | None) -> None:
+        advance(job, count, **figures)
+        answered.append(count)
+        if len(answered) == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(AnswerProgress, "answered", interrupt)
+        patched.setattr(progress._Job, "advance", interrupt)
         code, out, err = run(*FILES, "--temperature", "2", "--overwrite")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == (

@@ -17,11 +17,12 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import gemma_format
 from gemma_ft.data.encode.own_template import CURE, own_encoder
 from gemma_ft.errors import UserError
-from gemma_ft.export.export import Wish, export_model
+from gemma_ft.export.export import Wish
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
 from gemma_ft.families import TURNS
+from gemma_ft.ui.export import export_and_show
 from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 
 UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -29,7 +30,7 @@ UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor 
 
 def exported(folder: Path, to: Any, out: Path) -> list[str]:
     console = Console(file=io.StringIO(), width=500)
-    export_model(str(folder), Wish(to=to, out=out), console=console)
+    export_and_show(str(folder), Wish(to=to, out=out), console=console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     return [line.removeprefix("note: ") for line in printed.splitlines() if line.startswith("note: ")]
 
@@ -111,7 +112,7 @@ def test_a_gguf_and_its_modelfile_say_the_same(chatml: Path, tmp_path: Path) -> 
 def test_an_unknown_template_is_no_gguf(tmp_path: Path) -> None:
     folder = save_foreign(tmp_path / "model", UNKNOWN)
     with pytest.raises(UserError) as raised:
-        export_model(
+        export_and_show(
             str(folder), Wish(to="gguf", out=tmp_path / "x"), dry_run=True, console=Console(file=io.StringIO())
         )
     assert str(raised.value) == (

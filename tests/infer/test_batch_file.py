@@ -20,6 +20,7 @@ from gemma_ft.infer.batch_file import BatchFile, How, identity_of, loading_of
 from gemma_ft.infer.engine import Request
 from gemma_ft.infer.sampling import Sampling
 from tests.infer.tiny_session import TINY, save_loud_adapter, tiny_session
+from tests.observed import Observed
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 ROWS = [
@@ -62,7 +63,9 @@ def refused(action: Callable[[], object], kind: type[UserError] = UserError) -> 
 def test_every_row_with_its_answer_in_order(work: Work) -> None:
     """What stands in the file is what each row gets when it is asked alone, with its own seed."""
     seen: list[int] = []
-    assert work().run(tiny_session(), on_answer=seen.append) == len(ROWS)
+    observer = Observed(lambda figures: seen.append(figures["tokens"]))
+    assert work().run(tiny_session(), observer=observer) == len(ROWS)
+    assert observer.jobs == [("answers", len(ROWS), 0)]
     session, found = tiny_session(), answers()
     for number, (row, answer) in enumerate(zip(ROWS, found, strict=True)):
         assert list(answer) == ["id", "prompt", "output", "finish", "index"]
@@ -84,13 +87,14 @@ def test_cut_anywhere_it_goes_on_to_the_same_bytes(work: Work, kept: int) -> Non
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:kept]) + lines[kept][:-1])  # the last line lacks no more than its end
-    seen: list[int] = []
+    observer = Observed()
     again = work()
     again.file.look(overwrite=False)
     assert again.file.done == kept
-    again.run(tiny_session(), on_answer=seen.append)
+    again.run(tiny_session(), observer=observer)
     assert path.read_bytes() == whole
-    assert len(seen) == len(ROWS) - kept
+    assert observer.jobs == [("answers", len(ROWS), kept)]
+    assert observer.counts == [1] * (len(ROWS) - kept)
 
 
 def test_how_many_at_once_changes_nothing(work: Work) -> None:
@@ -106,12 +110,12 @@ def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(work: Work) -> None:
     work().run(tiny_session())
     whole = answers()
 
-    def interrupt(tokens: int) -> None:
+    def interrupt(figures: object) -> None:
         if first.file.done == 3:
             raise KeyboardInterrupt
 
     first = work()
-    message = refused(lambda: first.run(tiny_session(), overwrite=True, on_answer=interrupt), InterruptedWork)
+    message = refused(lambda: first.run(tiny_session(), overwrite=True, observer=Observed(interrupt)), InterruptedWork)
     assert message == (
         "out.jsonl: stopped with 3 of 7 answers; the same command goes on from there, without --overwrite"
     )

@@ -24,6 +24,7 @@ from gemma_ft.serve.limits import Limits
 from gemma_ft.serve.run import build_server
 from gemma_ft.serve.scheduler import Scheduler
 from gemma_ft.system import environment
+from gemma_ft.ui.stderr import StderrObserver
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = "gemma-tiny"
@@ -96,7 +97,7 @@ def serving(session: Session, limits: Limits | None = None, key: str | None = No
     """A server on a free port of this machine, ended afterwards."""
     binding, started = Binding("127.0.0.1", 0, key), threading.Event()
     opened = open_socket(binding)
-    server, scheduler = build_server(session, binding, limits or Limits(), started.set)
+    server, scheduler = build_server(session, binding, limits or Limits(), started.set, StderrObserver())
     listen(opened, binding, 16)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     served = Served(url_of(opened), scheduler, server, thread, key)

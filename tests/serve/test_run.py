@@ -21,7 +21,8 @@ from gemma_ft.infer.session import Session
 from gemma_ft.serve.address import Binding, checked_binding, is_loopback, listen, open_socket, url_of
 from gemma_ft.serve.connection import SignalledServer
 from gemma_ft.serve.limits import Limits
-from gemma_ft.serve.run import _say_hello, run_server, uvicorn_config
+from gemma_ft.serve.run import greeting, run_server, uvicorn_config
+from gemma_ft.ui.stderr import StderrObserver
 from tests.serve.conftest import PATIENCE, SteppedEngine, chat_body
 
 
@@ -119,7 +120,14 @@ def test_a_failed_engine_is_raised_when_the_server_has_ended(
     def run() -> None:
         try:
             ended.set_result(
-                run_server(replace(session, engine=engine), opened, binding, limits, key_variable="SERVER_KEY")
+                run_server(
+                    replace(session, engine=engine),
+                    opened,
+                    binding,
+                    limits,
+                    key_variable="SERVER_KEY",
+                    observer=StderrObserver(),
+                )
             )
         except BaseException as error:
             ended.set_exception(error)
@@ -150,13 +158,12 @@ def test_a_failed_engine_is_raised_when_the_server_has_ended(
     )
 
 
-def test_a_name_that_breaks_lines_and_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_breaks_lines_and_quotes() -> None:
     """What is shown can be pasted, whatever the model's folder is called."""
     session: Any = SimpleNamespace(name='a"b\n\x1b[31mc', engine=SimpleNamespace(max_seq_len=64))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("gemma_ft.serve.run.served_id", lambda session: session.name)
-        _say_hello(session, "http://h", Limits(), None)
-    lines = capsys.readouterr().err.splitlines()
+        lines = greeting(session, "http://h", Limits(), None)
     assert lines[0] == 'gemma-ft serves a"bc at http://h/v1'
     assert len(lines) == 4
     body = shlex.split(lines[2])[-1]

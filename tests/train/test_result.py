@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
@@ -147,7 +146,7 @@ def test_the_card_of_a_run_tells_its_sources_and_no_folder_of_this_machine(
     out = trained(recipe_for, train, "strategy=lora", f"data.train={sources}", "train.max_steps=1")
 
     def card(to: str) -> str:
-        export_model(str(out), Wish(to="adapter", out=tmp_path / to), console=Console(quiet=True))
+        export_model(str(out), Wish(to="adapter", out=tmp_path / to))
         return (tmp_path / to / "README.md").read_text(encoding="utf-8")
 
     told = card("one")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.export.card.run_record import figures_by_model
-from gemma_ft.system.units import NOTHING, count, duration, gib, number, percent
-from gemma_ft.ui.evaluation import label_of
+from gemma_ft.system.units import NOTHING, byte_size, count, duration, number, percent
+from gemma_ft.ui.metric_text import label_of
 from gemma_ft.ui.pages.blocks import Block, Note, Picture, Sample, Section, Table, render
 from gemma_ft.ui.pages.curves import Curve, Panel, curve_picture
 from gemma_ft.ui.pages.facts import RunFacts, read_run
@@ -28,7 +28,7 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (
     ("tokens", ("tokens",), count),
     ("time in steps", ("seconds",), duration),
     ("tokens/s", ("tokens_per_second",), count),
-    ("peak memory", ("peak_bytes",), gib),
+    ("peak memory", ("peak_bytes",), byte_size),
     ("device", ("device",), lambda value: str(value or NOTHING)),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.errors import UserError
 from gemma_ft.system.files import replace_text
-from gemma_ft.system.units import NOTHING, count, duration, gib, is_figure, number, percent
+from gemma_ft.system.units import NOTHING, byte_size, count, duration, is_figure, number, percent
 from gemma_ft.ui.pages.blocks import (
     GENERATOR,
     Block,
@@ -97,7 +97,7 @@ def headline(run: RunFacts) -> list[Block]:
     cards += [
         ("steps", count(figure("steps")), f"{count(figure('tokens'))} tokens in {duration(figure('seconds'))}"),
         ("speed", f"{count(figure('tokens_per_second'))} tokens/s", str(figure("device") or "")),
-        ("peak memory", gib(figure("peak_bytes")), ""),
+        ("peak memory", byte_size(figure("peak_bytes")), ""),
     ]
     note = figure("forgetting_note")
     return [Cards(cards), *([Note(str(note), warning=True)] if note else [])]

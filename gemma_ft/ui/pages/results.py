@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_ft.export.card.run_record import figures_by_model, objects
 from gemma_ft.system.units import NOTHING, count, is_figure
-from gemma_ft.ui.evaluation import label_of, notation
+from gemma_ft.ui.metric_text import label_of, notation
 from gemma_ft.ui.pages.blocks import Block, Note, Sample, Table
 
 SAMPLES_SHOWN = 5
