@@ -21,6 +21,7 @@ FLOORS = [
     ["infer", "export", "verify"],
     ["serve", "evaluate"],
     ["train"],
+    ["ui"],
     ["cli"],
     ["__main__"],
 ]
@@ -144,6 +145,48 @@ def test_the_environment_is_read_in_one_place(path: Path) -> None:
             names = {alias.name for alias in node.names}
         touched = names & {"environ", "environb", "getenv", "putenv"}
         assert not touched, f"{name(path)}:{node.lineno}: os.{touched.pop()} is read in system/environment.py only"
+
+
+def shown_in(tree: ast.AST) -> list[str]:
+    """What a tree uses to reach a console: rich, print, the standard streams, tracebacks."""
+    found = [
+        f"{line}: imports {module}" for module, line in imported(tree) if module.split(".")[0] in ("rich", "typer")
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            found.append(f"{node.lineno}: prints")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "sys" and node.attr in ("stdout", "stderr", "__stdout__", "__stderr__"):
+                found.append(f"{node.lineno}: uses sys.{node.attr}")
+            if node.value.id == "traceback" and node.attr.startswith("print"):
+                found.append(f"{node.lineno}: prints a traceback")
+        if isinstance(node, ast.ImportFrom) and node.module == "sys":
+            found += [f"{node.lineno}: uses sys.{one.name}" for one in node.names if one.name.startswith("std")]
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE], ids=name)
+def test_below_the_ui_nothing_is_shown(path: Path) -> None:
+    """Rooms return what came of their work and tell an observer how it goes."""
+    if HIGHEST[room_of(path)] < HIGHEST["ui"]:
+        assert shown_in(tree_of(path)) == [], name(path)
+
+
+def test_what_is_shown_is_seen() -> None:
+    """The walker itself."""
+    text = (
+        "import sys, traceback\nfrom sys import stderr\n"
+        "def f():\n    from rich.console import Console\n    print(1)\n    sys.stderr.write('2')\n"
+        "    traceback.print_exc()\n    'print(3)'\n"
+    )
+    assert sorted(shown_in(ast.parse(text))) == [
+        "2: uses sys.stderr", "4: imports rich.console", "5: prints", "6: uses sys.stderr", "7: prints a traceback"
+    ]  # fmt: skip
+
+
+def test_bars_are_set_up_in_one_place() -> None:
+    users = [name(path) for path in FILES for module, _ in imported(tree_of(path)) if module == "rich.progress"]
+    assert users == ["gemma_ft/ui/progress.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -73,9 +73,11 @@ def train(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.train.run import train_recipe
+    from gemma_ft.ui.training import train_and_show
 
-    return train_recipe(loaded, resume=resume, overwrite=overwrite, stop_file=stop_file, allow_drift=allow_drift or ())
+    return train_and_show(
+        loaded, resume=resume, overwrite=overwrite, stop_file=stop_file, allow_drift=allow_drift or ()
+    )
 
 
 def _prove(loaded: "LoadedRecipe", words: list[str]) -> int:

@@ -6,7 +6,7 @@ Control messages (faults, stop requests) go over gloo, whatever the devices use 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gemma_ft.errors import RankError, UserError, first_line
 from gemma_ft.system import environment, hardware
+from gemma_ft.system.observer import SILENT
 from gemma_ft.train.heartbeat import Watch
 
 Layout = Literal["one device", "ddp", "fsdp2"]
@@ -130,8 +131,9 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world() -> World:
-    """The world that the launcher made of this process; one device without a launcher.
+def join_world(warn: Callable[[str], None] = SILENT.warn) -> World:
+    """The world that the launcher made of this process; one device without a launcher. `warn` is told why this rank
+    leaves at once, where another is gone.
 
     Raises: UserError for an accelerate config that cannot be honoured.
     """
@@ -154,7 +156,7 @@ def join_world() -> World:
         world_size=launch.world_size,
         timeout=PATIENCE,
     )
-    watch = Watch(store, launch.rank, launch.world_size)
+    watch = Watch(store, launch.rank, launch.world_size, warn)
     world = World(
         rank=launch.rank,
         size=launch.world_size,

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -22,13 +22,13 @@ EXIT_CODE = 1
 class Watch:
     """A thread that beats for this rank and listens for all others, over the launcher's store.
 
-    `phase`: what this rank is doing, and so the others, for they go step by step with it.
+    `phase`: what this rank is doing, and so the others, for they go step by step with it. `warn` is told why it ends.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, warn: Callable[[str], None]) -> None:
         self.phase = "start"
         self._store = dist.PrefixStore("beat", store.clone())  # type: ignore[attr-defined]
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._warn = rank, size, warn
         self._stopped = threading.Event()
         self._faults: dict[int, float] = {}  # rank -> since when its fault is known
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -81,9 +81,6 @@ class Watch:
 
     def _end(self, what: str) -> None:
         """Leave at once: the main thread may be inside a collective that will never come back."""
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone keeps nobody here
-            print(
-                f"rank {self._rank}: {what}; the job ends, --resume goes on from its last checkpoint", file=sys.stderr
-            )
-            sys.stderr.flush()
+        with contextlib.suppress(Exception):  # nothing keeps a rank here
+            self._warn(f"rank {self._rank}: {what}; the job ends, --resume goes on from its last checkpoint")
         os._exit(EXIT_CODE)

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_ft.errors import NonFiniteError
 from gemma_ft.evaluate.samples import sample_lines
+from gemma_ft.system import hardware
 from gemma_ft.train.evaluation import Figures
 from gemma_ft.train.progress import Listener
 from gemma_ft.train.run_context import Course
@@ -26,10 +27,10 @@ def listener_of(course: Course) -> Listener:
             _not_finite(course, figures)
         if figures["step"] % every == 0 or figures["step"] == context.total:
             log.step(figures)
-        context.display.step(figures)
+        _show(course, figures)
 
     def on_eval(step: int, loss: float | None) -> None:
-        context.display.eval_loss = loss
+        course.eval_loss = loss
         figures: Figures = {"eval_loss": loss, **course.scorer.compared(loss)}
         log.evaluation(step, figures)
         if step < context.total:  # the last answers are those of the model that is saved
@@ -37,7 +38,14 @@ def listener_of(course: Course) -> Listener:
             if not course.trainer.stopped:
                 log_samples(course, step, answers)
 
-    return Listener(on_step, on_eval, on_fault=lambda line: context.display.say(f"  {line}"))
+    return Listener(on_step, on_eval, on_fault=lambda line: context.observer.say(f"  {line}"))
+
+
+def _show(course: Course, figures: dict[str, Any]) -> None:
+    """Tell the figures of an optimizer step."""
+    held_out = {} if course.eval_loss is None else {"eval_loss": course.eval_loss}
+    shown = {"loss": figures["loss"], **held_out, "tokens_per_second": figures["tokens_per_second"]}
+    course.job.advance(**shown, peak_bytes=hardware.peak_memory_bytes())
 
 
 def _not_finite(course: Course, figures: dict[str, Any]) -> None:
@@ -53,7 +61,7 @@ def _not_finite(course: Course, figures: dict[str, Any]) -> None:
         )
         error.told = not context.world.main
         raise error
-    context.display.say(f"  {what}: not finite, this update is left out")
+    context.observer.say(f"  {what}: not finite, this update is left out")
     figures |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(figures[name] or 0.0)}
     figures["skipped"] = True
 

@@ -28,10 +28,9 @@ from gemma_ft.train.run_context import Course, RunContext
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.sampler import TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
-from gemma_ft.train.summary import summary_of
+from gemma_ft.train.summary import TrainedRun, summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer
-from gemma_ft.ui.training import show_summary
 
 # What a run is made of beside its recipe, and what is said of it when it changed.
 INPUTS = {
@@ -71,7 +70,7 @@ def build_course(context: RunContext) -> Course:
         autocast=trainer.autocast_context,
         world=world,
     )
-    course = Course(context, progress, RunLog(context.run, world.main, context.display.say), trainer, scorer)
+    course = Course(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
     trainer.listener = listener_of(course)
     return course
 
@@ -118,13 +117,13 @@ def take_up(course: Course, checkpoint: Path, allow_drift: Sequence[str] = ()) -
                 f"{context.run.root}: cannot resume: {what} than before; restore it, start a new output_dir, or give "
                 f"--allow-drift {name}"
             )
-        context.display.say(f"  drift: {what}")
+        context.observer.say(f"  drift: {what}")
     before["inputs"] = now["inputs"]
     if context.data.streamed and before.get("stream"):
         context.data.streamed.go_on(before["stream"])
-    context.display.say(f"  resuming   after step {progress.step}, from {checkpoint}")
+    context.observer.say(f"  resuming   after step {progress.step}, from {checkpoint}")
     if before["total"] != context.total:
-        context.display.say(f"  note: the learning rate now runs over {context.total} steps, was {before['total']}")
+        context.observer.say(f"  note: the learning rate now runs over {context.total} steps, was {before['total']}")
         before["total"] = context.total
 
 
@@ -158,7 +157,7 @@ def go(course: Course, checkpoint: Path | None) -> int:
     finally:
         log.close()
     if world.main:
-        show_summary(context.display.console, summary, run, report_page(context))
+        context.finish(TrainedRun(run, summary))
     return 0
 
 
@@ -173,7 +172,7 @@ def _clear_the_way(course: Course) -> None:
     run.cut_logs(step)
     for said_at_the_end in (run.summary, run.report, run.eval_results, run.certificate):
         said_at_the_end.unlink(missing_ok=True)
-    course.log.trackers += build_trackers(recipe, run.root, context.display.say, done=step)
+    course.log.trackers += build_trackers(recipe, run.root, context.observer.say, done=step)
 
 
 def _score(course: Course) -> Score:
@@ -191,16 +190,13 @@ def _score_before(course: Course) -> None:
 
 def _train(course: Course, checkpoint: Path | None) -> None:
     context, progress = course.context, course.progress
-    context.display.start(context.total, progress.step)
-    try:
+    with context.observer.job("train", context.total, done=progress.step) as course.job:
         if checkpoint is not None and progress.step >= context.total:
             load_weights(checkpoint, context.model)  # Trainer would take one step more
         else:
             fit(course)
             with context.stop.waiting():
                 _train_on(course, checkpoint)
-    finally:
-        context.display.stop()
     if course.trainer.stopped:
         error = Stopped(
             f"stopped by {context.stop.reason or 'another rank'} after step {progress.step}; --resume goes on "
@@ -241,7 +237,7 @@ def _train_on(course: Course, checkpoint: Path | None) -> None:
 def _say_smaller(course: Course, what: str) -> None:
     batch, all_layers = course.trainer.batch, course.trainer.checkpointing is not course.context.checkpointing
     more = "all layers recomputing their activations, " if all_layers else ""
-    course.context.display.say(
+    course.context.observer.say(
         f"  memory     {what}; going on with {more}micro_batch_size {batch.micro_batch_size} and "
         f"{batch.accumulation_steps} accumulations: the steps stay the same"
     )
@@ -253,14 +249,3 @@ def _stop_waiting(context: RunContext) -> None:
     """
     if context.world.size == 1 and context.stop.asked():
         raise Stopped(f"stopped by {context.stop.reason} while rows were awaited; --resume goes on")
-
-
-def report_page(context: RunContext) -> Path | None:
-    """The run's page; one line instead of it when it cannot be made, for the run itself is whole."""
-    try:
-        from gemma_ft.ui.pages.page import write_report
-
-        return write_report(context.run.root, context.run.report)
-    except Exception as error:
-        context.display.say(f"report.html could not be made ({type(error).__name__}: {error}); the run is complete")
-        return None

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from gemma_ft.build.data import build_data
 from gemma_ft.build.inputs import build_tokenizer, check_apart, inputs_of
 from gemma_ft.build.model import build_model
@@ -17,17 +15,16 @@ from gemma_ft.errors import RankError, Stopped, UserError
 from gemma_ft.evaluate.forgetting import build_canary
 from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.system.observer import SILENT, Observer
 from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.checkpoints import newest_valid
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
-from gemma_ft.train.guard import guarded
 from gemma_ft.train.loop import build_course, go, take_up
-from gemma_ft.train.run_context import RunContext
+from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
 from gemma_ft.train.startup import outlook
-from gemma_ft.ui.training import Display
 
 
 def train_recipe(
@@ -37,19 +34,20 @@ def train_recipe(
     overwrite: bool = False,
     stop_file: Path | None = None,
     allow_drift: Sequence[str] = (),
-    console: Console | None = None,
+    observer: Observer = SILENT,
+    finish: Finish = lambda trained: None,
 ) -> int:
     """Train what a recipe says and write everything under its output_dir; returns the exit code 0.
 
     `stop_file`: a path whose appearance stops the run at its next step, as a signal does. `allow_drift`: keys of the
-    recipe, or data, base, tokenizer, that a resumed run may find changed.
+    recipe, or data, base, tokenizer, that a resumed run may find changed. `finish` is called on the main rank when all
+    else is done, while signals are still taken as those of a run.
     Raises: UserError and its children, one clear line each. Until the run is built, nothing in output_dir is touched.
     """
     stop, mode = StopRequest(stop_file), Mode(resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift))
-    console = console or Console()
-    with stop.listening(), guarded(console, partial(stop.ask, "a closed output")):
+    with stop.listening(), observer.heard(partial(stop.ask, "a closed output")):
         try:
-            return _joined(loaded, stop, mode, console)
+            return _joined(loaded, stop, mode, observer, finish)
         except UserError:
             raise
         except (Exception, StopNow) as error:
@@ -68,10 +66,10 @@ class Mode:
     allow_drift: tuple[str, ...]
 
 
-def _joined(loaded: LoadedRecipe, stop: StopRequest, mode: Mode, console: Console) -> int:
-    world = join_world()
+def _joined(loaded: LoadedRecipe, stop: StopRequest, mode: Mode, observer: Observer, finish: Finish) -> int:
+    world = join_world(observer.warn)
     try:
-        return _train(loaded, world, stop, mode, console)
+        return _train(loaded, world, stop, mode, observer if world.main else SILENT, finish)
     except RuntimeError as error:
         if world.size == 1 or not lost_a_rank(error):
             raise
@@ -82,22 +80,24 @@ def _joined(loaded: LoadedRecipe, stop: StopRequest, mode: Mode, console: Consol
         world.close()
 
 
-def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, console: Console) -> int:
-    recipe, display = loaded.recipe, Display(console if world.main else Console(quiet=True))
+def _train(
+    loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, observer: Observer, finish: Finish
+) -> int:
+    recipe = loaded.recipe
     run = RunDir(Path(recipe.output_dir))
-    display.say(f"gemma-ft train {loaded.path} -> {run.root}")
+    observer.say(f"gemma-ft train {loaded.path} -> {run.root}")
     for note in loaded.notes:
-        display.say(f"  note: {note}")
+        observer.say(f"  note: {note}")
     with world.phase("the checks"):
         batch = batch_plan(recipe, world.size)
         if world.main:
             check_apart(recipe, run.root, named=f"output_dir: {run.root}", cure="choose another")
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))
             for told in run.check_recipe(recipe, mode.allow_drift) if mode.resume else ():
-                display.say(f"  drift: {told}")
-    with world.phase("the data"), display.preparing() as progress:
+                observer.say(f"  drift: {told}")
+    with world.phase("the data"), observer.job("documents read") as job:
         tokenizer = build_tokenizer(recipe, run.trained_tokenizer() if mode.resume else None)
-        data = build_data(recipe, tokenizer, progress) if world.writes else None
+        data = build_data(recipe, tokenizer, job.advance) if world.writes else None
     with world.phase("the data, read by the other ranks"):  # out of the cache, into which one rank of a machine writes
         data = data or build_data(recipe, tokenizer)
         canary = None
@@ -106,7 +106,7 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
     total = total_steps(recipe, len(data.examples))
     finished = world.gather(run.steps_finished() if mode.resume else None)[0]
     if finished is not None and finished >= total:
-        display.say(f"{run.root}: already finished, {finished} steps; nothing to do")
+        observer.say(f"{run.root}: already finished, {finished} steps; nothing to do")
         return 0
     with contextlib.ExitStack() as held:
         with world.phase("the lock"):
@@ -117,13 +117,14 @@ def _train(loaded: LoadedRecipe, world: World, stop: StopRequest, mode: Mode, co
         with world.phase("the plan"):
             longest = int(max(data.train.examples.lengths)) if data.streamed is None else recipe.data.max_seq_len
             chosen = choose_checkpointing(recipe, batch, tokens=longest, world=world)
-        display.plan(outlook(recipe, data, canary, model, source, total, batch, world, chosen))
+        for label, text in outlook(recipe, data, canary, model, source, total, batch, world, chosen):
+            observer.say(f"  {label:<10} {text}")
         context = RunContext(
-            recipe, run, display, tokenizer, data, canary, model, source, total, batch, world, stop, chosen
+            recipe, run, observer, finish, tokenizer, data, canary, model, source, total, batch, world, stop, chosen
         )
         course = build_course(context)
         with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
-            newest = newest_valid(run.checkpoints, display.say) if mode.resume and world.main else None
+            newest = newest_valid(run.checkpoints, observer.say) if mode.resume and world.main else None
         checkpoint: Path | None = world.gather(newest)[0]
         with world.phase("the checkpoint"):
             if checkpoint is not None:

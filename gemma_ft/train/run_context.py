@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from gemma_ft.build.located import Source
 from gemma_ft.evaluate.forgetting import Canary
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
+from gemma_ft.system.observer import SILENT, Job, Observer
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.distributed import World
 from gemma_ft.train.evaluation import Scorer
@@ -19,8 +21,10 @@ from gemma_ft.train.progress import Progress
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.signals import StopRequest
+from gemma_ft.train.summary import TrainedRun
 from gemma_ft.train.trainer import GemmaTrainer
-from gemma_ft.ui.training import Display
+
+Finish = Callable[[TrainedRun], None]  # called on the main rank when all else is done
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class RunContext:
 
     recipe: Recipe
     run: RunDir
-    display: Display
+    observer: Observer
+    finish: Finish
     tokenizer: PreTrainedTokenizerBase
     data: BuiltData
     canary: Canary | None
@@ -42,7 +47,7 @@ class RunContext:
     checkpointing: Checkpointing
 
 
-@dataclass(frozen=True)
+@dataclass
 class Course:
     """A run and what it goes on with: how far it has come, who logs, trains and scores it."""
 
@@ -51,3 +56,5 @@ class Course:
     log: RunLog
     trainer: GemmaTrainer
     scorer: Scorer
+    job: Job = SILENT  # of the training, for whoever watches
+    eval_loss: float | None = None  # the last one of this process

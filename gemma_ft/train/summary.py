@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gemma_ft.build.data import BuiltData
 from gemma_ft.evaluate.forgetting import forgetting_note
 from gemma_ft.evaluate.held_out import Question, Score
+from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.evaluation import Figures
 from gemma_ft.train.lengths import length_histogram
 from gemma_ft.train.progress import Progress
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that came to its end, and what its summary.json says."""
+
+    run: RunFiles
+    summary: dict[str, Any]
 
 
 def summary_of(

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from gemma_ft.system.units import byte_size, number
+from gemma_ft.ui.guarded_output import guarded
 from gemma_ft.ui.stderr import tell
 
 LINES_WITHOUT_TERMINAL = 20
@@ -73,8 +74,8 @@ class ConsoleObserver:
                 self._bars = None
 
     def heard(self, on_gone: Callable[[], None]) -> AbstractContextManager[None]:
-        """Writes straight to the console."""
-        return contextlib.nullcontext()
+        """The console writes behind a guard meanwhile."""
+        return guarded(self.console, on_gone)
 
 
 class _Job:

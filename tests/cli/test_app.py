@@ -138,14 +138,14 @@ def train_ends_with(monkeypatch: pytest.MonkeyPatch) -> Train:
     """Puts a training room in place that raises or returns what is given, so that no run is needed."""
 
     def end_with(outcome: BaseException | int) -> None:
-        def train_recipe(loaded: object, **options: object) -> int:
+        def train_and_show(loaded: object, **options: object) -> int:
             if isinstance(outcome, int):
                 return outcome
             raise outcome
 
-        room = ModuleType("gemma_ft.train.run")
-        room.train_recipe = train_recipe  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "gemma_ft.train.run", room)
+        room = ModuleType("gemma_ft.ui.training")
+        room.train_and_show = train_and_show  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "gemma_ft.ui.training", room)
 
     return end_with
 

@@ -20,8 +20,8 @@ from gemma_ft.kernels import cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.triton import triton_backend
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.system import environment
-from gemma_ft.train import loop
 from gemma_ft.train.run import train_recipe
+from gemma_ft.ui.progress import STEPS, ConsoleObserver
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,13 +86,13 @@ def recipe_for(tmp_path: Path) -> Callable[..., LoadedRecipe]:
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+def train(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Run a recipe in this process; returns the lines of its metrics.jsonl. What was said goes to console.txt."""
-    monkeypatch.setattr(loop, "report_page", lambda _: None)  # half of the time of so short a run
 
     def run(loaded: LoadedRecipe, *, resume: bool = False) -> list[dict[str, Any]]:
         with (tmp_path / "console.txt").open("a", encoding="utf-8") as sink:
-            assert train_recipe(loaded, resume=resume, console=Console(file=sink, width=200)) == 0
+            observer = ConsoleObserver(Console(file=sink, width=200), line=STEPS)
+            assert train_recipe(loaded, resume=resume, observer=observer) == 0  # no page: half of a short run's time
         return metrics(loaded)
 
     return run

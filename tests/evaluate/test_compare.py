@@ -19,12 +19,13 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate import models as subjects
-from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
+from gemma_ft.evaluate.compare import EvalOptions
 from gemma_ft.evaluate.models import Subject, chosen_models, find_subject, with_each
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_root
-from gemma_ft.train.run import train_recipe
+from gemma_ft.ui.evaluation import evaluate_and_show
+from gemma_ft.ui.training import train_and_show
 
 Run = Callable[..., Path]
 
@@ -61,7 +62,7 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         if strategy not in made:
             made[strategy] = tmp_path_factory.mktemp("runs") / strategy
             loaded = load_recipe("sft_tiny", overrides(rows, made[strategy], f"strategy={strategy}"))
-            assert train_recipe(loaded, console=Console(file=io.StringIO())) == 0
+            assert train_and_show(loaded, console=Console(file=io.StringIO())) == 0
         return made[strategy]
 
     return make
@@ -71,7 +72,7 @@ def evaluated(subject: Subject, **options: Any) -> tuple[dict[str, Any], str, st
     """The results, and what stdout and stderr saw."""
     out, err = io.StringIO(), io.StringIO()
     consoles = {"stdout": Console(file=out, width=120), "stderr": Console(file=err, width=120)}
-    results = evaluate_subject(subject, EvalOptions(**options), **consoles)
+    results = evaluate_and_show(subject, EvalOptions(**options), **consoles)
     return results, out.getvalue(), err.getvalue()
 
 
@@ -156,7 +157,7 @@ def test_another_measurement_is_not_the_runs(
 ) -> None:
     run = trained("qlora")
     monkeypatch.setattr("gemma_ft.evaluate.compare.with_each", _nothing_measured)
-    monkeypatch.setattr("gemma_ft.evaluate.compare.EvalDisplay.show", lambda *_: None)
+    monkeypatch.setattr("gemma_ft.ui.evaluation.show_results", lambda *_: None)
     (run / "eval.json").write_text("{}")
     options: dict[str, Any] = {
         "rows": {"rows": 2}, "models": {"models": ["base"]}, "metrics": {"metrics": ["exact_match"]},
@@ -219,7 +220,7 @@ def test_a_file_that_cannot_be_written_loses_no_figure(
 
     shown: list[object] = []
     monkeypatch.setattr("gemma_ft.evaluate.compare.with_each", _nothing_measured)
-    monkeypatch.setattr("gemma_ft.evaluate.compare.EvalDisplay.show", lambda _, results: shown.append(results))
+    monkeypatch.setattr("gemma_ft.ui.evaluation.show_results", lambda _, results: shown.append(results))
     monkeypatch.setattr("gemma_ft.evaluate.compare.replace_text", full)
     out = tmp_path / "e.json"
     assert refused(str(trained("qlora")), options={"out": out}) == (

@@ -17,7 +17,7 @@ from gemma_ft.families import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.system import environment
-from gemma_ft.train.run import train_recipe
+from gemma_ft.ui.training import train_and_show
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +98,9 @@ def train(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
     def run(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
         with (tmp_path / "console.txt").open("a", encoding="utf-8") as sink:
-            assert train_recipe(loaded, resume=resume, overwrite=overwrite, console=Console(file=sink, width=120)) == 0
+            assert (
+                train_and_show(loaded, resume=resume, overwrite=overwrite, console=Console(file=sink, width=120)) == 0
+            )
         metrics = Path(loaded.recipe.output_dir) / "metrics.jsonl"
         return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import signal
@@ -14,30 +13,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 from gemma_ft.cli.app import main
 from gemma_ft.errors import Stopped
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system import environment
-from gemma_ft.train.guard import Guard, GuardedOutput, guarded
-from gemma_ft.train.run import train_recipe
+from gemma_ft.train.guard import Guard
 from gemma_ft.train.signals import StopNow, StopRequest
+from gemma_ft.ui.training import train_and_show
+from tests.observed import Sink
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
-
-
-class Sink(io.StringIO):
-    """A stream whose writes a test decides on, each before it is made."""
-
-    def __init__(self, before: Callable[[str], None]) -> None:
-        super().__init__()
-        self._before = before
-
-    def write(self, text: str) -> int:
-        self._before(text)
-        return super().write(text)
 
 
 @pytest.fixture
@@ -82,79 +69,6 @@ def test_the_first_fault_of_a_sink_is_its_last(error: BaseException) -> None:
     assert guard.close(30)
     assert (calls, faults) == (["made"], [error])
     assert Guard("unused", faults.append).close(0)
-
-
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, None])
-def test_an_output_that_nobody_reads_is_told_once(number: int | None) -> None:
-    def fail(_: str) -> None:
-        raise OSError(number, "gone") if number else ValueError("I/O operation on closed file.")
-
-    gone: list[bool] = []
-    console = Console(file=Sink(fail), width=80)
-    with guarded(console, lambda: gone.append(True)):
-        for _ in range(3):
-            console.print("a line")
-        with Progress(console=console) as bar:
-            bar.add_task("train")
-    assert gone == [True]
-
-
-def test_a_pipe_without_a_reader(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    gone: list[bool] = []
-    with open(writer, "w", encoding="utf-8") as stream:
-        console = Console(file=stream, width=80)
-        with guarded(console, lambda: gone.append(True)):
-            console.print("seen")
-        assert os.read(reader, 100) == b"seen\n"
-        os.close(reader)
-        with guarded(console, lambda: gone.append(True)):
-            console.print("not seen")
-    assert gone == [True]
-
-
-def test_a_full_disk_behind_an_output_may_pass() -> None:
-    full = [errno.ENOSPC, errno.EDQUOT]
-
-    def fail(_: str) -> None:
-        if full:
-            raise OSError(full.pop(), "full")
-
-    gone: list[bool] = []
-    sink = Sink(fail)
-    console = Console(file=sink, width=80)
-    with guarded(console, lambda: gone.append(True)):
-        for text in ("one", "two", "three"):
-            console.print(text)
-    assert (sink.getvalue(), gone) == ("three\n", [])
-
-
-def test_a_terminal_that_is_stopped_says_what_it_did_not_show(gate: threading.Event) -> None:
-    entered = threading.Event()
-    sink = Sink(lambda text: (entered.set(), gate.wait(), None)[-1])
-    output = GuardedOutput(sink, lambda: None, room=1)
-    output.write("first\n")
-    assert entered.wait(30)
-    for text in ("waits\n", "lost\n", "lost, too\n"):
-        output.write(text)
-    assert not output.finish(0.001)
-    gate.set()
-    assert output.finish(30)
-    again = GuardedOutput(sink, lambda: None, room=2)
-    again._left_out = 2
-    again.write("last\n")
-    assert again.finish(30)
-    assert sink.getvalue() == "first\nwaits\n(2 lines were left out)\nlast\n"
-
-
-def test_what_a_console_asks_of_its_file_is_answered(tmp_path: Path) -> None:
-    with (tmp_path / "out.txt").open("w", encoding="latin-1") as stream:
-        output = GuardedOutput(stream, lambda: None)
-        assert (output.isatty(), output.encoding, output.fileno()) == (False, "latin-1", stream.fileno())
-        assert output.writable()
-        output.write("é \u2713\n")
-        assert output.finish(30)
-    assert (tmp_path / "out.txt").read_bytes() == b"\xe9 ?\n"
 
 
 def test_a_hangup_is_a_request_and_more_of_them_are_none() -> None:
@@ -228,7 +142,7 @@ def test_a_run_whose_terminal_goes_away_ends_with_a_checkpoint(
 
     loaded = recipe_for("strategy=lora", "train.max_steps=40", "train.schedule=constant", "logging.tensorboard=true")
     with pytest.raises(Stopped) as stopped:
-        train_recipe(loaded, console=Console(file=Sink(before), width=120))
+        train_and_show(loaded, console=Console(file=Sink(before), width=120))
     assert stopped.value.exit_code == 143
     found = re.fullmatch(
         r"stopped by (?:SIGHUP|a closed output) after step (\d+); --resume goes on from its checkpoint",
@@ -247,6 +161,6 @@ def test_a_run_whose_output_is_closed_ends_with_a_checkpoint(recipe_for: RecipeF
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as stream, pytest.raises(Stopped) as stopped:
-        train_recipe(recipe_for("strategy=lora", "train.max_steps=40"), console=Console(file=stream, width=120))
+        train_and_show(recipe_for("strategy=lora", "train.max_steps=40"), console=Console(file=stream, width=120))
     assert str(stopped.value) == "stopped by a closed output after step 1; --resume goes on from its checkpoint"
     assert (tmp_path / "run/checkpoints/step-00000001").is_dir()

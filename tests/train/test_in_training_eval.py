@@ -115,7 +115,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("no ink")
 
-    monkeypatch.setattr("gemma_ft.ui.pages.page.write_report", broken)
+    monkeypatch.setattr("gemma_ft.ui.training.write_report", broken)
     monkeypatch.setattr("gemma_ft.train.summary.forgetting_note", lambda *_: "forgetting: much")
     train(recipe_for("strategy=lora", "train.max_steps=1"))
     said = (tmp_path / "console.txt").read_text()

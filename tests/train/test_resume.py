@@ -18,6 +18,7 @@ from gemma_ft.train.checkpoint_state import load_state
 from gemma_ft.train.checkpoints import checkpoint_folder
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.trainer import GemmaTrainer
+from gemma_ft.ui.training import train_and_show
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -234,8 +235,8 @@ def test_a_drift_that_is_allowed_goes_on_and_is_told(recipe_for: RecipeFor, trai
     with (tmp_path / "console.txt").open("w") as sink:
         console = Console(file=sink, width=200)
         with pytest.raises(UserError):
-            train_recipe(changed, resume=True, allow_drift=["data", "train.schedule"], console=console)
-        assert train_recipe(changed, resume=True, allow_drift=["train.learning_rate"], console=console) == 0
+            train_and_show(changed, resume=True, allow_drift=["data", "train.schedule"], console=console)
+        assert train_and_show(changed, resume=True, allow_drift=["train.learning_rate"], console=console) == 0
     said = (tmp_path / "console.txt").read_text()
     assert "drift: train.learning_rate was 0.002, now 0.001" in said
     rates = [
