@@ -67,7 +67,8 @@ class ConsoleObserver:
             self._bars = _bars(self.console, counted=total is not None, transient=total is None or not self._stays)
             self._bars.start()
         try:
-            yield _Job(self, self._bars, self._bars.add_task(what, total=total, completed=done, figures=""), self._line)
+            task = self._bars.add_task(what, total=total, completed=done, figures="")
+            yield _Job(self, self._bars, task, self._line if total is not None else None)
         finally:
             if outermost:
                 self._bars.stop()

@@ -29,6 +29,8 @@ def shown(one: Console) -> str:
 def test_without_a_terminal_a_run_is_told_twenty_times_and_at_its_end() -> None:
     out = console(terminal=False)
     observer: Observer = ConsoleObserver(out, line=STEPS, stays=True)
+    with observer.job("documents read") as rows:
+        rows.advance(108)
     with observer.job("train", 43, done=2) as job:
         for _ in range(41):
             job.advance(loss=0.5, tokens_per_second=1234.6, peak_bytes=2**30)
