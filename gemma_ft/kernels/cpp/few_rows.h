@@ -1,4 +1,4 @@
-// A linear layer on few rows (few_rows.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w.
+// A linear layer on few rows (gemv.py): out[m, o] = sum of x[m, i] w[o, i]; limited by the reading of w.
 //
 // Multiplied in float32, as wide as any vector unit does it: products of bf16 pairs are half as fast where there are no
 // tiles for them. x comes as float32 in the order in which numbers leave their storage.

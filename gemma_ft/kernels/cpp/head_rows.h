@@ -1,4 +1,4 @@
-// The head's loss (head_rows.py): logits [R, V] become their gradient, where one is wanted
+// The head's loss (cross_entropy.py): logits [R, V] become their gradient, where one is wanted
 #pragma once
 #include "numbers.h"
 

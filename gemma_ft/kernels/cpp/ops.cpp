@@ -1,6 +1,6 @@
 // What Gemma does to rows between its matrix products, on one CPU: each row is read and written once.
 //
-// A plain C interface, so that no header of torch or Python is needed: native.py compiles this file where it runs and
+// A plain C interface, so that no header of torch or Python is needed: cpp_backend.py compiles this file where it runs and
 // calls it with the addresses of tensors. Arithmetic is float32 as in the plain-torch references (their files name
 // them); a row is worked on by one thread, so that no result depends on how many there are.
 // Letters: R rows, D their size.
