@@ -1,4 +1,4 @@
-"""Whatever a page of the project names is there: links and headings, files, tests, make targets, modules."""
+"""Whatever a page of the project names is there: links, files, tests, targets, modules, verbs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+from gemma_ft.cli.app import build_app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
@@ -92,6 +94,15 @@ def test_every_make_target_and_module_exists(page: Path) -> None:
     assert [target for target in targets if target not in TARGETS] == []
     files = {module: ROOT / module.replace(".", "/") for module in modules}
     assert [module for module, file in files.items() if not (file.is_dir() or file.with_suffix(".py").is_file())] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_verb_exists(page: Path) -> None:
+    app = build_app()
+    verbs = {*(one.name for one in app.registered_commands), *(one.name for one in app.registered_groups)}
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?:`|^ *(?:\S*bin/|\$ )?)gemma-ft ([a-z]+)", text, re.M)
+    assert [verb for verb in named if verb not in verbs] == []
 
 
 def test_a_broken_page_is_seen(tmp_path: Path) -> None:
