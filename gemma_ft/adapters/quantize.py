@@ -61,7 +61,7 @@ def make_hollow(layer: Any) -> None:
 
 
 def quantized(layer: Any, weight: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """The packed weight [numel / 2 bytes, 1] of a hollow layer, made on `device` as a load would make it, and the
+    """The packed weight [numel / 2 bytes, 1] of the hollow layer, made on `device` as a load would make it, and the
     tensors that it is read with.
     """
     from bitsandbytes.nn import Params4bit
