@@ -100,9 +100,14 @@ def test_every_make_target_and_module_exists(page: Path) -> None:
 def test_every_verb_exists(page: Path) -> None:
     app = build_app()
     verbs = {*(one.name for one in app.registered_commands), *(one.name for one in app.registered_groups)}
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     named = re.findall(r"(?:`|^ *(?:\S*bin/|\$ )?)gemma-ft ([a-z]+)", text, re.M)
     assert [verb for verb in named if verb not in verbs] == []
+
+
+def test_every_make_target_is_in_the_table_of_contributing() -> None:
+    table = re.findall(r"`make ([a-z-]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("##")[1])
+    assert sorted(table) == sorted(set(TARGETS) - {"help", "clean"})
 
 
 def test_a_broken_page_is_seen(tmp_path: Path) -> None:
