@@ -98,7 +98,7 @@ class ReadSource:
 
     @property
     def count(self) -> int:
-        """Documents of it that are meant: all, or as many as max_rows."""
+        """min(its documents, max_rows)."""
         return min(len(self.documents), self.source.max_rows or len(self.documents))
 
 

@@ -59,8 +59,8 @@ class Launch:
     offload: bool = False
 
 
-# What an accelerate config may switch on that would change the numbers, or that is done otherwise here: variable, the
-# values that ask for nothing, and where the choice belongs.
+# Accelerate settings that we refuse, because they would change the numbers or are done otherwise here: variable,
+# allowed values, key in the file, cure.
 _ELSEWHERE = (
     ("ACCELERATE_MIXED_PRECISION", ("no",), "mixed_precision", "the recipe's train.precision decides; set it to 'no'"),
     ("ACCELERATE_DYNAMO_BACKEND", ("no",), "dynamo_backend", "compiling is not supported; leave it out"),

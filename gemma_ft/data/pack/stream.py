@@ -34,7 +34,7 @@ class StreamSource:
     name: str
     chunks: Callable[[], Iterator[Chunk]]
     reading: Reading
-    most: int | None  # documents of it that are meant
+    most: int | None  # of its documents that are used; None: all
     repeats: float  # how often in a pass; of a fraction those documents whose content hash says so
     rate: float  # how fast it is read beside the others
     endless: bool  # it begins again by itself when it was read, as those with weights do: there is one pass then
