@@ -2,7 +2,8 @@
 
 Above each block of the page stands where it goes: `<!-- NAME: PATH -->` for a new file; `<!-- NAME: PATH, before
 "TEXT" -->` for lines that are put in front of the one line that begins with TEXT, with `instead of` in its place. An
-example may have several blocks, of one name.
+example may have several blocks, of one name. What is Python by itself is in a block of `python`, which ruff formats;
+other lines are in one of `text`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "extending.md"
 BLOCK = re.compile(
-    r'^<!-- (\w+): ([\w./]+)(?:, (before|instead of) "([^\n]+)")? -->\n```python\n(.*?)^```', re.M | re.S
+    r'^<!-- (\w+): ([\w./]+)(?:, (before|instead of) "([^\n]+)")? -->\n```(?:python|text)\n(.*?)^```', re.M | re.S
 )
 
 

@@ -17,7 +17,7 @@ EXAMPLES = ("size", "family", "format", "objective", "kernel", "verb")
 def test_the_page_has_an_example_of_each_kind_and_no_block_besides() -> None:
     found = blocks()
     assert tuple(dict.fromkeys(block.example for block in found)) == EXAMPLES
-    assert len(found) == PAGE.read_text(encoding="utf-8").count("```python\n")
+    assert len(found) * 2 == PAGE.read_text(encoding="utf-8").count("\n```")
     heads = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.M)
     assert [head.split()[1] for head in heads] == list(EXAMPLES)
 
