@@ -25,7 +25,7 @@ def blockwise_attention(
     """softmax(cap(query · keyᵀ · scale), over keys low[t] .. t) · value.
 
     query [B, N, T, H], key and value [B, K, T, H], low [B or 1, T] with 0 <= low[t] <= t -> [B, N, T, H] in
-    query.dtype. Products are in the dtype that the processor multiplies fastest (product.py), and then wide: cap and
+    query.dtype. Products are in the dtype that the processor multiplies fastest (matmul.py), and then wide: cap and
     softmax in float32 or wider. Backward computes the scores again. The reference is attention.eager_attention.
     """
     low = low.expand(query.shape[0], -1)
