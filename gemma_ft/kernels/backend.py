@@ -82,16 +82,13 @@ class Implementation:
     functions: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = DTYPES
     takes: str = field(default="", kw_only=True)
+    # its backend's, at hand, for they are asked for at every operation; a name of "torch" is the reference's
+    name: str = field(init=False)
+    runs: Runs = field(init=False, repr=False)
 
-    @cached_property
-    def name(self) -> str:
-        """That of its backend: "torch" is the reference."""
-        return self.backend.name
-
-    @cached_property
-    def runs(self) -> Runs:
-        """What knows whether it runs."""
-        return self.backend.runs
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.backend.name)
+        object.__setattr__(self, "runs", self.backend.runs)
 
     @cached_property
     def loaded(self) -> ModuleType:

@@ -4,9 +4,11 @@ reference does.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,26 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def named(one: Any) -> str:
     return f"{one.operation}-{one.name}" if isinstance(one, Implementation) else str(one).removeprefix("torch.")
+
+
+FOLDER = Path(backend.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: str(path.relative_to(FOLDER)))
+def test_modules_are_loaded_by_the_table_alone(path: Path) -> None:
+    """No function imports one of ours, and only what the table calls Triton's, or what they share, imports Triton."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
+    late = {name for one in functions for node in ast.walk(one) for name in modules_of(node)}
+    assert not {name for name in late if name.startswith("gemma_ft")}
+    if any(name.split(".")[0] == "triton" for node in ast.walk(tree) for name in modules_of(node)):
+        assert path.parent == Path(triton.__file__).parent
+
+
+def modules_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [one.name for one in node.names] if isinstance(node, ast.Import) else []
 
 
 # what is chosen on a GPU, on a CPU with the C++, and without
@@ -123,10 +145,10 @@ def test_why_it_is_chosen_is_said(everything_runs: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_what_is_said_is_what_runs(operation: str, dtype: torch.dtype) -> None:
     x = torch.zeros(matmul.MANY, matmul.MANY, dtype=dtype)
-    dtypes = next(one for one in OPERATIONS[operation] if one.serves(x, x))
+    first = next(one for one in OPERATIONS[operation] if one.serves(x, x))
     if operation == "nf4_gemv" and dtype == torch.float32:
         pytest.skip("what of NF4 is float32 says nothing about the rows, which are asked about by `takes`")
-    assert choice_of(operation, CPU, dtype).implementation is dtypes
+    assert choice_of(operation, CPU, dtype).implementation is first
 
 
 @dataclass(frozen=True)
