@@ -52,9 +52,10 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_a_step_is_the_same_whatever_was_asked_for_before() -> None:
-    rows = StepRows(10, BatchPlan(4, 2, 2), seed=1)
-    forwards = [rows.micro_batches(step) for step in range(9)]
-    assert [rows.micro_batches(step) for step in reversed(range(9))] == forwards[::-1]
+    forwards, backwards = (StepRows(10, BatchPlan(4, 2, 2), seed=1) for _ in range(2))
+    found = [forwards.micro_batches(step) for step in range(9)]
+    assert [backwards.micro_batches(step) for step in reversed(range(9))] == found[::-1]
+    assert found[0] != found[3] != found[6]  # of three epochs
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 4))
