@@ -75,18 +75,16 @@ ARMS = {
 
 def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     """What the planner says of an arm, by part, without its overhead."""
+    from gemma_ft.families import PRESETS
     from gemma_ft.plan.phases import phases
     from gemma_ft.plan.run import Run, attention_of
-    from gemma_ft.plan.shape import preset_shape, shape_of
+    from gemma_ft.plan.shape import shape_of
 
-    preset = preset_shape(arm.preset)
-    sizes = FAMILIES[arm.preset]
-    model_type = "gemma2" if preset.second else "gemma"
-    shape = shape_of(arm.preset, {"model_type": model_type, "max_position_embeddings": 8192, **sizes})
+    shape = shape_of(arm.preset, {"model_type": PRESETS[arm.preset].model_type, **FAMILIES[arm.preset]})
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.second, device="cpu"), native=True, widened=widened,
+        attention=attention_of(arm.attention, softcap=shape.attn_softcap, device="cpu"), native=True, widened=widened,
         eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)

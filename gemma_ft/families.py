@@ -123,9 +123,9 @@ class Family:
     """What all sizes of a Gemma have in common.
 
     architecture: the class in config.json. defaults: what transformers' config class says of a field that is left out.
-    window_period: every so manieth layer sees all keys, the others a window, where config.json has no layer_types;
-    None: no layer has a window. sandwich_norms: attention and MLP are normalized behind as well. query_scale: the field
-    whose root divides the queries. license: the hub's id, and a link.
+    window_period: where config.json has no layer_types, the last of so many layers sees all keys, the others a window;
+    None: no layer has a window. sandwich_norms: the outputs of attention and MLP are normalized as well. query_scale:
+    the config field whose square root divides the queries. license: the hub's id, and a link.
     """
 
     label: str
