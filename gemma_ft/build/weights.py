@@ -139,6 +139,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(str(path))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as config.json has it: bfloat16, float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 (hex) of all bytes of a file."""
     with path.open("rb") as file:

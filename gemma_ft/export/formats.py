@@ -17,11 +17,11 @@ import torch
 
 from gemma_ft.adapters.kinds import ADAPTER_WEIGHTS
 from gemma_ft.build.place import Place
-from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, write_shards
+from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, dtype_name, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
 from gemma_ft.export.gguf_chat import chat_notes
-from gemma_ft.export.gguf_file import GgufType, gguf_config, gguf_library, plan_tensors, write_gguf
+from gemma_ft.export.gguf_file import GgufType, gguf_library, plan_gguf, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
@@ -166,13 +166,11 @@ class GgufForm:
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
         self.stored = AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
-        self.kind: GgufType = kind or self.stored
-        self.tensors = plan_tensors(self.weights, gguf_config(self.weights), self.kind)
-        self.bytes = sum(tensor.bytes for tensor in self.tensors)
-        check_out(out, self.bytes)
+        self.plan = plan_gguf(self.weights, kind or self.stored)
+        check_out(out, self.plan.bytes)
         self.vocabulary = read_vocabulary(self.encoder.tokenizer, rows=self.weights.vocab_size)
         self.alone = out.suffix == ".gguf"
-        self.file = out.name if self.alone else f"{out.name}-{self.kind}.gguf"
+        self.file = out.name if self.alone else f"{out.name}-{self.plan.kind}.gguf"
         taken = self.alone and (out.parent / "Modelfile").exists()
         self.modelfile = f"{out.stem}.Modelfile" if taken else "Modelfile"
         if taken:
@@ -181,7 +179,7 @@ class GgufForm:
     def steps(self) -> list[Step]:
         what = f"merge {self.place.adapter} into" if self.place.adapter else "convert"
         return [
-            Step(f"{what} {Path(self.place.base.name).name} as {self.kind}", {self.file: self.bytes}),
+            Step(f"{what} {Path(self.place.base.name).name} as {self.plan.kind}", {self.file: self.plan.bytes}),
             Step("write what lies beside it", _sizes_of(self._beside)),
         ]
 
@@ -228,11 +226,11 @@ class GgufForm:
     def _fill(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
         contract = self.place.contract
         write_gguf(
+            self.plan,
             self.weights,
             self.encoder.tokenizer,
             self.vocabulary,
             folder / self.file,
-            kind=self.kind,
             name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),
             license=self.papers.terms.license,
             contract=replace(contract, base=self.papers.base, quantize=None) if contract is not None else None,
@@ -249,7 +247,7 @@ class GgufForm:
             return
         if contract is not None:
             replace(contract, quantize=None).write(folder)
-        rounded_to = None if self.kind == self.stored else self.kind
+        rounded_to = None if self.plan.kind == self.stored else self.plan.kind
         self.papers.write(folder, "gguf", file=self.file, rounded_to=rounded_to)
 
 
@@ -261,7 +259,7 @@ def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:
 def _rounded_to(weights: MergedWeights) -> str | None:
     """The dtype that weights are cast to on the way out; None where they stay as they are."""
     cast = any(dtype != weights.base.info(name).dtype for name, (dtype, _) in weights.infos.items())
-    return str(weights.dtype).removeprefix("torch.") if cast else None
+    return dtype_name(weights.dtype) if cast else None
 
 
 def _sizes_of(fill: Callable[[Path], None]) -> dict[str, int | None]:

@@ -52,6 +52,20 @@ class GgufTensor:
         return self.shape[0] if len(self.shape) > 1 else 1
 
 
+@dataclass(frozen=True)
+class GgufPlan:
+    """What a GGUF file of a model will hold, all of it known before a tensor is made. `config`: of the merged model."""
+
+    kind: GgufType
+    config: PreTrainedConfig
+    tensors: list[GgufTensor]
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors weigh."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
 def gguf_library() -> ModuleType:
     """The gguf package. Raises: UserError when it is not installed."""
     try:
@@ -83,7 +97,15 @@ def check_for_llama_cpp(config: PreTrainedConfig) -> None:
         raise UserError(f"config.json: layer_types: llama.cpp has a window in layers {these}, ... and no other; {ELSE}")
 
 
-def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufType) -> list[GgufTensor]:
+def plan_gguf(weights: MergedWeights, kind: GgufType) -> GgufPlan:
+    """The plan of a file. Raises: UserError where llama.cpp would compute another model, or q8_0 cannot store one."""
+    config = copy.deepcopy(weights.config)
+    config.vocab_size = weights.vocab_size
+    check_for_llama_cpp(config)
+    return GgufPlan(kind, config, _plan_tensors(weights, config, kind))
+
+
+def _plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufType) -> list[GgufTensor]:
     """Every tensor that the file will hold, in the order in which the folder's files hold them.
 
     Matrices are stored as `kind`, norms always in float32. There is no head: llama.cpp's is the embedding.
@@ -114,31 +136,28 @@ def plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTyp
 
 
 def write_gguf(
+    plan: GgufPlan,
     weights: MergedWeights,
     tokenizer: Any,
     vocabulary: GgufVocabulary,
     out: Path,
     *,
-    kind: GgufType,
     name: str,
     license: tuple[str, str] | None = None,
     contract: Contract | None = None,
     encoder: ChatEncoder | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[GgufTensor]:
-    """Write a model's weights with the `vocabulary` of `tokenizer` as the GGUF file `out`, and reopen it; returns its
-    tensors.
+) -> None:
+    """Write a model's weights with the `vocabulary` of `tokenizer` as the GGUF file `out`, as planned, and reopen it.
 
     encoder: how its chats are asked (default: as the tokenizer's own chat template says). license: name and link.
     on_progress: is told tensors done, tensors in all. Memory holds one tensor of `weights`.
-    Raises: UserError when llama.cpp could not run it as it is, or a weight does not fit `kind`.
+    Raises: UserError when a weight does not fit the plan's type, or is not finite.
     """
-    gguf = gguf_library()
-    config = gguf_config(weights)
-    tensors = plan_tensors(weights, config, kind)
+    gguf, config, tensors = gguf_library(), plan.config, plan.tensors
     writer = gguf.GGUFWriter(str(out), FAMILIES[config.model_type].gguf.architecture)
     try:
-        _add_general(gguf, writer, kind, name, license, contract)
+        _add_general(gguf, writer, plan.kind, name, license, contract)
         _add_hyperparameters(writer, config)
         add_vocabulary(writer, vocabulary)
         add_chat(writer, encoder if encoder is not None else own_encoder(tokenizer, weights.place.folder))
@@ -155,15 +174,6 @@ def write_gguf(
     finally:
         writer.close()
     verify_gguf(out, tensors)
-    return tensors
-
-
-def gguf_config(weights: MergedWeights) -> PreTrainedConfig:
-    """The config of a model that llama.cpp computes as we do. Raises: UserError as `check_for_llama_cpp`."""
-    config = copy.deepcopy(weights.config)
-    config.vocab_size = weights.vocab_size
-    check_for_llama_cpp(config)
-    return config
 
 
 def verify_gguf(path: Path, tensors: list[GgufTensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,10 +14,12 @@ import torch
 from gemma_ft.build.contract import asking_encoder, stop_ids_in
 from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
+from gemma_ft.build.weights import dtype_name
 from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.data.encode.tokenizer import ControlIds
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
+from gemma_ft.export.card.run_record import read_object
 from gemma_ft.families import family_of, known_families
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
@@ -117,7 +118,7 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
         raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not {known_families('or')}")
     if "quantization_config" in fields:
         raise UserError(f"{path}: these weights are quantized already; name the base that they were made from")
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     former = {"torch_dtype": name} if "torch_dtype" in fields else {}  # what libraries read before "dtype"
     return {**fields, **former, "architectures": [family.architecture], "dtype": name, "tie_word_embeddings": True}
 
@@ -131,10 +132,7 @@ def generation_fields(base: Path, control: ControlIds, stop_ids: list[int]) -> d
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read; fetch the folder again") from error
-    raise UserError(f"{path}: cannot be read; fetch the folder again")
+    found = read_object(path)
+    if found is None:
+        raise UserError(f"{path}: cannot be read; fetch the folder again")
+    return found

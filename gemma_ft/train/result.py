@@ -16,7 +16,7 @@ from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.adapters.trainable_tokens import rows_of, weight_name
 from gemma_ft.build.contract import adapter_hash, contract_of, stop_ids_in
 from gemma_ft.build.located import Source, folder_of
-from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
+from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles, dtype_name
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
@@ -72,10 +72,12 @@ def save_result(
             rows = rows_of(model)
             vocab_size = model.config.vocab_size + (0 if rows is None else len(rows.weight))
             model.save_pretrained(str(folder), state_dict=weights)
-            if weights is not None:  # the library writes the dtype of the slices, float32, and the base's size
+            if (
+                weights is not None and dtype is not None
+            ):  # the library writes the dtype of the slices, float32, and the base's size
                 config = folder / "config.json"
                 fields = json.loads(config.read_text(encoding="utf-8"))
-                said = {"dtype": str(dtype).removeprefix("torch."), "vocab_size": vocab_size}
+                said = {"dtype": dtype_name(dtype), "vocab_size": vocab_size}
                 write_json(config, fields | said)
         else:
             save_adapter(model, folder, gathered)

@@ -17,6 +17,7 @@ from gemma_ft.build.weights import file_hash
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import hardware
 
 STEPS = 3  # before the kill, and as many after it
@@ -77,7 +78,7 @@ def _train_and_kill(words: Sequence[str], out: Path) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (out / "summary.json").unlink(missing_ok=True)
+    RunFiles(out).summary.unlink(missing_ok=True)
 
 
 def _start(words: Sequence[str], out: Path, *more: str) -> subprocess.Popen[str]:
@@ -87,7 +88,7 @@ def _start(words: Sequence[str], out: Path, *more: str) -> subprocess.Popen[str]
 
 def _steps(out: Path) -> list[dict[str, Any]]:
     """The steps that a run has logged; a line that is just being written does not count."""
-    path = out / "metrics.jsonl"
+    path = RunFiles(out).metrics
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -102,9 +103,8 @@ def _compare(whole: Path, other: Path, *, exact: bool) -> None:
         if different:
             key = different[0]
             raise CheckpointError(f"step {mine['step']}: {key} {theirs[key]} after the resume, {mine[key]} without")
-    results = [
-        path for folder in ("adapter", "model") for path in sorted((whole / folder).glob("*.safetensors")) if exact
-    ]
+    run = RunFiles(whole)
+    results = [path for folder in (run.adapter, run.model) for path in sorted(folder.glob("*.safetensors")) if exact]
     for path in results:
         if file_hash(path) != file_hash(other / path.relative_to(whole)):
             raise CheckpointError(f"{path.name}: other bytes after the resume than without")

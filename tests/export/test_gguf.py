@@ -20,7 +20,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
-from gemma_ft.export.gguf_file import GgufType, check_for_llama_cpp, write_gguf
+from gemma_ft.export.gguf_file import GgufType, check_for_llama_cpp, plan_gguf, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
@@ -45,7 +45,7 @@ def write(folder: Path, out: Path, kind: GgufType = "f32", **options: Any) -> An
     """The reader of a file written from a folder."""
     weights, tokenizer = MergedWeights(place_of(folder), []), load_tokenizer(str(folder))
     vocabulary = read_vocabulary(tokenizer, rows=weights.vocab_size)
-    write_gguf(weights, tokenizer, vocabulary, out, kind=kind, **{"name": "x", **options})
+    write_gguf(plan_gguf(weights, kind), weights, tokenizer, vocabulary, out, **{"name": "x", **options})
     return gguf.GGUFReader(str(out))
 
 
@@ -172,7 +172,7 @@ def test_a_tensor_is_dropped_before_the_next_one_is_read(folders: dict[str, Path
 
     weights, tokenizer = Counted(place_of(folders["gemma2"]), []), load_tokenizer(TINY)
     vocabulary = read_vocabulary(tokenizer, rows=weights.vocab_size)
-    write_gguf(weights, tokenizer, vocabulary, tmp_path / "x.gguf", kind="f32", name="x")
+    write_gguf(plan_gguf(weights, "f32"), weights, tokenizer, vocabulary, tmp_path / "x.gguf", name="x")
 
 
 @pytest.mark.parametrize("kind", get_args(GgufType))

@@ -29,7 +29,7 @@ from gemma_ft.build.pretrained import load_model
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
-from gemma_ft.export.gguf_file import write_gguf
+from gemma_ft.export.gguf_file import plan_gguf, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from tests.export.tuned import TINY
@@ -54,7 +54,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         vocabulary = read_vocabulary(tokenizer, rows=weights.vocab_size)
         for kind in TYPES:
             made[f"{family}-{kind}"] = root / f"{family}-{kind}.gguf"
-            write_gguf(weights, tokenizer, vocabulary, made[f"{family}-{kind}"], kind=kind, name=family)
+            plan, out = plan_gguf(weights, kind), made[f"{family}-{kind}"]
+            write_gguf(plan, weights, tokenizer, vocabulary, out, name=family)
     return made
 
 

@@ -20,6 +20,7 @@ from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.adapters.trainable_tokens import native_of, rows_of
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base, put_adapter
+from gemma_ft.build.weights import dtype_name
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
 from gemma_ft.export.merge.merge import Progress, merge_into
@@ -135,7 +136,7 @@ def certify(
         "prompts": len(chosen.probes),
         "positions": sum(len(probe.positions) for probe in chosen.probes),
         "rows": chosen.source,
-        "live": {"quantize": merged.stored.kind if merged.stored else None, "compute": _name(precision)},
+        "live": {"quantize": merged.stored.kind if merged.stored else None, "compute": dtype_name(precision)},
         "merged": asdict(found),
         "compared": beside,
         "limit": asdict(limit),
@@ -218,7 +219,7 @@ def _check_finite(**logits: Tensor) -> None:
 
 def _cure(merged: MergedWeights, limit: Limit) -> str:
     if limit is ROUNDED and all(torch.finfo(kept).bits >= 32 for kept, _ in merged.infos.values()):
-        return f"it was trained in {_name(merged.precision)}: train with train.precision=float32"
+        return f"it was trained in {dtype_name(merged.precision)}: train with train.precision=float32"
     if limit is ROUNDED:
         return "try --dtype f32"
     if limit is FLOAT32:
@@ -226,7 +227,3 @@ def _cure(merged: MergedWeights, limit: Limit) -> str:
     if merged.policy == "original":
         return "try --base dequantized"
     return "int8 rounds activations too, which no weights can repeat: train over nf4"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

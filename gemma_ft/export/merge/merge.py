@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.build.place import Place
-from gemma_ft.build.weights import MAX_SHARD_BYTES, WeightFiles, write_shards
+from gemma_ft.build.weights import MAX_SHARD_BYTES, WeightFiles, dtype_name, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.deltas import facts_of
@@ -147,7 +147,7 @@ def _facts(merged: MergedWeights, folder: Path, certificate: dict[str, Any] | No
         },
         adapters=[facts_of(adapter) for adapter in merged.adapters],
         policy=merged.policy,
-        dtype=str(merged.dtype).removeprefix("torch."),
+        dtype=dtype_name(merged.dtype),
         quantize=merged.stored.kind if merged.stored is not None else None,
         tensors=len(merged.infos),
         changed=len(merged.changed),

@@ -1,0 +1,51 @@
+"""An export to GGUF opens each file that it reads once: counted by the interpreter, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_ft.build.contract import Contract
+
+# An audit hook is told of every open(), and cannot be taken off again. What libraries in Rust open it does not see, nor
+# the quick look that a command takes at a config.json before it imports anything.
+SPY = """
+import collections, json, os, pathlib, sys
+from gemma_ft.export.export import Wish, export_model
+
+opened = collections.Counter()
+
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        opened[os.path.abspath(os.fsdecode(arguments[0]))] += 1
+
+sys.addaudithook(hook)
+export_model(sys.argv[1], Wish(to="gguf", out=pathlib.Path(sys.argv[2])))
+found = dict(opened)
+with open(sys.argv[3], "w") as file:
+    json.dump(found, file)
+"""
+# Of safetensors the header, and all of it once more for the fingerprint that the contract is held to. transformers
+# opens the two files of a tokenizer twice.
+TWICE = {"model.safetensors", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("out", ["x.gguf", "x"])
+def test_an_export_opens_each_input_file_once(out: str, finished_run: Path, tmp_path: Path) -> None:
+    adapter = finished_run / "adapter"
+    contract = Contract.read(adapter)
+    assert contract is not None
+    base, counted = Path(str(contract.base)), tmp_path / "opened.json"
+    subprocess.run([sys.executable, "-c", SPY, finished_run, tmp_path / out, counted], check=True, capture_output=True)
+    counts = {Path(path): count for path, count in json.loads(counted.read_text()).items()}
+    inputs = {path: count for path, count in counts.items() if path.parent in (finished_run, adapter, base)}
+    needed = {
+        adapter / "adapter_config.json", adapter / "gemma_ft.json", adapter / "adapter_model.safetensors",
+        adapter / "tokenizer.json", base / "config.json", base / "model.safetensors", finished_run / "recipe.yaml",
+    }  # fmt: skip
+    assert needed <= inputs.keys()
+    assert {path.name: count for path, count in inputs.items() if count > 1} == dict.fromkeys(TWICE, 2)
