@@ -62,9 +62,13 @@ class Contract:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
+    def text(self) -> str:
+        """What gemma_ft.json holds."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
     def write(self, folder: Path) -> None:
         """Write gemma_ft.json into `folder`."""
-        (folder / CONTRACT).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (folder / CONTRACT).write_text(self.text(), encoding="utf-8")
 
     def encoder(self, tokenizer: Any, where: str | Path) -> ChatEncoder:
         """The encoder that makes prompts as they were trained.

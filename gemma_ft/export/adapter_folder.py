@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG
 from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.build.weights import WeightFiles
@@ -25,9 +24,9 @@ VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def write_adapter(place: Place, folder: Path, *, base_id: str | None = None) -> None:
-    """Write the adapter of a place into `folder`, with its tokenizer and contract.
+    """Write what lies beside an adapter's weights into `folder`: its config, tokenizer and contract.
 
-    base_id: the hub id that is written as the base; default: what the adapter names. Weights are copied as they are.
+    base_id: the hub id that is written as the base; default: what the adapter names.
     Raises: UserError: not the base it was trained on, weights that are damaged or not finite, another tokenizer.
     """
     adapter = place.of_adapter
@@ -45,7 +44,6 @@ def write_adapter(place: Place, folder: Path, *, base_id: str | None = None) -> 
     if base_id is not None:
         config |= {"base_model_name_or_path": base_id, "revision": None}
     write_json(folder / ADAPTER_CONFIG, config)
-    shutil.copyfile(adapter.folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
 
 
 def check_finite(weights: WeightFiles) -> None:

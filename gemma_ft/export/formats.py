@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -130,9 +131,8 @@ class AdapterForm:
         check_out(out, self.bytes)
 
     def steps(self) -> list[Step]:
-        small = _sizes_of(self._write)
-        size = small.pop(ADAPTER_WEIGHTS)
-        return [Step(f"copy {self.adapter.folder}", {ADAPTER_WEIGHTS: size}), Step("write what lies beside it", small)]
+        copied = Step(f"copy {self.adapter.folder}", {ADAPTER_WEIGHTS: self.bytes})
+        return [copied, Step("write what lies beside it", _sizes_of(self._beside))]
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
         commit_model_folder(self.out, self._write)
@@ -149,6 +149,10 @@ class AdapterForm:
         return notes
 
     def _write(self, folder: Path) -> None:
+        self._beside(folder)
+        shutil.copyfile(self.adapter.folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+
+    def _beside(self, folder: Path) -> None:
         local, contract = Path(self.place.base.name).is_absolute(), self.place.contract
         write_adapter(self.place, folder, base_id=self.base_id)
         self.papers.write(folder, "adapter")
@@ -180,7 +184,9 @@ class GgufForm:
         what = f"merge {self.place.adapter} into" if self.place.adapter else "convert"
         return [
             Step(f"{what} {Path(self.place.base.name).name} as {self.plan.kind}", {self.file: self.plan.bytes}),
-            Step("write what lies beside it", _sizes_of(self._beside)),
+            Step(
+                "write what lies beside it", {name: len(text.encode()) for name, text in sorted(self._texts().items())}
+            ),
         ]
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
@@ -237,18 +243,17 @@ class GgufForm:
             encoder=self.encoder,
             on_progress=counted,
         )
-        self._beside(folder)
+        for name, text in self._texts().items():
+            (folder / name).write_text(text, encoding="utf-8")
 
-    def _beside(self, folder: Path) -> None:
-        contract = self.place.contract
-        text = modelfile(self.file, self.encoder, notice=self.papers.terms.notice)
-        (folder / self.modelfile).write_text(text, encoding="utf-8")
+    def _texts(self) -> dict[str, str]:
+        """What lies beside the GGUF file, by name."""
+        texts = {self.modelfile: modelfile(self.file, self.encoder, notice=self.papers.terms.notice)}
         if self.alone:
-            return
-        if contract is not None:
-            replace(contract, quantize=None).write(folder)
+            return texts
+        contract = replace(self.place.contract, quantize=None) if self.place.contract is not None else None
         rounded_to = None if self.plan.kind == self.stored else self.plan.kind
-        self.papers.write(folder, "gguf", file=self.file, rounded_to=rounded_to)
+        return texts | self.papers.texts("gguf", contract, file=self.file, rounded_to=rounded_to)
 
 
 def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:

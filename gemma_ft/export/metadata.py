@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.build.contract import Contract, asking_encoder
+from gemma_ft.build.contract import CONTRACT, Contract, asking_encoder
 from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -20,7 +20,7 @@ from gemma_ft.export.card.model_card import Card, Form
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
 from gemma_ft.families import PRESETS
 from gemma_ft.recipe.run_files import FACTS
-from gemma_ft.system.files import write_json
+from gemma_ft.system.files import as_json
 
 CARD, NOTICE = "README.md", "NOTICE"
 
@@ -83,24 +83,38 @@ class Papers:
         merge: dict[str, Any] | None = None,
         rounded_to: str | None = None,
     ) -> None:
-        """Write README.md, and NOTICE where the terms ask for one, into a folder; rewrite its gemma_ft.json and
-        merge.json for readers elsewhere.
+        """Write `texts` into a folder, over its gemma_ft.json and merge.json."""
+        texts = self.texts(form, Contract.read(folder), file=file, merge=merge, rounded_to=rounded_to)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def texts(
+        self,
+        form: Form,
+        contract: Contract | None,
+        *,
+        file: str | None = None,
+        merge: dict[str, Any] | None = None,
+        rounded_to: str | None = None,
+    ) -> dict[str, str]:
+        """The papers by file name: README.md, NOTICE where the terms ask for one, and for readers elsewhere the
+        `contract` of the folder and merge.json.
 
         file: the GGUF file in the folder. merge: the facts of the merge that made the weights (default: the record's).
         rounded_to: the type that the weights were cast to since; the merge's certificate is then not of these, and
         merge.json stays away.
         """
         record = replace(self.record, merge=public(merge or self.record.merge))
-        written = Contract.read(folder)
-        if written is not None:
-            replace(written, base=self.base).write(folder)
-        if record.merge is not None and form != "adapter" and rounded_to is None:
-            write_json(folder / FACTS, record.merge)
         chats = self.chats if isinstance(self.chats, ChatEncoder) else None
         card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats)
-        (folder / CARD).write_text(card.text(), encoding="utf-8")
+        found = {CARD: card.text()}
+        if contract is not None:
+            found[CONTRACT] = replace(contract, base=self.base).text()
+        if record.merge is not None and form != "adapter" and rounded_to is None:
+            found[FACTS] = as_json(record.merge)
         if self.terms.notice is not None:
-            (folder / NOTICE).write_text(self.terms.notice, encoding="utf-8")
+            found[NOTICE] = self.terms.notice
+        return found
 
 
 def config_of(place: Place) -> PreTrainedConfig:

@@ -72,9 +72,8 @@ def save_result(
             rows = rows_of(model)
             vocab_size = model.config.vocab_size + (0 if rows is None else len(rows.weight))
             model.save_pretrained(str(folder), state_dict=weights)
-            if (
-                weights is not None and dtype is not None
-            ):  # the library writes the dtype of the slices, float32, and the base's size
+            # the library writes the dtype of the slices, float32, and the base's size
+            if weights is not None and dtype is not None:
                 config = folder / "config.json"
                 fields = json.loads(config.read_text(encoding="utf-8"))
                 said = {"dtype": dtype_name(dtype), "vocab_size": vocab_size}
