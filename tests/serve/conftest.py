@@ -26,7 +26,7 @@ from gemma_ft.serve.scheduler import Scheduler
 from gemma_ft.system import environment
 from gemma_ft.ui.stderr import StderrObserver
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "gemma-tiny"
 PATIENCE = 30.0  # seconds that a test waits for what must come
 
