@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.detect import detect_format
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row
 from gemma_ft.recipe.load import load_recipe
 
@@ -29,7 +29,7 @@ def test_each_example_is_what_it_says(form: str, lines: str) -> None:
 
 
 def test_every_format_has_its_example() -> None:
-    from gemma_ft.data.row_format import formats
+    from gemma_ft.data.read.row_format import formats
 
     assert [form for form, _ in EXAMPLES] == [
         "messages",

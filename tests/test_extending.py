@@ -92,7 +92,7 @@ from __future__ import annotations
 
 from gemma_ft.data.read.fields import Fields
 from gemma_ft.data.conversation import Item, Turn
-from gemma_ft.data.row_format import Columns, Format, conversation, text_in
+from gemma_ft.data.read.row_format import Columns, Format, conversation, text_in
 
 
 def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:

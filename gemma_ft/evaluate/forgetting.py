@@ -17,7 +17,7 @@ from gemma_ft.data.conversation import Conversation, Document
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import Example
 from gemma_ft.data.pack.collate import Collator
-from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import DataError
 from gemma_ft.evaluate.held_out import held_out_loss

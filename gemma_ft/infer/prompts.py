@@ -8,13 +8,13 @@ from typing import Any
 
 from gemma_ft.data.conversation import Conversation, Document, Turn, text_fault
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import BESIDE, FieldError, fill_value
 from gemma_ft.data.read.detect import detect_format
+from gemma_ft.data.read.parse_rows import parse_rows
+from gemma_ft.data.read.row_format import LIST_FIELDS, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
-from gemma_ft.data.row_format import LIST_FIELDS, formats
 from gemma_ft.errors import DataError, UserError
 
 UNANSWERED = ""  # put where a row has no answer, so that one parser serves training and asking; no model sees it

@@ -21,9 +21,9 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, arrange, prepare
 from gemma_ft.data.pack.stream import Arranging, Cursor, Stream, StreamSource
-from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.fields import harmless
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row, read_chunks
 from gemma_ft.errors import DataError
 from gemma_ft.ui.data_check import show_report

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.detect import detect_format
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError
 

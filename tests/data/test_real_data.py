@@ -9,8 +9,8 @@ from gemma_ft.data.conversation import Document
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
 from gemma_ft.data.pack.counts import count_pieces
-from gemma_ft.data.parse_rows import parse_rows
 from gemma_ft.data.read.detect import detect_format
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
 
 Find = Callable[[str], str]

@@ -19,7 +19,7 @@ from gemma_ft.data.conversation import Conversation, Document, Turn
 from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
-from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.rendered import rendered_as
 from gemma_ft.data.read.sources import Row, read_chunks
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.conversation import Conversation, Document
-from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError
 

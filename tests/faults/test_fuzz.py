@@ -23,7 +23,7 @@ from gemma_ft.build.contract import Contract
 from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare
-from gemma_ft.data.parse_rows import parse_rows
+from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import dump_recipe, load_recipe

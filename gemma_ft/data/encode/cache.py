@@ -31,9 +31,9 @@ import pyarrow as pa
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents, Part, table_of, without_empty
-from gemma_ft.data.parse_rows import parse_row
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.parse_rows import parse_row
 from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment

@@ -7,9 +7,9 @@ from typing import Any
 
 from gemma_ft.data.conversation import kind_of
 from gemma_ft.data.read.columns import BESIDE, COLUMN_KEYS, check_templates
+from gemma_ft.data.read.row_format import LIST_FIELDS, Columns, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import TOOL_ROLES, TURN_ROLES
-from gemma_ft.data.row_format import LIST_FIELDS, Columns, formats
 from gemma_ft.errors import DataError
 
 SAMPLED_ROWS = 100

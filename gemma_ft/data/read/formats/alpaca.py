@@ -8,7 +8,7 @@ from typing import Any
 from gemma_ft.data.conversation import Item, Turn, kind_of
 from gemma_ft.data.read.columns import FieldError
 from gemma_ft.data.read.fields import Fields, telling
-from gemma_ft.data.row_format import Columns, Format, RowFields, conversation, system_of, text_in
+from gemma_ft.data.read.row_format import Columns, Format, RowFields, conversation, system_of, text_in
 
 PLACE = 3
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.read.row_format import Columns, Format, conversation, dialog, list_fits, list_readings
 from gemma_ft.data.read.turns import SPEAKERS
-from gemma_ft.data.row_format import Columns, Format, conversation, dialog, list_fits, list_readings
 
 PLACE = 1
 KEYS = SPEAKERS[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.read.columns import FieldError
 from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.read.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 from gemma_ft.data.read.turns import asked, said
-from gemma_ft.data.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 
 PLACE = 6
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from gemma_ft.data.conversation import Item
 from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.read.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 from gemma_ft.data.read.turns import asked, said
-from gemma_ft.data.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 
 PLACE = 4
 PAIRS = (("prompt", "completion"), ("question", "answer"))

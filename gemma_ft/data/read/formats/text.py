@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma_ft.data.conversation import Document, Item
 from gemma_ft.data.read.columns import fill_text
 from gemma_ft.data.read.fields import Fields
-from gemma_ft.data.row_format import Columns, Format, text_in
+from gemma_ft.data.read.row_format import Columns, Format, text_in
 
 PLACE = 5
 

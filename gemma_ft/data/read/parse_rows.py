@@ -15,9 +15,9 @@ from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import FieldError, fill_weight
 from gemma_ft.data.read.detect import check_format, detect_format
 from gemma_ft.data.read.fields import Fields, says_something
+from gemma_ft.data.read.row_format import Columns, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import refuse_tool_calls
-from gemma_ft.data.row_format import Columns, formats
 
 VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
 
