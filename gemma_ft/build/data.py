@@ -28,7 +28,8 @@ from gemma_ft.data.pack.examples import Examples
 from gemma_ft.data.pack.streamed import StreamedExamples
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.errors import DataError
-from gemma_ft.recipe.schema import Data, Recipe, names_of
+from gemma_ft.recipe.load import names_of
+from gemma_ft.recipe.schema import Data, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,8 +28,7 @@ def _list_by_default(context: typer.Context) -> int:
 
 def list_recipes() -> int:
     """List the shipped recipes: name, model, strategy, data."""
-    from gemma_ft.recipe.load import load_recipe
-    from gemma_ft.recipe.schema import names_of
+    from gemma_ft.recipe.load import load_recipe, names_of
     from gemma_ft.system.shipped import shipped_recipes
 
     lines = [("recipe", "model", "strategy", "data")]

@@ -14,7 +14,7 @@ import yaml
 
 from gemma_ft.errors import RecipeError
 from gemma_ft.recipe.problems import COMMAND_LINE, Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
-from gemma_ft.recipe.schema import Quantize, Recipe
+from gemma_ft.recipe.schema import Quantize, Recipe, Source
 from gemma_ft.recipe.validate import annotation_at, takes_text, unknown_key, validate
 from gemma_ft.recipe.yaml_marks import Document, Dumper, read_yaml
 from gemma_ft.system.paths import expanded
@@ -231,3 +231,8 @@ def _label(file: Path) -> str:
     """How messages name a file: as given, or from the current directory when it lies below it."""
     here = Path.cwd()
     return str(file.relative_to(here)) if file.is_absolute() and file.is_relative_to(here) else str(file)
+
+
+def names_of(sources: Sequence[Source]) -> str:
+    """What sources of rows are called, in one line."""
+    return ", ".join(source.path for source in sources)

@@ -5,7 +5,6 @@ defaults. Unknown keys, wrong types and values out of range are refused (validat
 never coerced, so that `"3"` is not 3.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -318,8 +317,3 @@ class Recipe(Section):
 def rule(text: str, *, key: str | None = None, got: Any = None) -> PydanticCustomError:
     """A broken rule as a pydantic error: `{got}` shows the value, `key` names another key as the one at fault."""
     return PydanticCustomError("rule", "{text}", {"text": text.replace("{got}", repr(got)), "key": key or ""})
-
-
-def names_of(sources: Sequence[Source]) -> str:
-    """What sources of rows are called, in one line."""
-    return ", ".join(source.path for source in sources)

@@ -12,7 +12,7 @@ from gemma_ft.data.pack.collate import Collator
 from gemma_ft.errors import DataError, Stopped, UserError
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.plan.run import multiple_for
-from gemma_ft.recipe.schema import names_of
+from gemma_ft.recipe.load import names_of
 from gemma_ft.system import hardware
 from gemma_ft.system.files import as_json, check_space, replace_text
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
