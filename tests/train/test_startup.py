@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gemma_ft.data.encode.chat import ChatEncoder, chat_template
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.families import TURNS
 from gemma_ft.kernels import cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.recipe.batch_plan import BatchPlan
@@ -87,6 +88,6 @@ def test_small_micro_batches_on_a_gpu_are_told(
 )
 def test_a_base_that_was_tuned_in_another_template_is_told(template: str | None, own: str | None) -> None:
     tokenizer = foreign_tokenizer()
-    tokenizer.chat_template = template or chat_template("fold")
+    tokenizer.chat_template = template or TURNS.text("fold")
     told = f"the base was tuned in {own}; this run trains Gemma's turns, in which it is then asked"
     assert startup._template_rows(ChatEncoder(tokenizer)) == ([("chats", told)] if own else [])
