@@ -116,15 +116,15 @@ def instead_of_losses(loss: Callable[[int, int, Any, Any, Callable[[], Any]], An
     from gemma_ft.train import step as page
 
     forward_backward, micro_batch_loss = page.forward_backward, page.micro_batch_loss
-    step = number = 0
+    current, number = None, 0  # parts of a step, also of one that begins anew
 
     def counted(parts: Any, *given: Any) -> Any:
-        nonlocal step, number
-        step, number = parts.step + 1, number + 1 if step == parts.step + 1 else 1
+        nonlocal current, number
+        current, number = parts, number + 1 if parts is current else 1
         return forward_backward(parts, *given)
 
     def replaced(model: Any, inputs: Any, *given: Any) -> Any:
-        return loss(step, number, model, inputs, lambda: micro_batch_loss(model, inputs, *given))
+        return loss(current.step + 1, number, model, inputs, lambda: micro_batch_loss(model, inputs, *given))
 
     page.forward_backward, page.micro_batch_loss = counted, replaced
 
