@@ -10,7 +10,7 @@ import torch
 
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.load import LoadedRecipe
-from gemma_ft.system import environment
+from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import checkpoint_layers, choose_checkpointing
 from gemma_ft.train.distributed import World
 from gemma_ft.train.oom import fit_micro_batch
@@ -63,7 +63,7 @@ def test_so_many_of_the_first_layers_run_twice(recipe_for: RecipeFor) -> None:
 
 
 def chosen(loaded: LoadedRecipe, free: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(environment, "memory_bytes", lambda: (0, free))
+    monkeypatch.setattr(hardware, "memory_bytes", lambda: (0, free))
     return choose_checkpointing(loaded.recipe, BatchPlan(4, 2, 2), tokens=2048, world=World())
 
 
