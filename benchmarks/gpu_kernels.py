@@ -56,13 +56,13 @@ def attention(setup: Setup) -> dict[str, Any]:
 
 
 def _attention_line(setup: Setup, shape: tuple[int, int, int], tokens: int, window: int | None) -> dict[str, Any]:
-    from gemma_ft.model.attention import BACKENDS, Visible, first_visible, visible_keys
+    from gemma_ft.model.attention import BACKENDS, AttentionMask, first_visible, visible_keys
 
     heads, kv, width = shape
     index = torch.arange(tokens, device=setup.device)
     low = first_visible(tokens, window_tokens=window, device=setup.device)
     assert low is not None
-    visible = Visible(lambda: visible_keys(index, index, window_tokens=window), lambda: low)
+    visible = AttentionMask(lambda: visible_keys(index, index, window_tokens=window), lambda: low)
     draw = torch.Generator(device=setup.device).manual_seed(0)
     query, key, value = (
         torch.randn(1, n, tokens, width, generator=draw, device=setup.device, dtype=torch.bfloat16, requires_grad=True)

@@ -154,7 +154,7 @@ class _Kernels:
         cap: float | None, *, with_grad: bool,
     ) -> None:  # fmt: skip
         with self.count.instead("triton.head_rows"):
-            found = cross_entropy.head_rows_reference(logits, targets, weights, cap, with_grad=with_grad)
+            found = cross_entropy.fused_cross_entropy_reference(logits, targets, weights, cap, with_grad=with_grad)
             for one, value in zip((losses, correct, logits), found, strict=True):
                 if value is not None:
                     one.copy_(value)

@@ -60,14 +60,14 @@ def many_rows(weights: list[Tensor], rounds: int) -> dict[str, dict[str, float]]
     return found
 
 
-def few_rows(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: int) -> dict[str, dict[str, float]]:
+def gemv(weights: list[Tensor], packed: list[tuple[Tensor, Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Products of as many rows as decoding has."""
     from gemma_ft.kernels import cpp_backend, gemv
     from gemma_ft.kernels.nf4 import dequantize_nf4, nf4_product
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         out = torch.empty(len(x), len(weight), dtype=x.dtype)
-        cpp_backend.call("few_rows", weight, x, out, len(x), *weight.shape, of=x.dtype)
+        cpp_backend.call("gemv", weight, x, out, len(x), *weight.shape, of=x.dtype)
         return out
 
     found, place = {}, torch.empty(SHAPE, dtype=torch.bfloat16)
@@ -116,7 +116,7 @@ def main(*, rounds: int = ROUNDS) -> None:
     packed = [quantize_4bit(one, quant_type="nf4", compress_statistics=True) for one in weights]
     write_result("products", command="python -m benchmarks.products", threads=torch.get_num_threads(),
                  weight=list(SHAPE), weights=WEIGHTS, rounds=rounds, unit="ms for all weights",
-                 dequantize=dequantizing(packed, rounds), few_rows=few_rows(weights, packed, rounds),
+                 dequantize=dequantizing(packed, rounds), few_rows=gemv(weights, packed, rounds),
                  many_rows=many_rows(weights, rounds))  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from gemma_ft import load_model
 from gemma_ft.cli.app import main
 from gemma_ft.recipe.load import load_recipe
-from gemma_ft.system.hardware import processor_words
+from gemma_ft.system.hardware import cpu_flags
 from tests.cli.test_run import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_and_its_rows_are_not_encoded_again(before: Path) 
     assert len(losses["whole"]) == 6
     assert losses["stopped"] == pytest.approx(losses["whole"], rel=1e-3)
     known = facts(before)
-    same = (hashed(processor_words().encode()), torch.__version__) == (known["processor"], known["torch"])
+    same = (hashed(cpu_flags().encode()), torch.__version__) == (known["processor"], known["torch"])
     if same:  # another processor or torch sums in another order
         assert losses["stopped"] == losses["whole"]
         assert hashed((before / "stopped" / "adapter" / "adapter_model.safetensors").read_bytes()) == known["adapter"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemma_ft.system import environment
-from gemma_ft.system.hardware import processor_words
+from gemma_ft.system.hardware import cpu_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "results"
@@ -53,6 +53,6 @@ def processor() -> str:
 
 def bf16_units() -> str | None:
     """What an x86 has for bf16: tiles, products of pairs, or nothing."""
-    words = processor_words().split()
+    words = cpu_flags().split()
     units = {"amx_bf16": "tiles", "avx512_bf16": "pairs"}
     return next((name for word, name in units.items() if word in words), None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ft.kernels.gemv import are_few, few_rows
+from gemma_ft.kernels.gemv import are_few, gemv
 from gemma_ft.kernels.matmul import times_transposed
 from gemma_ft.kernels.nf4 import dequantize_nf4_for_now, nf4_product
 
@@ -23,7 +23,7 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     if state is not None:
         return nf4_product(rows, weight, state)
     if weight.dtype == rows.dtype and are_few(rows, len(rows)):
-        return few_rows(rows, weight)
+        return gemv(rows, weight)
     return times_transposed(rows, weight.to(rows.dtype))
 
 

@@ -34,7 +34,7 @@ def quantization_config(kind: Kind, *, double_quant: bool, compute_dtype: torch.
     )
 
 
-def make_hollow(layer: Any) -> None:
+def make_empty(layer: Any) -> None:
     """Give a 4-bit layer that was made without memory a weight of the shape in which it will be stored, and no values:
     one number stands for all of them.
     """
@@ -61,7 +61,7 @@ def make_hollow(layer: Any) -> None:
 
 
 def quantized(layer: Any, weight: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """The packed weight [numel / 2 bytes, 1] of the hollow layer, made on `device` as a load would make it, and the
+    """The packed weight [numel / 2 bytes, 1] of the empty layer, made on `device` as a load would make it, and the
     tensors that it is read with.
     """
     from bitsandbytes.nn import Params4bit

@@ -149,22 +149,22 @@ def conversations(items: Sequence[Item]) -> list[Conversation]:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOut:
     """Held-out items, and where they came from."""
 
     source: str | None
     items: Sequence[Item]
 
 
-def _given(data: Data, train: Described, skipped: BadRows) -> Held:
+def _given(data: Data, train: Described, skipped: BadRows) -> HeldOut:
     """The rows of `data.eval`; none where it is not set. `train`: how the first training source is read."""
     items = [item for source in data.eval or () for item in items_of(source, data, train, skipped)]
-    return Held(names_of(data.eval) if data.eval is not None else None, items)
+    return HeldOut(names_of(data.eval) if data.eval is not None else None, items)
 
 
 def _parted(
     recipe: Recipe, sources: Sequence[ReadSource], encoder: ChatEncoder, skipped: BadRows
-) -> tuple[Documents, Any, Held]:
+) -> tuple[Documents, Any, HeldOut]:
     """The documents, which of them are trained on, each as often as its source says, and the held-out items."""
     data = recipe.data
     documents = Documents.joined([one.documents for one in sources])
@@ -176,13 +176,13 @@ def _parted(
         train, tail = split_document(only, data.eval_fraction)
         documents = Documents.of(train, encoder)
         chosen = times(numpy.arange(1), one.source.repeats, documents.contents(), recipe.seed)
-        return documents, chosen, Held(share, tail)
+        return documents, chosen, HeldOut(share, tail)
     starts = numpy.cumsum([0, *(len(one.documents) for one in sources)])
     numbers = [start + numpy.arange(one.count) for start, one in zip(starts, sources, strict=False)]
     held = _given(data, sources[0].described, skipped)
     if data.eval is None and data.eval_fraction:
         out = chosen_by_hash(documents, numpy.concatenate(numbers), data.eval_fraction, recipe.seed)
-        held = Held(share, _held_items(sources, starts, out))
+        held = HeldOut(share, _held_items(sources, starts, out))
         numbers = [numpy.setdiff1d(one, out) for one in numbers]
     repeats = [one.source.repeats for one in sources]
     if sources[0].source.weight is not None:
@@ -210,7 +210,7 @@ def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[It
     return found
 
 
-def _scored(recipe: Recipe, held_out: Held, encoder: ChatEncoder) -> Prepared | None:
+def _scored(recipe: Recipe, held_out: HeldOut, encoder: ChatEncoder) -> Prepared | None:
     """The held-out rows whose loss is scored, each token once."""
     data = recipe.data
     if not held_out.items:

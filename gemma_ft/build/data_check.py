@@ -12,7 +12,7 @@ from gemma_ft.build.inputs import build_tokenizer, check_apart
 from gemma_ft.build.sources import Described, chunks_of, described
 from gemma_ft.data.check.clean import Copy, copy_clean
 from gemma_ft.data.check.findings import Severity
-from gemma_ft.data.check.preview import Preview, look_at
+from gemma_ft.data.check.preview import Preview, build_preview
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.survey import Report, survey
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -54,7 +54,7 @@ def preview_recipe(recipe: Recipe, *, rows: int, row_ids: Sequence[str] = ()) ->
     Raises: DataError, also for a row that is not there.
     """
     data = build_data(recipe, build_tokenizer(recipe))
-    return look_at(
+    return build_preview(
         data.train,
         data.encoder,
         format=data.train_format,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
-from gemma_ft.adapters.quantize import Kind, make_hollow, quantization_config
+from gemma_ft.adapters.quantize import Kind, make_empty, quantization_config
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import checked_folder
 from gemma_ft.build.weights import WeightFiles
@@ -22,7 +22,7 @@ from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable
 
 
-def hollow_base(
+def empty_base(
     source: Source,
     *,
     dtype: torch.dtype,
@@ -30,7 +30,7 @@ def hollow_base(
     double_quant: bool = True,
     attention: str | None = None,
 ) -> Any:
-    """The model that `load.load_base` would load, hollow: shapes, dtypes and layers are its, values are missing.
+    """The model that `load.load_base` would load, empty: shapes, dtypes and layers are its, values are missing.
 
     Raises: UserError as load_base, for int8, which cannot be cut, and for files that do not hold this model.
     """
@@ -51,7 +51,7 @@ def hollow_base(
         quantizer.postprocess_model(model)
     for module in model.modules():
         if quantize is not None and hasattr(module, "quant_storage"):
-            make_hollow(module)
+            make_empty(module)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
@@ -65,7 +65,7 @@ def hollow_base(
     return model
 
 
-def is_hollow(parameter: Tensor) -> bool:
+def is_empty(parameter: Tensor) -> bool:
     """Whether a parameter has a shape and no values of its own."""
     return parameter.numel() > 1 and not any(parameter.stride())
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.adapters.lora import add_adapter
-from gemma_ft.build.empty_weights import hollow_base
+from gemma_ft.build.empty_weights import empty_base
 from gemma_ft.build.inputs import FRESH, weights_source
 from gemma_ft.build.located import Source, pinned
 from gemma_ft.build.new_tokens import begin_rows
@@ -22,12 +22,12 @@ from gemma_ft.system import hardware
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, hollow: bool = False
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, empty: bool = False
 ) -> tuple[Any, Source | None]:
     """The recipe's model, on its device, ready to train (adapter on, or every weight trainable), and where it came from
     (None for fresh weights).
 
-    Frozen weights have the recipe's precision, or are quantized; what is trained is float32. `hollow`: the base without
+    Frozen weights have the recipe's precision, or are quantized; what is trained is float32. `empty`: the base without
     its values (gemma_ft.build.empty_weights), for ranks that will each hold a slice.
     """
     torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
@@ -45,7 +45,7 @@ def build_model(
         source = pinned(weights_source(recipe))
         kind = recipe.quantize.kind if recipe.quantize else None
         double_quant = recipe.quantize.double_quant if recipe.quantize else True
-        base_of = hollow_base if hollow else load_base
+        base_of = empty_base if empty else load_base
         model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         check_preset(model.config.to_dict(), recipe.model.preset, source.name)
     names = recipe.model.added_tokens or []
@@ -64,7 +64,7 @@ def build_model(
     if recipe.strategy == "full" or recipe.adapter is None:
         return model, source
     assert source is not None, "fresh weights are trained in full"
-    if hollow and recipe.adapter.dora:
+    if empty and recipe.adapter.dora:
         raise UserError(
             "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
         )

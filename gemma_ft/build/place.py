@@ -66,7 +66,7 @@ class BaseFiles:
         return config_in(self.folder)
 
     @cached_property
-    def skeleton(self) -> GemmaForCausalLM:
+    def empty_model(self) -> GemmaForCausalLM:
         """A model of that config without any memory: names and shapes."""
         with torch.device("meta"):
             return GemmaForCausalLM(self.config)

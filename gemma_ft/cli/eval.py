@@ -77,7 +77,7 @@ def evaluate(
 
     quiet_libraries()
     from gemma_ft.evaluate.compare import EvalOptions
-    from gemma_ft.evaluate.models import find_subject
+    from gemma_ft.evaluate.models import find_models
     from gemma_ft.ui.evaluation import evaluate_and_show
 
     options = EvalOptions(
@@ -93,8 +93,8 @@ def evaluate(
         task_chat=task_chat,
         out=out,
     )
-    subject = find_subject(source, overrides or (), adapter=adapter, merged=merged)
-    evaluate_and_show(subject, options, stdout=Console(), stderr=Console(stderr=True))
+    compared = find_models(source, overrides or (), adapter=adapter, merged=merged)
+    evaluate_and_show(compared, options, stdout=Console(), stderr=Console(stderr=True))
     return 0
 
 

@@ -49,9 +49,9 @@ def export(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.export.export import Wish
+    from gemma_ft.export.export import ExportOptions
     from gemma_ft.ui.export import export_and_show
 
-    wish = Wish(to=to, out=out, gguf_type=gguf_type, dtype=dtype, base_id=base_id, push=push, public=public)
-    export_and_show(run, wish, dry_run=dry_run)
+    options = ExportOptions(to=to, out=out, gguf_type=gguf_type, dtype=dtype, base_id=base_id, push=push, public=public)
+    export_and_show(run, options, dry_run=dry_run)
     return 0

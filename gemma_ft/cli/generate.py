@@ -18,7 +18,7 @@ from gemma_ft.errors import DataError, UserError
 from gemma_ft.system.paths import given_path
 
 if TYPE_CHECKING:
-    from gemma_ft.infer.batch_file import BatchFile, How
+    from gemma_ft.infer.batch_file import BatchFile, BatchOptions
     from gemma_ft.infer.sampling import Sampling
     from gemma_ft.infer.session import Session
 
@@ -90,21 +90,23 @@ def generate(
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries()
-    from gemma_ft.infer.batch_file import How
+    from gemma_ft.infer.batch_file import BatchOptions
     from gemma_ft.infer.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _tell_idle(sampling)
     if prompt is None and seed is None:
         sampling = replace(sampling, seed=0)  # a file of answers can be made again
-    how = How(max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ()))
+    batch_options = BatchOptions(
+        max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ())
+    )
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
             text = _prompt_text(prompt, raw)
-            _answer_one(opened(), text, how)
+            _answer_one(opened(), text, batch_options)
             return 0
-        work = _work(str(input), Path(str(output)), how, model, adapter, dtype, quantize)
+        work = _work(str(input), Path(str(output)), batch_options, model, adapter, dtype, quantize)
         _answer_file(partial(opened, max_batch=batch_size or ROWS_AT_ONCE), work, overwrite)
     return 0
 
@@ -156,18 +158,20 @@ def _prompt_text(prompt: str, raw: bool) -> str:
     return prompt
 
 
-def _answer_one(session: Session, text: str, how: How) -> None:
+def _answer_one(session: Session, text: str, batch_options: BatchOptions) -> None:
     """Write the answer to stdout as it comes, a line end after it; control sequences never reach a terminal."""
     from gemma_ft.data.conversation import Turn
     from gemma_ft.infer.prompts import system_turns
     from gemma_ft.system.escape import EscapeStripper
 
-    turns = [*system_turns(session.encoder, how.system), Turn("user", text)]
-    ids = session.completion_ids(text) if how.raw else session.chat_ids(turns)
+    turns = [*system_turns(session.encoder, batch_options.system), Turn("user", text)]
+    ids = session.completion_ids(text) if batch_options.raw else session.chat_ids(turns)
     shown = EscapeStripper().feed if sys.stdout.isatty() else str
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that this terminal's encoding lacks is no failure
-    pieces = session.stream(ids, max_new_tokens=how.max_new_tokens, sampling=how.sampling, stop=how.stop)
+    pieces = session.stream(
+        ids, max_new_tokens=batch_options.max_new_tokens, sampling=batch_options.sampling, stop=batch_options.stop
+    )
     while True:
         try:
             piece = next(pieces)
@@ -177,11 +181,17 @@ def _answer_one(session: Session, text: str, how: How) -> None:
         print(shown(piece), end="", flush=True)
     print(flush=True)
     if finish == "length":
-        _tell(f"note: cut at --max-tokens {how.max_new_tokens}")
+        _tell(f"note: cut at --max-tokens {batch_options.max_new_tokens}")
 
 
 def _work(
-    rows: str, output: Path, how: How, model: str, adapter: Path | None, dtype: str | None, quantize: str
+    rows: str,
+    output: Path,
+    batch_options: BatchOptions,
+    model: str,
+    adapter: Path | None,
+    dtype: str | None,
+    quantize: str,
 ) -> BatchFile:
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
     from gemma_ft.build.located import located
@@ -191,7 +201,7 @@ def _work(
     place = place_of(model, adapter)
     try:
         identity = {**identity_of(place), **loading_of(place, dtype=dtype, quantize=quantize)}
-        return BatchFile(located(rows), output, how, identity)
+        return BatchFile(located(rows), output, batch_options, identity)
     except DataError as error:
         raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
 
@@ -208,7 +218,7 @@ def _answer_file(opened: Callable[[], Session], work: BatchFile, overwrite: bool
     from gemma_ft.ui.progress import ANSWERS, ConsoleObserver
 
     session = opened()
-    system_turns(session.encoder, work.how.system)  # refused here where the rows' own are not
+    system_turns(session.encoder, work.batch_options.system)  # refused here where the rows' own are not
     for note in work.notes:
         _tell(f"note: {note}")
     if work.file.done:

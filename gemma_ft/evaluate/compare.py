@@ -16,7 +16,7 @@ from gemma_ft.evaluate import statistics
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.held_out import Question, Reply, answer_questions, questions_of
 from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
-from gemma_ft.evaluate.models import BASE, Subject, check_base, chosen_models, with_each
+from gemma_ft.evaluate.models import BASE, ModelsToCompare, check_base, chosen_models, with_each
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.evaluate.results import Measured, Scored, differences_of, estimates_of
 from gemma_ft.families import PRESETS
@@ -62,7 +62,7 @@ class Evaluation:
             raise DiskError(f"--out {self.out}: cannot be written: {error.strerror}; name another file") from error
 
 
-def evaluate_subject(subject: Subject, options: EvalOptions, *, observer: Observer = SILENT) -> Evaluation:
+def evaluate_models(compared: ModelsToCompare, options: EvalOptions, *, observer: Observer = SILENT) -> Evaluation:
     """Score the models of a subject. Nothing is written yet.
 
     A run's own eval.json is meant only for the whole run as it is: every model, every row, no other setting.
@@ -70,17 +70,17 @@ def evaluate_subject(subject: Subject, options: EvalOptions, *, observer: Observ
     Raises: UserError in one line.
     """
     _check_task_options(options)
-    names = chosen_models(subject, options.models)
+    names = chosen_models(compared, options.models)
     as_it_is = (options.rows, options.models, options.metrics, options.window, options.stride) == (None,) * 5
-    out = options.out or (subject.run.eval_results if subject.run is not None and as_it_is else None)
+    out = options.out or (compared.run.eval_results if compared.run is not None and as_it_is else None)
     if out is not None:
         _check_out(out)
     if BASE in names:
-        check_base(subject)
-    work = _prepare(subject, options, observer)
+        check_base(compared)
+    work = _prepare(compared, options, observer)
     measured: dict[str, Measured] = {}
     with observer.job("loading", len(names) * work.steps) as job:
-        with_each(subject, names, lambda name, model: measured.update({name: work.measure(name, model, job)}))
+        with_each(compared, names, lambda name, model: measured.update({name: work.measure(name, model, job)}))
     return Evaluation(work.results(measured), out)
 
 
@@ -106,7 +106,7 @@ def _check_task_options(options: EvalOptions) -> None:
 class _Work:
     """Everything that is asked of each model, built once."""
 
-    subject: Subject
+    compared: ModelsToCompare
     settings: dict[str, Any]
     data: BuiltData
     tokenizer: PreTrainedTokenizerBase
@@ -184,7 +184,7 @@ class _Work:
             for number, question in enumerate(self.questions[:SAMPLES_KEPT])
         ]
         return {
-            "source": self.subject.source,
+            "source": self.compared.source,
             "rows": self.pieces.stats.rows if self.pieces is not None else 0,
             "models": {name: estimates_of(one.scores) for name, one in measured.items()},
             "differences": differences_of(measured),
@@ -199,15 +199,15 @@ class _Work:
         }
 
 
-def _prepare(subject: Subject, options: EvalOptions, observer: Observer) -> _Work:
+def _prepare(compared: ModelsToCompare, options: EvalOptions, observer: Observer) -> _Work:
     """Read rows and tasks, and say what is worth knowing about them. Raises: UserError."""
-    recipe = _recipe(subject, options)
-    tokenizer = subject.tokenizer()
-    settings = _settings(subject, options, recipe)
-    data = build_data(recipe, tokenizer, encoder=subject.encoder(tokenizer, recipe.data))
+    recipe = _recipe(compared, options)
+    tokenizer = compared.tokenizer()
+    settings = _settings(compared, options, recipe)
+    data = build_data(recipe, tokenizer, encoder=compared.encoder(tokenizer, recipe.data))
     if data.held_out is None and not options.tasks:
         raise UserError(
-            f"{subject.source}: no held-out rows; set data.eval to a file of them"
+            f"{compared.source}: no held-out rows; set data.eval to a file of them"
             + ("" if recipe.data.streaming else ", or data.eval_fraction to a share of data.train such as 0.1")
         )
     settings["data"] = data.eval_source
@@ -225,7 +225,7 @@ def _prepare(subject: Subject, options: EvalOptions, observer: Observer) -> _Wor
         requests = tasks.requests(data.encoder, context=_context(recipe))
     for line in _about(data, pieces, questions, too_long, recipe):
         observer.say(line)
-    return _Work(subject, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, observer)
+    return _Work(compared, settings, data, tokenizer, pieces, questions, metrics, tasks, requests, observer)
 
 
 def _about(
@@ -250,14 +250,14 @@ def _about(
     return lines
 
 
-def _recipe(subject: Subject, options: EvalOptions) -> Recipe:
+def _recipe(compared: ModelsToCompare, options: EvalOptions) -> Recipe:
     """The recipe with what the user asked for; questions are asked as in training, whatever it says today."""
-    recipe = subject.recipe
+    recipe = compared.recipe
     if options.rows is not None:
         limits = {"max_rows": options.rows, "generate_rows": options.rows}
         recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=limits)})
-    if subject.contract is not None:
-        told = recipe.data.model_copy(update={"system": subject.contract.system})
+    if compared.contract is not None:
+        told = recipe.data.model_copy(update={"system": compared.contract.system})
         recipe = recipe.model_copy(update={"data": told})
     return recipe
 
@@ -266,7 +266,7 @@ def _context(recipe: Recipe) -> int:
     return int(PRESETS[recipe.model.preset].config().max_position_embeddings)
 
 
-def _settings(subject: Subject, options: EvalOptions, recipe: Recipe) -> dict[str, Any]:
+def _settings(compared: ModelsToCompare, options: EvalOptions, recipe: Recipe) -> dict[str, Any]:
     """What decides the numbers, beside models and rows. Raises: UserError for windows that cannot be."""
     window = recipe.data.max_seq_len if options.window is None else options.window
     stride = max(1, window // 2) if options.stride is None else options.stride
@@ -280,7 +280,7 @@ def _settings(subject: Subject, options: EvalOptions, recipe: Recipe) -> dict[st
         "window": window,
         "stride": stride,
         "precision": recipe.train.precision,
-        "quantize": subject.quantize[0],
+        "quantize": compared.quantize[0],
         "system": recipe.data.system,
         "confidence": statistics.CONFIDENCE,
         "resamples": statistics.RESAMPLES,

@@ -28,7 +28,7 @@ SHARE_OF_GAIN = 0.5  # and what it may rise, measured by what the held-out loss 
 
 
 @dataclass(frozen=True)
-class Canary:
+class ForgettingSet:
     """Canary rows as batches of tensors on the CPU, and a hash of their tokens: losses of the same hash compare."""
 
     rows: int
@@ -36,7 +36,7 @@ class Canary:
     batches: list[dict[str, torch.Tensor]]
 
 
-def build_canary(source: str, encoder: ChatEncoder, *, batch_size: int) -> Canary:
+def build_forgetting_set(source: str, encoder: ChatEncoder, *, batch_size: int) -> ForgettingSet:
     """The first ROWS rows of a file or hub data set, each cut at TOKENS tokens, `batch_size` at a time.
 
     Raises: DataError naming file and line, or saying that no answer begins within the limit.
@@ -54,7 +54,7 @@ def build_canary(source: str, encoder: ChatEncoder, *, batch_size: int) -> Canar
     collate = Collator(encoder.control.pad)
     batches = [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
     told = json.dumps([[example["input_ids"], example["labels"]] for example in examples])
-    return Canary(len(examples), sha256_of(told), batches)
+    return ForgettingSet(len(examples), sha256_of(told), batches)
 
 
 def _cut(one: Encoded) -> Example:
@@ -67,9 +67,9 @@ def _cut(one: Encoded) -> Example:
     }
 
 
-def canary_losses(
+def forgetting_losses(
     model: Any,
-    canary: Canary,
+    canary: ForgettingSet,
     *,
     base_loss: float | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,

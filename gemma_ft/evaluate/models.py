@@ -43,7 +43,7 @@ FIXED = ("model", "quantize", "adapter", "data.system")
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelsToCompare:
     """The models to compare, by name, and the recipe that says on which rows.
 
     `place`: base and adapter, None where there is no base (trained from fresh weights) and no adapter. `tuned`: the
@@ -119,9 +119,9 @@ class Subject:
         return hardware.dtype_by_name(self.recipe.train.precision)
 
 
-def find_subject(
+def find_models(
     name: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, merged: Path | None = None
-) -> Subject:
+) -> ModelsToCompare:
     """The subject of a run directory, or of a recipe: then the run in its output_dir, where there is a finished one,
     else the base alone. `adapter` and `merged` name folders to be taken instead of the run's own, or beside the base.
 
@@ -146,7 +146,7 @@ def find_subject(
     place = _place(base, adapter if adapter is not None else named.adapter)
     if merged is not None and place is not None:
         _check_merged(merged, place)
-    return Subject(named.recipe, name, named.run, place, tuned, merged)
+    return ModelsToCompare(named.recipe, name, named.run, place, tuned, merged)
 
 
 @dataclass(frozen=True)
@@ -228,19 +228,19 @@ def _check_overrides(overrides: Sequence[str], where: str) -> None:
             raise UserError(f"{key}: {where} was trained with its own, which an evaluation keeps; leave it out")
 
 
-def check_base(subject: Subject) -> None:
+def check_base(compared: ModelsToCompare) -> None:
     """That the base beside a fully tuned model is the one it was tuned from; an adapter's is checked as it is loaded.
 
     Raises: UserError.
     """
-    if subject.tuned is None or subject.place is None:
+    if compared.tuned is None or compared.place is None:
         return
-    contract = Contract.read(subject.tuned)
-    found = subject.place.of_base.unlike(contract)
+    contract = Contract.read(compared.tuned)
+    found = compared.place.of_base.unlike(contract)
     if contract is not None and found is not None:
         raise UserError(
-            f"{subject.tuned}: was trained on {contract.base} with fingerprint {str(contract.base_sha256)[:12]}, but "
-            f"{subject.place.base.name} has {found[:12]} ({CONTRACT}); restore that base, or leave it out of --models"
+            f"{compared.tuned}: was trained on {contract.base} with fingerprint {str(contract.base_sha256)[:12]}, but "
+            f"{compared.place.base.name} has {found[:12]} ({CONTRACT}); restore that base, or leave it out of --models"
         )
 
 
@@ -251,18 +251,18 @@ def _place(base: Source | None, adapter: Path | None) -> Place | None:
     return model_place(base) if base is not None else None
 
 
-def chosen_models(subject: Subject, names: Sequence[str] | None) -> list[str]:
+def chosen_models(compared: ModelsToCompare, names: Sequence[str] | None) -> list[str]:
     """The models a user named, in the order of the table; None: all that there are. Raises: UserError."""
-    there = subject.names
+    there = compared.names
     if not there:
-        raise UserError(f"{subject.source}: nothing to evaluate: fresh weights, and no finished run in its output_dir")
+        raise UserError(f"{compared.source}: nothing to evaluate: fresh weights, and no finished run in its output_dir")
     for name in names or ():
         if name not in there:
             raise UserError(f"--models: there is no {name!r} here; there are {', '.join(there)}")
     return [name for name in there if names is None or name in names]
 
 
-def with_each(subject: Subject, names: Sequence[str], measure: Callable[[str, Any], None]) -> None:
+def with_each(compared: ModelsToCompare, names: Sequence[str], measure: Callable[[str, Any], None]) -> None:
     """Call `measure` with each named model, in eval mode, on its device; a model is gone before the next is loaded.
 
     Base and adapter are one model, loaded once, as it was trained: quantized, with the adapter off and on. The merged
@@ -276,7 +276,7 @@ def with_each(subject: Subject, names: Sequence[str], measure: Callable[[str, An
     for wanted, load in loaders:
         if not wanted:
             continue
-        model = load(subject).eval()
+        model = load(compared).eval()
         for name in wanted:
             if name == BASE and hasattr(model, "disable_adapter"):
                 with adapter_off(model):
@@ -289,25 +289,25 @@ def with_each(subject: Subject, names: Sequence[str], measure: Callable[[str, An
             torch.cuda.empty_cache()
 
 
-def _load_live(subject: Subject) -> Any:
-    assert subject.place is not None
-    kind, double_quant = subject.quantize
-    place = subject.place
+def _load_live(compared: ModelsToCompare) -> Any:
+    assert compared.place is not None
+    kind, double_quant = compared.quantize
+    place = compared.place
     if place.adapter is not None:
-        model = model_at(place, dtype=subject.dtype, quantize=kind)
+        model = model_at(place, dtype=compared.dtype, quantize=kind)
     else:
-        model = load_base(place.base, dtype=subject.dtype, quantize=kind, double_quant=double_quant)
-        begin_rows(model, subject.tokenizer(), place.base)
+        model = load_base(place.base, dtype=compared.dtype, quantize=kind, double_quant=double_quant)
+        begin_rows(model, compared.tokenizer(), place.base)
     # weights packed for speed are computed with in bf16: the loss would not be the one that training reported
     keep_trainable(model)
     return model
 
 
-def _load_merged(subject: Subject) -> Any:
-    if subject.merged is not None:
-        return load_model(subject.merged, dtype=subject.dtype)
-    assert subject.place is not None
-    weights = merged_weights(subject.place)
-    model = load_base(subject.place.base, dtype=subject.dtype, trainable=False)
+def _load_merged(compared: ModelsToCompare) -> Any:
+    if compared.merged is not None:
+        return load_model(compared.merged, dtype=compared.dtype)
+    assert compared.place is not None
+    weights = merged_weights(compared.place)
+    model = load_base(compared.place.base, dtype=compared.dtype, trainable=False)
     merge_into(model, weights)
     return model

@@ -14,14 +14,14 @@ from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
 from gemma_ft.export.gguf_file import GgufType
 from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge.certified import DTYPES
-from gemma_ft.export.metadata import Papers
+from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.push import check_name, push
 from gemma_ft.system.observer import SILENT, Observer, callbacks
 from gemma_ft.system.units import byte_size
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportOptions:
     """What a user asks of an export; the names are those of the options."""
 
     to: FormName
@@ -57,7 +57,7 @@ class Wish:
 class Export:
     """A model in another form, which is written or will be."""
 
-    wish: Wish
+    options: ExportOptions
     form: Form
     facts: dict[str, Any] | None = None  # of its merge, where there was one
 
@@ -65,11 +65,11 @@ class Export:
     def steps(self) -> list[Step]:
         """What is done for it: the files that are written, and their upload."""
         steps = self.form.steps()
-        if self.wish.push is None:
+        if self.options.push is None:
             return list(steps)
         sizes = [size for step in steps for size in step.files.values()]
         total = byte_size(sum(size or 0 for size in sizes), None, ".1f")
-        upload = Step(f"upload {len(sizes)} files, {total}, to {self.wish.push} ({self.visibility})", {})
+        upload = Step(f"upload {len(sizes)} files, {total}, to {self.options.push} ({self.visibility})", {})
         return [*steps, upload]
 
     @property
@@ -82,40 +82,40 @@ class Export:
     @property
     def visibility(self) -> str:
         """Who sees what is uploaded."""
-        return "public" if self.wish.public else "private"
+        return "public" if self.options.public else "private"
 
 
-def plan_export(source: str, wish: Wish) -> Export:
+def plan_export(source: str, options: ExportOptions) -> Export:
     """What an export would write; nothing is. Raises: UserError and its children in one line."""
-    wish.check()
-    check_free(wish.out)  # before tokenizers and weights are read
-    return Export(wish, _form(source, wish))
+    options.check()
+    check_free(options.out)  # before tokenizers and weights are read
+    return Export(options, _form(source, options))
 
 
-def export_model(source: str, wish: Wish, *, observer: Observer = SILENT) -> Export:
+def export_model(source: str, options: ExportOptions, *, observer: Observer = SILENT) -> Export:
     """Write a model in another form. Raises: UserError and its children in one line; nothing half-written is left."""
-    planned = plan_export(source, wish)
+    planned = plan_export(source, options)
     with callbacks(observer) as on_progress:
         return replace(planned, facts=planned.form.write(on_progress))
 
 
 def upload(export: Export, *, api: Any = None) -> str:
     """Upload what was written to where the wish says; returns its address. api: an HfApi. Raises: UserError."""
-    assert export.wish.push is not None
+    assert export.options.push is not None
     names = [path.name for path in export.files]
-    return push(export.form.out, names, export.wish.push, public=export.wish.public, api=api)
+    return push(export.form.out, names, export.options.push, public=export.options.public, api=api)
 
 
-def _form(source: str, wish: Wish) -> Form:
+def _form(source: str, options: ExportOptions) -> Form:
     place = place_of(source)
-    papers = Papers.of(place, wish.push or wish.out.name, wish.base_id)
-    if wish.to == "gguf":
-        return GgufForm(place, papers, wish.out, wish.gguf_type)
-    if wish.to == "adapter":
-        if wish.push is not None and wish.base_id is None and Path(place.base.name).is_absolute():
+    metadata = ExportMetadata.of(place, options.push or options.out.name, options.base_id)
+    if options.to == "gguf":
+        return GgufForm(place, metadata, options.out, options.gguf_type)
+    if options.to == "adapter":
+        if options.push is not None and options.base_id is None and Path(place.base.name).is_absolute():
             raise UserError(
                 f"--push: the adapter's base is the local folder {place.base.name}, which nobody else has; name the "
                 "same weights on the hub with --base-id OWNER/NAME, or use --to hf"
             )
-        return AdapterForm(place, papers, wish.out, wish.base_id)
-    return HfForm(place, papers, wish.out, DTYPES[wish.dtype] if wish.dtype is not None else None)
+        return AdapterForm(place, metadata, options.out, options.base_id)
+    return HfForm(place, metadata, options.out, DTYPES[options.dtype] if options.dtype is not None else None)

@@ -28,7 +28,7 @@ from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
 from gemma_ft.export.merge.merge import merge_to_folder, verify
 from gemma_ft.export.merge.merged import MergedWeights, merged_weights
-from gemma_ft.export.metadata import Papers
+from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.recipe.run_files import FACTS
 
@@ -63,8 +63,8 @@ class Form(Protocol):
 class HfForm:
     """A plain transformers folder: the adapter merged in and certified, or the weights as they are."""
 
-    def __init__(self, place: Place, papers: Papers, out: Path, dtype: torch.dtype | None) -> None:
-        self.place, self.papers, self.out, self.dtype = place, papers, out, dtype
+    def __init__(self, place: Place, metadata: ExportMetadata, out: Path, dtype: torch.dtype | None) -> None:
+        self.place, self.metadata, self.out, self.dtype = place, metadata, out, dtype
         self.weights = weights_of(place, dtype)
         check_out(out, self.weights.bytes)
 
@@ -89,7 +89,7 @@ class HfForm:
                 self.out,
                 dtype=self.dtype,
                 certify=partial(certify, prompts=PROMPTS, on_progress=bar("compare")),
-                beside=lambda folder, facts: self.papers.write(folder, "hf", merge=vars(facts)),
+                beside=lambda folder, facts: self.metadata.write(folder, "hf", merge=vars(facts)),
                 on_progress=bar("merge"),
             )
         except BeyondLimit as error:
@@ -97,7 +97,7 @@ class HfForm:
         return vars(facts)
 
     def notes(self) -> list[str]:
-        return self.papers.notes
+        return self.metadata.notes
 
     def _copy(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
         names = list(self.weights.infos)
@@ -117,16 +117,22 @@ class HfForm:
             dtype=self.weights.dtype,
             vocab_size=self.weights.vocab_size,
         )
-        self.papers.write(folder, "hf", rounded_to=_rounded_to(self.weights))
+        self.metadata.write(folder, "hf", rounded_to=_rounded_to(self.weights))
 
 
 class AdapterForm:
     """A PEFT folder, its base named so that others can find it."""
 
-    def __init__(self, place: Place, papers: Papers, out: Path, base_id: str | None) -> None:
+    def __init__(self, place: Place, metadata: ExportMetadata, out: Path, base_id: str | None) -> None:
         if place.of_adapter is None:
             raise UserError(f"{place.base.name}: is a whole model without an adapter; use --to hf")
-        self.place, self.adapter, self.papers, self.out, self.base_id = place, place.of_adapter, papers, out, base_id
+        self.place, self.adapter, self.metadata, self.out, self.base_id = (
+            place,
+            place.of_adapter,
+            metadata,
+            out,
+            base_id,
+        )
         self.bytes = (self.adapter.folder / ADAPTER_WEIGHTS).stat().st_size
         check_out(out, self.bytes)
 
@@ -140,7 +146,7 @@ class AdapterForm:
 
     def notes(self) -> list[str]:
         notes = vllm_notes(self.adapter.fields, self.adapter.weights.names)
-        notes += self.papers.notes
+        notes += self.metadata.notes
         if self.base_id is None and Path(self.place.base.name).is_absolute():
             notes.append(
                 f"the base is the local folder {self.place.base.name}, which nobody else can resolve; "
@@ -155,17 +161,17 @@ class AdapterForm:
     def _beside(self, folder: Path) -> None:
         local, contract = Path(self.place.base.name).is_absolute(), self.place.contract
         write_adapter(self.place, folder, base_id=self.base_id)
-        self.papers.write(folder, "adapter")
+        self.metadata.write(folder, "adapter")
         if local and self.base_id is None and contract is not None:
             contract.write(folder)  # like adapter_config.json, for this machine
 
 
 class GgufForm:
-    """One GGUF file with a Modelfile: `out` is that file, or a new folder for both and the papers."""
+    """One GGUF file with a Modelfile: `out` is that file, or a new folder for both and the metadata."""
 
-    def __init__(self, place: Place, papers: Papers, out: Path, kind: GgufType | None) -> None:
+    def __init__(self, place: Place, metadata: ExportMetadata, out: Path, kind: GgufType | None) -> None:
         gguf_library()
-        self.place, self.papers, self.out, self.encoder = place, papers, out, papers.encoder
+        self.place, self.metadata, self.out, self.encoder = place, metadata, out, metadata.encoder
         files = place.of_base.weights
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
@@ -237,9 +243,9 @@ class GgufForm:
             self.encoder.tokenizer,
             self.vocabulary,
             folder / self.file,
-            name=self.papers.name.rpartition("/")[2].removesuffix(".gguf"),
-            license=self.papers.terms.license,
-            contract=replace(contract, base=self.papers.base, quantize=None) if contract is not None else None,
+            name=self.metadata.name.rpartition("/")[2].removesuffix(".gguf"),
+            license=self.metadata.terms.license,
+            contract=replace(contract, base=self.metadata.base, quantize=None) if contract is not None else None,
             encoder=self.encoder,
             on_progress=counted,
         )
@@ -248,12 +254,12 @@ class GgufForm:
 
     def _texts(self) -> dict[str, str]:
         """What lies beside the GGUF file, by name."""
-        texts = {self.modelfile: modelfile(self.file, self.encoder, notice=self.papers.terms.notice)}
+        texts = {self.modelfile: modelfile(self.file, self.encoder, notice=self.metadata.terms.notice)}
         if self.alone:
             return texts
         contract = replace(self.place.contract, quantize=None) if self.place.contract is not None else None
         rounded_to = None if self.plan.kind == self.stored else self.plan.kind
-        return texts | self.papers.texts("gguf", contract, file=self.file, rounded_to=rounded_to)
+        return texts | self.metadata.texts("gguf", contract, file=self.file, rounded_to=rounded_to)
 
 
 def weights_of(place: Place, dtype: torch.dtype | None) -> MergedWeights:

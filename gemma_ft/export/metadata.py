@@ -15,7 +15,7 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate
-from gemma_ft.export.card.license import Terms, terms_of
+from gemma_ft.export.card.license import License, license_of
 from gemma_ft.export.card.model_card import Card, Form
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
 from gemma_ft.families import PRESETS
@@ -26,15 +26,15 @@ CARD, NOTICE = "README.md", "NOTICE"
 
 
 @dataclass(frozen=True)
-class Papers:
-    """What the papers of one export say. name: a hub id, or the name of the new folder; base: how others may name the
-    base, None for fresh weights.
+class ExportMetadata:
+    """What the metadata of one export says. name: a hub id, or the name of the new folder; base: how others may name
+    the base, None for fresh weights.
     """
 
     name: str
     config: PreTrainedConfig
     contract: Contract | None
-    terms: Terms
+    terms: License
     record: RunRecord
     base: str | None
     chats: ChatEncoder | UnknownTemplate  # how it is asked, or why that is not known
@@ -52,8 +52,8 @@ class Papers:
         return [str(self.chats)] if isinstance(self.chats, UnknownTemplate) else []
 
     @classmethod
-    def of(cls, place: Place, name: str, base_id: str | None = None) -> Papers:
-        """The papers of a place. Raises: UserError when its config.json cannot be read, or its tokenizer is not the one
+    def of(cls, place: Place, name: str, base_id: str | None = None) -> ExportMetadata:
+        """The metadata of a place. Raises: UserError when its config.json cannot be read, or its tokenizer is not that
         of its contract.
         """
         config, contract = config_of(place), place.contract
@@ -68,7 +68,7 @@ class Papers:
             name=name,
             config=config,
             contract=contract,
-            terms=terms_of(config, contract),
+            terms=license_of(config, contract),
             record=read_record(place),
             base=base_id or public(known, "base"),
             chats=chats,
@@ -97,7 +97,7 @@ class Papers:
         merge: dict[str, Any] | None = None,
         rounded_to: str | None = None,
     ) -> dict[str, str]:
-        """The papers by file name: README.md, NOTICE where the terms ask for one, and for readers elsewhere the
+        """The metadata by file name: README.md, NOTICE where the terms ask for one, and for readers elsewhere the
         `contract` of the folder and merge.json.
 
         file: the GGUF file in the folder. merge: the facts of the merge that made the weights (default: the record's).

@@ -19,7 +19,7 @@ from gemma_ft.infer.engine import Engine
 from gemma_ft.infer.session import Session
 
 
-class Untuned:
+class BaseModelSession:
     """The base of a session's model: the same one with its adapter off, or, for a merged or fully tuned model, the one
     that its contract names, loaded when it is first asked.
     """

@@ -27,7 +27,7 @@ ADDED = ("output", "finish", "index")
 
 
 @dataclass(frozen=True)
-class How:
+class BatchOptions:
     """How every row is answered. With a seed, row n is drawn with a seed of its own that follows from both."""
 
     max_new_tokens: int
@@ -46,7 +46,7 @@ class BatchFile:
     the answer) and `index` (the row's number from 0); where the rows have such a field, ours ends in an underscore.
     """
 
-    def __init__(self, source: str, output: Path, how: How, model: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, output: Path, batch_options: BatchOptions, model: Mapping[str, Any]) -> None:
         """Reads and checks rows; `model` is what tells this model from others (`identity_of`).
 
         Raises: DataError naming bad rows; UserError when source is the output or its settings.
@@ -55,10 +55,16 @@ class BatchFile:
             if path.exists() and Path(source).exists() and path.samefile(source):
                 raise UserError(f"{path}: is the file that is read; name another --output")
         rows = read_rows(source)
-        self.how = how
-        self.prompts = prompts_of(rows, format=how.format, columns=how.columns, system=how.system, raw=how.raw)
+        self.batch_options = batch_options
+        self.prompts = prompts_of(
+            rows,
+            format=batch_options.format,
+            columns=batch_options.columns,
+            system=batch_options.system,
+            raw=batch_options.raw,
+        )
         self.names = _names_beside(rows)
-        settings = {"rows": _digest([row.fields for row in rows]), **model, **_settings(how)}
+        settings = {"rows": _digest([row.fields for row in rows]), **model, **_settings(batch_options)}
         self.file = AnswerFile(output, settings, total=len(rows), index=self.names["index"])
 
     @property
@@ -78,7 +84,7 @@ class BatchFile:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(self.file.begin(overwrite=overwrite))
                 job = stack.enter_context(observer.job("answers", file.total, done=file.done))
-                texts = texts_in_order(session, requests[file.done :], stop=self.how.stop)
+                texts = texts_in_order(session, requests[file.done :], stop=self.batch_options.stop)
                 stack.enter_context(contextlib.closing(texts))
                 for prompt, text in zip(self.prompts[file.done :], texts, strict=True):
                     added = (text.text, text.finish, file.done)
@@ -95,17 +101,17 @@ class BatchFile:
         """What the engine is asked for each row, in order."""
         bad = BadRows()
         requests = []
-        room = session.engine.max_seq_len - self.how.max_new_tokens
+        room = session.engine.max_seq_len - self.batch_options.max_new_tokens
         for number, prompt in enumerate(self.prompts):
             ids = _ids(session, prompt, bad)
             if len(ids) > room:
                 bad.add(
                     prompt.row.where,
-                    f"{len(ids):,} tokens and {self.how.max_new_tokens:,} new ones (--max-tokens) are more than the "
-                    f"{session.engine.max_seq_len:,} of this model",
+                    f"{len(ids):,} tokens and {self.batch_options.max_new_tokens:,} new ones (--max-tokens) are more "
+                    f"than the {session.engine.max_seq_len:,} of this model",
                 )
-            sampling = replace(self.how.sampling, seed=_row_seed(self.how.sampling.seed, number))
-            requests.append(Request(ids, self.how.max_new_tokens, sampling))
+            sampling = replace(self.batch_options.sampling, seed=_row_seed(self.batch_options.sampling.seed, number))
+            requests.append(Request(ids, self.batch_options.max_new_tokens, sampling))
         bad.raise_if_any()
         return requests
 
@@ -149,16 +155,16 @@ def _names_beside(rows: Sequence[Row]) -> dict[str, str]:
     return names
 
 
-def _settings(how: How) -> dict[str, Any]:
+def _settings(batch_options: BatchOptions) -> dict[str, Any]:
     """How the answers are made, by the names of the options; how many at once is left out, for it changes nothing."""
     return {
-        "max_tokens": how.max_new_tokens,
-        **asdict(how.sampling),
-        "stop": list(how.stop),
-        "system": how.system,
-        "raw": how.raw,
-        "format": how.format,
-        "column": dict(how.columns or {}),
+        "max_tokens": batch_options.max_new_tokens,
+        **asdict(batch_options.sampling),
+        "stop": list(batch_options.stop),
+        "system": batch_options.system,
+        "raw": batch_options.raw,
+        "format": batch_options.format,
+        "column": dict(batch_options.columns or {}),
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_ft.kernels.triton.cuda_graph import Recorder
 from gemma_ft.model.kv_cache import KVCache
-from gemma_ft.model.static_pass import FixedPass
+from gemma_ft.model.static_pass import StaticPass
 from gemma_ft.system import environment
 
 PATIENCE = 3  # steps of a kind that are made one by one before one is recorded: recording takes as long as several
@@ -25,7 +25,7 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class DecodeSteps:
-    """Decodes rows 0 .. B - 1 of a cache with one model, whose logits are the same whether a step is recorded or not.
+    """Decodes slots 0 .. B - 1 of a cache with one model, whose logits are the same whether a step is recorded or not.
     Meanwhile its weights stay where they lie, and adapters are not merged; they may be switched.
 
     `record`: what records, kernels.gpu.graph.Recorder for one (None: every step is made operation by operation).
@@ -40,28 +40,28 @@ class DecodeSteps:
         self.reason: str | None = None
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """The last token of each row -> logits [B, V] of its next one; they are read before the next step. The cache
+        """The last token of each slot -> logits [B, V] of its next one; they are read before the next step. The cache
         holds the tokens then.
         """
-        rows = len(tokens)
+        slots = len(tokens)
         step = None if self._record is None else self._step(tokens)
         if step is None:
-            one = self._cache.open(0, [1] * rows, self._device)
+            one = self._cache.open(0, [1] * slots, self._device)
             ids = torch.tensor(tokens, device=self._device)[:, None]
             logits = self._logits(ids, one)
             one.finish()
             return logits
-        logits = step(tokens, self._cache.lengths[:rows])
-        self._cache.lengths[:rows] = [length + 1 for length in self._cache.lengths[:rows]]
+        logits = step(tokens, self._cache.lengths[:slots])
+        self._cache.lengths[:slots] = [length + 1 for length in self._cache.lengths[:slots]]
         return logits
 
     def _step(self, tokens: Sequence[int]) -> _Step | None:
-        """The recorded step for so many rows in rings of their size; None: not yet, or never."""
+        """The recorded step for so many slots in rings of their size; None: not yet, or never."""
         assert self._record is not None
-        rows = len(tokens)
-        newest = max(self._cache.lengths[:rows])
+        slots = len(tokens)
+        newest = max(self._cache.lengths[:slots])
         assert newest < self._cache.max_seq_len, "the sequence is longer than the cache"
-        key = (rows, self._cache.places(newest + 1), self._adapters())
+        key = (slots, self._cache.places(newest + 1), self._adapters())
         if key in self._recorded:
             self._recorded[key] = self._recorded.pop(key)  # what is used lately is kept longest
             return self._recorded[key]
@@ -92,7 +92,7 @@ class DecodeSteps:
 
 
 class _Step:
-    """A recorded step of so many rows, and the tensors that it reads and gives. Recording makes the step with these
+    """A recorded step of so many slots, and the tensors that it reads and gives. Recording makes the step with these
     `tokens`, as often as it likes: each time the same keys and values go to the same places.
     """
 
@@ -104,11 +104,11 @@ class _Step:
         device: torch.device,
         record: Record,
     ) -> None:
-        rows = len(tokens)
-        self._given = torch.tensor([tokens, cache.lengths[:rows]], device=device)  # and where they stand
+        slots = len(tokens)
+        self._given = torch.tensor([tokens, cache.lengths[:slots]], device=device)  # and where they stand
 
         def run() -> Tensor:
-            return logits(self._given[0][:, None], FixedPass(cache, rows, self._given[1]))
+            return logits(self._given[0][:, None], StaticPass(cache, slots, self._given[1]))
 
         self._repeat, self._logits = record(run)
 

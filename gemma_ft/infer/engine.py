@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave between decode steps, each row at its own position."""
+"""Continuous batching: requests join and leave between decode steps, each slot at its own position."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Emitted:
 
 @dataclass
 class _Live:
-    """A request with a row: what it has said so far."""
+    """A request with a slot: what it has said so far."""
 
     ticket: int
     request: Request
@@ -54,7 +54,7 @@ class Engine:
 
     Rows of the cache, in order: the requests that speak, then those whose prompts are being read: one long prompt,
     piece by piece, or several short ones in a single pass.
-    `max_batch`: how many requests hold a row at once; others wait in line. `max_seq_len`: prompt and answer together
+    `max_batch`: how many requests hold a slot at once; others wait in line. `max_seq_len`: prompt and answer together
     (None: the model's own limit). The model is in eval mode; any wrapper of PEFT's around the native Gemma will do.
     `agree`: the tokens that this process chose -> those that are said, where several compute one model together.
     """
@@ -74,18 +74,18 @@ class Engine:
         self.max_batch = max_batch
         self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
         self.device = native.get_input_embeddings().weight.device
-        self._cache = KVCache(native.model.numerics.window_tokens, rows=max_batch, max_seq_len=self.max_seq_len)
+        self._cache = KVCache(native.model.numerics.window_tokens, slots=max_batch, max_seq_len=self.max_seq_len)
         self._decode_step = DecodeSteps(
             native, self._cache, self.device, recorder(native, self.device, alone=agree is list)
         )
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._speaking: list[_Live] = []  # row i of the cache is the i-th
-        self._reading: list[_Live] = []  # the rows after them
+        self._speaking: list[_Live] = []  # slot i of the cache is the i-th
+        self._reading: list[_Live] = []  # the slots after them
         self._tickets = 0
 
     @property
     def active(self) -> int:
-        """Requests that hold a row."""
+        """Requests that hold a slot."""
         return len(self._speaking) + len(self._reading)
 
     @property
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in line for a row."""
+        """Requests in line for a slot."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> int:
@@ -118,13 +118,13 @@ class Engine:
         return self._tickets
 
     def cancel(self, ticket: int) -> None:
-        """Drop a request; its row is free before the next step. One that has ended is nothing to cancel."""
+        """Drop a request; its slot is free before the next step. One that has ended is nothing to cancel."""
         self._waiting = deque(item for item in self._waiting if item[0] != ticket)
         for live in [live for live in self._reading if live.ticket == ticket]:
             self._cache.lengths[len(self._speaking)] = 0  # none but a lone long prompt holds anything yet
             self._reading.remove(live)
-        for row in [row for row, live in enumerate(self._speaking) if live.ticket == ticket]:
-            self._leave(row)
+        for slot in [slot for slot, live in enumerate(self._speaking) if live.ticket == ticket]:
+            self._free_slot(slot)
 
     @torch.no_grad()
     def step(self) -> list[Emitted]:
@@ -139,7 +139,7 @@ class Engine:
         return emitted + self._prefill()
 
     def _decode(self) -> list[Emitted]:
-        emitted = self._said(self._speaking, self._decode_step([live.last for live in self._speaking]))
+        emitted = self._sample_next_tokens(self._speaking, self._decode_step([live.last for live in self._speaking]))
         self._dismiss()
         return emitted
 
@@ -148,21 +148,21 @@ class Engine:
         self._reading = self._reading or self._joining()
         if not self._reading:
             return []
-        row = len(self._speaking)
-        done = self._cache.lengths[row]
+        slot = len(self._speaking)
+        done = self._cache.lengths[slot]
         pieces = [list(live.request.prompt_ids[done : done + PREFILL_TOKENS]) for live in self._reading]
         counts = [len(piece) for piece in pieces]
         padded = [piece + [0] * (max(counts) - len(piece)) for piece in pieces]
-        hidden = self._read(torch.tensor(padded, device=self.device), row, counts)
+        hidden = self._read(torch.tensor(padded, device=self.device), slot, counts)
         if done + counts[0] < len(self._reading[0].request.prompt_ids):
             return []
-        emitted = self._said(self._reading, self._native.head_logits(hidden))
+        emitted = self._sample_next_tokens(self._reading, self._native.head_logits(hidden))
         self._speaking, self._reading = self._speaking + self._reading, []
         self._dismiss()
         return emitted
 
     def _joining(self) -> list[_Live]:
-        """Those in line for whom there is a row: one with a long prompt, or as many as PREFILL_TOKENS hold."""
+        """Those in line for whom there is a slot: one with a long prompt, or as many as PREFILL_TOKENS hold."""
         group: list[_Live] = []
         longest = 0
         while self._waiting and len(self._speaking) + len(group) < self.max_batch:
@@ -176,41 +176,41 @@ class Engine:
         return group
 
     def _read(self, ids: Tensor, first: int, counts: list[int]) -> Tensor:
-        """Run rows `first`.. with pieces of prompts ids [B, T]; the hidden states [B, D] of their last tokens."""
+        """Run slots `first`.. with pieces of prompts ids [B, T]; the hidden states [B, D] of their last tokens."""
         one = self._cache.open(first, counts, self.device)
         states = self._native.model(ids, past_key_values=one, use_cache=True).last_hidden_state
         one.finish()
         last = torch.tensor(counts, device=self.device) - 1
         return states[torch.arange(len(counts), device=self.device), last]
 
-    def _said(self, speakers: list[_Live], logits: Tensor) -> list[Emitted]:
+    def _sample_next_tokens(self, speakers: list[_Live], logits: Tensor) -> list[Emitted]:
         """Choose every speaker's next token by logits [B, V]; only here does anything come back from the device."""
         tokens = self._agree(next_tokens(logits, [live.sampler for live in speakers]).tolist())
         if -1 in tokens:
             raise NonFiniteError("the model's logits are not finite; its weights are damaged")
-        return [self._took(live, token) for live, token in zip(speakers, tokens, strict=True)]
+        return [self._append_token(live, token) for live, token in zip(speakers, tokens, strict=True)]
 
-    def _took(self, live: _Live, token: int) -> Emitted:
+    def _append_token(self, live: _Live, token: int) -> Emitted:
         live.made, live.last = live.made + 1, token
         if token in self.stop_ids:
             live.finish = "stop"
             return Emitted(live.ticket, None, live.finish)
-        live.sampler.took(token)
+        live.sampler.append(token)
         if live.made == live.request.max_new_tokens:
             live.finish = "length"
         return Emitted(live.ticket, token, live.finish)
 
     def _dismiss(self) -> None:
-        """Free the rows of all who have ended."""
-        for row in reversed(range(len(self._speaking))):
-            if self._speaking[row].finish is not None:
-                self._leave(row)
+        """Free the slots of all who have ended."""
+        for slot in reversed(range(len(self._speaking))):
+            if self._speaking[slot].finish is not None:
+                self._free_slot(slot)
 
-    def _leave(self, row: int) -> None:
-        """Free the row of a speaker: the last speaker takes its place, and a long prompt in reading the last one's."""
+    def _free_slot(self, slot: int) -> None:
+        """Free the slot of a speaker: the last speaker takes its place, and a long prompt in reading the last one's."""
         end = len(self._speaking) - 1
-        self._cache.move(end, row)
-        self._speaking[row] = self._speaking[end]
+        self._cache.move(end, slot)
+        self._speaking[slot] = self._speaking[end]
         self._speaking.pop()
         if self._reading:
             self._cache.move(end + 1, end)

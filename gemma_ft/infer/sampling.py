@@ -84,25 +84,25 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
-        self._said: Tensor | None = None  # [1, prompt + max_new_tokens] ids for the penalty, kept on the device
+        self._previous_ids: Tensor | None = None  # [1, prompt + max_new_tokens] ids for the penalty, kept on the device
         self._length = len(prompt_ids)
         if sampling.repetition_penalty != 1:
-            self._said = torch.zeros(1, self._length + max_new_tokens, dtype=torch.long, device=device)
-            self._said[0, : self._length] = torch.tensor(list(prompt_ids))
+            self._previous_ids = torch.zeros(1, self._length + max_new_tokens, dtype=torch.long, device=device)
+            self._previous_ids[0, : self._length] = torch.tensor(list(prompt_ids))
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits [1, V] -> the scores [1, V] that are drawn from; what may not be drawn is -inf."""
-        said = self._said[:, : self._length] if self._said is not None else None
-        return self.processors(said, logits)
+        previous_ids = self._previous_ids[:, : self._length] if self._previous_ids is not None else None
+        return self.processors(previous_ids, logits)
 
     def uniform(self) -> float:
         """The next draw in [0, 1); greedy requests draw nothing."""
         return 0.0 if self.greedy else float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
-    def took(self, token_id: int) -> None:
+    def append(self, token_id: int) -> None:
         """Count a chosen token to what was said."""
-        if self._said is not None and self._length < self._said.shape[1]:
-            self._said[0, self._length] = token_id
+        if self._previous_ids is not None and self._length < self._previous_ids.shape[1]:
+            self._previous_ids[0, self._length] = token_id
             self._length += 1
 
 

@@ -127,8 +127,8 @@ _ALL = (
     Implementation("geglu", CPP, _CPP, ("geglu", "geglu_backward")),
     Implementation("geglu", TORCH, "gemma_ft.kernels.geglu", ("geglu_reference",), ()),
     Implementation("cross_entropy", TRITON, "gemma_ft.kernels.triton.cross_entropy", ("rows",)),
-    Implementation("cross_entropy", CPP, _CPP, ("head_rows",)),
-    Implementation("cross_entropy", TORCH, "gemma_ft.kernels.cross_entropy", ("head_rows_reference",), ()),
+    Implementation("cross_entropy", CPP, _CPP, ("fused_cross_entropy",)),
+    Implementation("cross_entropy", TORCH, "gemma_ft.kernels.cross_entropy", ("fused_cross_entropy_reference",), ()),
     # a sequence's attention, and within it what a block's scores become between two products
     Implementation("attention", FLEX, "gemma_ft.kernels.flex_attention", ("flex_attention",)),
     Implementation("attention", CPU_TORCH, "gemma_ft.kernels.blockwise_attention", ("blockwise_attention",), ()),
@@ -138,17 +138,23 @@ _ALL = (
         "attention_block", TORCH, "gemma_ft.kernels.blockwise_attention", ("block_weights", "block_gradients"), ()
     ),
     Implementation(
-        "decode_attention", TRITON, "gemma_ft.kernels.triton.decode_attention", ("one_query",), takes="serves_one_query"
+        "decode_attention",
+        TRITON,
+        "gemma_ft.kernels.triton.decode_attention",
+        ("decode_attention",),
+        takes="serves_decode_attention",
     ),
-    Implementation("decode_attention", CPU_TORCH, "gemma_ft.kernels.decode_attention", ("one_query_attention",), ()),
+    Implementation(
+        "decode_attention", CPU_TORCH, "gemma_ft.kernels.decode_attention", ("decode_attention_reference",), ()
+    ),
     Implementation("decode_attention", TORCH, "gemma_ft.kernels.attention", ("eager_attention",), ()),
     Implementation("nf4", TRITON, "gemma_ft.kernels.triton.nf4", ("dequantize",), takes="takes"),
     Implementation("nf4", CPP, _CPP, ("dequantize_nf4",), takes="takes_nf4"),
     Implementation("nf4", TORCH, "gemma_ft.kernels.nf4", ("dequantize_nf4_reference",), ()),
-    Implementation("nf4_gemv", TRITON, "gemma_ft.kernels.triton.gemv_nf4", ("few_rows_nf4",), takes="takes"),
-    Implementation("nf4_gemv", CPP, _CPP, ("few_rows_nf4",), _BF16, takes="takes_few_rows_nf4"),
+    Implementation("nf4_gemv", TRITON, "gemma_ft.kernels.triton.gemv_nf4", ("gemv_nf4",), takes="takes"),
+    Implementation("nf4_gemv", CPP, _CPP, ("gemv_nf4",), _BF16, takes="takes_gemv_nf4"),
     Implementation("nf4_gemv", TORCH, "gemma_ft.kernels.nf4", ("dequantized_product",), ()),
-    Implementation("gemv", CPP, _CPP, ("few_rows",)),
+    Implementation("gemv", CPP, _CPP, ("gemv",)),
     Implementation("gemv", TORCH, "gemma_ft.kernels.gemv", ("weight_first",), ()),
     Implementation("lora_gemv", TRITON, "gemma_ft.kernels.triton.gemv_lora", ("add_lora",)),
     Implementation("lora_gemv", TORCH, "gemma_ft.kernels.add_lora", ("add_lora_reference",), ()),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gemma_ft.kernels.plain_tensors import DTYPES, are_plain
 from gemma_ft.system import environment
-from gemma_ft.system.hardware import processor_words
+from gemma_ft.system.hardware import cpu_flags
 
 SOURCE = Path(__file__).with_name("cpp") / "ops.cpp"
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -36,10 +36,10 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "geglu_backward": (P, P, P, P, P, I64),
     "attend": (P, P, P, I64, I64, I64, I64, F32, F32),
     "attend_backward": (P, P, P, P, I64, I64, I64, I64, F32, F32),
-    "head_rows": (P, P, P, P, P, I64, I64, F32, INT),
+    "fused_cross_entropy": (P, P, P, P, P, I64, I64, F32, INT),
     "nf4": (P, P, P, P, P, F32, P, P, I64, I64, I64),
-    "few_rows": (P, P, P, I64, I64, I64),
-    "few_rows_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
+    "gemv": (P, P, P, I64, I64, I64),
+    "gemv_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
     "decode": (P, P, P, P, P, P),
 }
 SUFFIXES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -99,7 +99,7 @@ def _built(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor. Raises: OSError, SubprocessError."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
     sources = (one.read_bytes() for one in sorted(SOURCE.parent.iterdir()) if one.suffix in (".h", ".cpp"))
-    named = (*sources, version, " ".join([*compiler, *FLAGS, platform.machine(), processor_words()]).encode())
+    named = (*sources, version, " ".join([*compiler, *FLAGS, platform.machine(), cpu_flags()]).encode())
     key = hashlib.sha256(b"\0".join(hashlib.sha256(one).digest() for one in named)).hexdigest()[:16]
     folder = environment.cache_folder() / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

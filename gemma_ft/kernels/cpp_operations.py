@@ -50,7 +50,7 @@ def geglu_backward(upstream: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor
     cpp_backend.call("geglu_backward", upstream, gate, up, grad_gate, grad_up, gate.numel(), of=gate.dtype)
 
 
-def head_rows(
+def fused_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor | None, losses: Tensor, correct: Tensor, cap: float | None,
     *, with_grad: bool,
 ) -> None:  # fmt: skip
@@ -60,7 +60,7 @@ def head_rows(
     if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
         raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
     sizes = (*logits.shape, cap or 0.0, int(with_grad))
-    cpp_backend.call("head_rows", logits, targets, weights, losses, correct, *sizes, of=logits.dtype)
+    cpp_backend.call("fused_cross_entropy", logits, targets, weights, losses, correct, *sizes, of=logits.dtype)
 
 
 def block_weights(block: Block, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +81,11 @@ def _sizes(block: Block, raw: Tensor) -> tuple[int, int, int, int, float, float]
     return block.heads, block.shape[2], raw.shape[-1], block.last, block.scale, block.softcap or 0.0
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, I], in any layout, and weight [O, I] -> x weightᵀ [M, O]."""
     rows, (outputs, inputs) = len(x), weight.shape
     out = torch.empty(rows, outputs, dtype=x.dtype)
-    cpp_backend.call("few_rows", weight, x.contiguous(), out, rows, outputs, inputs, of=x.dtype)
+    cpp_backend.call("gemv", weight, x.contiguous(), out, rows, outputs, inputs, of=x.dtype)
     return out
 
 
@@ -103,16 +103,16 @@ def takes_nf4(packed: Tensor, state: Any) -> bool:
     return whole
 
 
-def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+def gemv_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     """x [M, I], in any layout, times the weight transposed -> [M, O]; the weight is unpacked within the product."""
     rows, (scales, blocks) = len(x), nf4_scales(state)
     out = torch.empty(rows, state.shape[0], dtype=x.dtype)
-    cpp_backend.call("few_rows_nf4", packed, *scales, x.contiguous(), out, rows, *state.shape, *blocks, of=x.dtype)
+    cpp_backend.call("gemv_nf4", packed, *scales, x.contiguous(), out, rows, *state.shape, *blocks, of=x.dtype)
     return out
 
 
-def takes_few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> bool:
-    """Whether `few_rows_nf4` takes these rows [M, I] and this weight, whose form is the usual one."""
+def takes_gemv_nf4(x: Tensor, packed: Tensor, state: Any) -> bool:
+    """Whether `gemv_nf4` takes these rows [M, I] and this weight, whose form is the usual one."""
     rows = len(x)
     return are_few(x, rows) and takes_nf4(packed, state) and fits(rows, state.shape, state.blocksize)
 

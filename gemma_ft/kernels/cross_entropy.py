@@ -21,7 +21,7 @@ def capped(wide: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
     return tanh * cap, tanh
 
 
-def head_rows(
+def fused_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, *, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Raw logits [M, V], which may be written over, and their targets [M] -> losses [M] in float32 or wider, whether
@@ -33,7 +33,7 @@ def head_rows(
     fits = logits.is_contiguous() and targets.device == logits.device
     chosen = implementation_of("cross_entropy", logits, fits=fits)
     if chosen.name == "torch":
-        return head_rows_reference(logits, targets, weights, softcap, with_grad=with_grad)
+        return fused_cross_entropy_reference(logits, targets, weights, softcap, with_grad=with_grad)
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     correct = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
     each = None if weights is None else weights.float().contiguous()
@@ -41,7 +41,7 @@ def head_rows(
     return losses, correct, logits if with_grad else None
 
 
-def head_rows_reference(
+def fused_cross_entropy_reference(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, *, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same in plain torch, in as few passes over memory as there can be."""

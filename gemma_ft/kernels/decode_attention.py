@@ -11,7 +11,7 @@ from torch import Tensor
 from gemma_ft.kernels.attention import attention_weights
 
 
-def one_query_attention(
+def decode_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> Tensor:
     """`attention.eager_attention` of a single query of each sequence, [B, N, 1, H]; `visible` None: it sees every key.

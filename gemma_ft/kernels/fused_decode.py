@@ -108,7 +108,7 @@ class LinearParts:
 
 
 @dataclass
-class Kept:
+class LayerDescriptor:
     """A layer as C++ takes it, and what its addresses point at: kept from pass to pass, for making it takes as long as
     a good part of a token.
     """
@@ -117,7 +117,7 @@ class Kept:
     linears: dict[str, tuple[LinearParts, tuple[int, ...]]] = field(default_factory=dict)
     norms: dict[str, tuple[Tensor | None, int | None]] = field(default_factory=dict)
 
-    def take_linear(self, name: str, parts: LinearParts, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+    def set_linear(self, name: str, parts: LinearParts, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
         """Whether linear layer `name` of LINEAR, of shape [O, I], is served; described anew where it changed."""
         before, places = self.linears.get(name), parts.places()
         if before is not None and before[1] == places and before[0].same(parts):
@@ -129,7 +129,7 @@ class Kept:
         self.linears[name] = parts, places
         return True
 
-    def take_norm(self, name: str, weight: Tensor | None, dtype: torch.dtype) -> bool:
+    def set_norm(self, name: str, weight: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether norm `name` of NORMS with its weight [D] is served; None: the model has no such norm."""
         before, place = self.norms.get(name), None if weight is None else weight.data_ptr()
         if before is not None and before[0] is weight and before[1] == place:
@@ -140,7 +140,7 @@ class Kept:
         self.norms[name] = weight, place
         return True
 
-    def take_ring(self, keys: Tensor, values: Tensor, limit: int) -> None:
+    def set_cache(self, keys: Tensor, values: Tensor, limit: int) -> None:
         """Keys and values [B, K, places, H] of the pass's rows; at most `limit` places are used."""
         self.layer.keys, self.layer.values = keys.data_ptr(), values.data_ptr()
         self.layer.places, self.layer.limit = keys.shape[2], limit
@@ -148,7 +148,7 @@ class Kept:
 
 def decode(
     x: Tensor,
-    layers: Sequence[Kept],
+    layers: Sequence[LayerDescriptor],
     angles: tuple[Tensor, Tensor],
     starts: Sequence[int],
     *,

@@ -13,7 +13,7 @@ from gemma_ft.kernels.backend import implementation_of
 
 MOST_ROWS = 16  # up to which torch has the weight first
 OWN_ROWS = 12  # up to which the C++ is faster than either product of torch (benchmarks/results/products.json)
-TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/few_rows.h takes at a time
+TOGETHER, LANES = 2, 32  # rows of the weight, and numbers of a row, that cpp/gemv.h takes at a time
 MOST_INPUTS, BLOCK = 65536, 64  # numbers of a row that it takes, and of a block with a scale of its own
 
 
@@ -34,7 +34,7 @@ def fits(rows: int, shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> 
     return whole and 0 < rows <= OWN_ROWS and shape[1] <= MOST_INPUTS
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, I] and weight [O, I] in bf16 on the CPU -> x weightᵀ [M, O], without a gradient.
 
     torch takes a third longer with x first in the product, and for up to OWN_ROWS longer than the C++ does.

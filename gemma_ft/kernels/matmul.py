@@ -19,7 +19,7 @@ from gemma_ft.kernels.plain_tensors import are_plain
 from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.kernels.workspace import workspace
 from gemma_ft.system import environment
-from gemma_ft.system.hardware import float32_is_faster, processor_words
+from gemma_ft.system.hardware import cpu_flags, float32_is_faster
 
 MANY = 128  # rows from which on widening the weight pays
 WEIGHT_NUMBERS = 2**24  # of the weight that are float32 at a time: 64 MiB
@@ -104,7 +104,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @cache
 def widens() -> bool:
     """Whether products in bf16 are computed in float32 on this machine, whatever they are."""
-    return environment.own_kernels_wanted() and float32_is_faster(processor_words())
+    return environment.own_kernels_wanted() and float32_is_faster(cpu_flags())
 
 
 def _parts(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Scratch(threading.local):
+class Workspace(threading.local):
     """A tensor on the CPU for each name, of each thread its own, as large as the largest that was asked for; the next
     use of a name writes over it.
     """
@@ -29,6 +29,6 @@ class Scratch(threading.local):
 
 
 @cache
-def workspace() -> Scratch:
+def workspace() -> Workspace:
     """The one of this process: who takes memory of it has a name of its own for each use."""
-    return Scratch()
+    return Workspace()

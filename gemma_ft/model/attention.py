@@ -22,7 +22,7 @@ from gemma_ft.kernels.flex_attention import block_mask
 Attend = Callable[..., Tensor]
 
 
-class Visible:
+class AttentionMask:
     """Which keys the queries of a layer see; each form of it is made when a backend asks, and once.
 
     `everything`: every query sees every key, and no mask needs to be made.
@@ -72,8 +72,8 @@ def first_visible(
     document: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor | None:
-    """`Visible.low` of a sequence without a cache: what `visible_keys` says of every query that is no padding. A query
-    of padding sees itself at least.
+    """`AttentionMask.low` of a sequence without a cache: what `visible_keys` says of every query that is no padding. A
+    query of padding sees itself at least.
 
     None where a document, or what is real, is not in one piece. `device`: where it lies (None: on the CPU).
     """
@@ -147,7 +147,7 @@ def visible_keys(
     return visible
 
 
-def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, **options: Any) -> Tensor:
     """Blocks where queries see runs of keys, on a GPU by FlexAttention; a single query by itself; else every score
     written out, or on a GPU without a cap SDPA.
     """
@@ -174,7 +174,7 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **op
 def _masked(attend: Attend) -> Attend:
     """A backend that takes a mask."""
 
-    def attended(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
+    def attended(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, **options: Any) -> Tensor:
         return attend(query, key, value, visible.mask, **options)
 
     return attended

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels.backend import implementation_of
-from gemma_ft.kernels.fused_decode import NORMS, Kept, LinearParts
+from gemma_ft.kernels.fused_decode import NORMS, LayerDescriptor, LinearParts
 from gemma_ft.kernels.gemv import LANES, MOST_ROWS, TOGETHER, unhooked
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
@@ -33,16 +33,16 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
         return None
     if x.shape[:2] != one.position_ids.shape:
         return None
-    kept: list[Kept] = one.cache.kept or [Kept() for _ in model.layers]
+    kept: list[LayerDescriptor] = one.cache.kept or [LayerDescriptor() for _ in model.layers]
     with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times
-        if not all(_taken(layer, into, x.dtype) for layer, into in zip(model.layers, kept, strict=True)):
+        if not all(_describe_layer(layer, into, x.dtype) for layer, into in zip(model.layers, kept, strict=True)):
             return None
     like = x.new_empty(()).expand(len(x), config.num_key_value_heads, 1, config.head_dim)
     for index, into in enumerate(kept):
         keys, values = one.rings(index, like)
         if keys.dtype != x.dtype:
             return None
-        into.take_ring(keys, values, one.cache.limits[index])
+        into.set_cache(keys, values, one.cache.limits[index])
     one.cache.kept = kept
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     scale, softcap = model.numerics.query_scale, model.numerics.attn_softcap
@@ -53,7 +53,7 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     return last
 
 
-def _taken(layer: Any, into: Kept, dtype: torch.dtype) -> bool:
+def _describe_layer(layer: Any, into: LayerDescriptor, dtype: torch.dtype) -> bool:
     """Whether a layer, as it is now, was put into words for C++."""
     attention, mlp = layer.self_attn, layer.mlp
     if (type(layer), type(attention), type(mlp)) != (GemmaDecoderLayer, GemmaAttention, GemmaMLP):
@@ -81,20 +81,20 @@ def _taken(layer: Any, into: Kept, dtype: torch.dtype) -> bool:
     }
     return (
         all(unhooked(module) for module in (layer, attention, mlp))
-        and all(_norm_taken(name, norm, into, dtype) for name, norm in norms.items())
-        and all(_linear_taken(name, *one, into, dtype) for name, one in linears.items())
+        and all(_describe_norm(name, norm, into, dtype) for name, norm in norms.items())
+        and all(_describe_linear(name, *one, into, dtype) for name, one in linears.items())
     )
 
 
-def _norm_taken(name: str, norm: Any, into: Kept, dtype: torch.dtype) -> bool:
+def _describe_norm(name: str, norm: Any, into: LayerDescriptor, dtype: torch.dtype) -> bool:
     if norm is None:
-        return into.take_norm(name, None, dtype)
-    return type(norm) is GemmaRMSNorm and unhooked(norm) and into.take_norm(name, norm.weight, dtype)
+        return into.set_norm(name, None, dtype)
+    return type(norm) is GemmaRMSNorm and unhooked(norm) and into.set_norm(name, norm.weight, dtype)
 
 
-def _linear_taken(name: str, module: Any, shape: tuple[int, int], into: Kept, dtype: torch.dtype) -> bool:
+def _describe_linear(name: str, module: Any, shape: tuple[int, int], into: LayerDescriptor, dtype: torch.dtype) -> bool:
     parts = linear_parts(module)
-    return parts is not None and into.take_linear(name, parts, dtype, shape)
+    return parts is not None and into.set_linear(name, parts, dtype, shape)
 
 
 def linear_parts(module: Any) -> LinearParts | None:

@@ -31,7 +31,7 @@ from gemma_ft.model.linear import keep_trainable, linear
 from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
-from gemma_ft.model.static_pass import FixedPass
+from gemma_ft.model.static_pass import StaticPass
 
 FLOAT16_OVERFLOWS = "overflows in Gemma, whose activations pass 65504"
 NO_ATTENTIONS = (
@@ -84,13 +84,13 @@ class GemmaModel(GemmaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | KVPass | FixedPass | None = None,
+        past_key_values: Cache | KVPass | StaticPass | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        cache: Cache | KVPass | FixedPass | None = None,
+        cache: Cache | KVPass | StaticPass | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
@@ -107,7 +107,7 @@ class GemmaModel(GemmaPreTrainedModel):
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
         windows = self.numerics.window_tokens
-        if isinstance(cache, KVPass | FixedPass):
+        if isinstance(cache, KVPass | StaticPass):
             position_ids = cache.position_ids
             masks = masks_of_pass(cache, windows)
         else:

@@ -3,8 +3,8 @@ two forward passes.
 
 Every layer keeps a ring: the key at position p lies at place p % limit. A local layer's limit is its window, a full
 layer's the longest sequence, which therefore never wraps. Which position a place holds follows from the length of its
-row alone; nothing has to be cleared when a row is given to another sequence.
-Letters: B rows of a pass, T new tokens, S keys, K key/value heads, H head dim.
+slot alone; nothing has to be cleared when a slot is given to another sequence.
+Letters: B slots of a pass, T new tokens, S keys, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ FIRST_PLACES = 256  # a ring begins with so many places and doubles up to its li
 
 
 class KVCache:
-    """Preallocated keys and values for `rows` sequences of up to `max_seq_len` tokens.
+    """Preallocated keys and values for `slots` sequences of up to `max_seq_len` tokens.
 
     `window_tokens`: each layer's window, None for full attention. Memory is taken at the first pass, in the dtype and
     on the device of the keys that it brings, and grows with the longest sequence.
     """
 
-    def __init__(self, window_tokens: Sequence[int | None], *, rows: int, max_seq_len: int) -> None:
+    def __init__(self, window_tokens: Sequence[int | None], *, slots: int, max_seq_len: int) -> None:
         self.limits = [min(window or max_seq_len, max_seq_len) for window in window_tokens]
         self.max_seq_len = max_seq_len
-        self.lengths = [0] * rows  # tokens that each row holds
-        self.rings = [_Ring(limit, rows) for limit in self.limits]
+        self.lengths = [0] * slots  # tokens that each slot holds
+        self.rings = [_Ring(limit, slots) for limit in self.limits]
         self.kept: list[Any] = []  # what `decoded` keeps from pass to pass
 
     def open(self, first: int, counts: Sequence[int], device: torch.device) -> KVPass:
-        """One forward pass over `len(counts)` rows from row `first` on, which brings counts[i] new tokens for row i.
+        """One forward pass over `len(counts)` slots from slot `first` on, which brings counts[i] new tokens for slot i.
 
-        Either every count is 1, or all rows have the same length before.
+        Either every count is 1, or all slots have the same length before.
         """
         return KVPass(self, first, counts, device)
 
     def places(self, tokens: int) -> tuple[int, ...]:
-        """How many places each ring has, once there is room for rows of so many tokens; where a number stays the same,
+        """How many places each ring has, once there is room for slots of so many tokens; where a number stays the same,
         so do the tensors.
         """
         for ring in self.rings:
@@ -50,7 +50,7 @@ class KVCache:
         return tuple(ring.parts[0].shape[2] for ring in self.rings)
 
     def move(self, source: int, target: int) -> None:
-        """Give row `target` what row `source` holds; `source` is empty then."""
+        """Give slot `target` what slot `source` holds; `source` is empty then."""
         if source != target:
             self.lengths[target] = self.lengths[source]
             for ring in self.rings:
@@ -63,24 +63,24 @@ class KVCache:
 
 
 class _Ring:
-    """One layer's keys and values, each [rows, K, places, H], with at most `limit` places."""
+    """One layer's keys and values, each [slots, K, places, H], with at most `limit` places."""
 
-    def __init__(self, limit: int, rows: int) -> None:
+    def __init__(self, limit: int, slots: int) -> None:
         self.limit = limit
-        self.rows = rows
+        self.slots = slots
         self.parts: tuple[Tensor, ...] = ()
 
     def reserve(self, needed: int, key: Tensor, value: Tensor, lengths: Sequence[int]) -> None:
-        """Have at least `needed` places; rows keep what they hold, `lengths` tokens."""
+        """Have at least `needed` places; slots keep what they hold, `lengths` tokens."""
         places = self.parts[0].shape[2] if self.parts else 0
         if places >= needed:
             return
         grown = min(self.limit, max(needed, 2 * places, FIRST_PLACES))
         # Zeros, for what is hidden still meets a weight of 0, and 0 * NaN is NaN.
-        parts = tuple(part.new_zeros(self.rows, part.shape[1], grown, part.shape[3]) for part in (key, value))
+        parts = tuple(part.new_zeros(self.slots, part.shape[1], grown, part.shape[3]) for part in (key, value))
         for old, new in zip(self.parts, parts, strict=False):
-            for row, length in enumerate(lengths):
-                new[row, :, : min(length, places)] = old[row, :, :length]
+            for slot, length in enumerate(lengths):
+                new[slot, :, : min(length, places)] = old[slot, :, :length]
         self.parts = parts
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -89,11 +89,11 @@ class _Ring:
 
 
 class Pass(Protocol):
-    """One forward pass over neighbouring rows of a KVCache, as the model takes it for `past_key_values`: KVPass, or
+    """One forward pass over neighbouring slots of a KVCache, as the model takes it for `past_key_values`: KVPass, or
     fixed_pass.FixedPass.
 
-    `tokens`: new ones of each row, T, at most. `single`: it is one of every row. `position_ids` [B, T]: their
-    positions, -1 for padding at the end of a row, whose keys nobody sees.
+    `tokens`: new ones of each slot, T, at most. `single`: it is one of every slot. `position_ids` [B, T]: their
+    positions, -1 for padding at the end of a slot, whose keys nobody sees.
     """
 
     tokens: int
@@ -102,32 +102,32 @@ class Pass(Protocol):
 
     @property
     def fresh(self) -> bool:
-        """Whether the rows hold nothing before this pass: its keys are then the new tokens', in their order."""
+        """Whether the slots hold nothing before this pass: its keys are then the new tokens', in their order."""
 
     def key_positions(self, layer: int) -> Tensor:
         """Positions [B, S] of the keys that `update` gives for this layer; -1: no key."""
 
     def held(self, layer: int) -> Tensor:
-        """How many places [B] of this layer's ring hold a key that the one new token of each row sees; they are the
+        """How many places [B] of this layer's ring hold a key that the one new token of each slot sees; they are the
         first ones, for no ring is longer than its layer's window.
         """
 
     def sees_all(self, layer: int, window_tokens: int | None) -> bool:
-        """Whether the one new token of every row sees all keys that `update` gives for this layer."""
+        """Whether the one new token of every slot sees all keys that `update` gives for this layer."""
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values [B, K, T, H]; returns those to attend over, [B, K, S, H]."""
 
 
 class KVPass:
-    """A pass whose rows stand where the cache says: as many operations as they need."""
+    """A pass whose slots stand where the cache says: as many operations as they need."""
 
     def __init__(self, cache: KVCache, first: int, counts: Sequence[int], device: torch.device) -> None:
         self.cache = cache
         self.counts = list(counts)
         self.tokens = max(counts)
-        self.rows = slice(first, first + len(counts))
-        self.starts = cache.lengths[self.rows]
+        self.slots = slice(first, first + len(counts))
+        self.starts = cache.lengths[self.slots]
         self.single = self.tokens == 1
         assert min(counts) >= 1, "every row of a pass brings a token"
         assert self.single or len(set(self.starts)) == 1, "rows of different lengths take one token at a time"
@@ -139,7 +139,7 @@ class KVPass:
 
     @property
     def newest(self) -> int:
-        """The last position that any row holds after this pass."""
+        """The last position that any slot holds after this pass."""
         return max(start + count for start, count in zip(self.starts, self.counts, strict=True)) - 1
 
     @property
@@ -156,7 +156,7 @@ class KVPass:
         return self._plans[self.cache.limits[layer]].held
 
     def sees_all(self, layer: int, window_tokens: int | None) -> bool:
-        """See `Pass.sees_all`: no row is shorter than what is read of the ring, and that is no more than the window."""
+        """See `Pass.sees_all`: no slot is shorter than what is read of the ring, and that is not over the window."""
         needed = self._plans[self.cache.limits[layer]].needed
         within = window_tokens is None or needed <= window_tokens
         return self.single and within and min(self.starts) + 1 >= needed
@@ -166,7 +166,7 @@ class KVPass:
         ring, plan = self.cache.rings[layer], self._plans[self.cache.limits[layer]]
         ring.reserve(plan.needed, key, value, self.cache.lengths)
         new = key, value
-        kept = [part[self.rows, :, : plan.needed] for part in ring.parts]
+        kept = [part[self.slots, :, : plan.needed] for part in ring.parts]
         seen = kept
         if plan.wraps:  # what the first of the new tokens still see will be written over by the last
             seen = [
@@ -178,17 +178,17 @@ class KVPass:
         return seen[0].to(key.dtype), seen[1].to(value.dtype)
 
     def rings(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of this pass's rows [B, K, places, H], with places for the new ones, which are like `like`
+        """Keys and values of this pass's slots [B, K, places, H], with places for the new ones, which are like `like`
         [B, K, 1, H]: for who writes them there without `update`.
         """
         ring, plan = self.cache.rings[layer], self._plans[self.cache.limits[layer]]
         ring.reserve(plan.needed, like, like, self.cache.lengths)
         keys, values = ring.parts
-        return keys[self.rows], values[self.rows]
+        return keys[self.slots], values[self.slots]
 
     def finish(self) -> None:
-        """Count the new tokens to their rows, when all layers have kept theirs."""
-        self.cache.lengths[self.rows] = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        """Count the new tokens to their slots, when all layers have kept theirs."""
+        self.cache.lengths[self.slots] = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
 
 
 class _Plan:
@@ -205,7 +205,7 @@ class _Plan:
             source = (self._after - starts)[:, None, :, None]  # the new token that a place takes; negative: none
             self.takes, self.source = source >= 0, source.clamp(min=0)
         if one.single:
-            self.row = torch.arange(len(one.counts), device=starts.device)
+            self.slot = torch.arange(len(one.counts), device=starts.device)
             self.place = starts[:, 0] % limit
 
     @cached_property
@@ -227,18 +227,18 @@ class _Plan:
         return torch.cat((before, self.new), dim=1)
 
     def store(self, kept: Tensor, fresh: Tensor) -> None:
-        """Write the new tokens' [B, K, T, H] into the places [B, K, needed, H] of their rows."""
+        """Write the new tokens' [B, K, T, H] into the places [B, K, needed, H] of their slots."""
         if self.single:
-            kept[self.row, :, self.place] = fresh[:, :, 0].to(kept.dtype)
+            kept[self.slot, :, self.place] = fresh[:, :, 0].to(kept.dtype)
         elif self.wraps:
             _, heads, _, width = fresh.shape
             chosen = fresh.gather(2, self.source.expand(-1, heads, -1, width)).to(kept.dtype)
             kept.copy_(chosen.where(self.takes, kept))
-        else:  # padding lies past its row's end, where no position is held
+        else:  # padding lies past its slot's end, where no position is held
             kept[:, :, self.begin : self.end] = fresh
 
 
 def held_positions(places: Tensor, lengths: Tensor, limit: int) -> Tensor:
-    """The position that each place [S] of a ring holds in rows of these lengths [B, 1]: [B, S], -1 for none."""
+    """The position that each place [S] of a ring holds in slots of these lengths [B, 1]: [B, S], -1 for none."""
     newest = lengths - 1
     return (newest - (newest - places) % limit).clamp(min=-1)

@@ -16,7 +16,7 @@ from gemma_ft.families import LayerKind
 from gemma_ft.kernels.geglu import geglu
 from gemma_ft.kernels.rms_norm import rms_norm
 from gemma_ft.kernels.rotary import rotate
-from gemma_ft.model.attention import BACKENDS, Visible
+from gemma_ft.model.attention import BACKENDS, AttentionMask
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.kv_cache import Pass
 from gemma_ft.model.linear import linear
@@ -116,7 +116,7 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Visible, cache: Cache | Pass | None = None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: AttentionMask, cache: Cache | Pass | None = None
     ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
@@ -157,7 +157,7 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: Visible, cache: Cache | Pass | None = None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], visible: AttentionMask, cache: Cache | Pass | None = None
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), angles, visible, cache)
         if not self.sandwich_norms:

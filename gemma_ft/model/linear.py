@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.kernels.gemv import are_few, few_rows, unhooked
+from gemma_ft.kernels.gemv import are_few, gemv, unhooked
 from gemma_ft.kernels.matmul import MANY, times_transposed
 
 
@@ -21,7 +21,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
         out: Tensor = layer(x)
         return out
     flat = x.reshape(rows, -1)
-    found = few_rows(flat, layer.weight) if few else times_transposed(flat, layer.weight)
+    found = gemv(flat, layer.weight) if few else times_transposed(flat, layer.weight)
     return found.view(*x.shape[:-1], -1)
 
 

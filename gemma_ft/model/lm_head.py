@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from gemma_ft.kernels.cross_entropy import capped, head_rows
+from gemma_ft.kernels.cross_entropy import capped, fused_cross_entropy
 from gemma_ft.kernels.matmul import times, times_transposed
 
 IGNORED = -100  # torch's and transformers' label for "not trained"
@@ -90,7 +90,7 @@ def fused_token_logprobs(
     chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
     head, more = weight.to(rows.dtype), None if added is None else added.to(rows.dtype)
     losses = [
-        head_rows(_raw_logits(part, head, more), target, None, softcap, with_grad=False)[0]
+        fused_cross_entropy(_raw_logits(part, head, more), target, None, softcap, with_grad=False)[0]
         for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
     ]
     return _in_place(labels, losses)
@@ -214,7 +214,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
             raw = _raw_logits(part, head, more)
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
-            losses, hits, grad = head_rows(raw, target, each, softcap, with_grad=with_grad)
+            losses, hits, grad = fused_cross_entropy(raw, target, each, softcap, with_grad=with_grad)
             loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
             correct += hits.sum()
             if grad is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from gemma_ft.errors import UserError
-from gemma_ft.model.attention import Visible, first_of_own, first_visible, visible_keys, within_window
+from gemma_ft.model.attention import AttentionMask, first_of_own, first_visible, visible_keys, within_window
 from gemma_ft.model.kv_cache import Pass
 
 Windows = Sequence[int | None]
@@ -29,7 +29,7 @@ def masks_of(
     document_ids: Tensor | None,
     cache: Cache | None,
     seen: int | Tensor,
-) -> dict[int | None, Visible]:
+) -> dict[int | None, AttentionMask]:
     """What queries x [B, T, D] see behind `seen` cached tokens, for each kind of layer: by its window.
 
     attention_mask [B, S], document_ids [B, T]: as `GemmaForCausalLM.forward` takes them. Raises: UserError for a mask
@@ -50,7 +50,7 @@ def masks_of(
         low = begins()
         return None if low is None else within_window(low, window)
 
-    masks: dict[int | None, Visible] = {}
+    masks: dict[int | None, AttentionMask] = {}
     for index, window in enumerate(windows):
         if window in masks:
             continue
@@ -65,7 +65,7 @@ def masks_of(
             query_document=document_ids,
             key_document=None if document_ids is None else _filled(document_ids, offset, length, NOBODY),
         )
-        masks[window] = Visible(mask, partial(runs, window)) if cache is None else Visible(mask)
+        masks[window] = AttentionMask(mask, partial(runs, window)) if cache is None else AttentionMask(mask)
     return masks
 
 
@@ -87,10 +87,10 @@ def _check_mask(mask: Any) -> None:
     )
 
 
-def masks_of_pass(one: Pass, windows: Windows) -> dict[int | None, Visible]:
+def masks_of_pass(one: Pass, windows: Windows) -> dict[int | None, AttentionMask]:
     """As `masks_of`, for rows that each stand at their own position."""
 
-    def visible(window: int | None) -> Visible:
+    def visible(window: int | None) -> AttentionMask:
         layer = list(windows).index(window)
 
         def mask() -> Tensor:
@@ -103,7 +103,7 @@ def masks_of_pass(one: Pass, windows: Windows) -> dict[int | None, Visible]:
         def held() -> Tensor | None:
             return one.held(layer) if one.single else None
 
-        return Visible(mask, runs, held=held, everything=one.sees_all(layer, window))
+        return AttentionMask(mask, runs, held=held, everything=one.sees_all(layer, window))
 
     return {window: visible(window) for window in set(windows)}
 

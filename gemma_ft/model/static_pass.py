@@ -1,6 +1,6 @@
-"""A decoding pass that is the same operations on the same tensors whatever its rows hold: what a CUDA graph needs.
+"""A decoding pass that is the same operations on the same tensors whatever its slots hold: what a CUDA graph needs.
 
-Letters: B rows of a pass, K key/value heads, H head dim.
+Letters: B slots of a pass, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from torch import Tensor
 from gemma_ft.model.kv_cache import KVCache, held_positions
 
 
-class FixedPass:
-    """A `kv_cache.Pass` of one token for each of rows 0 .. B - 1 of a cache. Where they stand is in `starts_there`
+class StaticPass:
+    """A `kv_cache.Pass` of one token for each of slots 0 .. B - 1 of a cache. Where they stand is in `starts_there`
     alone; all places of a ring are given to attention, and what is not held is hidden by numbers on the device.
 
     It may be gone through again and again, as long as the rings have room: the cache's lengths are counted by whoever
     does so, and `starts_there` [B] set to them before.
     """
 
-    def __init__(self, cache: KVCache, rows: int, starts_there: Tensor) -> None:
+    def __init__(self, cache: KVCache, slots: int, starts_there: Tensor) -> None:
         self.cache = cache
         self.tokens, self.single = 1, True
-        self.rows = slice(0, rows)
+        self.slots = slice(0, slots)
         self.position_ids = starts_there[:, None]
-        self._rows_there = torch.arange(rows, device=starts_there.device)
+        self._rows_there = torch.arange(slots, device=starts_there.device)
         self._places = {limit: starts_there % limit for limit in set(cache.limits)}  # of the new tokens
 
     @property
@@ -46,9 +46,9 @@ class FixedPass:
         return False
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """See `Pass.update`: all places of the rows' rings."""
+        """See `Pass.update`: all places of the slots' rings."""
         place = self._places[self.cache.limits[layer]]
-        rings = [part[self.rows] for part in self.cache.rings[layer].parts]
+        rings = [part[self.slots] for part in self.cache.rings[layer].parts]
         for ring, fresh in zip(rings, (key, value), strict=True):
             ring[self._rows_there, :, place] = fresh[:, :, 0].to(ring.dtype)
         return rings[0].to(key.dtype), rings[1].to(value.dtype)

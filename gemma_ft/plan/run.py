@@ -15,7 +15,7 @@ from gemma_ft.plan.storage import BYTES, Kind
 from gemma_ft.recipe.batch_plan import BatchPlan, batch_plan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
-from gemma_ft.system.hardware import float32_is_faster, processor_words
+from gemma_ft.system.hardware import cpu_flags, float32_is_faster
 from gemma_ft.system.shipped import locate
 
 Device = Literal["cuda", "cpu"]
@@ -173,7 +173,7 @@ def run_of(
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.attn_softcap, device=device),
         native=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
-        widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(processor_words()),
+        widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(cpu_flags()),
         fused=environment.own_kernels_wanted(),
         ranks=ranks,
         eval_rows=recipe.eval.batch_size,

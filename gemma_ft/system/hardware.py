@@ -122,7 +122,7 @@ def give_memory_back() -> None:
             trim(0)
 
 
-def processor_words() -> str:
+def cpu_flags() -> str:
     """What the code and the paths that are best for this processor depend on, as Linux tells it: vendor and flags."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
@@ -132,7 +132,7 @@ def processor_words() -> str:
 
 def float32_is_faster(processor: str) -> bool:
     """Whether products of bf16 are faster as products of float32: on an x86 without tiles for them. `processor`: what
-    `processor_words` says. AMD's with bf16 multiply pairs at the full rate; what is no x86 is left as it is.
+    `cpu_flags` says. AMD's with bf16 multiply pairs at the full rate; what is no x86 is left as it is.
     """
     words = processor.split()
     if "amx_bf16" in words or "sse2" not in words:

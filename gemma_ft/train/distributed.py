@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from gemma_ft.errors import RankError, UserError, first_line
 from gemma_ft.system import environment, hardware
 from gemma_ft.system.observer import SILENT
-from gemma_ft.train.heartbeat import Watch
+from gemma_ft.train.heartbeat import Heartbeat
 
 Layout = Literal["one device", "ddp", "fsdp2"]
 PATIENCE = timedelta(hours=2)  # of a collective; a rank that is gone is found by Watch within seconds
@@ -36,7 +36,7 @@ class World:
     writes: bool = True  # the first rank of its machine: it fills caches for the others
     mesh: DeviceMesh | None = None
     phase_name: str = "start"
-    _watch: Watch | None = None
+    _watch: Heartbeat | None = None
     _control: Any = field(default=None, repr=False)
 
     @property
@@ -156,7 +156,7 @@ def join_world(warn: Callable[[str], None] = SILENT.warn) -> World:
         world_size=launch.world_size,
         timeout=PATIENCE,
     )
-    watch = Watch(store, launch.rank, launch.world_size, warn)
+    watch = Heartbeat(store, launch.rank, launch.world_size, warn)
     world = World(
         rank=launch.rank,
         size=launch.world_size,

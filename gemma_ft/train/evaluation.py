@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build.data import BuiltData
-from gemma_ft.evaluate.forgetting import Canary, canary_losses
+from gemma_ft.evaluate.forgetting import ForgettingSet, forgetting_losses
 from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, held_out_loss, questions_of
 from gemma_ft.recipe.schema import Eval
 from gemma_ft.train.distributed import World
@@ -32,7 +32,7 @@ class Scorer:
 
     settings: Eval
     data: BuiltData
-    canary: Canary | None
+    canary: ForgettingSet | None
     model: Any
     tokenizer: PreTrainedTokenizerBase
     max_seq_len: int
@@ -75,7 +75,7 @@ class Scorer:
     def remember_base(self) -> None:
         """Before training: the canary loss of the model that is tuned, for a run that has no adapter to turn off."""
         if self.canary is not None and not hasattr(self.model, "disable_adapter"):
-            loss = canary_losses(self.model, self.canary, autocast=self.autocast)["canary_loss"]
+            loss = forgetting_losses(self.model, self.canary, autocast=self.autocast)["canary_loss"]
             self.progress.extra["canary"] = {"sha256": self.canary.sha256, "base_loss": loss}
 
     def compared(self, loss: float | None) -> Figures:
@@ -86,7 +86,7 @@ class Scorer:
             return figures
         kept = self.progress.extra.get("canary", {})
         base_loss = kept.get("base_loss") if kept.get("sha256") == self.canary.sha256 else None
-        return figures | canary_losses(self.model, self.canary, base_loss=base_loss, autocast=self.autocast)
+        return figures | forgetting_losses(self.model, self.canary, base_loss=base_loss, autocast=self.autocast)
 
     @property
     def _limits(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ft.adapters.quantize import fill_quantized, quantized
-from gemma_ft.build.empty_weights import base_name, is_hollow
+from gemma_ft.build.empty_weights import base_name, is_empty
 from gemma_ft.build.located import Source, folder_of
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
@@ -32,13 +32,13 @@ from gemma_ft.train.distributed import World
 def shard(model: Any, source: Source | None, world: World) -> None:
     """Shard a model over all ranks, in place: one unit per decoder layer, embedding and head in the root's.
 
-    What is hollow (`hollow`) is filled from `source`, what is there (adapters, fresh weights) is cut into slices.
+    What is unfilled (`unfilled`) is filled from `source`, what is there (adapters, fresh weights) is cut into slices.
     Raises: UserError before anything is wrapped, naming the parameter that FSDP cannot move.
     """
     assert world.mesh is not None, "several ranks"
     native = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_dtypes(model)
-    hollow = {name for name, parameter in model.named_parameters() if is_hollow(parameter)}
+    unfilled = {name for name, parameter in model.named_parameters() if is_empty(parameter)}
     _to_meta(model)
     native.tie_weights()
     policy = CPUOffloadPolicy() if world.offload else OffloadPolicy()
@@ -51,9 +51,9 @@ def shard(model: Any, source: Source | None, world: World) -> None:
             lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor, recurse=False
         )
     native.tie_weights()
-    if hollow:
+    if unfilled:
         assert source is not None, "a hollow model has a base"
-        _fill(model, hollow, source, world)
+        _fill(model, unfilled, source, world)
     _prefetch(native)
 
 
@@ -78,10 +78,10 @@ def check_dtypes(model: nn.Module) -> None:
 
 
 def _to_meta(model: nn.Module) -> None:
-    """Put hollow parameters on the meta device, where FSDP cuts them without memory."""
+    """Put unfilled parameters on the meta device, where FSDP cuts them without memory."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if is_hollow(parameter):
+            if is_empty(parameter):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 

@@ -19,7 +19,7 @@ SILENT_SECONDS = 20.0  # longer than any call of ours keeps the interpreter's lo
 EXIT_CODE = 1
 
 
-class Watch:
+class Heartbeat:
     """A thread that beats for this rank and listens for all others, over the launcher's store.
 
     `phase`: what this rank is doing, and so the others, for they go step by step with it. `warn` is told why it ends.

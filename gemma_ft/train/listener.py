@@ -11,13 +11,13 @@ from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.system import hardware
 from gemma_ft.train.evaluation import Figures
 from gemma_ft.train.progress import Listener
-from gemma_ft.train.run_context import Course
+from gemma_ft.train.run_context import TrainingLoop
 
 ROWS_NAMED = 4
 SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
-def listener_of(course: Course) -> Listener:
+def listener_of(course: TrainingLoop) -> Listener:
     """What a run does with what its trainer tells."""
     context, log = course.context, course.log
     every = context.recipe.logging.every_steps
@@ -41,14 +41,14 @@ def listener_of(course: Course) -> Listener:
     return Listener(on_step, on_eval, on_fault=lambda line: context.observer.say(f"  {line}"))
 
 
-def _show(course: Course, figures: dict[str, Any]) -> None:
+def _show(course: TrainingLoop, figures: dict[str, Any]) -> None:
     """Tell the figures of an optimizer step."""
     held_out = {} if course.eval_loss is None else {"eval_loss": course.eval_loss}
     shown = {"loss": figures["loss"], **held_out, "tokens_per_second": figures["tokens_per_second"]}
     course.job.advance(**shown, peak_bytes=hardware.peak_memory_bytes())
 
 
-def _not_finite(course: Course, figures: dict[str, Any]) -> None:
+def _not_finite(course: TrainingLoop, figures: dict[str, Any]) -> None:
     """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
     context, trainer = course.context, course.trainer
     wheres = [where for row in trainer.rows_of_last_step() for where in context.data.examples.wheres(row)]
@@ -66,7 +66,7 @@ def _not_finite(course: Course, figures: dict[str, Any]) -> None:
     figures["skipped"] = True
 
 
-def log_samples(course: Course, step: int, answers: Sequence[str]) -> None:
+def log_samples(course: TrainingLoop, step: int, answers: Sequence[str]) -> None:
     """Log what the model answers at `step` to the questions that are sampled."""
     sampled = answers[: course.context.recipe.eval.samples]
     course.log.samples(step, sample_lines(step, course.scorer.questions, sampled))

@@ -24,7 +24,7 @@ from gemma_ft.train.objectives.registry import build_objective
 from gemma_ft.train.oom import fit_micro_batch, recover
 from gemma_ft.train.progress import Progress
 from gemma_ft.train.result import base_fingerprint, round_weights, save_result
-from gemma_ft.train.run_context import Course, RunContext
+from gemma_ft.train.run_context import RunContext, TrainingLoop
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.sampler import TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
@@ -42,7 +42,7 @@ INPUTS = {
 SAMPLES_KEPT = 10
 
 
-def build_course(context: RunContext) -> Course:
+def build_course(context: RunContext) -> TrainingLoop:
     """The parts of a run, before its first step. All ranks call it. Raises: UserError where they read other rows."""
     recipe, data, world = context.recipe, context.data, context.world
     checkpoint_layers(context.model, context.checkpointing.run.checkpointed)
@@ -70,7 +70,7 @@ def build_course(context: RunContext) -> Course:
         autocast=trainer.autocast_context,
         world=world,
     )
-    course = Course(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
+    course = TrainingLoop(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
     trainer.listener = listener_of(course)
     return course
 
@@ -97,7 +97,7 @@ def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
     )
 
 
-def take_up(course: Course, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
+def take_up(course: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
     """Go on from a checkpoint: its progress becomes this run's.
 
     Raises: UserError when rows, base or tokenizer are not those of the checkpoint, and `allow_drift` does not name
@@ -127,7 +127,7 @@ def take_up(course: Course, checkpoint: Path, allow_drift: Sequence[str] = ()) -
         before["total"] = context.total
 
 
-def go(course: Course, checkpoint: Path | None) -> int:
+def go(course: TrainingLoop, checkpoint: Path | None) -> int:
     """Score, train, score again, save; the order of a run. Returns the exit code 0."""
     context, progress, log = course.context, course.progress, course.log
     recipe, run, world = context.recipe, context.run, context.world
@@ -161,7 +161,7 @@ def go(course: Course, checkpoint: Path | None) -> int:
     return 0
 
 
-def _clear_the_way(course: Course) -> None:
+def _clear_the_way(course: TrainingLoop) -> None:
     """Before anything new is written: is there space, and what was measured of the weights before is not of these."""
     context, step = course.context, course.progress.step
     recipe, run = context.recipe, context.run
@@ -175,11 +175,11 @@ def _clear_the_way(course: Course) -> None:
     course.log.trackers += build_trackers(recipe, run.root, context.observer.say, done=step)
 
 
-def _score(course: Course) -> Score:
+def _score(course: TrainingLoop) -> Score:
     return course.scorer.score(course.trainer.held_out_batches())
 
 
-def _score_before(course: Course) -> None:
+def _score_before(course: TrainingLoop) -> None:
     score = _score(course)
     course.scorer.remember_base()
     kept = max(SAMPLES_KEPT, course.context.recipe.eval.samples)
@@ -188,7 +188,7 @@ def _score_before(course: Course) -> None:
     log_samples(course, 0, score.answers)
 
 
-def _train(course: Course, checkpoint: Path | None) -> None:
+def _train(course: TrainingLoop, checkpoint: Path | None) -> None:
     context, progress = course.context, course.progress
     with context.observer.job("train", context.total, done=progress.step) as course.job:
         if checkpoint is not None and progress.step >= context.total:
@@ -206,7 +206,7 @@ def _train(course: Course, checkpoint: Path | None) -> None:
         raise error
 
 
-def fit(course: Course) -> None:
+def fit(course: TrainingLoop) -> None:
     """On GPUs that hold the whole model, find out before the first step whether its longest batch fits as well."""
     context, trainer = course.context, course.trainer
     if context.world.layout == "fsdp2" or hardware.default_device().type != "cuda":
@@ -217,7 +217,7 @@ def fit(course: Course) -> None:
         _say_smaller(course, f"micro_batch_size {context.batch.micro_batch_size} does not fit")
 
 
-def _train_on(course: Course, checkpoint: Path | None) -> None:
+def _train_on(course: TrainingLoop, checkpoint: Path | None) -> None:
     """Train to the end; where memory runs out, go on after the last whole step with smaller micro-batches."""
     trainer = course.trainer
     while True:
@@ -234,7 +234,7 @@ def _train_on(course: Course, checkpoint: Path | None) -> None:
         _say_smaller(course, f"ran out in step {step + 1}")
 
 
-def _say_smaller(course: Course, what: str) -> None:
+def _say_smaller(course: TrainingLoop, what: str) -> None:
     batch, all_layers = course.trainer.batch, course.trainer.checkpointing is not course.context.checkpointing
     more = "all layers recomputing their activations, " if all_layers else ""
     course.context.observer.say(

@@ -12,7 +12,7 @@ from gemma_ft.build.data import build_data
 from gemma_ft.build.inputs import build_tokenizer, check_apart, inputs_of
 from gemma_ft.build.model import build_model
 from gemma_ft.errors import RankError, Stopped, UserError
-from gemma_ft.evaluate.forgetting import build_canary
+from gemma_ft.evaluate.forgetting import build_forgetting_set
 from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system.observer import SILENT, Observer
@@ -24,7 +24,7 @@ from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
-from gemma_ft.train.startup import outlook
+from gemma_ft.train.startup import startup_lines
 
 
 def train_recipe(
@@ -102,7 +102,7 @@ def _train(
         data = data or build_data(recipe, tokenizer)
         canary = None
         if recipe.eval.canary is not None:
-            canary = build_canary(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
+            canary = build_forgetting_set(recipe.eval.canary, data.encoder, batch_size=recipe.eval.batch_size)
     total = total_steps(recipe, len(data.examples))
     finished = world.gather(run.steps_finished() if mode.resume else None)[0]
     if finished is not None and finished >= total:
@@ -113,22 +113,22 @@ def _train(
             if world.main:
                 held.enter_context(run.locked())
         with world.phase("the model"):
-            model, source = build_model(recipe, tokenizer, hollow=world.layout == "fsdp2")
+            model, source = build_model(recipe, tokenizer, empty=world.layout == "fsdp2")
         with world.phase("the plan"):
             longest = int(max(data.train.examples.lengths)) if data.streamed is None else recipe.data.max_seq_len
             chosen = choose_checkpointing(recipe, batch, tokens=longest, world=world)
-        for label, text in outlook(recipe, data, canary, model, source, total, batch, world, chosen):
+        for label, text in startup_lines(recipe, data, canary, model, source, total, batch, world, chosen):
             observer.say(f"  {label:<10} {text}")
         context = RunContext(
             recipe, run, observer, finish, tokenizer, data, canary, model, source, total, batch, world, stop, chosen
         )
-        course = build_course(context)
+        loop = build_course(context)
         with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
             newest = newest_valid(run.checkpoints, observer.say) if mode.resume and world.main else None
         checkpoint: Path | None = world.gather(newest)[0]
         with world.phase("the checkpoint"):
             if checkpoint is not None:
-                take_up(course, checkpoint, mode.allow_drift)
+                take_up(loop, checkpoint, mode.allow_drift)
             if world.main:
                 if mode.overwrite:
                     run.clear()
@@ -136,4 +136,4 @@ def _train(
                 run.write_bad_rows(data.skipped, add=data.streamed is not None and checkpoint is not None)
                 if data.streamed is not None:
                     data.streamed.on_bad_rows = lambda bad: run.write_bad_rows(bad.rows, add=True)
-        return go(course, checkpoint)
+        return go(loop, checkpoint)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build.data import BuiltData
 from gemma_ft.build.located import Source
-from gemma_ft.evaluate.forgetting import Canary
+from gemma_ft.evaluate.forgetting import ForgettingSet
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system.observer import SILENT, Job, Observer
@@ -37,7 +37,7 @@ class RunContext:
     finish: Finish
     tokenizer: PreTrainedTokenizerBase
     data: BuiltData
-    canary: Canary | None
+    canary: ForgettingSet | None
     model: Any
     source: Source | None  # of the base's weights
     total: int  # optimizer steps
@@ -48,7 +48,7 @@ class RunContext:
 
 
 @dataclass
-class Course:
+class TrainingLoop:
     """A run and what it goes on with: how far it has come, who logs, trains and scores it."""
 
     context: RunContext

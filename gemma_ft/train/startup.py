@@ -10,7 +10,7 @@ from gemma_ft.build.data import BuiltData
 from gemma_ft.build.located import Source
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate, own_encoder
-from gemma_ft.evaluate.forgetting import Canary
+from gemma_ft.evaluate.forgetting import ForgettingSet
 from gemma_ft.kernels.backend import choice_of, describe
 from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.model.attention import resolve_attention
@@ -23,10 +23,10 @@ from gemma_ft.train.distributed import World
 FILLS = 4096  # tokens of a micro-batch that keep a GPU busy for longer than its kernels take to be started
 
 
-def outlook(
+def startup_lines(
     recipe: Recipe,
     data: BuiltData,
-    canary: Canary | None,
+    canary: ForgettingSet | None,
     model: Any,
     source: Source | None,
     total: int,

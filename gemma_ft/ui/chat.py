@@ -11,7 +11,7 @@ from types import FrameType
 
 from gemma_ft.data.conversation import Turn, text_fault
 from gemma_ft.errors import UserError
-from gemma_ft.infer.base_model import Untuned
+from gemma_ft.infer.base_model import BaseModelSession
 from gemma_ft.infer.prompts import system_turns
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session
@@ -69,7 +69,7 @@ class Repl:
         self.system = system_turns(session.encoder, system)
         self.turns: list[Turn] = []
         self._quantize, self._around_turn = quantize, around_turn
-        self._base: Untuned | None = None
+        self._base: BaseModelSession | None = None
         self.comparing = False
         if compare:
             self._switch_compare()
@@ -146,7 +146,7 @@ class Repl:
 
     def _switch_compare(self) -> None:
         if self._base is None:
-            self._base = Untuned(self.session, quantize=self._quantize)
+            self._base = BaseModelSession(self.session, quantize=self._quantize)
         self.comparing = not self.comparing
 
     def _ask(self, text: str) -> None:
@@ -177,14 +177,14 @@ class Repl:
         if said or not interrupted():
             self.turns = [*asked, Turn("assistant", said)]
 
-    def _load(self, base: Untuned) -> None:
+    def _load(self, base: BaseModelSession) -> None:
         """Have the base in memory, or refused, before anything is shown."""
         if base.unloaded:
             self.screen.say(f"loading {base.unloaded}")
         with base.session():
             pass
 
-    def _compared(self, base: Untuned, ids: list[int], room: int, interrupted: Callable[[], bool]) -> str:
+    def _compared(self, base: BaseModelSession, ids: list[int], room: int, interrupted: Callable[[], bool]) -> str:
         """Both answers in the view; the tuned model's, empty when it was not reached before an interrupt."""
         said = {}
         with self.screen.view() as view:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gemma_ft.evaluate.compare import EvalOptions, evaluate_subject
-from gemma_ft.evaluate.models import Subject
+from gemma_ft.evaluate.compare import EvalOptions, evaluate_models
+from gemma_ft.evaluate.models import ModelsToCompare
 from gemma_ft.system.escape import printable
 from gemma_ft.system.units import NOTHING
 from gemma_ft.ui.metric_text import label_of, notation
@@ -19,13 +19,15 @@ from gemma_ft.ui.progress import ConsoleObserver, say
 SAMPLES_SHOWN = 3
 
 
-def evaluate_and_show(subject: Subject, options: EvalOptions, *, stdout: Console, stderr: Console) -> dict[str, Any]:
+def evaluate_and_show(
+    subject: ModelsToCompare, options: EvalOptions, *, stdout: Console, stderr: Console
+) -> dict[str, Any]:
     """Score the models of a subject, show the table, write eval.json; returns what it holds. Results go to `stdout`;
     notes and the bar, or plain lines where there is no terminal, to `stderr`.
 
     Raises: UserError in one line; then nothing is written. DiskError after the tables.
     """
-    evaluation = evaluate_subject(subject, options, observer=ConsoleObserver(stderr))
+    evaluation = evaluate_models(subject, options, observer=ConsoleObserver(stderr))
     show_results(stdout, evaluation.results)
     evaluation.write()
     where = evaluation.out if evaluation.out is not None else "not written; --out FILE keeps them"

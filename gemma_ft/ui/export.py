@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from gemma_ft.export.export import Export, Wish, export_model, plan_export, upload
+from gemma_ft.export.export import Export, ExportOptions, export_model, plan_export, upload
 from gemma_ft.system.units import byte_size
 from gemma_ft.ui.merge import show_certificate
 from gemma_ft.ui.progress import ConsoleObserver, say
 
 
 def export_and_show(
-    source: str, wish: Wish, *, dry_run: bool = False, console: Console | None = None, api: Any = None
+    source: str, wish: ExportOptions, *, dry_run: bool = False, console: Console | None = None, api: Any = None
 ) -> None:
     """Write a model in another form and upload it when asked, and print what is done; `dry_run`: only print it.
 

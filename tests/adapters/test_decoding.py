@@ -57,7 +57,7 @@ def adapted(base: Path, quantize: str | None, **options: Any) -> PeftModel:
 def states(model: PeftModel, changes: list[Change]) -> Tensor:
     """Final hidden states [passes, B, D] of passes that begin with a change each."""
     native_gemma: Any = model.get_base_model()
-    cache = KVCache(native_gemma.model.numerics.window_tokens, rows=3, max_seq_len=32)
+    cache = KVCache(native_gemma.model.numerics.window_tokens, slots=3, max_seq_len=32)
     found = []
     for number, change in enumerate((lambda _: None, *changes)):
         change(model)

@@ -76,7 +76,7 @@ def test_a_page_without_a_folder_is_one_line(recipe: list[str], capsys: pytest.C
 def test_a_fault_is_exit_code_2_and_on_the_page(
     recipe: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gemma_ft.data.check.preview.faults_in", lambda *_: ["example 1: no token is trained"])
+    monkeypatch.setattr("gemma_ft.data.check.preview.broken_invariants", lambda *_: ["example 1: no token is trained"])
     assert main(["preview", *recipe]) == 2
     assert "✗ example 1: no token is trained" in capsys.readouterr().out
     assert main(["preview", *recipe, "--html", "out.html"]) == 2

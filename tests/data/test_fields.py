@@ -12,7 +12,7 @@ import numpy
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.check.preview import look_at
+from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import survey
 from gemma_ft.data.conversation import Item
@@ -214,7 +214,7 @@ def test_many_different_fields_are_told_in_few_words(encoder: ChatEncoder) -> No
 
 def test_preview_tells_and_passes(encoder: ChatEncoder) -> None:
     items = parse_rows([Row("a.jsonl:1", ROWS[0])])
-    preview = look_at(prepare(items, encoder, max_seq_len=64, packing=True), encoder)
+    preview = build_preview(prepare(items, encoder, max_seq_len=64, packing=True), encoder)
     assert (preview.faults, preview.warnings()) == ([], ["not read: context in 1 row, tools in 1"])
     output = io.StringIO()
     show(preview, Console(file=output, width=120))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy
 import pytest
 
-from gemma_ft.data.check.invariants import faults_in
+from gemma_ft.data.check.invariants import broken_invariants
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn
 from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
@@ -60,7 +60,7 @@ def plain_faults(examples: Examples, encoder: ChatEncoder) -> list[str]:
 @pytest.mark.parametrize("seed", range(6))
 def test_they_are_those_of_a_loop_over_all_tokens(encoder: ChatEncoder, packing: bool, seed: int) -> None:
     examples = prepare(ITEMS, encoder, max_seq_len=32, packing=packing).examples
-    assert faults_in(count_pieces(examples, encoder.control), encoder) == plain_faults(examples, encoder) == []
+    assert broken_invariants(count_pieces(examples, encoder.control), encoder) == plain_faults(examples, encoder) == []
     part = examples.documents.parts[0]
     (ids, starts), (labels, _) = (tuple(array.copy() for array in both) for both in (part.ids, part.labels))
     generator = numpy.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_they_are_those_of_a_loop_over_all_tokens(encoder: ChatEncoder, packing:
     vars(part).update(ids=(ids, starts), labels=(labels, starts))
     expected = plain_faults(examples, encoder)
     assert expected
-    assert faults_in(count_pieces(examples, encoder.control), encoder) == expected
+    assert broken_invariants(count_pieces(examples, encoder.control), encoder) == expected
 
 
 def test_no_example_is_put_together(encoder: ChatEncoder) -> None:
@@ -90,6 +90,8 @@ def test_no_example_is_put_together(encoder: ChatEncoder) -> None:
     found = prepare(ITEMS, encoder, max_seq_len=32, packing=True).examples
     rows = [[piece] for piece in range(len(found.pieces))]
     assert (
-        faults_in(count_pieces(Untouchable(found.documents, found.pieces, rows, found.bos), encoder.control), encoder)
+        broken_invariants(
+            count_pieces(Untouchable(found.documents, found.pieces, rows, found.bos), encoder.control), encoder
+        )
         == []
     )

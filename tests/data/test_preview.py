@@ -7,8 +7,8 @@ import numpy
 import pytest
 from rich.console import Console
 
-from gemma_ft.data.check.invariants import faults_in
-from gemma_ft.data.check.preview import look_at
+from gemma_ft.data.check.invariants import broken_invariants
+from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.conversation import Conversation, Document, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
@@ -27,7 +27,7 @@ def chat(where: str, question: str, answer: str) -> Conversation:
 def shown(prepared: Prepared, encoder: ChatEncoder, *, colours: bool, **options: Any) -> tuple[bool, str]:
     output = io.StringIO()
     console = Console(file=output, force_terminal=colours, width=120, color_system="truecolor" if colours else None)
-    found = look_at(prepared, encoder, **options)
+    found = build_preview(prepared, encoder, **options)
     show(found, console)
     return not found.faults, "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
@@ -116,7 +116,7 @@ def damaged(prepared: Prepared, **columns: Any) -> Prepared:
 
 def broken(encoder: ChatEncoder, **columns: Any) -> list[str]:
     prepared = damaged(prepare([CHAT], encoder, max_seq_len=64, packing=True), **columns)
-    return faults_in(count_pieces(prepared.examples, encoder.control), encoder)
+    return broken_invariants(count_pieces(prepared.examples, encoder.control), encoder)
 
 
 def test_fault_01_missing_bos_is_found(encoder: ChatEncoder) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gemma_ft.data.check.invariants import faults_in
+from gemma_ft.data.check.invariants import broken_invariants
 from gemma_ft.data.conversation import Document
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
@@ -18,7 +18,7 @@ Find = Callable[[str], str]
 
 def prepared_file(source: str, encoder: ChatEncoder) -> Prepared:
     prepared = prepare(parse_rows(read_rows(source)), encoder, max_seq_len=512, packing=True)
-    assert faults_in(count_pieces(prepared.examples, encoder.control), encoder) == []
+    assert broken_invariants(count_pieces(prepared.examples, encoder.control), encoder) == []
     return prepared
 
 

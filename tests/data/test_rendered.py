@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gemma_ft.data.check.preview import look_at
+from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import Report, survey
 from gemma_ft.data.conversation import Conversation, Document, Turn
@@ -116,7 +116,7 @@ def test_text_that_names_a_marker_is_text(text: str) -> None:
 
 def told(encoder: ChatEncoder, *rows: dict[str, Any]) -> list[str]:
     items = parse_rows([Row(f"a.jsonl:{n}", row) for n, row in enumerate(rows, start=1)])
-    preview = look_at(prepare(items, encoder, max_seq_len=256, packing=True), encoder)
+    preview = build_preview(prepare(items, encoder, max_seq_len=256, packing=True), encoder)
     assert preview.faults == []
     assert preview.stats.describe().splitlines()[2:] == preview.warnings()  # which the start of a run shows
     return preview.warnings()

@@ -20,7 +20,7 @@ from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate import models as subjects
 from gemma_ft.evaluate.compare import EvalOptions
-from gemma_ft.evaluate.models import Subject, chosen_models, find_subject, with_each
+from gemma_ft.evaluate.models import ModelsToCompare, chosen_models, find_models, with_each
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_root
@@ -68,7 +68,7 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make
 
 
-def evaluated(subject: Subject, **options: Any) -> tuple[dict[str, Any], str, str]:
+def evaluated(subject: ModelsToCompare, **options: Any) -> tuple[dict[str, Any], str, str]:
     """The results, and what stdout and stderr saw."""
     out, err = io.StringIO(), io.StringIO()
     consoles = {"stdout": Console(file=out, width=120), "stderr": Console(file=err, width=120)}
@@ -79,7 +79,7 @@ def evaluated(subject: Subject, **options: Any) -> tuple[dict[str, Any], str, st
 @pytest.mark.parametrize("strategy", ["qlora", "full"])
 def test_a_finished_run_scores_as_its_summary_says(strategy: str, trained: Run) -> None:
     run = trained(strategy)
-    results, out, err = evaluated(find_subject(str(run)))
+    results, out, err = evaluated(find_models(str(run)))
     assert results["settings"]["data"].endswith("rows.jsonl")
     assert (results["settings"]["max_rows"], results["settings"]["generate_rows"]) == (8, 3)
     summary = json.loads((run / "summary.json").read_text())
@@ -101,7 +101,7 @@ def test_a_finished_run_scores_as_its_summary_says(strategy: str, trained: Run) 
 
 def test_what_eval_json_holds(trained: Run) -> None:
     run = trained("qlora")
-    results, out, err = evaluated(find_subject(str(run)))
+    results, out, err = evaluated(find_models(str(run)))
     assert list(results) == ["source", "rows", "models", "differences", "samples", "tasks", "settings", "versions"]
     assert list(results["models"]) == ["base", "adapter", "merged"]
     metrics = ["loss", "perplexity", "exact_match", "json_valid", "json_equal"]
@@ -126,8 +126,8 @@ def test_what_eval_json_holds(trained: Run) -> None:
 
 def test_a_recipe_finds_its_run_and_a_bare_one_scores_the_base(trained: Run, rows: Path, tmp_path: Path) -> None:
     run = trained("qlora")
-    assert find_subject("sft_tiny", overrides(rows, run)).names == ["base", "adapter", "merged"]
-    bare = find_subject("sft_tiny", overrides(rows, tmp_path / "none", "strategy=lora"))
+    assert find_models("sft_tiny", overrides(rows, run)).names == ["base", "adapter", "merged"]
+    bare = find_models("sft_tiny", overrides(rows, tmp_path / "none", "strategy=lora"))
     results, out, _ = evaluated(bare, rows=2, metrics=["token_f1"])
     assert list(results["models"]) == ["base"]
     assert list(results["models"]["base"]) == ["loss", "perplexity", "token_f1"]
@@ -142,11 +142,11 @@ def test_folders_beside_a_recipe(trained: Run, rows: Path, tmp_path: Path) -> No
     adapter = trained("qlora") / "adapter"
     bare = overrides(rows, tmp_path / "none", "strategy=lora")
     bare = [one for one in bare if not one.startswith("adapter.")]
-    subject = find_subject("sft_tiny", bare, adapter=adapter, merged=shipped_root() / "data" / "gemma-tiny")
+    subject = find_models("sft_tiny", bare, adapter=adapter, merged=shipped_root() / "data" / "gemma-tiny")
     assert subject.names == ["base", "adapter", "merged"]
     assert subject.quantize == ("nf4", True)  # the adapter's contract, not the recipe
     results, _, _ = evaluated(subject, rows=2, models=["merged"], out=tmp_path / "e.json")
-    plain, _, _ = evaluated(find_subject("sft_tiny", bare), rows=2)
+    plain, _, _ = evaluated(find_models("sft_tiny", bare), rows=2)
     assert results["models"]["merged"] == plain["models"]["base"]
     assert json.loads((tmp_path / "e.json").read_text()) == results
 
@@ -166,16 +166,16 @@ def test_another_measurement_is_not_the_runs(
     places: dict[str, Any] = {
         "adapter": {"adapter": run / "adapter"}, "merged": {"merged": shipped_root() / "data" / "gemma-tiny"}
     }.get(how, {})  # fmt: skip
-    subject = find_subject(str(run), ["eval.max_rows=2"] if how == "overrides" else [], **places)
+    subject = find_models(str(run), ["eval.max_rows=2"] if how == "overrides" else [], **places)
     if how == "recipe":  # another recipe of the same run, with other rows
         text = (run / "recipe.yaml").read_text()
         (tmp_path / "other.yaml").write_text(text.replace("max_rows: 8", "max_rows: 7"))
-        subject = find_subject(str(tmp_path / "other.yaml"))
+        subject = find_models(str(tmp_path / "other.yaml"))
         assert subject.names == ["base", "adapter", "merged"]
     _, out, _ = evaluated(subject, **options)
     assert out == "\nresults: not written; --out FILE keeps them\n"
     assert (run / "eval.json").read_text() == "{}"
-    _, out, _ = evaluated(find_subject(str(run)))
+    _, out, _ = evaluated(find_models(str(run)))
     assert out == f"\nresults: {run / 'eval.json'}\n"
     assert json.loads((run / "eval.json").read_text())["source"] == str(run)
 
@@ -190,7 +190,7 @@ def test_a_merged_folder_of_another_adapter_is_refused(trained: Run, tmp_path: P
         (merged / "gemma_ft.json").write_text(json.dumps(contract | changed))
         (merged / "merge.json").write_text(json.dumps({"adapters": [{"sha256": sha}]}))
         try:
-            find_subject(str(run), merged=merged)
+            find_models(str(run), merged=merged)
         except UserError as error:
             return str(error)
         return None
@@ -258,9 +258,7 @@ def test_one_model_is_gone_before_the_next_is_loaded(trained: Run, monkeypatch: 
             return model
 
         monkeypatch.setattr(subjects, name, load)
-    with_each(
-        find_subject(str(trained("qlora"))), ["base", "adapter", "merged"], lambda name, _: seen.append((name, 0))
-    )
+    with_each(find_models(str(trained("qlora"))), ["base", "adapter", "merged"], lambda name, _: seen.append((name, 0)))
     assert seen == [("load", 0), ("base", 0), ("adapter", 0), ("load", 0), ("merged", 0)]
 
 
@@ -274,7 +272,7 @@ def test_a_live_model_is_not_packed_for_speed(trained: Run) -> None:
         layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
         flags.extend(layer.support_avx512bf16_for_cpu for layer in layers)
 
-    with_each(find_subject(str(trained("qlora")), ["train.precision=bf16"]), ["adapter"], measure)
+    with_each(find_models(str(trained("qlora")), ["train.precision=bf16"]), ["adapter"], measure)
     assert len(flags) == 42
     assert not any(flags)
 
@@ -287,9 +285,9 @@ def test_the_base_is_the_model_with_its_adapter_off(trained: Run) -> None:
         with torch.no_grad():
             logits[name] = model(ids).logits
 
-    with_each(find_subject(str(trained("qlora"))), ["base", "adapter"], measure)
-    bare = find_subject(str(trained("qlora")))
-    bare = Subject(bare.recipe, "", None, Place(bare.place.base, None, None, None), None, None)
+    with_each(find_models(str(trained("qlora"))), ["base", "adapter"], measure)
+    bare = find_models(str(trained("qlora")))
+    bare = ModelsToCompare(bare.recipe, "", None, Place(bare.place.base, None, None, None), None, None)
     with_each(bare, ["base"], lambda _, model: measure("alone", model))
     assert torch.equal(logits["base"], logits["alone"])
     assert not torch.allclose(logits["base"], logits["adapter"], atol=1e-3)
@@ -298,7 +296,7 @@ def test_the_base_is_the_model_with_its_adapter_off(trained: Run) -> None:
 def test_documents_are_scored_in_windows(tmp_path: Path) -> None:
     text = tmp_path / "play.txt"
     text.write_text("First Citizen: Before we proceed any further, hear me speak.\nAll: Speak, speak.\n" * 12)
-    subject = find_subject(
+    subject = find_models(
         "sft_tiny",
         [f"data.train={text}", "data.eval=null", "data.eval_fraction=0.5", "data.max_seq_len=64", "strategy=lora",
          "eval.overlap=allow", f"output_dir={tmp_path / 'none'}"],
@@ -316,7 +314,7 @@ def test_documents_are_scored_in_windows(tmp_path: Path) -> None:
 
 def refused(*arguments: Any, options: dict[str, Any] | None = None, **places: Any) -> str:
     with pytest.raises(UserError) as error:
-        evaluated(find_subject(*arguments, **places), **(options or {}))
+        evaluated(find_models(*arguments, **places), **(options or {}))
     return str(error.value)
 
 
@@ -359,7 +357,7 @@ def test_what_cannot_be_evaluated(trained: Run, rows: Path, tmp_path: Path) -> N
         "--metrics: numeric_match needs a number after '####' in every held-out answer; leave it out"
     )
     words = [f"output_dir={tmp_path / 'none'}", f"data.train={rows}", f"data.eval={rows}", "eval.overlap=allow"]
-    fresh = find_subject("tiny_base", words)
+    fresh = find_models("tiny_base", words)
     with pytest.raises(UserError) as error:
         chosen_models(fresh, None)
     assert str(error.value) == ("tiny_base: nothing to evaluate: fresh weights, and no finished run in its output_dir")

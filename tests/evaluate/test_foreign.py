@@ -9,7 +9,7 @@ import pytest
 from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.harness_model import NativeLM
-from gemma_ft.evaluate.models import Subject, find_subject
+from gemma_ft.evaluate.models import ModelsToCompare, find_models
 from tests.foreign import IM_END, TEMPLATES, save_foreign, save_foreign_adapter
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -20,9 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_foreign(tmp_path_factory.mktemp("foreign") / "base", stop_ids=(1, 6, 50))
 
 
-def subject_of(base: Path, out: Path, adapter: Path | None = None) -> Subject:
+def subject_of(base: Path, out: Path, adapter: Path | None = None) -> ModelsToCompare:
     overrides = [f"model.weights={base}", f"output_dir={out}", "~model.preset"]
-    return find_subject("sft_tiny", [] if adapter is not None else overrides, adapter=adapter)
+    return find_models("sft_tiny", [] if adapter is not None else overrides, adapter=adapter)
 
 
 @pytest.mark.parametrize("name", ["ChatML with BOS, stripped", "Llama 3's headers"])

@@ -13,7 +13,7 @@ from gemma_ft.adapters.lora import adapter_off, add_adapter
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError
-from gemma_ft.evaluate.forgetting import ROWS, TOKENS, build_canary, canary_losses, forgetting_note
+from gemma_ft.evaluate.forgetting import ROWS, TOKENS, build_forgetting_set, forgetting_losses, forgetting_note
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.families import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -46,7 +46,7 @@ def test_what_ships_is_short_varied_and_scored_whole(encoder: ChatEncoder) -> No
     assert len(set(questions)) == ROWS
     for kind in ("capital of France", "17 plus 25", "Python function", "Wie heißt", "日本"):
         assert any(kind in question for question in questions), kind
-    canary = build_canary("data/canary.jsonl", encoder, batch_size=8)
+    canary = build_forgetting_set("data/canary.jsonl", encoder, batch_size=8)
     assert canary.rows == ROWS
     assert [len(batch["input_ids"]) for batch in canary.batches] == [8, 8, 8, 8]
     # not one answer is cut: each row ends in <end_of_turn>, within TOKENS
@@ -58,31 +58,31 @@ def test_what_ships_is_short_varied_and_scored_whole(encoder: ChatEncoder) -> No
 def test_only_so_many_rows_and_tokens_are_taken(encoder: ChatEncoder, tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": "a " * 500}) + "\n" for n in range(99)))
-    canary = build_canary(str(path), encoder, batch_size=5)
+    canary = build_forgetting_set(str(path), encoder, batch_size=5)
     assert canary.rows == ROWS
     assert {batch["input_ids"].shape[1] for batch in canary.batches} == {TOKENS}
-    other = build_canary(str(path), encoder, batch_size=32)
-    assert other.sha256 == canary.sha256 != build_canary("data/canary.jsonl", encoder, batch_size=5).sha256
+    other = build_forgetting_set(str(path), encoder, batch_size=32)
+    assert other.sha256 == canary.sha256 != build_forgetting_set("data/canary.jsonl", encoder, batch_size=5).sha256
 
 
 def test_rows_that_cannot_be_scored_are_told(encoder: ChatEncoder, tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"prompt": "word " * 200, "completion": "Yes."}) + "\n")
     with pytest.raises(DataError) as caught:
-        build_canary(str(path), encoder, batch_size=5)
+        build_forgetting_set(str(path), encoder, batch_size=5)
     assert str(caught.value) == (
         f"eval.canary: {path}: no answer begins within the first 128 tokens of its first 32 rows; give shorter rows, "
         "or eval.canary=null"
     )
     with pytest.raises(DataError) as caught:
-        build_canary("nowhere.jsonl", encoder, batch_size=5)
+        build_forgetting_set("nowhere.jsonl", encoder, batch_size=5)
     assert str(caught.value).startswith("nowhere.jsonl: no such file")
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_base_is_the_model_without_its_adapter(encoder: ChatEncoder, dora: bool) -> None:
-    model, canary = amplified(encoder, dora=dora), build_canary("data/canary.jsonl", encoder, batch_size=16)
-    figures = canary_losses(model, canary)
+    model, canary = amplified(encoder, dora=dora), build_forgetting_set("data/canary.jsonl", encoder, batch_size=16)
+    figures = forgetting_losses(model, canary)
     base = model.unload()  # takes the adapter's layers away for good
     assert figures["canary_base_loss"] == held_out_loss(base, canary.batches)
     assert figures["canary_loss"] != figures["canary_base_loss"]
@@ -90,12 +90,12 @@ def test_the_base_is_the_model_without_its_adapter(encoder: ChatEncoder, dora: b
 
 
 def test_without_an_adapter_the_base_is_what_was_known_before(encoder: ChatEncoder) -> None:
-    base, canary = amplified(encoder).unload(), build_canary("data/canary.jsonl", encoder, batch_size=16)
+    base, canary = amplified(encoder).unload(), build_forgetting_set("data/canary.jsonl", encoder, batch_size=16)
     loss = held_out_loss(base, canary.batches)
     assert loss is not None
-    known = canary_losses(base, canary, base_loss=1.5)
+    known = forgetting_losses(base, canary, base_loss=1.5)
     assert known == {"canary_loss": loss, "canary_base_loss": 1.5, "forgetting": loss - 1.5}
-    assert canary_losses(base, canary) == {"canary_loss": loss, "canary_base_loss": None, "forgetting": None}
+    assert forgetting_losses(base, canary) == {"canary_loss": loss, "canary_base_loss": None, "forgetting": None}
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -103,7 +103,7 @@ def test_scoring_leaves_flags_modes_and_gradients_as_they_were(encoder: ChatEnco
     """A frozen weight of the adapter stays frozen, a trained one trained; dropout draws the same; gradients are the
     same, bit for bit.
     """
-    model, canary = amplified(encoder, dora=dora), build_canary("data/canary.jsonl", encoder, batch_size=16)
+    model, canary = amplified(encoder, dora=dora), build_forgetting_set("data/canary.jsonl", encoder, batch_size=16)
     frozen = [name for name, _ in model.named_parameters() if "layers.1" in name and "lora_A" in name]
     assert frozen
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def test_scoring_leaves_flags_modes_and_gradients_as_they_were(encoder: ChatEnco
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     before, first = state(), gradients()
-    canary_losses(model, canary)
+    forgetting_losses(model, canary)
     with pytest.raises(RuntimeError), adapter_off(model):
         raise RuntimeError
     assert state() == before

@@ -20,7 +20,7 @@ from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes
-from gemma_ft.export.export import Wish
+from gemma_ft.export.export import ExportOptions
 from gemma_ft.ui.export import export_and_show
 from tests.export.tuned import names_in, save_base, save_tuned, wrap
 from tests.parity.amplified import ours
@@ -38,7 +38,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(source: Path, out: Path, **wish: Any) -> list[str]:
     console = Console(file=io.StringIO(), width=120)
-    export_and_show(str(source), Wish(to="adapter", out=out, **wish), console=console)
+    export_and_show(str(source), ExportOptions(to="adapter", out=out, **wish), console=console)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 

@@ -30,14 +30,14 @@ from gemma_ft.export.merge.certificate import (
     limit_for,
     live_model,
 )
-from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
+from gemma_ft.export.merge.certificate_prompts import CertificatePrompt, certificate_prompts
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.merge.merged import merged_weights
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.train.run_dir import RunDir
 from tests.export.tuned import ROOT, names_in, save_tuned, wrap
 
-PROBES = [Probe([2, 9, 8, 7, 30, 5], [1, 2, 4]), Probe([2, 40, 41], [0, 1])]
+PROBES = [CertificatePrompt([2, 9, 8, 7, 30, 5], [1, 2, 4]), CertificatePrompt([2, 40, 41], [0, 1])]
 
 
 def run_of(tmp_path: Path, base: Path, *overrides: str, **settings: Any) -> Path:
@@ -118,7 +118,7 @@ def test_the_dequantized_float32_merge_of_nf4_is_exact_and_the_original_is_not(b
     source, merged = Source(str(base), None), merged_weights(place)
     quantized = wrap(load_base(source, dtype=torch.float32, quantize="nf4").eval())
     plain = load_base(source, dtype=torch.float32).eval()
-    alone = distance(quantized, plain, probes_for(merged, 2).probes, without=True)
+    alone = distance(quantized, plain, certificate_prompts(merged, 2).probes, without=True)
     assert found["compared"]["base"] == vars(alone)
 
 
@@ -223,7 +223,7 @@ def test_what_is_not_served_is_not_certified(base: Path, tmp_path: Path) -> None
 
 def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> None:
     merged = merged_weights(place_of(run_of(tmp_path, base, "strategy=lora")))
-    found = probes_for(merged, 3)
+    found = certificate_prompts(merged, 3)
     assert (len(found.probes), found.source) == (3, "data/scheduling_eval.jsonl")
     tokenizer = load_tokenizer(merged.place.folder)
     rows = (ROOT / "data" / "scheduling_eval.jsonl").read_text(encoding="utf-8").splitlines()
@@ -243,7 +243,7 @@ def test_a_long_document_is_no_more_probes_than_asked_for(base: Path, tmp_path: 
         f"data.eval={tmp_path / 'long.jsonl'}",
         f"data.train={tmp_path / 'long.jsonl'}",
     )
-    found = probes_for(merged_weights(place_of(run)), 1)
+    found = certificate_prompts(merged_weights(place_of(run)), 1)
     assert (len(found.probes), found.random) == (1, False)
 
 
@@ -261,10 +261,10 @@ def test_the_cure_of_rounding_is_one_that_was_not_taken(written: torch.dtype, cu
 
 def test_without_rows_random_tokens_stand_in_and_say_so(base: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, base, "strategy=lora", "data.eval=gone.jsonl")
-    found = probes_for(merged_weights(place_of(run)), 3)
+    found = certificate_prompts(merged_weights(place_of(run)), 3)
     assert found.source.startswith("random tokens: gone.jsonl")
     assert [len(probe.ids) for probe in found.probes] == [64] * 3
-    assert found.probes == probes_for(merged_weights(place_of(run)), 3).probes
+    assert found.probes == certificate_prompts(merged_weights(place_of(run)), 3).probes
     assert len({tuple(probe.ids) for probe in found.probes}) == 3
     (run / "recipe.yaml").unlink()
-    assert probes_for(merged_weights(place_of(run)), 1).source == "random tokens: the adapter lies in no run"
+    assert certificate_prompts(merged_weights(place_of(run)), 1).source == "random tokens: the adapter lies in no run"

@@ -24,7 +24,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.export import formats
-from gemma_ft.export.export import Wish
+from gemma_ft.export.export import ExportOptions
 from gemma_ft.ui.export import export_and_show
 from tests.export.tuned import TINY, names_in, same_bytes, save_base, save_tuned, tensors
 
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def export(source: Path | str, out: Path, to: Any, *, dry_run: bool = False, api: Any = None, **wish: Any) -> list[str]:
     """Export and return the lines that were said."""
     console = Console(file=io.StringIO(), width=120)
-    export_and_show(str(source), Wish(to=to, out=out, **wish), dry_run=dry_run, console=console, api=api)
+    export_and_show(str(source), ExportOptions(to=to, out=out, **wish), dry_run=dry_run, console=console, api=api)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 

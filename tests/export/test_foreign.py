@@ -17,7 +17,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import gemma_format
 from gemma_ft.data.encode.own_template import CURE, own_encoder
 from gemma_ft.errors import UserError
-from gemma_ft.export.export import Wish
+from gemma_ft.export.export import ExportOptions
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
@@ -30,7 +30,7 @@ UNKNOWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor 
 
 def exported(folder: Path, to: Any, out: Path) -> list[str]:
     console = Console(file=io.StringIO(), width=500)
-    export_and_show(str(folder), Wish(to=to, out=out), console=console)
+    export_and_show(str(folder), ExportOptions(to=to, out=out), console=console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     return [line.removeprefix("note: ") for line in printed.splitlines() if line.startswith("note: ")]
 
@@ -113,7 +113,7 @@ def test_an_unknown_template_is_no_gguf(tmp_path: Path) -> None:
     folder = save_foreign(tmp_path / "model", UNKNOWN)
     with pytest.raises(UserError) as raised:
         export_and_show(
-            str(folder), Wish(to="gguf", out=tmp_path / "x"), dry_run=True, console=Console(file=io.StringIO())
+            str(folder), ExportOptions(to="gguf", out=tmp_path / "x"), dry_run=True, console=Console(file=io.StringIO())
         )
     assert str(raised.value) == (
         f"{folder}: its chat template writes none of the turns that are known here "

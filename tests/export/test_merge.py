@@ -23,7 +23,7 @@ from gemma_ft.build.place import BaseFiles, place_of
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.build.weights import WeightFiles, write_shards
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.export.merge.dequantize import Stored, quantized_names, there_and_back
+from gemma_ft.export.merge.dequantize import Stored, quantize_dequantize, quantized_names
 from gemma_ft.export.merge.merge import merge_into, merge_to_folder, verify
 from gemma_ft.export.merge.merged import merged_weights
 from gemma_ft.families import TURNS
@@ -242,12 +242,12 @@ def test_dequantized_weights_are_those_of_the_quantized_layers(stored: Stored, b
     source = Source(str(base), None)
     model = load_base(source, dtype=stored.dtype, quantize=stored.kind, double_quant=stored.double_quant)
     layers = {f"{name}.weight": one for name, one in model.named_modules() if "bit" in type(one).__name__.lower()}
-    assert layers.keys() == quantized_names(BaseFiles(source).skeleton) == linear_names(SECOND)
+    assert layers.keys() == quantized_names(BaseFiles(source).empty_model) == linear_names(SECOND)
     for name, layer in layers.items():
         if stored.kind == "int8" and layer.state.SCB is None:
             layer.state.SCB = layer.weight.SCB
         expected = dequantize_module_weight(layer).data
-        assert same_bytes(there_and_back(tensors(base)[name], stored), expected), name
+        assert same_bytes(quantize_dequantize(tensors(base)[name], stored), expected), name
 
 
 def test_the_dequantized_policy_changes_all_that_was_quantized(base_bf16: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_the_dequantized_policy_changes_all_that_was_quantized(base_bf16: Path, 
     stored = Stored("nf4", True, torch.bfloat16)  # no recipe tells the precision: that of the files
     original = tensors_of(adapter, "original")
     for name in changed:
-        there = there_and_back(before[name], stored).float()
+        there = quantize_dequantize(before[name], stored).float()
         assert relative(after[name] - there, original[name] - before[name].float()) <= 1e-5 if "q_proj" in name else (
             torch.equal(after[name], there)
         )  # fmt: skip

@@ -14,7 +14,7 @@ import yaml
 
 from gemma_ft.build.contract import Contract
 from gemma_ft.build.place import place_of
-from gemma_ft.export.card.license import GEMMA_NOTICE, terms_of
+from gemma_ft.export.card.license import GEMMA_NOTICE, license_of
 from gemma_ft.export.card.model_card import Card
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
 from gemma_ft.families import PRESETS
@@ -53,7 +53,7 @@ def card(form: Any = "hf", *, preset: str = "gemma-2-2b", run: Path | None = Non
         form=form,
         config=config,
         contract=contract,
-        terms=terms_of(config, contract),
+        terms=license_of(config, contract),
         record=replace(record, **facts),
         base=contract.base if contract else None,
         file="my-gemma-q8_0.gguf",
@@ -197,17 +197,17 @@ def test_each_form_says_how_it_is_used(form: str, library: str) -> None:
 
 def test_the_terms_are_gemmas_only_for_what_was_made_from_gemma() -> None:
     config = PRESETS["gemma-2-2b"].config()
-    of_gemma = terms_of(config, CONTRACT)
+    of_gemma = license_of(config, CONTRACT)
     assert of_gemma.license == ("gemma", "https://ai.google.dev/gemma/terms")
     assert of_gemma.notice is not None
     assert of_gemma.notice.splitlines()[0] == (
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
     )
     assert "https://ai.google.dev/gemma/prohibited_use_policy" in of_gemma.section
-    assert terms_of(config, None) == of_gemma
-    fresh = terms_of(config, replace(CONTRACT, base=None))
+    assert license_of(config, None) == of_gemma
+    fresh = license_of(config, replace(CONTRACT, base=None))
     assert (fresh.license, fresh.notice) == (None, None)
-    tiny = terms_of(PRESETS["gemma-tiny"].config(vocab_size=2048), replace(CONTRACT, base="gemma-tiny"))
+    tiny = license_of(PRESETS["gemma-tiny"].config(vocab_size=2048), replace(CONTRACT, base="gemma-tiny"))
     assert (tiny.license, tiny.notice) == (("apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"), None)
     for other in (fresh, tiny):
         assert "whose terms do not apply" in other.section

@@ -15,7 +15,7 @@ from gemma_ft.build.contract import Contract
 # the quick look that a command takes at a config.json before it imports anything.
 SPY = """
 import collections, json, os, pathlib, sys
-from gemma_ft.export.export import Wish, export_model
+from gemma_ft.export.export import ExportOptions, export_model
 
 opened = collections.Counter()
 
@@ -24,7 +24,7 @@ def hook(event, arguments):
         opened[os.path.abspath(os.fsdecode(arguments[0]))] += 1
 
 sys.addaudithook(hook)
-export_model(sys.argv[1], Wish(to="gguf", out=pathlib.Path(sys.argv[2])))
+export_model(sys.argv[1], ExportOptions(to="gguf", out=pathlib.Path(sys.argv[2])))
 found = dict(opened)
 with open(sys.argv[3], "w") as file:
     json.dump(found, file)

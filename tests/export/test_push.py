@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from rich.console import Console
 
 from gemma_ft.errors import UserError
-from gemma_ft.export.export import Wish
+from gemma_ft.export.export import ExportOptions
 from gemma_ft.export.push import push
 from gemma_ft.ui.export import export_and_show
 from tests.export.tuned import TINY, names_in
@@ -135,7 +135,7 @@ def test_the_hubs_own_client_without_a_network(folder: Path) -> None:
 
 def test_an_export_is_sent_when_it_is_complete(tmp_path: Path) -> None:
     hub, console = FakeHub(), Console(file=io.StringIO(), width=120)
-    export_and_show(TINY, Wish(to="hf", out=tmp_path / "out", push="me/it"), console=console, api=hub)
+    export_and_show(TINY, ExportOptions(to="hf", out=tmp_path / "out", push="me/it"), console=console, api=hub)
     sent = hub.calls[-1][1][1]
     assert sorted(sent) == names_in(tmp_path / "out")
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in sent.items())
@@ -147,6 +147,8 @@ def test_an_export_is_sent_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_dry_run_sends_nothing(tmp_path: Path) -> None:
     hub = FakeHub()
     console = Console(file=io.StringIO(), width=120)
-    export_and_show(TINY, Wish(to="hf", out=tmp_path / "out", push="me/it"), dry_run=True, console=console, api=hub)
+    export_and_show(
+        TINY, ExportOptions(to="hf", out=tmp_path / "out", push="me/it"), dry_run=True, console=console, api=hub
+    )
     assert hub.calls == []
     assert names_in(tmp_path) == []

@@ -16,7 +16,7 @@ import pytest
 from gemma_ft.build.place import place_of
 from gemma_ft.errors import DataError, DiskError, InterruptedWork, LockedError, UserError
 from gemma_ft.infer.answers import texts_in_order
-from gemma_ft.infer.batch_file import BatchFile, How, identity_of, loading_of
+from gemma_ft.infer.batch_file import BatchFile, BatchOptions, identity_of, loading_of
 from gemma_ft.infer.engine import Request
 from gemma_ft.infer.sampling import Sampling
 from tests.infer.tiny_session import TINY, save_loud_adapter, tiny_session
@@ -30,8 +30,8 @@ ROWS = [
     }
     for day in DAYS
 ]
-DRAWN = How(max_new_tokens=14, sampling=Sampling(temperature=1.0, seed=5))
-GREEDY = How(max_new_tokens=9, sampling=Sampling())
+DRAWN = BatchOptions(max_new_tokens=14, sampling=Sampling(temperature=1.0, seed=5))
+GREEDY = BatchOptions(max_new_tokens=9, sampling=Sampling())
 MODEL = {"model": "m1"}
 
 Work = Callable[..., BatchFile]
@@ -43,7 +43,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
-    def make(how: How = DRAWN, model: dict[str, str] = MODEL) -> BatchFile:
+    def make(how: BatchOptions = DRAWN, model: dict[str, str] = MODEL) -> BatchFile:
         return BatchFile("rows.jsonl", Path("out.jsonl"), how, model)
 
     return make

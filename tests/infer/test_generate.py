@@ -126,7 +126,7 @@ def test_float32_weights_under_bf16_autocast_answer_as_bf16_weights_do(monkeypat
 @torch.no_grad()
 def states(model: Any) -> Tensor:
     """Final hidden states of one prompt and of the tokens after it, taken one by one, in float32."""
-    cache = KVCache(model.model.numerics.window_tokens, rows=1, max_seq_len=32)
+    cache = KVCache(model.model.numerics.window_tokens, slots=1, max_seq_len=32)
     found = []
     for piece in (prompts()[0], *([token] for token in prompts()[5])):
         one = cache.open(0, [len(piece)], torch.device("cpu"))

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def cache_for(model: GemmaForCausalLM, *, rows: int = 1, full: bool = False) -> KVCache:
     """A cache for a tiny model; `full`: local layers keep every key too."""
     windows = model.model.numerics.window_tokens
-    return KVCache([None] * len(windows) if full else windows, rows=rows, max_seq_len=TOKENS + 1)
+    return KVCache([None] * len(windows) if full else windows, slots=rows, max_seq_len=TOKENS + 1)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def test_memory_grows_with_the_longest_row_and_keeps_what_is_held(monkeypatch: p
 
 
 def test_misuse_of_a_pass_is_refused() -> None:
-    cache = KVCache([None], rows=3, max_seq_len=8)
+    cache = KVCache([None], slots=3, max_seq_len=8)
     cache.lengths = [2, 3, 8]
     for first, counts, message in [
         (0, [1, 0], "every row of a pass brings a token"),

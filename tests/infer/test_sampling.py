@@ -42,7 +42,7 @@ def test_scores_equal_those_of_transformers_generate(settings: dict[str, Any]) -
     """Against the chain that its `generate` itself builds, so that the order is compared too."""
     ours = sampler(**settings)
     for token in (70, 12):
-        ours.took(token)
+        ours.append(token)
     stock = reference(SECOND)
     config = GenerationConfig(do_sample=True, **settings)
     chain = stock._get_logits_processor(generation_config=config, input_ids_seq_length=len(PROMPT), device="cpu")
@@ -63,7 +63,7 @@ def test_a_penalty_moves_the_greedy_choice_too_over_prompt_and_answer() -> None:
     assert next_tokens(row, [sampler([first], repetition_penalty=5.0)]).tolist() == [second]
     said = sampler([4], repetition_penalty=5.0)
     assert next_tokens(row, [said]).tolist() == [first]
-    said.took(first)
+    said.append(first)
     assert next_tokens(row, [said]).tolist() == [second]
 
 

@@ -20,13 +20,13 @@ from gemma_ft.kernels import backend, cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.add_lora import add_lora_reference, lora_implementation
 from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.kernels.backend import OPERATIONS, Implementation, choice_of, describe, implementation_of, what_runs
-from gemma_ft.kernels.cross_entropy import head_rows, head_rows_reference
-from gemma_ft.kernels.gemv import few_rows
+from gemma_ft.kernels.cross_entropy import fused_cross_entropy, fused_cross_entropy_reference
+from gemma_ft.kernels.gemv import gemv
 from gemma_ft.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, nf4_product
 from gemma_ft.kernels.plain_tensors import DTYPES
 from gemma_ft.kernels.triton import triton_backend as triton
 from gemma_ft.kernels.triton.triton_backend import load
-from gemma_ft.model.attention import BACKENDS, Visible
+from gemma_ft.model.attention import BACKENDS, AttentionMask
 from tests.kernels import test_operations as rows
 from tests.kernels.forced import force
 from tests.kernels.test_operations import drawn, error
@@ -175,7 +175,7 @@ def seen() -> tuple[Tensor, Tensor]:
 
 def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     low, mask = seen()
-    visible = Visible(lambda: mask.to(query.device), lambda: low.to(query.device))
+    visible = AttentionMask(lambda: mask.to(query.device), lambda: low.to(query.device))
     return BACKENDS["blockwise"](query, key, value, visible, scale=0.3, softcap=CAP)
 
 
@@ -188,7 +188,7 @@ HELD = torch.tensor([1, 17, TOKENS])
 
 def asked(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     mask = (torch.arange(TOKENS) < HELD[:, None])[:, None, None].to(query.device)
-    visible = Visible(lambda: mask, held=lambda: HELD.to(query.device))
+    visible = AttentionMask(lambda: mask, held=lambda: HELD.to(query.device))
     return BACKENDS["blockwise"](query, keys, values, visible, scale=0.3, softcap=CAP)
 
 
@@ -246,7 +246,13 @@ CASES: dict[str, Case] = {
     "rotary": of_rows("rotary"),
     "geglu": of_rows("geglu"),
     "cross_entropy": Case(
-        headed(head_rows), headed(head_rows_reference), [drawn(9, 1003, times=12.0)], 5e-6, 4e-3, False, False
+        headed(fused_cross_entropy),
+        headed(fused_cross_entropy_reference),
+        [drawn(9, 1003, times=12.0)],
+        5e-6,
+        4e-3,
+        False,
+        False,
     ),
     "attention": Case(attended, attended_eagerly, heads(4, 2, 2), 1e-5, 1.25, gradients=False),
     "attention_block": Case(attended, attended_eagerly, heads(4, 2, 2), 1e-5, 1.25),
@@ -258,7 +264,7 @@ CASES: dict[str, Case] = {
         lambda x, w: nf4_product(x, *stored(w)), lambda x, w: x @ unpacked_by_bitsandbytes(w).to(x.dtype).T,
         [drawn(5, 384), drawn(64, 384, seed=1)], 1e-6, 4e-3, False, False,
     ),
-    "gemv": Case(few_rows, lambda x, w: x @ w.T, [drawn(5, 384), drawn(64, 384, seed=1)], 1e-6, 4e-3, False, False),
+    "gemv": Case(gemv, lambda x, w: x @ w.T, [drawn(5, 384), drawn(64, 384, seed=1)], 1e-6, 4e-3, False, False),
     "lora_gemv": Case(
         with_lora, with_lora_in_torch, [drawn(3, 1500), drawn(8, 1500, seed=1), drawn(100, 8, seed=2), drawn(3, 100)],
         2e-6, 1.1, gradients=False,

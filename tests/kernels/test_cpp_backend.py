@@ -13,7 +13,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gemma_ft.kernels import cpp_backend
-from gemma_ft.kernels.cross_entropy import head_rows
+from gemma_ft.kernels.cross_entropy import fused_cross_entropy
 from gemma_ft.kernels.geglu import geglu, geglu_reference
 from gemma_ft.kernels.nf4 import dequantize_nf4
 from gemma_ft.kernels.rms_norm import rms_norm
@@ -133,12 +133,12 @@ def test_what_is_not_plain_memory_takes_the_reference() -> None:
 @pytest.mark.parametrize("targets", [[600, 0], [-1, 0], [0]])
 def test_a_label_that_is_no_token_is_refused(targets: list[int]) -> None:
     with pytest.raises(IndexError, match="a label is out of bounds of 512 tokens, or there is not one for each row"):
-        head_rows(drawn(2, 512).float(), torch.tensor(targets), None, 30.0, with_grad=True)
+        fused_cross_entropy(drawn(2, 512).float(), torch.tensor(targets), None, 30.0, with_grad=True)
 
 
 @built
 def test_labels_may_be_of_any_whole_dtype() -> None:
-    found = [head_rows(drawn(2, 9).float(), torch.tensor([3, 8], dtype=kind), None, None, with_grad=False)[0]
+    found = [fused_cross_entropy(drawn(2, 9).float(), torch.tensor([3, 8], dtype=kind), None, None, with_grad=False)[0]
              for kind in (torch.int64, torch.int32)]  # fmt: skip
     assert torch.equal(*found)
 

@@ -13,7 +13,7 @@ from gemma_ft.kernels import flex_attention as module
 from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.model import attention
-from gemma_ft.model.attention import BACKENDS, Visible, first_visible, visible_keys
+from gemma_ft.model.attention import BACKENDS, AttentionMask, first_visible, visible_keys
 
 TOKENS, WIDTH = 150, 16  # more than one block of a mask, and no multiple of one
 HEADS = 4
@@ -72,20 +72,20 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
     monkeypatch.setattr(module, "flex_attention", lambda query, *_, **__: calls.append(query.shape[2]) or query)
     parts = [drawn(1, 2, 6, WIDTH, seed=seed) for seed in range(3)]
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
-    runs = Visible(lambda: mask, lambda: torch.zeros(1, 6, dtype=torch.int64))
+    runs = AttentionMask(lambda: mask, lambda: torch.zeros(1, 6, dtype=torch.int64))
     options = {"scale": 1.0, "softcap": 5.0}
     BACKENDS["blockwise"](*parts, runs, **options)
     assert calls == [6]
     expected = eager_attention(*parts, mask, **options)
-    for visible, more in ((Visible(lambda: mask), {}), (runs, {"dropout_p": 1e-9})):
+    for visible, more in ((AttentionMask(lambda: mask), {}), (runs, {"dropout_p": 1e-9})):
         torch.testing.assert_close(BACKENDS["blockwise"](*parts, visible, **options, **more), expected)
     uncapped = {"scale": 1.0, "softcap": None}
     taken: list[int] = []
     monkeypatch.setattr(attention, "sdpa_attention", lambda query, *_, **__: taken.append(query.shape[2]) or query)
-    BACKENDS["blockwise"](*(one.to("meta") for one in parts), Visible(lambda: mask), **uncapped)
+    BACKENDS["blockwise"](*(one.to("meta") for one in parts), AttentionMask(lambda: mask), **uncapped)
     assert taken == [6], "SDPA where there is no cap that it would drop"
     one = [parts[0][:, :, -1:], *parts[1:]]
-    BACKENDS["blockwise"](*one, Visible(lambda: mask[:, :, -1:]), **options)
+    BACKENDS["blockwise"](*one, AttentionMask(lambda: mask[:, :, -1:]), **options)
     assert calls == [6]
 
 
@@ -108,7 +108,7 @@ def test_a_batch_has_a_row_of_the_mask_each(monkeypatch: pytest.MonkeyPatch) -> 
     made: list[Tensor] = []
     monkeypatch.setattr(attention, "block_mask", lambda low: made.append(low))
     places = torch.zeros(1, 6, dtype=torch.int64)
-    visible = Visible(lambda: places, lambda: places)
+    visible = AttentionMask(lambda: places, lambda: places)
     visible.block_mask(3, torch.device("meta"))
     visible.block_mask(3, torch.device("meta"))
     assert [(one.shape, one.stride(), one.device.type) for one in made] == [((3, 6), (6, 1), "meta")]

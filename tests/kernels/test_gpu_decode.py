@@ -45,12 +45,12 @@ def quantized(
 
 
 def multiplied(x: Tensor, packed: Tensor, state: QuantState, device: str) -> Tensor:
-    from gemma_ft.kernels.triton.gemv_nf4 import few_rows_nf4, fits
+    from gemma_ft.kernels.triton.gemv_nf4 import fits, gemv_nf4
 
     state.to(device)
     x, packed = x.to(device), packed.to(device)
     assert fits(x, state)
-    found = few_rows_nf4(x, packed, state).cpu()
+    found = gemv_nf4(x, packed, state).cpu()
     state.to("cpu")
     return found
 
@@ -180,11 +180,11 @@ def test_lora_is_added_as_the_layer_adds_it(dtype: torch.dtype, stored: torch.dt
 def attended(
     query: Tensor, keys: Tensor, values: Tensor, held: list[int], softcap: float | None, device: str
 ) -> Tensor:  # fmt: skip
-    from gemma_ft.kernels.triton.decode_attention import one_query, serves_one_query
+    from gemma_ft.kernels.triton.decode_attention import decode_attention, serves_decode_attention
 
     given = [one.to(device) for one in (query, keys, values)]
-    assert serves_one_query(*given)
-    return one_query(*given, torch.tensor(held, device=device), query.shape[3] ** -0.5, softcap).cpu()
+    assert serves_decode_attention(*given)
+    return decode_attention(*given, torch.tensor(held, device=device), query.shape[3] ** -0.5, softcap).cpu()
 
 
 def expected(query: Tensor, keys: Tensor, values: Tensor, held: list[int], softcap: float | None) -> Tensor:
@@ -282,12 +282,12 @@ def test_rings_may_be_views(device: str) -> None:
 
 
 def test_what_attention_does_not_take_is_said(device: str) -> None:
-    from gemma_ft.kernels.triton.decode_attention import serves_one_query
+    from gemma_ft.kernels.triton.decode_attention import serves_decode_attention
 
     query, keys, values = drawn_rings(torch.float32)
-    assert serves_one_query(query, keys, values)
-    assert not serves_one_query(query.expand(-1, -1, 2, -1), keys, values)
-    assert not serves_one_query(query, keys, values.bfloat16())
-    assert not serves_one_query(*(one[..., :24] for one in (query, keys, values)))
-    assert not serves_one_query(*(one[..., ::2] for one in (query, keys, values)))
-    assert not serves_one_query(torch.zeros(4, 34, 1, 32), keys, values)
+    assert serves_decode_attention(query, keys, values)
+    assert not serves_decode_attention(query.expand(-1, -1, 2, -1), keys, values)
+    assert not serves_decode_attention(query, keys, values.bfloat16())
+    assert not serves_decode_attention(*(one[..., :24] for one in (query, keys, values)))
+    assert not serves_decode_attention(*(one[..., ::2] for one in (query, keys, values)))
+    assert not serves_decode_attention(torch.zeros(4, 34, 1, 32), keys, values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels.backend import OPERATIONS
-from gemma_ft.kernels.cross_entropy import head_rows, head_rows_reference
+from gemma_ft.kernels.cross_entropy import fused_cross_entropy, fused_cross_entropy_reference
 from gemma_ft.kernels.geglu import geglu, geglu_reference
 from gemma_ft.kernels.rms_norm import rms_norm, rms_norm_reference
 from gemma_ft.kernels.rotary import rotate, rotate_reference
@@ -135,24 +135,24 @@ def test_the_head_is_the_reference(dtype: torch.dtype, cap: float | None, with_w
     logits[4, 800] = logits[4, 700] = logits[4].max() + 9  # a tie: the first counts
     targets[4] = 700
     weights = drawn(9, seed=3).abs() if with_weights else None
-    truth = head_rows_reference(logits.double(), targets, weights, cap, with_grad=True)
+    truth = fused_cross_entropy_reference(logits.double(), targets, weights, cap, with_grad=True)
     weights = None if weights is None else weights.to(device)
     options = (targets.to(device), weights, cap)
-    losses, correct, grad = head_rows(logits.to(device, copy=True), *options, with_grad=True)
+    losses, correct, grad = fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=True)
     assert error(losses.cpu().double(), truth[0]) < 1e-6
     assert correct.tolist() == truth[1].tolist() == [at in (3, 4) for at in range(9)]
     assert grad is not None
     assert truth[2] is not None
     assert grad.dtype == dtype
     assert error(grad.cpu().double(), truth[2]) < {torch.float32: 5e-6, torch.bfloat16: 4e-3}[dtype]
-    assert head_rows(logits.to(device, copy=True), *options, with_grad=False)[2] is None
+    assert fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=False)[2] is None
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_what_is_no_number_is_seen_in_the_loss(cap: float | None, device: str) -> None:
     logits = drawn(2, 50).float().to(device)
     logits[1, 20] = float("nan")
-    losses, _, _ = head_rows(logits.clone(), torch.tensor([3, 4], device=device), None, cap, with_grad=True)
+    losses, _, _ = fused_cross_entropy(logits.clone(), torch.tensor([3, 4], device=device), None, cap, with_grad=True)
     assert losses.isfinite().tolist() == [True, False]
     assert not rms_norm(logits, torch.zeros(50, device=device), 1e-6)[1].isfinite().any()
     assert not geglu(logits, logits)[1, 20].isfinite()
@@ -163,7 +163,7 @@ def test_a_label_that_is_none_is_seen_in_the_loss(device: str, request: pytest.F
     logits, targets = drawn(2, 50).float().to(device), torch.tensor([3, 50], device=device)
     if request.node.callspec.params["device"] == "cpp":
         with pytest.raises(IndexError):
-            head_rows(logits, targets, None, 30.0, with_grad=True)
+            fused_cross_entropy(logits, targets, None, 30.0, with_grad=True)
     else:
-        losses, _, _ = head_rows(logits, targets, None, 30.0, with_grad=True)
+        losses, _, _ = fused_cross_entropy(logits, targets, None, 30.0, with_grad=True)
         assert losses.isfinite().tolist() == [True, False]

@@ -55,7 +55,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Passed:
 def states(model: Any, lengths: list[int], steps: int = STEPS) -> Tensor:
     """Final hidden states [steps, B, D] of sequences that begin with prompts of these lengths."""
     draw = torch.Generator().manual_seed(1)
-    cache = KVCache(model.model.numerics.window_tokens, rows=len(lengths), max_seq_len=PROMPT + STEPS + 4)
+    cache = KVCache(model.model.numerics.window_tokens, slots=len(lengths), max_seq_len=PROMPT + STEPS + 4)
     for row, length in enumerate(lengths):
         one = cache.open(row, [length], torch.device("cpu"))
         model.model(torch.randint(4, VOCABULARY, (1, length), generator=draw), past_key_values=one)
@@ -134,7 +134,7 @@ def test_it_steps_aside_for_many_and_where_gradients_are_wanted(at_once: Passed)
     model = model_of("gemma-2-2b", torch.float32)
     states(model, [3] * (MOST_ROWS + 1), 1)
     with torch.enable_grad():
-        cache = KVCache(model.model.numerics.window_tokens, rows=1, max_seq_len=8)
+        cache = KVCache(model.model.numerics.window_tokens, slots=1, max_seq_len=8)
         out = model.model(torch.tensor([[5]]), past_key_values=cache.open(0, [1], torch.device("cpu")))
     assert out.last_hidden_state.requires_grad
     assert not any(at_once)
@@ -152,7 +152,7 @@ def test_what_changes_between_passes_is_seen(at_once: Passed, monkeypatch: pytes
 
     def run() -> Tensor:
         model = model_of("gemma-2-2b", torch.float32)
-        cache = KVCache(model.model.numerics.window_tokens, rows=2, max_seq_len=16)
+        cache = KVCache(model.model.numerics.window_tokens, slots=2, max_seq_len=16)
         found = []
         for change in (None, *changes):
             torch.manual_seed(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels.attention import eager_attention
-from gemma_ft.model.attention import BACKENDS, Visible
+from gemma_ft.model.attention import BACKENDS, AttentionMask
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import SECOND, SHAPES, SHRINK, TOKENS, WINDOW, ours, relative, tiny_config, token_rows
 
@@ -20,7 +20,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, model: GemmaForCausalLM) -> list[dict
     name = model.config._attn_implementation
     backend = BACKENDS[name]
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, visible: Visible, **options: Any) -> Tensor:
+    def spy(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, **options: Any) -> Tensor:
         asked.append({"visible": visible, **options})
         return backend(query, key, value, visible, **options)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_ft.families import PRESETS
 from gemma_ft.kernels.rotary import rotate
-from gemma_ft.model.attention import Visible
+from gemma_ft.model.attention import AttentionMask
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.layers import GemmaMLP, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles
 from gemma_ft.model.lm_head import softcapped
@@ -136,7 +136,7 @@ def test_fault_07_the_feed_forward_norms_load_each_into_its_place(tmp_path: Path
     layer = loaded.model.layers[0]
     x = torch.randn(2, 5, 288, generator=torch.Generator().manual_seed(0))
     angles = rotary_angles(torch.arange(5)[None], 8, 10000.0, torch.float32)
-    visible = Visible(lambda: torch.ones(1, 1, 5, 5, dtype=torch.bool).tril())
+    visible = AttentionMask(lambda: torch.ones(1, 1, 5, 5, dtype=torch.bool).tril())
     middle = x + layer.post_attention_layernorm(layer.self_attn(layer.input_layernorm(x), angles, visible))
     expected = middle + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(middle)))
     assert torch.equal(layer(x, angles, visible), expected)

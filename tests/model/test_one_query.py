@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_ft.kernels.attention import eager_attention
-from gemma_ft.kernels.decode_attention import one_query_attention
+from gemma_ft.kernels.decode_attention import decode_attention_reference
 from gemma_ft.model.attention import visible_keys
 from gemma_ft.model.kv_cache import KVCache
 
@@ -24,14 +24,14 @@ def test_it_is_the_reference(softcap: float | None, masked: bool, dtype: torch.d
     key, value = torch.randn(2, ROWS, KV_HEADS, KEYS + 5, WIDTH, generator=draw).to(dtype)[:, :, :, :KEYS]
     visible = torch.rand(ROWS, 1, 1, KEYS, generator=draw) < 0.5 if masked else torch.ones(1, 1, 1, KEYS).bool()
     expected = eager_attention(query, key, value, visible, scale=0.25, softcap=softcap)
-    found = one_query_attention(query, key, value, visible if masked else None, scale=0.25, softcap=softcap)
+    found = decode_attention_reference(query, key, value, visible if masked else None, scale=0.25, softcap=softcap)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("limit", [None, 8])
 def test_no_mask_is_needed_only_where_it_hides_nothing(limit: int | None) -> None:
     window, longest = 8, 24
-    cache = KVCache([limit], rows=2, max_seq_len=longest)
+    cache = KVCache([limit], slots=2, max_seq_len=longest)
     left_out = 0
     for lengths in ([0, 0], [3, 3], [3, 5], [7, 7], [7, 20], [20, 20], [12, 9]):
         cache.lengths[:] = lengths

@@ -47,7 +47,7 @@ def test_plain_weights_take_their_dtype(kind: storage.Kind, dtype: torch.dtype) 
 @pytest.mark.parametrize("tokens", [1024, 4096, 4608, 8192])
 def test_the_cache_takes_what_the_engines_takes(name: str, tokens: int) -> None:
     shape = preset_shape(name)
-    cache = KVCache(shape.windows, rows=2, max_seq_len=shape.max_positions)
+    cache = KVCache(shape.windows, slots=2, max_seq_len=shape.max_positions)
     piece = torch.empty((2, shape.kv_heads, engine.PREFILL_TOKENS, shape.head_dim), dtype=torch.bfloat16, device="meta")
     for _ in range(tokens // engine.PREFILL_TOKENS):
         one = cache.open(0, [engine.PREFILL_TOKENS] * 2, torch.device("meta"))

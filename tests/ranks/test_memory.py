@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma_ft.adapters.lora import add_adapter
-from gemma_ft.build.empty_weights import hollow_base
+from gemma_ft.build.empty_weights import empty_base
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.families import PRESETS
@@ -60,7 +60,7 @@ def test_all_ranks_together_hold_one_copy(
     def load() -> None:
         world = join_world()
         before = memory("VmRSS")
-        model = hollow_base(source, dtype=torch.bfloat16, quantize=kind)  # type: ignore[arg-type]
+        model = empty_base(source, dtype=torch.bfloat16, quantize=kind)  # type: ignore[arg-type]
         model = add_adapter(
             model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False, dora=False, init="default",
             base=source.name, revision=None,

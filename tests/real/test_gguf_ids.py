@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from gemma_ft.data.encode.tokenizer import ContentEncoder, load_tokenizer
-from gemma_ft.export.export import Wish
+from gemma_ft.export.export import ExportOptions
 from gemma_ft.ui.export import export_and_show
 from tests.real import llama_child
 from tests.real.corpus import STRIKE_END, has_sign_run, lines, spells_control
@@ -87,7 +87,7 @@ def test_llama_cpp_gives_the_ids_of_training(
     """llama.cpp in xllamacpp 2026.10.11549, on a GGUF made without any tokenizer.model."""
     model: Path = request.getfixturevalue(request.node.callspec.params["published"])
     console = Console(file=io.StringIO(), width=200)
-    export_and_show(str(model), Wish(to="gguf", out=tmp_path / "x.gguf"), console=console)
+    export_and_show(str(model), ExportOptions(to="gguf", out=tmp_path / "x.gguf"), console=console)
     assert "note: llama.cpp takes </s> for the end of an answer" in console.file.getvalue()  # type: ignore[attr-defined]
     done = subprocess.run(
         [sys.executable, llama_child.__file__, str(tmp_path / "x.gguf")],

@@ -19,7 +19,7 @@ from gemma_ft import load_model, load_tokenizer
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
-from gemma_ft.export.export import Wish, export_model
+from gemma_ft.export.export import ExportOptions, export_model
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.train.run_dir import RunDir
 
@@ -146,7 +146,7 @@ def test_the_card_of_a_run_tells_its_sources_and_no_folder_of_this_machine(
     out = trained(recipe_for, train, "strategy=lora", f"data.train={sources}", "train.max_steps=1")
 
     def card(to: str) -> str:
-        export_model(str(out), Wish(to="adapter", out=tmp_path / to))
+        export_model(str(out), ExportOptions(to="adapter", out=tmp_path / to))
         return (tmp_path / to / "README.md").read_text(encoding="utf-8")
 
     told = card("one")

@@ -20,7 +20,7 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.conversation import Turn
 from gemma_ft.errors import UserError
-from gemma_ft.infer.base_model import Untuned
+from gemma_ft.infer.base_model import BaseModelSession
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.infer.session import Session, open_session
 from gemma_ft.ui.chat import Repl, Screen, terminal_reader
@@ -262,7 +262,7 @@ def test_compared_with_a_base_that_is_loaded_once(merged: Session) -> None:
     assert base != tuned
     assert desk.written.count(f"base:\n{base}") == desk.written.count(f"tuned:\n{tuned}") == 2
     assert [line for line in desk.said if "loading" in line] == [f"loading {TINY}"]
-    loaded = Untuned(merged)
+    loaded = BaseModelSession(merged)
     with loaded.session() as first, loaded.session() as second:
         assert first is second
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.check.preview import Preview, look_at
+from gemma_ft.data.check.preview import Preview, build_preview
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ def encoder() -> ChatEncoder:
 
 
 def looked(encoder: ChatEncoder, items: list[Item] = ITEMS, **options: Any) -> Preview:
-    return look_at(prepare(items, encoder, max_seq_len=64, packing=True), encoder, global_batch_size=2, **options)
+    return build_preview(prepare(items, encoder, max_seq_len=64, packing=True), encoder, global_batch_size=2, **options)
 
 
 def seen(preview: Preview, tmp_path: Path) -> Seen:
@@ -112,7 +112,7 @@ def test_faults_are_told(encoder: ChatEncoder, tmp_path: Path) -> None:
     ids, starts = part.ids
     vars(part)["ids"] = ids.copy(), starts
     part.ids[0][starts[:-1]] = encoder.control.pad
-    read = seen(look_at(prepared, encoder), tmp_path)
+    read = seen(build_preview(prepared, encoder), tmp_path)
     assert "✗ example 1, document 1: <bos> occurs 0 times, expected once, at the start" in read.text
     assert "✓" not in read.text
     assert ("p", {"class": "warning"}) in read.tags
@@ -121,7 +121,7 @@ def test_faults_are_told(encoder: ChatEncoder, tmp_path: Path) -> None:
 def test_of_a_long_document_the_middle_is_left_out(encoder: ChatEncoder, tmp_path: Path) -> None:
     items: list[Item] = [Document("d.txt:1", "word " * 3000)]
     size = len(encoder.encode_documents([items[0]])[0].input_ids)  # type: ignore[arg-type]
-    found = look_at(prepare(items, encoder, max_seq_len=16384, packing=True), encoder)
+    found = build_preview(prepare(items, encoder, max_seq_len=16384, packing=True), encoder)
     assert f"... {size - 1500:,} tokens not shown ..." in seen(found, tmp_path).text
 
 

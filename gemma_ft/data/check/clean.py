@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_ft.data.check.anomalies import damage
-from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
+from gemma_ft.data.check.rows import CheckedRow, CountedBadRows, Places, RowSource, repeats, rows_in
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.files import TABLES, files_at
 from gemma_ft.data.read.sources import UTF8_MARK
@@ -96,7 +96,7 @@ def _copy(copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: C
             name = chunk.source
             _line_ends(name, change)
         bad: set[str] = set()
-        rows = rows_in(chunk, copy.source.reading, ToldBadRows(bad_row))
+        rows = rows_in(chunk, copy.source.reading, CountedBadRows(bad_row))
         known.places.begin(chunk)
         written = dict(_written(chunk))
         for row in rows:

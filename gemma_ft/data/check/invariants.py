@@ -11,7 +11,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.counts import Counts
 
 
-def faults_in(counts: Counts, encoder: ChatEncoder) -> list[str]:
+def broken_invariants(counts: Counts, encoder: ChatEncoder) -> list[str]:
     """What is wrong with the examples whose pieces were counted, one line each: BOS not exactly once and first in a
     document, an answer whose terminator is not trained, a label that is not its own token, an example with nothing
     trained.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from gemma_ft.data.check.invariants import faults_in
+from gemma_ft.data.check.invariants import broken_invariants
 from gemma_ft.data.check.overview import Overview, overview
 from gemma_ft.data.check.preview_tokens import ShownExample, shown_example
 from gemma_ft.data.check.row_ids import documents_at
@@ -68,7 +68,7 @@ class Preview:
         ]
 
 
-def look_at(
+def build_preview(
     prepared: Prepared,
     encoder: ChatEncoder,
     *,
@@ -98,7 +98,7 @@ def look_at(
         notes=notes,
         overview=overview(examples.documents, counts),
         lengths=examples.lengths.tolist(),
-        faults=faults_in(counts, encoder),
+        faults=broken_invariants(counts, encoder),
         global_batch_size=global_batch_size,
         streamed=streamed,
     )

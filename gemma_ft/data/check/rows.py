@@ -57,7 +57,7 @@ def repeats(digests: Sequence[bytes], seen: dict[bytes, int]) -> int | None:
     return seen[digests[0]] if all(digest in seen for digest in digests) else None
 
 
-class ToldBadRows(BadRows):
+class CountedBadRows(BadRows):
     """Hands each bad row on instead of keeping the first few."""
 
     def __init__(self, tell: Callable[[str, str], None]) -> None:

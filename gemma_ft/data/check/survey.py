@@ -13,7 +13,7 @@ import numpy
 from gemma_ft.data.check.anomalies import damage, script
 from gemma_ft.data.check.findings import Findings, Severity
 from gemma_ft.data.check.near_duplicates import NearTexts, Pair
-from gemma_ft.data.check.rows import CheckedRow, Places, RowSource, ToldBadRows, repeats, rows_in
+from gemma_ft.data.check.rows import CheckedRow, CountedBadRows, Places, RowSource, repeats, rows_in
 from gemma_ft.data.conversation import Conversation, Item
 from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.encode.documents import remarks_of, table_of, without_empty
@@ -108,7 +108,7 @@ class _Look:
         self.facts.append(facts)
         if source.side == "eval" and self.first_held_out is None:
             self.first_held_out = len(self.places)
-        bad = ToldBadRows(lambda where, reason: self.findings.add("bad_row", where, reason))
+        bad = CountedBadRows(lambda where, reason: self.findings.add("bad_row", where, reason))
         for chunk in source.chunks():
             rows = rows_in(chunk, source.reading, bad)
             self.places.begin(chunk)

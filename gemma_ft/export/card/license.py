@@ -18,7 +18,7 @@ GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use fo
 
 
 @dataclass(frozen=True)
-class Terms:
+class License:
     """What a model card, a NOTICE file and a GGUF file say of the terms. `license`: the hub's id and a link."""
 
     license: tuple[str, str] | None
@@ -26,27 +26,27 @@ class Terms:
     section: str  # of the model card, in Markdown
 
 
-def terms_of(config: PreTrainedConfig, contract: Contract | None) -> Terms:
+def license_of(config: PreTrainedConfig, contract: Contract | None) -> License:
     """The terms of weights of this shape and origin. Weights whose origin is not known are taken for Gemma's.
 
     Source: Gemma Terms of Use, section 3.1 (Distribution and Redistribution) and 3.2 (Use Restrictions).
     """
     if is_tiny(config):
-        return Terms(
+        return License(
             ("apache-2.0", APACHE_URL),
             None,
             f"The base, {TINY}, was made from random weights and synthetic text for gemma-ft, and is under the "
             f"[Apache License 2.0]({APACHE_URL}). It holds no weights of Google's Gemma, whose terms do not apply.",
         )
     if contract is not None and contract.base is None:
-        return Terms(
+        return License(
             None,
             None,
             "Trained from fresh weights: it holds no weights of Google's Gemma, whose terms do not apply. "
             "Its license is for whoever trained it to choose; name it here.",
         )
     license = FAMILIES[config.model_type].license
-    return Terms(
+    return License(
         license,
         f"{GEMMA_NOTICE}\n\n"
         "The weights in this folder are not Google's: they were made from Gemma's and modified by fine-tuning.\n"

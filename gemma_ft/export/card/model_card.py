@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft.build.contract import ONE_BOS, Contract
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
-from gemma_ft.export.card.license import Terms, is_tiny
+from gemma_ft.export.card.license import License, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.families import FAMILIES, TINY
 from gemma_ft.recipe.load import names_of
@@ -44,7 +44,7 @@ class Card:
     form: Form
     config: PreTrainedConfig
     contract: Contract | None
-    terms: Terms
+    terms: License
     record: RunRecord
     base: str | None  # as others may name it: a hub id, or the name of a folder
     file: str | None = None

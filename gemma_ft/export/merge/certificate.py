@@ -22,7 +22,7 @@ from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base, put_adapter
 from gemma_ft.build.weights import dtype_name
 from gemma_ft.errors import NonFiniteError, UserError
-from gemma_ft.export.merge.certificate_prompts import Probe, probes_for
+from gemma_ft.export.merge.certificate_prompts import CertificatePrompt, certificate_prompts
 from gemma_ft.export.merge.merge import Progress, merge_into
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.model.added_rows import AddedRows
@@ -67,7 +67,9 @@ class Distance:
 
 
 @torch.no_grad()
-def distance(live: Any, merged: Any, probes: Sequence[Probe], *, without: bool = False, on_row: Any = None) -> Distance:
+def distance(
+    live: Any, merged: Any, probes: Sequence[CertificatePrompt], *, without: bool = False, on_row: Any = None
+) -> Distance:
     """KL(P || Q), logit differences and agreement of two models over the probes, in float64.
 
     `without`: P without its adapter. Raises: NonFiniteError, for `max` would let a NaN through as no difference.
@@ -104,7 +106,7 @@ def certify(
     Beside the merge itself it measures the other policy where there is one (merged in memory), and what quantizing the
     base cost before any adapter. Raises: BeyondLimit.
     """
-    chosen = probes_for(merged, prompts)
+    chosen = certificate_prompts(merged, prompts)
     other = merged.other_policy()
     total, done = len(chosen.probes) * (3 if other is not None else 1), 0
 
@@ -196,7 +198,7 @@ def _plain(source: Source, dtype: torch.dtype) -> Any:
     return load_base(source, dtype=dtype, trainable=False).eval()
 
 
-def _hidden(model: Any, probe: Probe) -> Tensor:
+def _hidden(model: Any, probe: CertificatePrompt) -> Tensor:
     """Final hidden states of the probe's positions [positions, D]."""
     model = native_of(model)
     ids = torch.tensor([probe.ids], device=model.device)

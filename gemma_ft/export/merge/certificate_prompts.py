@@ -18,7 +18,7 @@ SYNTHETIC_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Probe:
+class CertificatePrompt:
     """Token ids of one row, and the positions whose next token is compared: those before each token of an answer."""
 
     ids: list[int]
@@ -26,15 +26,15 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probes:
+class CertificatePrompts:
     """Rows to compare two models on, where they come from, in words, and whether they are random tokens."""
 
-    probes: Sequence[Probe]
+    probes: Sequence[CertificatePrompt]
     source: str
     random: bool = False
 
 
-def probes_for(merged: MergedWeights, count: int) -> Probes:
+def certificate_prompts(merged: MergedWeights, count: int) -> CertificatePrompts:
     """At most `count` held-out rows of the run that the adapter lies in, each whole and by itself.
 
     Random tokens stand in when the adapter lies in no run, or its rows are not where the recipe says.
@@ -49,20 +49,22 @@ def probes_for(merged: MergedWeights, count: int) -> Probes:
                     data.held_out_items[:count], data.encoder, max_seq_len=recipe.data.max_seq_len, packing=False
                 )
                 rows = kept.examples[:count]  # a long document is several
-                return Probes([_probe(one["input_ids"], one["labels"]) for one in rows], str(data.eval_source))
+                return CertificatePrompts(
+                    [_probe(one["input_ids"], one["labels"]) for one in rows], str(data.eval_source)
+                )
             why = "the recipe holds no rows out"
         except UserError as error:
             why = first_line(error)
-    return Probes(_synthetic(ChatEncoder(tokenizer), count), f"random tokens: {why}", random=True)
+    return CertificatePrompts(_synthetic(ChatEncoder(tokenizer), count), f"random tokens: {why}", random=True)
 
 
-def _probe(ids: list[int], labels: list[int]) -> Probe:
-    return Probe(ids, [place - 1 for place, label in enumerate(labels) if label != IGNORE])
+def _probe(ids: list[int], labels: list[int]) -> CertificatePrompt:
+    return CertificatePrompt(ids, [place - 1 for place, label in enumerate(labels) if label != IGNORE])
 
 
-def _synthetic(encoder: ChatEncoder, count: int) -> list[Probe]:
+def _synthetic(encoder: ChatEncoder, count: int) -> list[CertificatePrompt]:
     """Rows of BOS and random text tokens, the same each time."""
     words = sorted(set(encoder.tokenizer.get_vocab().values()) - encoder.content.control_ids)
     draw = torch.randint(len(words), (count, SYNTHETIC_TOKENS - 1), generator=torch.Generator().manual_seed(0))
     rows = [[encoder.control.bos, *(words[place] for place in row)] for row in draw.tolist()]
-    return [Probe(row, list(range(len(row)))) for row in rows]
+    return [CertificatePrompt(row, list(range(len(row)))) for row in rows]

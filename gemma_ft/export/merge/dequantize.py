@@ -21,7 +21,7 @@ class Stored:
     dtype: torch.dtype
 
 
-def there_and_back(weight: Tensor, stored: Stored) -> Tensor:
+def quantize_dequantize(weight: Tensor, stored: Stored) -> Tensor:
     """`weight` quantized and dequantized, bit for bit as the layer of bitsandbytes holds it; on the CPU.
 
     nf4 gives `stored.dtype` (the layer computes with just this tensor), int8 float32 (the layer also rounds its input,

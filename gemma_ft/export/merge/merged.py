@@ -14,7 +14,7 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.export.merge.deltas import Adapter
-from gemma_ft.export.merge.dequantize import Stored, quantized_names, there_and_back
+from gemma_ft.export.merge.dequantize import Stored, quantize_dequantize, quantized_names
 from gemma_ft.export.merge.low_rank import wide
 from gemma_ft.system import hardware
 
@@ -38,7 +38,7 @@ class MergedWeights:
         self.precision = trained_precision(place.contract, self.base)
         self.stored = stored_as(place, self.precision)
         self._check_combination()
-        self._names = self._checked_names(place.of_base.skeleton)
+        self._names = self._checked_names(place.of_base.empty_model)
         self.infos = {name: (dtype or self.base.info(name).dtype, self.base.info(name).shape) for name in self._names}
         if dtype is None and torch.float16 in {kept for kept, _ in self.infos.values()}:
             raise UserError(f"{place.base.name}: stored as float16, in which Gemma overflows; give --dtype bf16 or f32")
@@ -48,7 +48,7 @@ class MergedWeights:
             if adapter.added is not None:
                 kept, (rows, width) = self.infos[EMBEDDING]
                 self.infos[EMBEDDING] = kept, (rows + adapter.added.count, width)
-        self._requantized = quantized_names(place.of_base.skeleton) if policy == "dequantized" else set()
+        self._requantized = quantized_names(place.of_base.empty_model) if policy == "dequantized" else set()
         self.changed = {name for adapter in adapters for name in adapter.targets} | self._requantized
 
     @property
@@ -81,7 +81,7 @@ class MergedWeights:
             return self.base.tensor(name).to(target)
         weight = self.base.tensor(name)
         if name in self._requantized and self.stored is not None:
-            weight = there_and_back(weight, self.stored)
+            weight = quantize_dequantize(weight, self.stored)
         weight = weight.to(wide(weight.dtype), copy=True)  # a file's bytes are never written to
         for adapter in self.adapters:
             weight = adapter.apply(name, weight)

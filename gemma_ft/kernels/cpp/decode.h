@@ -1,4 +1,4 @@
-// One token of each of a few sequences through all layers (decode.py), in one parallel region: between the products
+// One token of each of a few sequences through all layers (fused_decode.py), in one parallel region: between the products
 // of single rows everything else is small, and calling it would cost more than doing it.
 //
 // Rounded to T where the layers in torch round, but for the scores, which stay float32. Every thread has a copy of the
@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <array>
 
-#include "few_rows.h"
+#include "gemv.h"
 #include "geglu.h"
 #include "rms_norm.h"
 #include "rotary.h"

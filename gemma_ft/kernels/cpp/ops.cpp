@@ -6,9 +6,9 @@
 // Letters: R rows, D their size.
 #include "attention.h"
 #include "decode.h"
-#include "few_rows.h"
+#include "gemv.h"
 #include "geglu.h"
-#include "head_rows.h"
+#include "cross_entropy.h"
 #include "nf4.h"
 #include "rms_norm.h"
 #include "rotary.h"
@@ -34,12 +34,12 @@ BOTH(attend, P_ATTEND, (a, b, c, d, e, f, g, h, i, j))
 #define P_ATTEND_B(T) (T* a, T* b, const i64* c, const float* d, i64 e, i64 f, i64 g, i64 h, float i, float j, int k)
 BOTH(attend_backward, P_ATTEND_B, (a, b, c, d, e, f, g, h, i, j, k))
 #define P_HEAD(T) (T* a, const i64* b, const float* c, float* d, std::uint8_t* e, i64 f, i64 g, float h, int i, int j)
-BOTH(head_rows, P_HEAD, (a, b, c, d, e, f, g, h, i, j))
+BOTH(fused_cross_entropy, P_HEAD, (a, b, c, d, e, f, g, h, i, j))
 #define P_NF4(T) (const std::uint8_t* a, const float* b, const std::uint8_t* c, const float* d, const float* e, float f, const float* g, T* h, i64 i, i64 j, i64 k, int l)
 BOTH(nf4, P_NF4, (a, b, c, d, e, f, g, h, i, j, k, l))
 #define P_FEW(T) (const T* a, const T* b, T* c, i64 d, i64 e, i64 f, int g)
-BOTH(few_rows, P_FEW, (a, b, c, d, e, f, g))
+BOTH(gemv, P_FEW, (a, b, c, d, e, f, g))
 #define P_FEW_NF4(T) (const std::uint8_t* a, const float* b, const std::uint8_t* c, const float* d, const float* e, float f, const float* g, const T* h, T* i, i64 j, i64 k, i64 l, i64 m, i64 n, int o)
-BOTH(few_rows_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))
+BOTH(gemv_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))
 #define P_DECODE(T) (const Shape* a, const Layer* b, const i64* c, const float* d, const float* e, T* f, int g)
 BOTH(decode, P_DECODE, (a, b, c, d, e, f, g))

@@ -15,7 +15,7 @@ def tanh(x):
 
 
 @triton.jit
-def bend_of_gelu(g):
+def gelu_tanh_and_slope(g):
     """tanh(u) and du/dg of GELU's tanh approximation, u = sqrt(2 / pi) (g + 0.044715 g^3). Source: arXiv:1606.08415."""
     square = g * g
     return tanh(0.7978845608028654 * g * (1.0 + 0.044715 * square)), 0.7978845608028654 * (1.0 + 0.134145 * square)

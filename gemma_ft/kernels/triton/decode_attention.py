@@ -81,11 +81,11 @@ def _joined(
     tl.store(out + row * H + at, (found / total).to(out.dtype.element_ty))
 
 
-def one_query(
+def decode_attention(
     query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scale: float, softcap: float | None = None
 ) -> Tensor:
     """softmax(cap(query · keyᵀ · scale), over the places 0 .. held - 1) · value -> [B, N, 1, H] in query.dtype; scores
-    and softmax in float32. Only where `serves_one_query`.
+    and softmax in float32. Only where `serves_decode_attention`.
 
     query [B, N, 1, H], keys and values [B, K, places, H]; held: int64 [B], on the GPU, at least 1. Nothing waits for
     the GPU, and what is started depends on shapes alone: a CUDA graph may hold it, while `held` grows.
@@ -109,9 +109,9 @@ def one_query(
     return out
 
 
-def serves_one_query(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `one_query` takes these: a group of up to GROUP heads, a head dim that is a power of two from 16 to 256,
-    all of one dtype. That Triton runs there is known.
+def serves_decode_attention(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `decode_attention` takes these: a group of up to GROUP heads, a head dim that is a power of two from 16
+    to 256, all of one dtype. That Triton runs there is known.
     """
     _, heads, tokens, width = query.shape
     return (

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma_ft.kernels.triton.activations import bend_of_gelu
+from gemma_ft.kernels.triton.activations import gelu_tanh_and_slope
 
 BLOCK = 1024
 
@@ -17,7 +17,7 @@ def _forward(gate, up, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    t, _ = bend_of_gelu(g)
+    t, _ = gelu_tanh_and_slope(g)
     rounded = (0.5 * g * (1.0 + t)).to(out.dtype.element_ty).to(tl.float32)
     given = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, (rounded * given).to(out.dtype.element_ty), mask=inside)
@@ -29,7 +29,7 @@ def _backward(upstream, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     given = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
-    t, rise = bend_of_gelu(g)
+    t, rise = gelu_tanh_and_slope(g)
     slope = 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * rise
     other = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_gate + at, (given * other * slope).to(grad_gate.dtype.element_ty), mask=inside)

@@ -98,7 +98,7 @@ def _sum(parts, out, count, SPLITS: tl.constexpr, ADDED: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
-def few_rows_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
+def gemv_nf4(x: Tensor, packed: Tensor, state: Any) -> Tensor:
     """x [M, I] times the weight transposed -> [M, O] in x.dtype: products of weights as bitsandbytes dequantizes them,
     added in float32 and rounded once. Only where it `takes` them.
 
@@ -128,12 +128,12 @@ def _splits(blocks: int, tiles: int) -> tuple[int, int]:
 
 
 def fits(x: Tensor, state: Any) -> bool:
-    """Whether so many rows [M, I], and a weight of that shape, are what `few_rows_nf4` takes."""
+    """Whether so many rows [M, I], and a weight of that shape, are what `gemv_nf4` takes."""
     outputs, inputs = state.shape
     whole = outputs % OUTPUTS == 0 and inputs % TILES.get(x.dtype, inputs + 1) == 0
     return whole and 0 < len(x) <= MOST_ROWS and x.shape[1] == inputs
 
 
 def takes(x: Tensor, packed: Tensor, state: Any) -> bool:
-    """Whether `few_rows_nf4` takes these rows and this weight."""
+    """Whether `gemv_nf4` takes these rows and this weight."""
     return nf4.takes(packed, state) and fits(x, state)

@@ -5,7 +5,7 @@
 namespace gemma_ft {
 
 template <class T>
-void head_rows(T* logits, const i64* targets, const float* weights, float* losses, std::uint8_t* correct, i64 R, i64 V,
+void fused_cross_entropy(T* logits, const i64* targets, const float* weights, float* losses, std::uint8_t* correct, i64 R, i64 V,
                float cap, int with_grad, int threads) {
     const float size = cap > 0.0f ? cap : 1.0f;
 #pragma omp parallel num_threads(threads)

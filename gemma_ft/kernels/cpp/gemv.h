@@ -164,7 +164,7 @@ void few_products(const Source& source, const float* x, i64 M, i64 first, i64 la
 }
 
 template <class T, class Source>
-void few_rows_of(const Source& source, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
+void gemv_of(const Source& source, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
     Floats given(M * I);
     arrange<Source>(x, given.data(), M * I);
     const auto emit = [=](i64 m, i64 o, float value) { out[m * O + o] = narrow<T>(value); };
@@ -172,16 +172,16 @@ void few_rows_of(const Source& source, const T* x, T* out, i64 M, i64 O, i64 I, 
     for (i64 at = 0; at < O; at += 2) few_products(source, given.data(), M, at, at + 2, emit);
 }
 
-template <class T> void few_rows(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
-    few_rows_of(Stored<T>{w, I}, x, out, M, O, I, threads);
+template <class T> void gemv(const T* w, const T* x, T* out, i64 M, i64 O, i64 I, int threads) {
+    gemv_of(Stored<T>{w, I}, x, out, M, O, I, threads);
 }
 
 template <class T>
-void few_rows_nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2,
+void gemv_nf4(const std::uint8_t* packed, const float* scales, const std::uint8_t* scales8, const float* code2,
                   const float* scales2, float offset, const float* code, const T* x, T* out, i64 M, i64 O, i64 I, i64 block,
                   i64 block2, int threads) {
     const Packed p = packed_of(packed, scales, scales8, code2, scales2, offset, code, block, block2);
-    few_rows_of(Quantized<T>{p, I}, x, out, M, O, I, threads);
+    gemv_of(Quantized<T>{p, I}, x, out, M, O, I, threads);
 }
 
 }  // namespace gemma_ft
