@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import resource
 from collections.abc import Callable
@@ -14,39 +13,13 @@ from typing import Any
 import pytest
 
 from gemma_ft.build.place import place_of
-from gemma_ft.errors import DataError, DiskError, InterruptedWork, LockedError, UserError
+from gemma_ft.errors import DiskError, InterruptedWork, UserError
 from gemma_ft.infer.answers import texts_in_order
-from gemma_ft.infer.batch_file import BatchFile, BatchOptions, identity_of, loading_of
+from gemma_ft.infer.batch_file import identity_of, loading_of
 from gemma_ft.infer.engine import Request
-from gemma_ft.infer.sampling import Sampling
+from tests.infer.conftest import DRAWN, GREEDY, ROWS, Work
 from tests.infer.tiny_session import TINY, save_loud_adapter, tiny_session
 from tests.observed import Observed
-
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-ROWS = [
-    {
-        "id": day[:3],
-        "prompt": f"Set up a budget review on {day} with Paul" + " at 10:15 for 20 minutes." * (len(day) % 2),
-    }
-    for day in DAYS
-]
-DRAWN = BatchOptions(max_new_tokens=14, sampling=Sampling(temperature=1.0, seed=5))
-GREEDY = BatchOptions(max_new_tokens=9, sampling=Sampling())
-MODEL = {"model": "m1"}
-
-Work = Callable[..., BatchFile]
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
-    """Work on out.jsonl in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-
-    def make(how: BatchOptions = DRAWN, model: dict[str, str] = MODEL) -> BatchFile:
-        return BatchFile("rows.jsonl", Path("out.jsonl"), how, model)
-
-    return make
 
 
 def answers() -> list[dict[str, Any]]:
@@ -145,72 +118,6 @@ def test_a_full_disk_leaves_whole_lines(work: Work) -> None:
     assert Path("out.jsonl").read_bytes() == whole
 
 
-def test_a_second_writer_is_refused(work: Work) -> None:
-    with Path("out.jsonl").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        message = refused(lambda: work().run(tiny_session()), LockedError)
-    assert message == "out.jsonl: another process is writing to it; wait for it to end"
-
-
-AGAIN = "--overwrite starts again, another --output keeps both"
-
-
-def test_other_work_is_refused(work: Work) -> None:
-    work().run(tiny_session())
-    before = Path("out.jsonl").read_bytes()
-    other = replace(DRAWN, max_new_tokens=8, sampling=Sampling(temperature=0.5, seed=5))
-    assert refused(lambda: work(other).file.look(overwrite=False)) == (
-        f"out.jsonl: was made otherwise: --max-tokens was 14, now 8; --temperature was 1.0, now 0.5; {AGAIN}"
-    )
-    assert refused(lambda: work(model={"model": "m2"}).run(tiny_session())) == (
-        f"out.jsonl: was made otherwise: the model was another; {AGAIN}"
-    )
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
-    assert refused(lambda: work().run(tiny_session())) == (
-        f"out.jsonl: was made otherwise: the rows were others; {AGAIN}"
-    )
-    assert Path("out.jsonl").read_bytes() == before
-    work().run(tiny_session(), overwrite=True)
-    assert [answer["id"] for answer in answers()] == [row["id"] for row in reversed(ROWS)]
-
-
-def test_files_of_other_hands_are_refused(work: Work) -> None:
-    path = Path("out.jsonl")
-    path.write_text('{"mine": 1}\n')
-    assert refused(lambda: work().run(tiny_session())) == f"out.jsonl:1: is not the answer to row 1; {AGAIN}"
-    for text in ('{"index": 0}\n', '{"mine": "and no line end"}'):
-        path.write_text(text)
-        assert refused(lambda: work().run(tiny_session())) == (
-            f"out.jsonl: exists, and no out.jsonl.settings.json says how it was made; {AGAIN}"
-        )
-        assert path.read_text() == text
-    assert refused(lambda: work().run(tiny_session())) == (
-        f"out.jsonl: exists, and no out.jsonl.settings.json says how it was made; {AGAIN}"
-    )
-    work().run(tiny_session(), overwrite=True)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], lines[2], lines[1]]))
-    assert refused(lambda: work().run(tiny_session())) == f"out.jsonl:2: is not the answer to row 2; {AGAIN}"
-    path.write_text("".join([*lines, lines[0]]))
-    assert refused(lambda: work().run(tiny_session())) == f"out.jsonl:8: is not the answer to row 8; {AGAIN}"
-
-
-def test_places_that_cannot_be_written_are_refused(work: Work) -> None:
-    made = work()
-    made.file.path = Path("/dev/null")
-    assert refused(lambda: made.file.look(overwrite=False)) == (
-        "/dev/null: is not a file; name one that can be continued"
-    )
-    made.file.path = Path("nowhere/out.jsonl")
-    assert refused(lambda: made.file.look(overwrite=False)) == (
-        "nowhere/out.jsonl: there is no folder 'nowhere'; make it first"
-    )
-    assert refused(lambda: BatchFile("rows.jsonl", Path("rows.jsonl"), GREEDY, MODEL)) == (
-        "rows.jsonl: is the file that is read; name another --output"
-    )
-    assert not Path("out.jsonl").exists()
-
-
 def test_fields_of_the_rows_are_never_lost(work: Work) -> None:
     """Ours give way to the rows' own; what JSON can hold stays as it was."""
     row = {"instruction": "Say it.", "output": "It.", "index": 7, "index_": None, "cut": "\ud83d", "line": "\u2028"}
@@ -227,21 +134,6 @@ def test_fields_of_the_rows_are_never_lost(work: Work) -> None:
     again = work(GREEDY)
     again.file.look(overwrite=False)
     assert again.file.done == 1
-
-
-def test_rows_too_long_for_the_model_are_named(work: Work) -> None:
-    Path("rows.jsonl").write_text(json.dumps({"prompt": "one two three " * 2000}) + "\n" + json.dumps(ROWS[0]) + "\n")
-    session = tiny_session()
-    limit = session.engine.max_seq_len
-    tokens = len(work()._requests(replace(session, engine=_Roomy()))[0].prompt_ids)
-    assert refused(lambda: work().run(session), DataError) == (
-        f"rows.jsonl:1: {tokens:,} tokens and 14 new ones (--max-tokens) are more than the {limit:,} of this model"
-    )
-    assert not Path("out.jsonl").exists()
-
-
-class _Roomy:
-    max_seq_len = 10**6
 
 
 def test_why_an_answer_ended_and_stop_texts(work: Work) -> None:
@@ -289,42 +181,6 @@ def test_a_model_is_known_wherever_it_lies(tmp_path: Path) -> None:
     config = moved / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 64', '"lora_alpha": 32'))
     assert identity_of(place_of(moved)) != tuned
-
-
-def test_a_settings_file_of_other_hands_is_kept(work: Work) -> None:
-    """Unless --overwrite; the file that is read is kept in any case."""
-    other = Path("out.jsonl.settings.json")
-    other.write_text('{"mine": 1}')
-    assert refused(lambda: work().run(tiny_session())) == (
-        "out.jsonl.settings.json: exists, and is not ours; another --output leaves it alone"
-    )
-    assert other.read_text() == '{"mine": 1}'
-    work().file.look(overwrite=True)
-    other.write_text(json.dumps([{"prompt": "x"}]))
-    assert refused(lambda: BatchFile(str(other), Path("out.jsonl"), GREEDY, MODEL)) == (
-        "out.jsonl.settings.json: is the file that is read; name another --output"
-    )
-
-
-def test_a_settings_place_that_is_taken_leaves_nothing_behind(work: Work) -> None:
-    Path("out.jsonl.settings.json").mkdir()
-    line = "out.jsonl.settings.json: is not a file, and the settings go there; name another --output"
-    assert refused(lambda: work().file.look(overwrite=True)) == line
-    assert refused(lambda: work().run(tiny_session(), overwrite=True)) == line
-    assert sorted(path.name for path in Path().iterdir()) == ["out.jsonl.settings.json", "rows.jsonl"]
-
-
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.settings.json"])
-@pytest.mark.parametrize("there", [True, False])
-def test_no_symbolic_link_is_followed(work: Work, name: str, there: bool) -> None:
-    target = Path("target")
-    if there:
-        target.write_text("")
-    Path(name).symlink_to(target)
-    line = f"{name}: is a symbolic link, and none is followed; name another --output"
-    assert refused(lambda: work().file.look(overwrite=True)) == line
-    assert refused(lambda: work().run(tiny_session(), overwrite=True)) == line
-    assert target.exists() == there
 
 
 def test_options_left_out_are_those_spelled_out(tmp_path: Path) -> None:
