@@ -97,16 +97,14 @@ def generate(
     _tell_idle(sampling)
     if prompt is None and seed is None:
         sampling = replace(sampling, seed=0)  # a file of answers can be made again
-    batch_options = BatchOptions(
-        max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ())
-    )
+    batch = BatchOptions(max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ()))
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
             text = _prompt_text(prompt, raw)
-            _answer_one(opened(), text, batch_options)
+            _answer_one(opened(), text, batch)
             return 0
-        work = _work(str(input), Path(str(output)), batch_options, model, adapter, dtype, quantize)
+        work = _work(str(input), Path(str(output)), batch, model, adapter, dtype, quantize)
         _answer_file(partial(opened, max_batch=batch_size or ROWS_AT_ONCE), work, overwrite)
     return 0
 
@@ -158,20 +156,18 @@ def _prompt_text(prompt: str, raw: bool) -> str:
     return prompt
 
 
-def _answer_one(session: Session, text: str, batch_options: BatchOptions) -> None:
+def _answer_one(session: Session, text: str, batch: BatchOptions) -> None:
     """Write the answer to stdout as it comes, a line end after it; control sequences never reach a terminal."""
     from gemma_ft.data.conversation import Turn
     from gemma_ft.infer.prompts import system_turns
     from gemma_ft.system.escape import EscapeStripper
 
-    turns = [*system_turns(session.encoder, batch_options.system), Turn("user", text)]
-    ids = session.completion_ids(text) if batch_options.raw else session.chat_ids(turns)
+    turns = [*system_turns(session.encoder, batch.system), Turn("user", text)]
+    ids = session.completion_ids(text) if batch.raw else session.chat_ids(turns)
     shown = EscapeStripper().feed if sys.stdout.isatty() else str
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that this terminal's encoding lacks is no failure
-    pieces = session.stream(
-        ids, max_new_tokens=batch_options.max_new_tokens, sampling=batch_options.sampling, stop=batch_options.stop
-    )
+    pieces = session.stream(ids, max_new_tokens=batch.max_new_tokens, sampling=batch.sampling, stop=batch.stop)
     while True:
         try:
             piece = next(pieces)
@@ -181,13 +177,13 @@ def _answer_one(session: Session, text: str, batch_options: BatchOptions) -> Non
         print(shown(piece), end="", flush=True)
     print(flush=True)
     if finish == "length":
-        _tell(f"note: cut at --max-tokens {batch_options.max_new_tokens}")
+        _tell(f"note: cut at --max-tokens {batch.max_new_tokens}")
 
 
 def _work(
     rows: str,
     output: Path,
-    batch_options: BatchOptions,
+    batch: BatchOptions,
     model: str,
     adapter: Path | None,
     dtype: str | None,
@@ -201,7 +197,7 @@ def _work(
     place = place_of(model, adapter)
     try:
         identity = {**identity_of(place), **loading_of(place, dtype=dtype, quantize=quantize)}
-        return BatchFile(located(rows), output, batch_options, identity)
+        return BatchFile(located(rows), output, batch, identity)
     except DataError as error:
         raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
 

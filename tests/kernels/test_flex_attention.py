@@ -192,7 +192,7 @@ def test_a_run_compiles_few_forms_and_no_cap_stops_it(monkeypatch: pytest.Monkey
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=keep, **how))
-    monkeypatch.setattr(module.runtime, "keep_compiled", lambda: None)
+    monkeypatch.setattr(module.environment, "keep_compiled", lambda: None)
     monkeypatch.setattr(module, "_on_gpu", lambda _: True)
     monkeypatch.setattr(module, "fitting", lambda *_: module.Fit({}, "", 0.0))
     for name in ("recompile_limit", "specialize_float"):

@@ -61,12 +61,12 @@ def test_shipped_files_are_found_from_anywhere_and_only_below_their_root(tmp_pat
 def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
-    shutil.copytree(source / "recipe", package / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(source / "data" / "formats", package / "data" / "formats")
-    for name in ("errors.py", "families.py", "system/redact.py"):
+    for room in ("recipe", "system", "data/read/formats"):
+        shutil.copytree(source / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("errors.py", "families.py"):
         shutil.copy(source / name, package)
-    (package / "__init__.py").touch()
-    (package / "data" / "__init__.py").touch()
+    for room in (package, package / "data", package / "data" / "read"):
+        (room / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")
     script = "from gemma_ft.recipe.load import load_recipe; print(load_recipe('sft_7b').path)"
     # -P and cwd: the checkout must not be what is imported

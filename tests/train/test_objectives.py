@@ -4,9 +4,6 @@ had been built; supervised fine-tuning is one; another one is a file.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,55 +237,3 @@ def test_the_objectives_are_the_files() -> None:
     assert isinstance(build_objective("sft"), SupervisedFineTuning)
     with pytest.raises(AssertionError, match=r"no objective dpo: there are .*sft"):
         build_objective("dpo")
-
-
-MADE_UP = '''
-"""Made up."""
-
-from __future__ import annotations
-
-from torch import Tensor
-
-from gemma_ft.train.objectives.registry import Batch, Objective
-
-
-class Squared:
-    """The squares of log-probabilities."""
-
-    needs_logprobs = True
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def divisor(self, batch: Batch) -> float:
-        """Rows."""
-        return float(len(batch["labels"]))
-
-    def __call__(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        """See `Objective`."""
-        return self.scale * logprobs.square().sum()
-
-
-def build(scale: float = 1.0) -> Objective:
-    """With its setting."""
-    return Squared(scale)
-'''
-ASK = """
-import torch
-from gemma_ft.train.objectives.registry import build_objective, objective_names
-objective, logprobs = build_objective("squared", scale=3.0), torch.tensor([[0.0, -2.0]])
-print(objective_names(), float(objective(logprobs, {})), objective.divisor({"labels": logprobs}))
-"""
-
-
-def test_another_one_is_one_file(tmp_path: Path) -> None:
-    """In a copy of the package, where nothing else is changed."""
-    shutil.copytree(PACKAGE, tmp_path / "gemma_ft", ignore=shutil.ignore_patterns("__pycache__", "_shipped"))
-    before = set((tmp_path / "gemma_ft").rglob("*.py"))
-    (tmp_path / "gemma_ft" / "train" / "objectives" / "squared.py").write_text(MADE_UP)
-    assert len(set((tmp_path / "gemma_ft").rglob("*.py")) - before) == 1
-    found = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert found.stdout.strip() == "['sft', 'squared'] 12.0 1.0", found.stderr
