@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
@@ -25,10 +26,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests of what reads the files of a run take a copy of these, so that no reader is shown a shape that nothing writes.
     """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # the workers' own
+    run, done = shared / "finished" / "run", shared / "finished" / "done"
+    run.parent.mkdir(exist_ok=True)
+    with (shared / "finished.lock").open("w") as lock:  # made by the worker that is first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _run_verbs(run)
+            done.touch()
+    return run
+
+
+def _run_verbs(run: Path) -> None:
     from gemma_ft.cli.app import main
 
     root = Path(__file__).resolve().parents[1]
-    run = tmp_path_factory.mktemp("finished") / "run"
     canary = run.parent / "canary.jsonl"
     canary.write_text("".join((root / "data" / "canary.jsonl").read_text().splitlines(keepends=True)[:3]))
     overrides = [
@@ -43,4 +56,3 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["merge", str(run), "--out", str(run / "merged"), "--prompts", "2"],
     ):
         assert main(words) == 0, words
-    return run

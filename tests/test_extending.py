@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.extending_page import done, shown
+
+pytestmark = pytest.mark.slow  # a process for each
 
 SHOW_SIZE = """
 import json

@@ -53,6 +53,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_the_family(tmp_path: Path) -> None:
     assert shown(done("family", tmp_path), FAMILY) == {
         "known": "Gemma 1, 2 or Long",
@@ -75,6 +76,7 @@ print(json.dumps([objective_names(), objective.divisor({"labels": labels}), floa
 """
 
 
+@pytest.mark.slow
 def test_the_objective(tmp_path: Path) -> None:
     """-log(1 - 1/2) = log 2, with a weight of -p / (1 - p) = -1."""
     names, divisor, value, weights = shown(done("objective", tmp_path), OBJECTIVE)
@@ -104,12 +106,14 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_the_kernel(tmp_path: Path) -> None:
     found = shown(done("kernel", tmp_path), KERNEL)
     assert found["chosen"] == "gemma_ft.kernels.complex_rotary"
     assert found["apart"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     root = done("verb", tmp_path)
     assert told(root, "-m", "gemma_ft", "parameters", "gemma-2-2b") == "gemma-2-2b: 2,614,341,888 parameters\n"

@@ -49,6 +49,7 @@ def hashed(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_its_rows_are_not_encoded_again(before: Path) -> None:
     (cached,) = (before / "cache").rglob("*.arrow")
     written = cached.stat().st_mtime_ns

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from gemma_ft.build.contract import Contract
 
 # An audit hook is told of every open(), and cannot be taken off again. What libraries in Rust open it does not see, nor
@@ -24,9 +22,12 @@ def hook(event, arguments):
         opened[os.path.abspath(os.fsdecode(arguments[0]))] += 1
 
 sys.addaudithook(hook)
-export_model(sys.argv[1], ExportOptions(to="gguf", out=pathlib.Path(sys.argv[2])))
-found = dict(opened)
-with open(sys.argv[3], "w") as file:
+found = {}
+for out in ("x.gguf", "x"):
+    opened.clear()
+    export_model(sys.argv[1], ExportOptions(to="gguf", out=pathlib.Path(sys.argv[2]) / out))
+    found[out] = dict(opened)
+with open(os.path.join(sys.argv[2], "opened.json"), "w") as file:
     json.dump(found, file)
 """
 # Of safetensors the header, and all of it once more for the fingerprint that the contract is held to. transformers
@@ -34,18 +35,19 @@ with open(sys.argv[3], "w") as file:
 TWICE = {"model.safetensors", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
-@pytest.mark.parametrize("out", ["x.gguf", "x"])
-def test_an_export_opens_each_input_file_once(out: str, finished_run: Path, tmp_path: Path) -> None:
+def test_an_export_opens_each_input_file_once(finished_run: Path, tmp_path: Path) -> None:
+    """To a file and to a folder."""
     adapter = finished_run / "adapter"
     contract = Contract.read(adapter)
     assert contract is not None
-    base, counted = Path(str(contract.base)), tmp_path / "opened.json"
-    subprocess.run([sys.executable, "-c", SPY, finished_run, tmp_path / out, counted], check=True, capture_output=True)
-    counts = {Path(path): count for path, count in json.loads(counted.read_text()).items()}
-    inputs = {path: count for path, count in counts.items() if path.parent in (finished_run, adapter, base)}
+    base = Path(str(contract.base))
+    subprocess.run([sys.executable, "-c", SPY, finished_run, tmp_path], check=True, capture_output=True)
     needed = {
         adapter / "adapter_config.json", adapter / "gemma_ft.json", adapter / "adapter_model.safetensors",
         adapter / "tokenizer.json", base / "config.json", base / "model.safetensors", finished_run / "recipe.yaml",
     }  # fmt: skip
-    assert needed <= inputs.keys()
-    assert {path.name: count for path, count in inputs.items() if count > 1} == dict.fromkeys(TWICE, 2)
+    for out, opened in json.loads((tmp_path / "opened.json").read_text()).items():
+        inputs = {Path(path): count for path, count in opened.items()}
+        inputs = {path: count for path, count in inputs.items() if path.parent in (finished_run, adapter, base)}
+        assert needed <= inputs.keys(), out
+        assert {path.name: count for path, count in inputs.items() if count > 1} == dict.fromkeys(TWICE, 2), out

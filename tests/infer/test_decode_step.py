@@ -164,7 +164,8 @@ def test_recordings_are_few(record: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         speaking.submit(one)
     while speaking.waiting or speaking.active:
         speaking.step()
-        gc.collect()
+        if len(held) > 2:
+            gc.collect()  # what only a circle still holds
         assert len(held) <= 2
     assert made == 4
     assert speaking.unrecorded is None
