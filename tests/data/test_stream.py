@@ -222,6 +222,8 @@ def test_a_cursor_goes_on_with_its_example(write: Write, encoder: ChatEncoder, m
         stream_module, "encoded_chunk", lambda reading, chunk: encoded.append(chunk) or original(reading, chunk)
     )
     again = examples(stream)
+    for reading_ahead in [thread for thread in threading.enumerate() if thread.name == "stream"]:
+        reading_ahead.join()
     encoded.clear()
     again.go_on(state)
     begun = list(read_chunks(str(write("a", 90))))[cursor["places"][0]["chunk"]]
