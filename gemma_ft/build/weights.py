@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gemma_ft.build.located import PICKLES, refuse_file
 from gemma_ft.errors import UserError
+from gemma_ft.system.limits import MAX_SHARD_BYTES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor in every Gemma
-MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -14,13 +14,14 @@ from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.build.contract import sha256_of
 from gemma_ft.build.located import located_rows
 from gemma_ft.data.conversation import Conversation, Document
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import Example
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
 from gemma_ft.errors import DataError
 from gemma_ft.evaluate.held_out import held_out_loss
+from gemma_ft.system.limits import IGNORE
 
 ROWS, TOKENS = 32, 128  # so few and so short that they may be scored at every interval
 TOLERATED = 0.1  # nats per token that the canary loss may rise without a word

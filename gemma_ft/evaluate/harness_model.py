@@ -18,13 +18,14 @@ from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.perplexity import Piece, example_of, final_states, head_loss
 from gemma_ft.infer.detokenize import TextStream
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.infer.sampling import Sampling
+from gemma_ft.system.limits import IGNORE
 
 MAX_GEN_TOKS = 256  # HFLM's default for tasks that say nothing
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -18,7 +18,7 @@ import torch
 
 from gemma_ft.adapters.kinds import ADAPTER_WEIGHTS
 from gemma_ft.build.place import Place
-from gemma_ft.build.weights import EMBEDDING, MAX_SHARD_BYTES, dtype_name, write_shards
+from gemma_ft.build.weights import EMBEDDING, dtype_name, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
 from gemma_ft.export.gguf_chat import chat_notes
@@ -31,6 +31,7 @@ from gemma_ft.export.merge.merged import MergedWeights, merged_weights
 from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.recipe.run_files import FACTS
+from gemma_ft.system.limits import MAX_SHARD_BYTES
 
 AS_STORED: dict[torch.dtype, GgufType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
 PROMPTS = 32  # held-out rows that the certificate of a merge compares

@@ -15,8 +15,7 @@ from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.infer.decode_step import DecodeSteps, recorder
 from gemma_ft.infer.sampling import Sampler, Sampling, next_tokens
 from gemma_ft.model.kv_cache import KVCache
-
-PREFILL_TOKENS = 512  # of prompts in one pass, padding included: bounds its scores, and how long others wait for it
+from gemma_ft.system.limits import PREFILL_TOKENS
 
 
 @dataclass(frozen=True)

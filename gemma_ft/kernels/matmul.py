@@ -20,10 +20,9 @@ from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.kernels.workspace import workspace
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import cpu_flags, float32_is_faster
+from gemma_ft.system.limits import ROWS_NUMBERS, WEIGHT_NUMBERS
 
 MANY = 128  # rows from which on widening the weight pays
-WEIGHT_NUMBERS = 2**24  # of the weight that are float32 at a time: 64 MiB
-ROWS_NUMBERS = 2**22  # of what goes in, and of what comes out: 16 MiB each
 
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:

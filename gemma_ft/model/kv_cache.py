@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-FIRST_PLACES = 256  # a ring begins with so many places and doubles up to its limit
+from gemma_ft.system.limits import FIRST_PLACES
 
 
 class KVCache:

@@ -17,12 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gemma_ft.kernels.cross_entropy import capped, fused_cross_entropy
 from gemma_ft.kernels.matmul import times, times_transposed
+from gemma_ft.system.limits import CHUNK_BYTES, CPU_BYTES, CPU_ROWS, IGNORE
 
-IGNORED = -100  # torch's and transformers' label for "not trained"
-CHUNK_BYTES = 256 * 2**20  # of float32 logits at a time
 # What multiplies the loss of each token, [B, T], of either sign; a function gives it for the labels' log-probabilities.
 TokenWeights = Tensor | Callable[[Tensor], Tensor] | None
-CPU_ROWS, CPU_BYTES = 256, 64 * 2**20  # on a CPU so many rows, or more of a small vocabulary: it is read for each chunk
 
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
@@ -153,7 +151,7 @@ def layered_head_loss(
 def _labelled(hidden: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows [M, D] whose next token is labelled, those labels [M], and their loss weights [M]."""
     targets = labels[:, 1:].reshape(-1)
-    labelled = targets != IGNORED
+    labelled = targets != IGNORE
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]
     each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]
     return rows, targets[labelled], each
@@ -163,7 +161,7 @@ def _in_place(labels: Tensor, losses: list[Tensor]) -> Tensor:
     """Losses of the labelled rows, chunk by chunk -> their negatives where the labels are, [B, T]; 0 elsewhere."""
     of_all = torch.cat(losses)
     found = torch.zeros(labels.shape, dtype=of_all.dtype, device=labels.device)
-    found[:, 1:][labels[:, 1:] != IGNORED] = -of_all
+    found[:, 1:][labels[:, 1:] != IGNORE] = -of_all
     return found
 
 

@@ -6,10 +6,8 @@ from gemma_ft.plan.activations import WIDE, checkpointed_bytes, saved_bytes, wor
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.shape import Shape
 from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, weight_bytes
+from gemma_ft.system.limits import CHUNK_BYTES, CPU_BYTES, CPU_ROWS, PREFILL_TOKENS, ROWS_NUMBERS, WEIGHT_NUMBERS
 
-# model.lm_head's, infer.engine's and kernels.product's (a test compares them)
-CHUNK_BYTES, CPU_ROWS, CPU_BYTES, PREFILL_TOKENS = 256 * 2**20, 256, 64 * 2**20, 512
-WEIGHT_NUMBERS, ROWS_NUMBERS = 2**24, 2**22
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
 CPU_PROCESS = 3 * 2**28  # torch and the libraries around it, with a first use of their kernels
 

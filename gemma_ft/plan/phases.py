@@ -8,8 +8,7 @@ from gemma_ft.plan import parts
 from gemma_ft.plan.activations import WIDE
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.storage import BYTES, weight_bytes
-
-MAX_SHARD_BYTES = 5 * 10**9  # gemma_ft.build.weights', of which a merge holds one (a test compares them)
+from gemma_ft.system.limits import MAX_SHARD_BYTES, PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def phases(run: Run) -> list[Phase]:
     }  # fmt: skip
     held = resident | {"optimizer": parts.optimizer(run)}
     scoring = _products(parts.widened(run, run.eval_rows * run.tokens))
-    reading = _products(parts.widened(run, parts.PREFILL_TOKENS, head=False))  # of the head few rows are read
+    reading = _products(parts.widened(run, PREFILL_TOKENS, head=False))  # of the head few rows are read
     layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
     head = parts.head(run.changed(micro_batch_size=run.eval_rows), backward=False)
     scored = {"activations": layer} if layer > head else {"head": head}  # one after the other

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from gemma_ft.plan.shape import Shape
+from gemma_ft.system.limits import FIRST_PLACES
 
 Kind = Literal["bf16", "float32", "int8", "nf4"]
 BYTES = {"bf16": 2, "float32": 4}
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale, scales that share one; bitsandbytes' defaults
-FIRST_PLACES = 256  # model.kv_cache's: a ring begins with so many places and doubles (a test compares them)
 
 
 def linear_bytes(rows: int, columns: int, kind: Kind, *, double_quant: bool = True) -> int:

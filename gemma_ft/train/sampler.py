@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.pack.collate import PADDING
 from gemma_ft.data.pack.examples import Examples
 from gemma_ft.data.pack.streamed import StreamedExamples
 from gemma_ft.recipe.batch_plan import BatchPlan
+from gemma_ft.system.limits import IGNORE
 
 Example = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import TooLong, prepare, shares, times
 from gemma_ft.errors import DataError
+from gemma_ft.system.limits import IGNORE
 
 
 def chat(*said: str, where: str = "x:1", train: tuple[bool, ...] = ()) -> Conversation:

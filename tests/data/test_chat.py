@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import DataError
 from gemma_ft.families import TURNS
+from gemma_ft.system.limits import IGNORE
 from tests.data.strategies import clean_texts, conversations, documents, texts
 
 MANY = settings(max_examples=150, deadline=None)

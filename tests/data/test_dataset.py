@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, Prepared, chosen_by_hash, prepare, split_document
 from gemma_ft.errors import DataError
+from gemma_ft.system.limits import IGNORE
 from tests.data.strategies import conversations, documents
 
 SOME = settings(max_examples=80, deadline=None)

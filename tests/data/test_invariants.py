@@ -8,10 +8,11 @@ import pytest
 
 from gemma_ft.data.check.invariants import broken_invariants
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples
+from gemma_ft.system.limits import IGNORE
 
 ITEMS: list[Item] = [
     *(

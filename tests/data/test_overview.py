@@ -5,11 +5,12 @@ import pytest
 
 from gemma_ft.data.check.overview import BINS, Overview, histogram, overview
 from gemma_ft.data.conversation import Conversation, Document, Item, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import Prepared, prepare
 from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples, steps_per_epoch
+from gemma_ft.system.limits import IGNORE
 
 LIMIT = 48
 ITEMS: list[Item] = [

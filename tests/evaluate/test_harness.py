@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
 from gemma_ft.families import TURNS
+from gemma_ft.system.limits import IGNORE
 from gemma_ft.system.shipped import shipped_root
 from tests.evaluate.conftest import CONTEXT, OPEN, ROWS
 

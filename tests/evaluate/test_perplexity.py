@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.data.pack.collate import Collator
@@ -20,6 +20,7 @@ from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.evaluate.perplexity import Piece, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.system.limits import IGNORE
 from gemma_ft.system.shipped import shipped_root
 from tests.export.tuned import wrap
 from tests.parity.amplified import VOCAB, ours

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.build.pretrained import load_tokenizer
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import read_rows
+from gemma_ft.system.limits import IGNORE
 from tests.faults.fuzz import bad_bytes, bad_json, bad_value
 from tests.faults.test_fuzz import TINY, Case, Figure, fuzz
 

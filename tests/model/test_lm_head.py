@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_ft.model.lm_head import IGNORED, HeadLoss, fused_head_loss, softcapped
+from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
+from gemma_ft.system.limits import IGNORE
 from tests.parity.amplified import FIRST, SECOND, masked_labels, ours, token_rows
 
 TOLERANCE = 1e-12
@@ -23,7 +24,7 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(2, 9, WIDTH, generator=draw, dtype=torch.float64) * 6
     weight = torch.randn(WORDS, WIDTH, generator=draw, dtype=torch.float64)
     labels = torch.randint(0, WORDS, (2, 9), generator=draw)
-    labels[torch.rand(2, 9, generator=draw) < 0.33] = IGNORED
+    labels[torch.rand(2, 9, generator=draw) < 0.33] = IGNORE
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
@@ -80,8 +81,8 @@ def test_weights_multiply_each_tokens_loss(chunk_rows: int) -> None:
     torch.testing.assert_close(found.loss_sum, expected, rtol=TOLERANCE, atol=0)
     for one, two in zip(given, wanted, strict=True):
         torch.testing.assert_close(one, two, rtol=TOLERANCE, atol=TOLERANCE)
-    torch.testing.assert_close(found.weight_sum, weights[:, 1:][labels[:, 1:] != IGNORED].sum(), rtol=1e-14, atol=0)
-    assert found.token_count == (labels[:, 1:] != IGNORED).sum()
+    torch.testing.assert_close(found.weight_sum, weights[:, 1:][labels[:, 1:] != IGNORE].sum(), rtol=1e-14, atol=0)
+    assert found.token_count == (labels[:, 1:] != IGNORE).sum()
 
 
 def test_a_model_divides_by_the_weights_however_small() -> None:
@@ -102,7 +103,7 @@ def test_counts_are_of_labelled_tokens() -> None:
     labels[:, 1] = softcapped(hidden[:, 0] @ weight.T, 30.0).argmax(dim=-1)  # two right answers at least
     found = fused_head_loss(hidden, weight, labels, softcap=30.0, chunk_rows=4)
     guesses = (hidden[:, :-1] @ weight.T).argmax(dim=-1)
-    assert found.token_count == (labels[:, 1:] != IGNORED).sum()
+    assert found.token_count == (labels[:, 1:] != IGNORE).sum()
     assert found.correct_count == (guesses == labels[:, 1:]).sum() >= 2
     assert not found.correct_count.requires_grad
 
@@ -111,7 +112,7 @@ def test_counts_are_of_labelled_tokens() -> None:
 def test_no_labelled_row_is_a_finite_zero(trained_head: bool) -> None:
     hidden, weight, labels = inputs()
     weight.requires_grad_(trained_head)
-    found = fused_head_loss(hidden, weight, torch.full_like(labels, IGNORED), softcap=30.0)
+    found = fused_head_loss(hidden, weight, torch.full_like(labels, IGNORE), softcap=30.0)
     found.loss_sum.backward()
     assert (found.loss_sum, found.token_count, found.correct_count) == (0, 0, 0)
     assert hidden.grad is not None
@@ -121,7 +122,7 @@ def test_no_labelled_row_is_a_finite_zero(trained_head: bool) -> None:
 
 def test_a_model_without_labelled_tokens_gives_a_finite_zero() -> None:
     model, ids = ours(SECOND).train(), token_rows()
-    output = model(ids, labels=torch.full_like(ids, IGNORED))
+    output = model(ids, labels=torch.full_like(ids, IGNORE))
     output.loss.backward()
     assert (output.loss, output.token_count) == (0, 0)
     assert all(not weight.grad.any() for weight in model.parameters())
@@ -171,7 +172,7 @@ def test_hidden_states_may_be_used_elsewhere_too() -> None:
 def test_two_losses_on_one_input_add_up() -> None:
     hidden, weight, labels = inputs()
     halves = [labels.clone(), labels.clone()]
-    halves[0][:, 5:], halves[1][:, :5] = IGNORED, IGNORED
+    halves[0][:, 5:], halves[1][:, :5] = IGNORE, IGNORE
     losses: list[HeadLoss] = [fused_head_loss(hidden, weight, half, softcap=30.0) for half in halves]
     found = torch.autograd.grad(losses[0].loss_sum + losses[1].loss_sum, (hidden, weight))
     wanted = torch.autograd.grad(plain_loss(hidden, weight, labels, 30.0), (hidden, weight))

@@ -6,15 +6,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from gemma_ft.build import weights
 from gemma_ft.families import PRESETS
 from gemma_ft.infer import engine
 from gemma_ft.infer.generate import generate_answers
-from gemma_ft.kernels import matmul
-from gemma_ft.model import kv_cache, lm_head
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
-from gemma_ft.plan import parts, phases, storage
+from gemma_ft.plan import storage
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.plan.storage import cache_bytes, linear_bytes, weight_bytes
 
@@ -78,12 +75,3 @@ def test_answers_need_no_more_cache_than_planned() -> None:
             generate_answers(model, [[5] * tokens] * 2, stop_ids=[], max_new_tokens=3, batch_size=2)
             planned = cache_bytes(shape, tokens + 3, rows=2, limit=tokens + 3, element=4)
             assert planned / 2 <= max(held) <= planned
-
-
-def test_the_arithmetic_has_the_constants_of_what_it_plans() -> None:
-    assert (parts.CHUNK_BYTES, parts.CPU_ROWS, parts.CPU_BYTES) == (
-        lm_head.CHUNK_BYTES, lm_head.CPU_ROWS, lm_head.CPU_BYTES)  # fmt: skip
-    assert (parts.WEIGHT_NUMBERS, parts.ROWS_NUMBERS) == (matmul.WEIGHT_NUMBERS, matmul.ROWS_NUMBERS)
-    assert parts.PREFILL_TOKENS == engine.PREFILL_TOKENS
-    assert storage.FIRST_PLACES == kv_cache.FIRST_PLACES
-    assert phases.MAX_SHARD_BYTES == weights.MAX_SHARD_BYTES

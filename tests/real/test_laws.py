@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.data.conversation import Conversation, Turn
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.system.limits import IGNORE
 from tests.real.corpus import lines, spells_control
 
 LOOK_ALIKES = (

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy
 
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_facts import BYTE_PIECE, SPACE_SIGN
 from gemma_ft.data.pack.counts import trained_between
 from gemma_ft.data.pack.examples import Examples
+from gemma_ft.system.limits import IGNORE
 
 KINDS = ("trained", "masked", "control", "control, trained", "truncated")
 DOCUMENTS_SHOWN = 3  # of an example

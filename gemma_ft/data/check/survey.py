@@ -15,12 +15,12 @@ from gemma_ft.data.check.findings import Findings, Severity
 from gemma_ft.data.check.near_duplicates import NearTexts, Pair
 from gemma_ft.data.check.rows import CheckedRow, CountedBadRows, Places, RowSource, repeats, rows_in
 from gemma_ft.data.conversation import Conversation, Item
-from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.encode.documents import remarks_of, table_of, without_empty
 from gemma_ft.data.pack.arrange import TooLong
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.rendered import is_custom
 from gemma_ft.errors import DataError
+from gemma_ft.system.limits import IGNORE
 from gemma_ft.system.redact import secret_kinds
 
 SHORT_ANSWER = 5  # words: what is shorter may be a label, which many rows share

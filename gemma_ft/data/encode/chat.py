@@ -16,8 +16,8 @@ from gemma_ft.data.encode.template import chat_of, unmarked
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
 from gemma_ft.errors import DataError
 from gemma_ft.families import SystemPolicy
+from gemma_ft.system.limits import IGNORE
 
-IGNORE = -100
 SYSTEM_REFUSED = "a system turn, and data.system is 'error'; set it to fold or drop"
 
 

@@ -15,8 +15,9 @@ import numpy
 import pyarrow as pa
 
 from gemma_ft.data.conversation import Conversation, Document, Item
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder, Encoded
+from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.read.rendered import rendered_as, spelled_end
+from gemma_ft.system.limits import IGNORE
 
 COUNTS = ("tokens", "trained", "terminators", "left_out", "system", "chat")
 SCHEMA = pa.schema(

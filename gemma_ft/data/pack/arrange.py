@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy
 
 from gemma_ft.data.conversation import Document, Item
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import COUNTS, Documents
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
 from gemma_ft.data.pack.packing import best_fit_decreasing
@@ -17,6 +17,7 @@ from gemma_ft.data.pack.stats import DataStats
 from gemma_ft.data.pack.windows import windows
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.errors import DataError
+from gemma_ft.system.limits import IGNORE
 
 __all__ = ["DataStats", "Example", "Examples", "Prepared", "arrange", "chosen_by_hash", "prepare",
            "refuse_without_ends", "split_document", "untrainable"]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gemma_ft.data.encode.chat import IGNORE
+from gemma_ft.system.limits import IGNORE
 
 PADDING = -1  # the document id of what is no document
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy
 
-from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.encode.documents import Documents, Part
 from gemma_ft.data.encode.tokenizer import ControlIds
 from gemma_ft.data.pack.examples import Examples, piece_tokens
+from gemma_ft.system.limits import IGNORE
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, overload
 
 import numpy
 
-from gemma_ft.data.encode.chat import IGNORE
 from gemma_ft.data.encode.documents import Documents
+from gemma_ft.system.limits import IGNORE
 
 Example = dict[str, list[Any]]
 

@@ -9,10 +9,11 @@ import torch
 
 from gemma_ft.build.data import build_data
 from gemma_ft.build.pretrained import tokenizer_of
-from gemma_ft.data.encode.chat import IGNORE, ChatEncoder
+from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.export.merge.merged import MergedWeights
+from gemma_ft.system.limits import IGNORE
 
 SYNTHETIC_TOKENS = 64
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.build.place import Place
-from gemma_ft.build.weights import MAX_SHARD_BYTES, WeightFiles, dtype_name, write_shards
+from gemma_ft.build.weights import WeightFiles, dtype_name, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.deltas import facts_of
@@ -22,6 +22,7 @@ from gemma_ft.export.merge.merged import MergedWeights, Policy, merged_weights
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system import environment
 from gemma_ft.system.files import write_json
+from gemma_ft.system.limits import MAX_SHARD_BYTES
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 

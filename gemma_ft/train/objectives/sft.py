@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gemma_ft.data.encode.chat import IGNORE
+from gemma_ft.system.limits import IGNORE
 from gemma_ft.train.objectives.registry import Batch, Objective
 
 
