@@ -171,6 +171,8 @@ def mentions(text: str, where: str) -> str:
         return match[0]
 
     def path(match: re.Match[str]) -> str:
+        if "/" not in match[2] and not match[1]:
+            return match[0]  # a file of any folder may be called so
         new = moved(match[2].replace("/", "."))
         return f"{match[1] or ''}{new.replace('.', '/')}.py" if new else match[0]
 

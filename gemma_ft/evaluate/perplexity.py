@@ -18,7 +18,7 @@ from gemma_ft.data.conversation import Document, Item
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import DataStats, prepare
 from gemma_ft.data.pack.collate import Collator
-from gemma_ft.data.pack.windows import windows
+from gemma_ft.data.pack.text_windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.statistics import Floats
 from gemma_ft.model.lm_head import HeadLoss

@@ -15,7 +15,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.data.pack.collate import Collator
-from gemma_ft.data.pack.windows import windows
+from gemma_ft.data.pack.text_windows import windows
 from gemma_ft.errors import DataError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.evaluate.perplexity import Piece, check_window, loss_rows, piece_losses, pieces_of

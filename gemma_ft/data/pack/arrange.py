@@ -14,7 +14,7 @@ from gemma_ft.data.encode.documents import COUNTS, Documents
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
 from gemma_ft.data.pack.packing import best_fit_decreasing
 from gemma_ft.data.pack.stats import DataStats
-from gemma_ft.data.pack.windows import windows
+from gemma_ft.data.pack.text_windows import windows
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.errors import DataError
 from gemma_ft.system.limits import IGNORE
