@@ -66,8 +66,9 @@ def write_rows(path: Path, rows: int) -> None:
 
 def ours(rows: Path, folder: Path) -> int:
     """All rows through the cache, which is empty: checked, encoded, labelled, written. Returns the tokens."""
-    from gemma_ft.data.encode.cache import Cache, Reading
+    from gemma_ft.data.encode.cache import Cache
     from gemma_ft.data.encode.chat import ChatEncoder
+    from gemma_ft.data.encode.encode_rows import Reading
     from gemma_ft.data.encode.tokenizer import load_tokenizer
     from gemma_ft.data.read.bad_rows import BadRows
     from gemma_ft.data.read.sources import read_chunks

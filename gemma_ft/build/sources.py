@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from gemma_ft.build.located import located_rows
 from gemma_ft.data.conversation import Item
-from gemma_ft.data.encode.cache import Cache, Reading
+from gemma_ft.data.encode.cache import Cache
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.detect import check_format, detect_format

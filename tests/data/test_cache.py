@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from gemma_ft.data.encode import cache as room
-from gemma_ft.data.encode.cache import Cache, Reading, items_at
+from gemma_ft.data.encode.cache import Cache, items_at
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read import chunks
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.parse_rows import parse_rows

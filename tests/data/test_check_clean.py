@@ -13,8 +13,8 @@ import pytest
 from gemma_ft.data.check.clean import Copy, copy_clean
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.survey import survey
-from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read.sources import read_chunks
 from gemma_ft.errors import DataError
 

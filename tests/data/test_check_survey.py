@@ -9,8 +9,8 @@ import pytest
 
 from gemma_ft.data.check.rows import RowSource, Side
 from gemma_ft.data.check.survey import Report, survey
-from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read.sources import read_chunks
 
 File = Callable[[str, str | bytes], str]

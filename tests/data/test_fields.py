@@ -16,9 +16,10 @@ from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import survey
 from gemma_ft.data.conversation import Item
-from gemma_ft.data.encode.cache import Cache, Reading
+from gemma_ft.data.encode.cache import Cache
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.pack.arrange import DataStats, arrange, prepare
 from gemma_ft.data.pack.stream import Arranging, Cursor, Stream, StreamSource
 from gemma_ft.data.read.bad_rows import BadRows

@@ -16,8 +16,8 @@ from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import Report, survey
 from gemma_ft.data.conversation import Conversation, Document, Turn
-from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.rendered import rendered_as

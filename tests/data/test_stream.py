@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from gemma_ft.data.conversation import Conversation, Turn
-from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.pack import stream as stream_module
 from gemma_ft.data.pack.stream import Arranging, Block, Cursor, Stream, StreamSource
 from gemma_ft.data.pack.streamed import StreamedExamples

@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import Literal
 
 from gemma_ft.data.conversation import Item, texts_of
-from gemma_ft.data.encode.cache import Reading
 from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -20,66 +18,24 @@ import time
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from gemma_ft.data.conversation import Item
-from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.documents import Documents, Part, table_of, without_empty
+from gemma_ft.data.encode.documents import Documents, Part, without_empty
+from gemma_ft.data.encode.encode_rows import Reading, encoded_chunk
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
-from gemma_ft.data.read.parse_rows import parse_row
-from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment
 
-LAYOUT = 6  # of the files, and of how a format reads a row: another number finds none of the older ones
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
 ALONE = 1  # chunks that are encoded here before other processes, which start slowly, are asked to help
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How rows become items, and items tokens."""
-
-    format: str
-    columns: Mapping[str, str]
-    encoder: ChatEncoder
-
-    def key(self, chunk: Chunk) -> str:
-        """SHA-256 (hex) of all that decides what a chunk becomes."""
-        encoder = self.encoder
-        decides = [LAYOUT, chunk.digest, self.format, sorted(self.columns.items()), encoder.content.sha256,
-                   encoder.template_hash, encoder.system_policy, encoder.trained_turns]  # fmt: skip
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-
-    def items(self, chunk: Chunk, bad: BadRows) -> list[tuple[int, Item]]:
-        """(offset of its row, item) of all that a chunk holds."""
-        found: list[tuple[int, Item]] = []
-        for offset, fields in chunk.rows(bad):
-            row = Row(chunk.where(offset), fields)
-            for item in parse_row(row, self.format, self.columns, bad):
-                why = self.encoder.refuses(item)
-                if why is not None:
-                    bad.add(row.where, why)
-                else:
-                    found.append((offset, item))
-        return found
-
-
-def encoded_chunk(reading: Reading, chunk: Chunk) -> pa.Table:
-    """The documents of a chunk, its bad rows with their reasons."""
-    bad = BadRows()
-    found = reading.items(chunk.at_origin(), bad)
-    offsets = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
-    table = table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets)
-    return table.combine_chunks()
 
 
 def encode_chunk(reading: Reading, chunk: Chunk, path: Path) -> None:

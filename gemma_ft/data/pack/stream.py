@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy
 
-from gemma_ft.data.encode.cache import Reading, encoded_chunk
 from gemma_ft.data.encode.documents import Documents, Part
+from gemma_ft.data.encode.encode_rows import Reading, encoded_chunk
 from gemma_ft.data.pack.arrange import DataStats, Prepared, TooLong, arrange, refuse_without_ends, share_of, untrainable
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk

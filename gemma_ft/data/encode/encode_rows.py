@@ -1,0 +1,58 @@
+"""Rows become tokens: a row is read as items by its format, and each item encoded as one document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from gemma_ft.data.conversation import Item
+from gemma_ft.data.encode.chat import ChatEncoder
+from gemma_ft.data.encode.documents import table_of
+from gemma_ft.data.read.bad_rows import BadRows
+from gemma_ft.data.read.chunks import Chunk
+from gemma_ft.data.read.parse_rows import parse_row
+from gemma_ft.data.read.sources import Row
+
+LAYOUT = 6  # of encoded rows, and of how a format reads one: a cache finds none that have another number
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become items, and items tokens."""
+
+    format: str
+    columns: Mapping[str, str]
+    encoder: ChatEncoder
+
+    def key(self, chunk: Chunk) -> str:
+        """SHA-256 (hex) of all that decides what a chunk becomes."""
+        encoder = self.encoder
+        decides = [LAYOUT, chunk.digest, self.format, sorted(self.columns.items()), encoder.content.sha256,
+                   encoder.template_hash, encoder.system_policy, encoder.trained_turns]  # fmt: skip
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def items(self, chunk: Chunk, bad: BadRows) -> list[tuple[int, Item]]:
+        """(offset of its row, item) of all that a chunk holds."""
+        found: list[tuple[int, Item]] = []
+        for offset, fields in chunk.rows(bad):
+            row = Row(chunk.where(offset), fields)
+            for item in parse_row(row, self.format, self.columns, bad):
+                why = self.encoder.refuses(item)
+                if why is not None:
+                    bad.add(row.where, why)
+                else:
+                    found.append((offset, item))
+        return found
+
+
+def encoded_chunk(reading: Reading, chunk: Chunk) -> pa.Table:
+    """The documents of a chunk, its bad rows with their reasons."""
+    bad = BadRows()
+    found = reading.items(chunk.at_origin(), bad)
+    offsets = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
+    table = table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets)
+    return table.combine_chunks()
