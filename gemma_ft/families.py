@@ -33,7 +33,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The sizes of one decoder layer. sliding_window: keys visible to a query, itself included; None: all."""
+    """The sizes of one decoder layer. sliding_window: keys visible to a query, itself included; None: all (the
+    layers of the model are given it as `window_tokens`).
+    """
 
     head_dim: int
     num_key_value_heads: int
@@ -162,7 +164,7 @@ class Family:
             factor=given.get("factor", Rope.factor),
         )
         slides = [self.slides(layer) for layer in range(fields["num_hidden_layers"])]
-        if self.window_period is not None and types:
+        if self.window_period is not None and types:  # config.json wins
             slides = [kind == "sliding_attention" for kind in types]
         return tuple(
             LayerKind(

@@ -30,7 +30,7 @@ def empty_base(
     double_quant: bool = True,
     attention: str | None = None,
 ) -> Any:
-    """The model that `load.load_base` would load, empty: shapes, dtypes and layers are its, values are missing.
+    """The model that `pretrained.load_base` would load, empty: shapes, dtypes and layers are its, values are missing.
 
     Raises: UserError as load_base, for int8, which cannot be cut, and for files that do not hold this model.
     """

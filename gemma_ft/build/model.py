@@ -1,4 +1,4 @@
-"""The bench: a recipe becomes a model with its quantization and adapter. Every verb builds here."""
+"""A recipe becomes a model with its quantization and adapter. Every verb builds here."""
 
 from __future__ import annotations
 

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from gemma_ft.cli.start import check_model
+from gemma_ft.export.form_names import FormName, GgufType
 from gemma_ft.system.paths import given_path
 
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder or model folder.")],
     to: Annotated[
-        Literal["hf", "adapter", "gguf"],
+        FormName,
         typer.Option("--to", help="A transformers folder, a PEFT folder, or a file for llama.cpp.", show_default=False),
     ],
     out: Annotated[
@@ -26,7 +27,7 @@ def export(
         ),
     ],
     gguf_type: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        GgufType | None,
         typer.Option("--gguf-type", help="Weights in the GGUF file; without it: as they are.", show_default=False),
     ] = None,
     dtype: Annotated[

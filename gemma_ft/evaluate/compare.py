@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def evaluate_models(compared: ModelsToCompare, options: EvalOptions, *, observer: Observer = SILENT) -> Evaluation:
-    """Score the models of a subject. Nothing is written yet.
+    """Score the models that are compared. Nothing is written yet.
 
     A run's own eval.json is meant only for the whole run as it is: every model, every row, no other setting.
 

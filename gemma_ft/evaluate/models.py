@@ -122,7 +122,7 @@ class ModelsToCompare:
 def find_models(
     name: str, overrides: Sequence[str] = (), *, adapter: Path | None = None, merged: Path | None = None
 ) -> ModelsToCompare:
-    """The subject of a run directory, or of a recipe: then the run in its output_dir, where there is a finished one,
+    """The models of a run directory, or of a recipe: then the run in its output_dir, where there is a finished one,
     else the base alone. `adapter` and `merged` name folders to be taken instead of the run's own, or beside the base.
 
     Raises: UserError in one line.

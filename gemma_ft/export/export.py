@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
-from gemma_ft.export.card.model_card import Form as FormName
+from gemma_ft.export.form_names import FormName, GgufType
 from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
-from gemma_ft.export.gguf_file import GgufType
 from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge.certified import DTYPES
 from gemma_ft.export.metadata import ExportMetadata
@@ -100,7 +99,7 @@ def export_model(source: str, options: ExportOptions, *, observer: Observer = SI
 
 
 def upload(export: Export, *, api: Any = None) -> str:
-    """Upload what was written to where the wish says; returns its address. api: an HfApi. Raises: UserError."""
+    """Upload what was written to where the options say; returns its address. api: an HfApi. Raises: UserError."""
     assert export.options.push is not None
     names = [path.name for path in export.files]
     return push(export.form.out, names, export.options.push, public=export.options.public, api=api)
@@ -109,13 +108,16 @@ def upload(export: Export, *, api: Any = None) -> str:
 def _form(source: str, options: ExportOptions) -> Form:
     place = place_of(source)
     metadata = ExportMetadata.of(place, options.push or options.out.name, options.base_id)
-    if options.to == "gguf":
-        return GgufForm(place, metadata, options.out, options.gguf_type)
-    if options.to == "adapter":
-        if options.push is not None and options.base_id is None and Path(place.base.name).is_absolute():
-            raise UserError(
-                f"--push: the adapter's base is the local folder {place.base.name}, which nobody else has; name the "
-                "same weights on the hub with --base-id OWNER/NAME, or use --to hf"
-            )
-        return AdapterForm(place, metadata, options.out, options.base_id)
-    return HfForm(place, metadata, options.out, DTYPES[options.dtype] if options.dtype is not None else None)
+    match options.to:
+        case "gguf":
+            return GgufForm(place, metadata, options.out, options.gguf_type)
+        case "adapter":
+            if options.push is not None and options.base_id is None and Path(place.base.name).is_absolute():
+                raise UserError(
+                    f"--push: the adapter's base is the local folder {place.base.name}, which nobody else has; name "
+                    "the same weights on the hub with --base-id OWNER/NAME, or use --to hf"
+                )
+            return AdapterForm(place, metadata, options.out, options.base_id)
+        case "hf":
+            return HfForm(place, metadata, options.out, DTYPES[options.dtype] if options.dtype is not None else None)
+    assert_never(options.to)

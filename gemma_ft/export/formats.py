@@ -21,8 +21,9 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.weights import EMBEDDING, dtype_name, write_shards
 from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
+from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import chat_notes
-from gemma_ft.export.gguf_file import GgufType, gguf_library, plan_gguf, write_gguf
+from gemma_ft.export.gguf_file import gguf_library, plan_gguf, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.certificate import BeyondLimit, certify

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ from gemma_ft.build.contract import Contract
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.errors import UserError
+from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.families import FAMILIES
 from gemma_ft.model.config import GemmaNumerics
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 CONTRACT_KEY = "gemma_ft.contract"
 ELSE = "use --to hf instead"
 LARGEST_F16 = 65504.0

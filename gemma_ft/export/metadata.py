@@ -16,8 +16,9 @@ from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate
 from gemma_ft.export.card.license import License, license_of
-from gemma_ft.export.card.model_card import Card, Form
+from gemma_ft.export.card.model_card import Card
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
+from gemma_ft.export.form_names import FormName
 from gemma_ft.families import PRESETS
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.files import as_json
@@ -77,7 +78,7 @@ class ExportMetadata:
     def write(
         self,
         folder: Path,
-        form: Form,
+        form: FormName,
         *,
         file: str | None = None,
         merge: dict[str, Any] | None = None,
@@ -90,7 +91,7 @@ class ExportMetadata:
 
     def texts(
         self,
-        form: Form,
+        form: FormName,
         contract: Contract | None,
         *,
         file: str | None = None,

@@ -1,5 +1,6 @@
 """Which implementation runs for an operation, and why: one table, which the operations, a run's `kernels` line and the
-tests read.
+tests read. What is chosen before it by shape stays with the callers: a model's attention backend (model/attention.py),
+few rows or many of a linear layer (model/linear.py, adapters/frozen_linear.py), the dtype of a product (matmul.py).
 
 An operation is a file of this folder: what it computes, in plain torch, and its autograd. The table names what else
 computes it, from the fastest to plain torch, which takes whatever it is given. A module that imports Triton is named
@@ -82,7 +83,7 @@ class Implementation:
     functions: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = DTYPES
     takes: str = field(default="", kw_only=True)
-    # its backend's, at hand, for they are asked for at every operation; a name of "torch" is the reference's
+    # the backend's own, copied here because every operation asks for them; the one called "torch" is the reference
     name: str = field(init=False)
     runs: Runs = field(init=False, repr=False)
 
@@ -176,7 +177,7 @@ def implementation_of(
     """What computes an operation of these tensors, the first of which is one: the first of its implementations that
     takes them; the reference where they do not `fit` what the others promise.
 
-    `given`: what those are asked about that look at shapes and layouts (empty: the tensors).
+    `given`: the arguments of `accepts`, which looks at shapes and layouts (default: the tensors).
     """
     found = OPERATIONS[operation]
     if fits:

@@ -196,7 +196,8 @@ class AttentionChoice:
 
 
 def resolve_attention(requested: str | None, softcap: float | None) -> AttentionChoice:
-    """The one place where an attention backend is chosen: `requested` is auto (or None) or a name of BACKENDS.
+    """The attention of a model: `requested` is auto (or None) or a name of BACKENDS. What computes it, the table of
+    kernels/backend.py says.
 
     Raises: UserError for an unknown name, or a backend that cannot do the cap of this model.
     """

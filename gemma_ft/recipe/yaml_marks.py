@@ -2,7 +2,7 @@
 
 The scalars are YAML 1.2's core schema (`no`, `on`, `off` are text, `2e-4` is a number), which PyYAML's are not. The
 SafeLoader is used up to its node graph only; nodes become str, int, float, bool, None, list and dict here, so that no
-tag can construct anything. Size (build/pretrained.py), depth, aliases and the number of values are capped.
+tag can construct anything. Size (load.py), depth, aliases and the number of values are capped.
 Source: YAML 1.2.2, section 10.3 (core schema).
 """
 

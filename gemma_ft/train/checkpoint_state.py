@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, beyond the folder that holds it: weights, optimizer, place in the schedule.
 
 Nothing of it depends on the number of ranks: tensors are whole, and there is no random state, because what training
-draws is a function of the seed, the step and the micro-batch (trainer.py).
+draws is a function of the seed, the step and the micro-batch (step.py).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def shard(model: Any, source: Source | None, world: World) -> None:
         )
     native.tie_weights()
     if unfilled:
-        assert source is not None, "a hollow model has a base"
+        assert source is not None, "an unfilled model has a base"
         _fill(model, unfilled, source, world)
     _prefetch(native)
 

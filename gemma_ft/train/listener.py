@@ -17,40 +17,40 @@ ROWS_NAMED = 4
 SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
-def listener_of(course: TrainingLoop) -> Listener:
+def listener_of(loop: TrainingLoop) -> Listener:
     """What a run does with what its trainer tells."""
-    context, log = course.context, course.log
+    context, log = loop.context, loop.log
     every = context.recipe.logging.every_steps
 
     def on_step(figures: dict[str, Any]) -> None:
-        if course.trainer.skipped:
-            _not_finite(course, figures)
+        if loop.trainer.skipped:
+            _not_finite(loop, figures)
         if figures["step"] % every == 0 or figures["step"] == context.total:
             log.step(figures)
-        _show(course, figures)
+        _show(loop, figures)
 
     def on_eval(step: int, loss: float | None) -> None:
-        course.eval_loss = loss
-        figures: Figures = {"eval_loss": loss, **course.scorer.compared(loss)}
+        loop.eval_loss = loss
+        figures: Figures = {"eval_loss": loss, **loop.scorer.compared(loss)}
         log.evaluation(step, figures)
         if step < context.total:  # the last answers are those of the model that is saved
-            answers = course.scorer.sampled_answers(course.trainer.stop_now)
-            if not course.trainer.stopped:
-                log_samples(course, step, answers)
+            answers = loop.scorer.sampled_answers(loop.trainer.stop_now)
+            if not loop.trainer.stopped:
+                log_samples(loop, step, answers)
 
     return Listener(on_step, on_eval, on_fault=lambda line: context.observer.say(f"  {line}"))
 
 
-def _show(course: TrainingLoop, figures: dict[str, Any]) -> None:
+def _show(loop: TrainingLoop, figures: dict[str, Any]) -> None:
     """Tell the figures of an optimizer step."""
-    held_out = {} if course.eval_loss is None else {"eval_loss": course.eval_loss}
+    held_out = {} if loop.eval_loss is None else {"eval_loss": loop.eval_loss}
     shown = {"loss": figures["loss"], **held_out, "tokens_per_second": figures["tokens_per_second"]}
-    course.job.advance(**shown, peak_bytes=hardware.peak_memory_bytes())
+    loop.job.advance(**shown, peak_bytes=hardware.peak_memory_bytes())
 
 
-def _not_finite(course: TrainingLoop, figures: dict[str, Any]) -> None:
+def _not_finite(loop: TrainingLoop, figures: dict[str, Any]) -> None:
     """Say which rows made a step that was left out. Raises: NonFiniteError after several in a row."""
-    context, trainer = course.context, course.trainer
+    context, trainer = loop.context, loop.trainer
     wheres = [where for row in trainer.rows_of_last_step() for where in context.data.examples.wheres(row)]
     named = ", ".join(wheres[:ROWS_NAMED]) + (f" and {len(wheres) - ROWS_NAMED} more" if wheres[ROWS_NAMED:] else "")
     what = f"step {figures['step']}: loss {figures['loss']}, gradient norm {figures['grad_norm']}, over {named}"
@@ -66,7 +66,7 @@ def _not_finite(course: TrainingLoop, figures: dict[str, Any]) -> None:
     figures["skipped"] = True
 
 
-def log_samples(course: TrainingLoop, step: int, answers: Sequence[str]) -> None:
+def log_samples(loop: TrainingLoop, step: int, answers: Sequence[str]) -> None:
     """Log what the model answers at `step` to the questions that are sampled."""
-    sampled = answers[: course.context.recipe.eval.samples]
-    course.log.samples(step, sample_lines(step, course.scorer.questions, sampled))
+    sampled = answers[: loop.context.recipe.eval.samples]
+    loop.log.samples(step, sample_lines(step, loop.scorer.questions, sampled))

@@ -42,7 +42,7 @@ INPUTS = {
 SAMPLES_KEPT = 10
 
 
-def build_course(context: RunContext) -> TrainingLoop:
+def build_loop(context: RunContext) -> TrainingLoop:
     """The parts of a run, before its first step. All ranks call it. Raises: UserError where they read other rows."""
     recipe, data, world = context.recipe, context.data, context.world
     checkpoint_layers(context.model, context.checkpointing.run.checkpointed)
@@ -70,9 +70,9 @@ def build_course(context: RunContext) -> TrainingLoop:
         autocast=trainer.autocast_context,
         world=world,
     )
-    course = TrainingLoop(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
-    trainer.listener = listener_of(course)
-    return course
+    loop = TrainingLoop(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
+    trainer.listener = listener_of(loop)
+    return loop
 
 
 def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
@@ -97,13 +97,13 @@ def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
     )
 
 
-def take_up(course: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
+def take_up(loop: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
     """Go on from a checkpoint: its progress becomes this run's.
 
     Raises: UserError when rows, base or tokenizer are not those of the checkpoint, and `allow_drift` does not name
     them.
     """
-    context, progress = course.context, course.progress
+    context, progress = loop.context, loop.progress
     now = progress.extra
     vars(progress).update(load_state(checkpoint))
     before = progress.extra
@@ -127,27 +127,27 @@ def take_up(course: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] =
         before["total"] = context.total
 
 
-def go(course: TrainingLoop, checkpoint: Path | None) -> int:
+def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
     """Score, train, score again, save; the order of a run. Returns the exit code 0."""
-    context, progress, log = course.context, course.progress, course.log
+    context, progress, log = loop.context, loop.progress, loop.log
     recipe, run, world = context.recipe, context.run, context.world
     with world.phase("the start"):
         if world.main:
-            _clear_the_way(course)
+            _clear_the_way(loop)
     try:
         if checkpoint is None:
-            _score_before(course)
-        _train(course, checkpoint)
+            _score_before(loop)
+        _train(loop, checkpoint)
         if recipe.strategy == "full":  # what is scored is what is saved
             round_weights(context.model, hardware.dtype_by_name(recipe.train.precision), world)
-        after = _score(course)
-        compared = course.scorer.compared(after.loss)
+        after = _score(loop)
+        compared = loop.scorer.compared(after.loss)
         log.scores(progress.step, {**after.figures(), **compared})
-        log_samples(course, progress.step, after.answers)
+        log_samples(loop, progress.step, after.answers)
         with world.phase("the result's save"):
             encoder = context.data.encoder
             result = save_result(run, recipe, context.model, context.tokenizer, encoder, context.source, world)
-        questions = course.scorer.questions
+        questions = loop.scorer.questions
         summary = summary_of(
             progress, after=after, compared=compared, questions=questions, result=result.name, data=context.data
         )
@@ -161,9 +161,9 @@ def go(course: TrainingLoop, checkpoint: Path | None) -> int:
     return 0
 
 
-def _clear_the_way(course: TrainingLoop) -> None:
+def _clear_the_way(loop: TrainingLoop) -> None:
     """Before anything new is written: is there space, and what was measured of the weights before is not of these."""
-    context, step = course.context, course.progress.step
+    context, step = loop.context, loop.progress.step
     recipe, run = context.recipe, context.run
     wanted = recipe.checkpoint
     kept = min(wanted.keep + wanted.keep_best, context.total) + 1  # and the one that is being written
@@ -172,32 +172,32 @@ def _clear_the_way(course: TrainingLoop) -> None:
     run.cut_logs(step)
     for said_at_the_end in (run.summary, run.report, run.eval_results, run.certificate):
         said_at_the_end.unlink(missing_ok=True)
-    course.log.trackers += build_trackers(recipe, run.root, context.observer.say, done=step)
+    loop.log.trackers += build_trackers(recipe, run.root, context.observer.say, done=step)
 
 
-def _score(course: TrainingLoop) -> Score:
-    return course.scorer.score(course.trainer.held_out_batches())
+def _score(loop: TrainingLoop) -> Score:
+    return loop.scorer.score(loop.trainer.held_out_batches())
 
 
-def _score_before(course: TrainingLoop) -> None:
-    score = _score(course)
-    course.scorer.remember_base()
-    kept = max(SAMPLES_KEPT, course.context.recipe.eval.samples)
-    course.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
-    course.log.scores(0, score.figures())
-    log_samples(course, 0, score.answers)
+def _score_before(loop: TrainingLoop) -> None:
+    score = _score(loop)
+    loop.scorer.remember_base()
+    kept = max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
+    loop.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
+    loop.log.scores(0, score.figures())
+    log_samples(loop, 0, score.answers)
 
 
-def _train(course: TrainingLoop, checkpoint: Path | None) -> None:
-    context, progress = course.context, course.progress
-    with context.observer.job("train", context.total, done=progress.step) as course.job:
+def _train(loop: TrainingLoop, checkpoint: Path | None) -> None:
+    context, progress = loop.context, loop.progress
+    with context.observer.job("train", context.total, done=progress.step) as loop.job:
         if checkpoint is not None and progress.step >= context.total:
             load_weights(checkpoint, context.model)  # Trainer would take one step more
         else:
-            fit(course)
+            fit(loop)
             with context.stop.waiting():
-                _train_on(course, checkpoint)
-    if course.trainer.stopped:
+                _train_on(loop, checkpoint)
+    if loop.trainer.stopped:
         error = Stopped(
             f"stopped by {context.stop.reason or 'another rank'} after step {progress.step}; --resume goes on "
             "from its checkpoint"
@@ -206,20 +206,20 @@ def _train(course: TrainingLoop, checkpoint: Path | None) -> None:
         raise error
 
 
-def fit(course: TrainingLoop) -> None:
+def fit(loop: TrainingLoop) -> None:
     """On GPUs that hold the whole model, find out before the first step whether its longest batch fits as well."""
-    context, trainer = course.context, course.trainer
+    context, trainer = loop.context, loop.trainer
     if context.world.layout == "fsdp2" or hardware.default_device().type != "cuda":
         return
     with context.world.phase("the longest batch"):
         trainer.batch = fit_micro_batch(trainer)
     if trainer.batch != context.batch or trainer.checkpointing is not context.checkpointing:
-        _say_smaller(course, f"micro_batch_size {context.batch.micro_batch_size} does not fit")
+        _say_smaller(loop, f"micro_batch_size {context.batch.micro_batch_size} does not fit")
 
 
-def _train_on(course: TrainingLoop, checkpoint: Path | None) -> None:
+def _train_on(loop: TrainingLoop, checkpoint: Path | None) -> None:
     """Train to the end; where memory runs out, go on after the last whole step with smaller micro-batches."""
-    trainer = course.trainer
+    trainer = loop.trainer
     while True:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -229,15 +229,15 @@ def _train_on(course: TrainingLoop, checkpoint: Path | None) -> None:
         except (DataError, Stopped):  # over rows that are streamed: what was trained before them is kept
             trainer.keep_step()
             raise
-        step = course.progress.step
-        checkpoint = checkpoint_folder(course.context.run.checkpoints, step) if step else None
-        _say_smaller(course, f"ran out in step {step + 1}")
+        step = loop.progress.step
+        checkpoint = checkpoint_folder(loop.context.run.checkpoints, step) if step else None
+        _say_smaller(loop, f"ran out in step {step + 1}")
 
 
-def _say_smaller(course: TrainingLoop, what: str) -> None:
-    batch, all_layers = course.trainer.batch, course.trainer.checkpointing is not course.context.checkpointing
+def _say_smaller(loop: TrainingLoop, what: str) -> None:
+    batch, all_layers = loop.trainer.batch, loop.trainer.checkpointing is not loop.context.checkpointing
     more = "all layers recomputing their activations, " if all_layers else ""
-    course.context.observer.say(
+    loop.context.observer.say(
         f"  memory     {what}; going on with {more}micro_batch_size {batch.micro_batch_size} and "
         f"{batch.accumulation_steps} accumulations: the steps stay the same"
     )

@@ -1,4 +1,4 @@
-"""A run from recipe to tuned Gemma: what is checked, built and locked before it takes its course."""
+"""A run from recipe to tuned Gemma: what is checked, built and locked before it trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemma_ft.system.observer import SILENT, Observer
 from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.checkpoints import newest_valid
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
-from gemma_ft.train.loop import build_course, go, take_up
+from gemma_ft.train.loop import build_loop, go, take_up
 from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
@@ -122,7 +122,7 @@ def _train(
         context = RunContext(
             recipe, run, observer, finish, tokenizer, data, canary, model, source, total, batch, world, stop, chosen
         )
-        loop = build_course(context)
+        loop = build_loop(context)
         with world.phase("the search for a checkpoint"):  # by one rank: it may set damaged ones aside
             newest = newest_valid(run.checkpoints, observer.say) if mode.resume and world.main else None
         checkpoint: Path | None = world.gather(newest)[0]

@@ -1,4 +1,4 @@
-"""The outlook on a run, before it begins, in lines that a person can check."""
+"""What a run will do, before it begins, in lines that a person can check."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class StepParts:
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     seed: int
     max_grad_norm: float  # 0: gradients are not clipped
-    computing: bool = False  # gradients are, by forward and backward, in which no weight changes
+    computing: bool = False  # True during forward and backward, while no weight changes
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def forward_backward(parts: StepParts, batch: Batch, divisor: Tensor) -> tuple[T
 
 
 def micro_batch_loss(model: Any, inputs: Batch, objective: Objective, divisor: Tensor) -> tuple[Tensor, Tensor]:
-    """(what has the gradient of the objective over the divisor, the objective over the divisor) of one micro-batch.
+    """(a loss to call backward on, the value of the objective for the log) of one micro-batch, both over the divisor.
 
-    d objective = sum over tokens of d objective / d log p[t] * d log p[t]: so the head's cross-entropy, each token's
-    multiplied by minus that derivative, undivided and of either sign, has the objective's gradient. Where it needs no
-    log-probabilities it is that sum itself; else the head gives them first, without a gradient, for the derivative.
+    grad objective = Σ_t (∂objective / ∂log p[t]) · grad log p[t], and the head's loss is Σ_t w[t] · (−log p[t]):
+    with w[t] = −∂objective / ∂log p[t], undivided and of either sign, both have one gradient. Where the objective needs
+    no log-probabilities the head's loss is its value as well; else the head gives them first, without a gradient.
     """
     labels, values = inputs["labels"], []
 
@@ -119,6 +119,7 @@ def micro_batch_loss(model: Any, inputs: Batch, objective: Objective, divisor: T
         return found
 
     given = weights if objective.needs_logprobs else weights(torch.zeros_like(labels, dtype=torch.float32))
+    # num_items_in_batch: what GemmaForCausalLM._loss divides by, under transformers' name
     outputs = model(**{**inputs, "loss_weights": given}, use_cache=False, num_items_in_batch=divisor)
     value = values[0] / divisor if objective.needs_logprobs else outputs.loss
     return outputs.loss, value.detach()

@@ -161,8 +161,8 @@ class GemmaTrainer(SFTTrainer):
         return torch.autocast(self.args.device.type, dtype=self.options.autocast)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate as a pure function of the step (`schedule.py` says why not the library's), from the step on
-        that a run goes on with.
+        """The learning rate as a pure function of the step (lr_schedule.py says why not the library's), from the step
+        on that a run goes on with.
         """
         options, begun = self.options, self.progress.step
         warmup = round(options.warmup_ratio * num_training_steps)

@@ -20,14 +20,14 @@ SAMPLES_SHOWN = 3
 
 
 def evaluate_and_show(
-    subject: ModelsToCompare, options: EvalOptions, *, stdout: Console, stderr: Console
+    compared: ModelsToCompare, options: EvalOptions, *, stdout: Console, stderr: Console
 ) -> dict[str, Any]:
-    """Score the models of a subject, show the table, write eval.json; returns what it holds. Results go to `stdout`;
-    notes and the bar, or plain lines where there is no terminal, to `stderr`.
+    """Score the models that are compared, show the table, write eval.json; returns what it holds. Results go to
+    `stdout`; notes and the bar, or plain lines where there is no terminal, to `stderr`.
 
     Raises: UserError in one line; then nothing is written. DiskError after the tables.
     """
-    evaluation = evaluate_models(subject, options, observer=ConsoleObserver(stderr))
+    evaluation = evaluate_models(compared, options, observer=ConsoleObserver(stderr))
     show_results(stdout, evaluation.results)
     evaluation.write()
     where = evaluation.out if evaluation.out is not None else "not written; --out FILE keeps them"

@@ -13,7 +13,7 @@ from gemma_ft.ui.progress import ConsoleObserver, say
 
 
 def export_and_show(
-    source: str, wish: ExportOptions, *, dry_run: bool = False, console: Console | None = None, api: Any = None
+    source: str, options: ExportOptions, *, dry_run: bool = False, console: Console | None = None, api: Any = None
 ) -> None:
     """Write a model in another form and upload it when asked, and print what is done; `dry_run`: only print it.
 
@@ -21,15 +21,15 @@ def export_and_show(
     """
     console = console or Console()
     if dry_run:
-        export = plan_export(source, wish)
-        say(console, f"export {source} to {wish.out}, dry run: nothing is written or sent")
+        export = plan_export(source, options)
+        say(console, f"export {source} to {options.out}, dry run: nothing is written or sent")
         show_steps(console, export)
     else:
-        export = export_model(source, wish, observer=ConsoleObserver(console))
+        export = export_model(source, options, observer=ConsoleObserver(console))
         show_files(console, export)
     for note in export.form.notes():
         say(console, f"note: {note}")
-    if wish.push is not None and not dry_run:
+    if options.push is not None and not dry_run:
         say(console, f"uploaded to {upload(export, api=api)} ({export.visibility})")
 
 

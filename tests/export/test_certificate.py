@@ -118,7 +118,7 @@ def test_the_dequantized_float32_merge_of_nf4_is_exact_and_the_original_is_not(b
     source, merged = Source(str(base), None), merged_weights(place)
     quantized = wrap(load_base(source, dtype=torch.float32, quantize="nf4").eval())
     plain = load_base(source, dtype=torch.float32).eval()
-    alone = distance(quantized, plain, certificate_prompts(merged, 2).probes, without=True)
+    alone = distance(quantized, plain, certificate_prompts(merged, 2).prompts, without=True)
     assert found["compared"]["base"] == vars(alone)
 
 
@@ -224,11 +224,11 @@ def test_what_is_not_served_is_not_certified(base: Path, tmp_path: Path) -> None
 def test_probes_are_the_answers_of_held_out_rows(base: Path, tmp_path: Path) -> None:
     merged = merged_weights(place_of(run_of(tmp_path, base, "strategy=lora")))
     found = certificate_prompts(merged, 3)
-    assert (len(found.probes), found.source) == (3, "data/scheduling_eval.jsonl")
+    assert (len(found.prompts), found.source) == (3, "data/scheduling_eval.jsonl")
     tokenizer = load_tokenizer(merged.place.folder)
     rows = (ROOT / "data" / "scheduling_eval.jsonl").read_text(encoding="utf-8").splitlines()
-    for probe, row in zip(found.probes, rows, strict=False):
-        answer = tokenizer.decode([probe.ids[place + 1] for place in probe.positions])
+    for prompt, row in zip(found.prompts, rows, strict=False):
+        answer = tokenizer.decode([prompt.ids[place + 1] for place in prompt.positions])
         assert answer.removesuffix("<end_of_turn>") in row.replace('\\"', '"')
         assert answer.endswith("}<end_of_turn>")
 
@@ -244,7 +244,7 @@ def test_a_long_document_is_no_more_probes_than_asked_for(base: Path, tmp_path: 
         f"data.train={tmp_path / 'long.jsonl'}",
     )
     found = certificate_prompts(merged_weights(place_of(run)), 1)
-    assert (len(found.probes), found.random) == (1, False)
+    assert (len(found.prompts), found.random) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,8 @@ def test_without_rows_random_tokens_stand_in_and_say_so(base: Path, tmp_path: Pa
     run = run_of(tmp_path, base, "strategy=lora", "data.eval=gone.jsonl")
     found = certificate_prompts(merged_weights(place_of(run)), 3)
     assert found.source.startswith("random tokens: gone.jsonl")
-    assert [len(probe.ids) for probe in found.probes] == [64] * 3
-    assert found.probes == certificate_prompts(merged_weights(place_of(run)), 3).probes
-    assert len({tuple(probe.ids) for probe in found.probes}) == 3
+    assert [len(prompt.ids) for prompt in found.prompts] == [64] * 3
+    assert found.prompts == certificate_prompts(merged_weights(place_of(run)), 3).prompts
+    assert len({tuple(prompt.ids) for prompt in found.prompts}) == 3
     (run / "recipe.yaml").unlink()
     assert certificate_prompts(merged_weights(place_of(run)), 1).source == "random tokens: the adapter lies in no run"

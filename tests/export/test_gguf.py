@@ -20,7 +20,8 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
-from gemma_ft.export.gguf_file import GgufType, check_for_llama_cpp, plan_gguf, write_gguf
+from gemma_ft.export.form_names import GgufType
+from gemma_ft.export.gguf_file import check_for_llama_cpp, plan_gguf, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights

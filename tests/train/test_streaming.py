@@ -64,7 +64,7 @@ def test_resumed_equals_uninterrupted(
     monkeypatch.setattr(Stream, "blocks", watched)
     resumed = recipe_for(*words, out="cut")
     assert figures(train(resumed, resume=True)) == expected
-    assert len(begun) == 2, "the first block, for the outlook, and where the checkpoint says"
+    assert len(begun) == 2, "the first block, for the startup lines, and where the checkpoint says"
     assert begun[1].first <= (steps - steps % 2) * 4
     assert steps == 3 or packing == "true" or begun[1].first > 0
     summaries = [json.loads((Path(r.recipe.output_dir) / "summary.json").read_text()) for r in (whole, resumed)]

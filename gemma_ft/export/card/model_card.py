@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from transformers.configuration_utils import PreTrainedConfig
@@ -16,14 +16,12 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.export.card.license import License, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
+from gemma_ft.export.form_names import FORMS, FormName
 from gemma_ft.families import FAMILIES, TINY
 from gemma_ft.recipe.load import names_of
 from gemma_ft.recipe.schema import Source
 from gemma_ft.system.shipped import locate
 
-Form = Literal["hf", "adapter", "gguf"]
-LIBRARIES: dict[Form, str] = {"hf": "transformers", "adapter": "peft", "gguf": "gguf"}
-RELATIONS: dict[Form, str] = {"hf": "finetune", "adapter": "adapter", "gguf": "quantized"}
 # Fields of summary.json's data, and what a reader calls them.
 COUNTS = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "trained tokens"), ("truncated", "rows cut"),
           ("dropped", "rows dropped"))  # fmt: skip
@@ -41,7 +39,7 @@ class Card:
     """What a card tells of. name: a hub id, or the name of the folder; file: the GGUF file in it."""
 
     name: str
-    form: Form
+    form: FormName
     config: PreTrainedConfig
     contract: Contract | None
     terms: License
@@ -71,8 +69,8 @@ class Card:
         """What the hub reads. A base or a data set is named there only when the hub has it."""
         found: dict[str, Any] = {}
         if self.base is not None and HUB_ID.fullmatch(self.base):
-            found |= {"base_model": self.base, "base_model_relation": RELATIONS[self.form]}
-        found |= {"library_name": LIBRARIES[self.form], "pipeline_tag": "text-generation"}
+            found |= {"base_model": self.base, "base_model_relation": FORMS[self.form].relation}
+        found |= {"library_name": FORMS[self.form].library, "pipeline_tag": "text-generation"}
         if self.terms.license is not None:
             found["license"] = self.terms.license[0]
         recipe = self.record.recipe
@@ -88,12 +86,12 @@ class Card:
         base = f"`{self.base}`" if self.base else "fresh weights"
         ways = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}
         how = ways[recipe.strategy] if recipe is not None else None
-        what = {"hf": "The whole model", "adapter": "An adapter, to be put on the base", "gguf": "One GGUF file"}
+        what = FORMS[self.form].what
         revision = self.contract.revision if self.contract is not None else None
         lines = [
-            f"{what[self.form]}: {family}, tuned from {base}{f' ({how})' if how else ''} with gemma-ft."
+            f"{what}: {family}, tuned from {base}{f' ({how})' if how else ''} with gemma-ft."
             if self.contract is not None
-            else f"{what[self.form]}: {family}, {base}, written by gemma-ft.",
+            else f"{what}: {family}, {base}, written by gemma-ft.",
             f"Base revision: `{revision}`." if revision else "",
             f"{TINY} shows and tests the toolkit; it knows nothing about the world." if is_tiny(self.config) else "",
         ]
@@ -186,7 +184,7 @@ answer = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 """
-USES: dict[Form, str] = {
+USES: dict[FormName, str] = {
     "hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -68,19 +68,19 @@ class Distance:
 
 @torch.no_grad()
 def distance(
-    live: Any, merged: Any, probes: Sequence[CertificatePrompt], *, without: bool = False, on_row: Any = None
+    live: Any, merged: Any, prompts: Sequence[CertificatePrompt], *, without: bool = False, on_row: Any = None
 ) -> Distance:
-    """KL(P || Q), logit differences and agreement of two models over the probes, in float64.
+    """KL(P || Q), logit differences and agreement of two models over the prompts, in float64.
 
     `without`: P without its adapter. Raises: NonFiniteError, for `max` would let a NaN through as no difference.
     """
     kl_sum = kl_max = dlogit = largest = 0.0
     agreed = count = 0
-    for probe in probes:
+    for prompt in prompts:
         with adapter_off(live) if without else contextlib.nullcontext():
-            hidden_p = _hidden(live, probe)
-        hidden_q = _hidden(merged, probe)
-        for start in range(0, len(probe.positions), POSITIONS_AT_ONCE):
+            hidden_p = _hidden(live, prompt)
+        hidden_q = _hidden(merged, prompt)
+        for start in range(0, len(prompt.positions), POSITIONS_AT_ONCE):
             rows = slice(start, start + POSITIONS_AT_ONCE)
             with adapter_off(live) if without else contextlib.nullcontext():
                 p = _logits(live, hidden_p[rows])
@@ -108,7 +108,7 @@ def certify(
     """
     chosen = certificate_prompts(merged, prompts)
     other = merged.other_policy()
-    total, done = len(chosen.probes) * (3 if other is not None else 1), 0
+    total, done = len(chosen.prompts) * (3 if other is not None else 1), 0
 
     def on_row() -> None:
         nonlocal done
@@ -119,24 +119,24 @@ def certify(
     precision = merged.precision
     live = live_model(merged)
     model = _plain(Source(str(folder.resolve()), None), torch.promote_types(precision, merged.dtype))
-    found = distance(live, model, chosen.probes, on_row=on_row)
+    found = distance(live, model, chosen.prompts, on_row=on_row)
     beside: dict[str, Any] = {}
     alone = None
     if other is not None:
         del model
         model = _plain(merged.place.base, torch.promote_types(precision, merged.dtype))
         rows = rows_of(live)
-        if rows is not None:  # the probes may hold their tokens
+        if rows is not None:  # the prompts may hold their tokens
             model.model.added_rows = AddedRows(rows.first, rows.initial)
-        alone = distance(live, model, chosen.probes, without=True, on_row=on_row)
+        alone = distance(live, model, chosen.prompts, without=True, on_row=on_row)
         merge_into(model, other)
-        beside[other.policy] = asdict(distance(live, model, chosen.probes, on_row=on_row))
+        beside[other.policy] = asdict(distance(live, model, chosen.prompts, on_row=on_row))
         beside["base"] = asdict(alone)
     limit = limit_for(merged, alone if chosen.random else None)
     value = getattr(found, limit.measure)
     certificate = {
-        "prompts": len(chosen.probes),
-        "positions": sum(len(probe.positions) for probe in chosen.probes),
+        "prompts": len(chosen.prompts),
+        "positions": sum(len(prompt.positions) for prompt in chosen.prompts),
         "rows": chosen.source,
         "live": {"quantize": merged.stored.kind if merged.stored else None, "compute": dtype_name(precision)},
         "merged": asdict(found),
@@ -198,11 +198,11 @@ def _plain(source: Source, dtype: torch.dtype) -> Any:
     return load_base(source, dtype=dtype, trainable=False).eval()
 
 
-def _hidden(model: Any, probe: CertificatePrompt) -> Tensor:
-    """Final hidden states of the probe's positions [positions, D]."""
+def _hidden(model: Any, prompt: CertificatePrompt) -> Tensor:
+    """Final hidden states of the prompt's positions [positions, D]."""
     model = native_of(model)
-    ids = torch.tensor([probe.ids], device=model.device)
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, probe.positions]
+    ids = torch.tensor([prompt.ids], device=model.device)
+    return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, prompt.positions]
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class CertificatePrompt:
 class CertificatePrompts:
     """Rows to compare two models on, where they come from, in words, and whether they are random tokens."""
 
-    probes: Sequence[CertificatePrompt]
+    prompts: Sequence[CertificatePrompt]
     source: str
     random: bool = False
 
