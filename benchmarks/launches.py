@@ -153,7 +153,7 @@ class _Kernels:
         self, logits: Tensor, targets: Tensor, weights: Tensor | None, losses: Tensor, correct: Tensor,
         cap: float | None, *, with_grad: bool,
     ) -> None:  # fmt: skip
-        with self.count.instead("triton.head_rows"):
+        with self.count.instead("triton.cross_entropy"):
             found = cross_entropy.fused_cross_entropy_reference(logits, targets, weights, cap, with_grad=with_grad)
             for one, value in zip((losses, correct, logits), found, strict=True):
                 if value is not None:

@@ -135,7 +135,7 @@ def pieces_hash(tokenizer: Any) -> str | None:
 
 def adapter_hash(folder: Path, fields: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of an adapter's weights, byte for byte, and of what its config makes of them: not of where its base
-    lies or which class was wrapped. `fields`: what its adapter_config.json says (adapters.saved.read_fields).
+    lies or which class was wrapped. `fields`: what its adapter_config.json says (adapters.adapter_config.read_fields).
 
     Raises: UserError when the weights cannot be read.
     """

@@ -28,7 +28,7 @@ class DecodeSteps:
     """Decodes slots 0 .. B - 1 of a cache with one model, whose logits are the same whether a step is recorded or not.
     Meanwhile its weights stay where they lie, and adapters are not merged; they may be switched.
 
-    `record`: what records, kernels.gpu.graph.Recorder for one (None: every step is made operation by operation).
+    `record`: what records, kernels.triton.cuda_graph.Recorder for one (None: a step is made operation by operation).
     `reason`: why nothing is recorded any more, where that was tried and failed.
     """
 

@@ -90,7 +90,7 @@ class _Ring:
 
 class Pass(Protocol):
     """One forward pass over neighbouring slots of a KVCache, as the model takes it for `past_key_values`: KVPass, or
-    fixed_pass.FixedPass.
+    static_pass.StaticPass.
 
     `tokens`: new ones of each slot, T, at most. `single`: it is one of every slot. `position_ids` [B, T]: their
     positions, -1 for padding at the end of a slot, whose keys nobody sees.

@@ -24,7 +24,7 @@ class StaticPass:
         self.tokens, self.single = 1, True
         self.slots = slice(0, slots)
         self.position_ids = starts_there[:, None]
-        self._rows_there = torch.arange(slots, device=starts_there.device)
+        self._slots_there = torch.arange(slots, device=starts_there.device)
         self._places = {limit: starts_there % limit for limit in set(cache.limits)}  # of the new tokens
 
     @property
@@ -50,5 +50,5 @@ class StaticPass:
         place = self._places[self.cache.limits[layer]]
         rings = [part[self.slots] for part in self.cache.rings[layer].parts]
         for ring, fresh in zip(rings, (key, value), strict=True):
-            ring[self._rows_there, :, place] = fresh[:, :, 0].to(ring.dtype)
+            ring[self._slots_there, :, place] = fresh[:, :, 0].to(ring.dtype)
         return rings[0].to(key.dtype), rings[1].to(value.dtype)

@@ -21,7 +21,7 @@ from gemma_ft.system.observer import SILENT
 from gemma_ft.train.heartbeat import Heartbeat
 
 Layout = Literal["one device", "ddp", "fsdp2"]
-PATIENCE = timedelta(hours=2)  # of a collective; a rank that is gone is found by Watch within seconds
+PATIENCE = timedelta(hours=2)  # of a collective; a rank that is gone is found by Heartbeat within seconds
 
 
 @dataclass
@@ -36,7 +36,7 @@ class World:
     writes: bool = True  # the first rank of its machine: it fills caches for the others
     mesh: DeviceMesh | None = None
     phase_name: str = "start"
-    _watch: Heartbeat | None = None
+    _heartbeat: Heartbeat | None = None
     _control: Any = field(default=None, repr=False)
 
     @property
@@ -61,8 +61,8 @@ class World:
     def enter(self, name: str) -> None:
         """Note what this rank is doing, for those who find it silent."""
         self.phase_name = name
-        if self._watch is not None:
-            self._watch.phase = name
+        if self._heartbeat is not None:
+            self._heartbeat.phase = name
 
     def agree(self, error: Exception | None) -> None:
         """Raise `error`, or RankError with the first fault of another rank. Every rank calls it at the same place."""
@@ -81,14 +81,14 @@ class World:
         has, which is therefore also told on a way of its own.
         """
         mine = None if error is None else (_said(error), int(getattr(error, "exit_code", 1)))
-        if mine is None or self._watch is None:
+        if mine is None or self._heartbeat is None:
             return self.gather(mine)
-        self._watch.tell(mine[0])
+        self._heartbeat.tell(mine[0])
         try:
             found = self.gather(mine)
         except RuntimeError:  # the others have gone
             return [mine]
-        self._watch.tell(None)
+        self._heartbeat.tell(None)
         return found
 
     def gather(self, value: Any) -> list[Any]:
@@ -125,8 +125,8 @@ class World:
 
     def close(self) -> None:
         """Leave the group; nothing is waited for."""
-        if self._watch is not None:
-            self._watch.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -165,7 +165,7 @@ def join_world(warn: Callable[[str], None] = SILENT.warn) -> World:
         offload=launch.offload,
         writes=launch.local_rank == 0,
         mesh=init_device_mesh(device.type, (launch.world_size,)),
-        _watch=watch,
+        _heartbeat=watch,
         _control=dist.new_group(backend="gloo", timeout=PATIENCE),
     )
     watch.start()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gemma_ft.data.encode import cache as room
+from gemma_ft.data.encode import encode_rows
 from gemma_ft.data.encode.cache import Cache, items_at
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
@@ -72,7 +73,7 @@ def test_rows_that_an_older_build_encoded_are_encoded_again(
     """Layout 4 (a3dff15) read rows otherwise (no system beside messages) and has no remarks."""
     source, cache = written(lines(4)), Cache(tmp_path / "cache", 1)
     with monkeypatch.context() as older:
-        older.setattr(room, "LAYOUT", 4)
+        older.setattr(encode_rows, "LAYOUT", 4)
         documents_of(cache, source, encoder)
     made = encodings(monkeypatch)
     documents_of(cache, source, encoder)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.lm_head import (
-    IGNORED,
     fused_head_loss,
     fused_token_logprobs,
     layered_head_loss,
     layered_token_logprobs,
     softcapped,
 )
+from gemma_ft.system.limits import IGNORE
 from tests.parity.amplified import SECOND, masked_labels, ours, token_rows
 
 WIDTH, WORDS, ADDED = 12, 37, 3
@@ -36,15 +36,15 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (torch.randn(3, 9, WIDTH, generator=draw) * (2 if dtype == torch.bfloat16 else 6)).to(dtype)
     weight, added = (torch.randn(size, WIDTH, generator=draw).to(dtype) for size in (WORDS, ADDED))
     labels = torch.randint(0, WORDS + ADDED, (3, 9), generator=draw)
-    labels[torch.rand(3, 9, generator=draw) < 0.33] = IGNORED
-    labels[2] = IGNORED  # a blank row
+    labels[torch.rand(3, 9, generator=draw) < 0.33] = IGNORE
+    labels[2] = IGNORE  # a blank row
     return hidden.requires_grad_(), weight.requires_grad_(), added.requires_grad_(), labels
 
 
 def token_weights(labels: Tensor, kind: str) -> Tensor:
     """As float32 [B, T]; what stands where nothing is labelled must not matter."""
     weights = torch.randn(labels.shape, generator=torch.Generator().manual_seed(3)) * 2
-    labelled = labels[:, 1:] != IGNORED
+    labelled = labels[:, 1:] != IGNORE
     if kind == "zero sum":
         weights[:, 1:][labelled] -= weights[:, 1:][labelled].mean()
         assert abs(float(weights[:, 1:][labelled].sum())) < 1e-5
@@ -60,7 +60,7 @@ def full_logprobs(hidden: Tensor, weight: Tensor, added: Tensor, labels: Tensor,
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     targets = labels[:, 1:]
     found = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    return F.pad(torch.where(targets == IGNORED, 0.0, found), (1, 0))
+    return F.pad(torch.where(targets == IGNORE, 0.0, found), (1, 0))
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
@@ -117,8 +117,8 @@ def test_log_probabilities_are_those_of_full_logits(
     assert not found.requires_grad
     assert near(found, full_logprobs(hidden, weight, added, labels, cap), dtype)
     assert not found[:, 0].any()
-    assert not found[:, 1:][labels[:, 1:] == IGNORED].any()
-    nothing = logprobs(hidden, torch.full_like(labels, IGNORED), chunk_rows=chunk_rows)
+    assert not found[:, 1:][labels[:, 1:] == IGNORE].any()
+    nothing = logprobs(hidden, torch.full_like(labels, IGNORE), chunk_rows=chunk_rows)
     assert nothing.shape == labels.shape
     assert not nothing.any()
 

@@ -334,7 +334,10 @@ def test_a_recipe_of_another_version_is_shown_as_it_is(finished_run: Path, tmp_p
     assert "recipe.yaml is shown as it is, for this version cannot read it: " in page.text
     assert "of_tomorrow: unknown key" in page.text
     assert "preset: gemma-tiny" in page.text
+    assert "gemma-tiny · lora" in page.text
     assert f"gemma-ft merge {run} --out {run}/merged" in page.text
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("strategy: lora", "strategy: full"))
+    assert "gemma-ft merge" not in seen(run).text
 
 
 def refusal(root: Path, out: Path) -> str:

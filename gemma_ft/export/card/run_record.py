@@ -12,15 +12,10 @@ from gemma_ft.build.place import Place
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.validate import location_keys
+from gemma_ft.system.redact import CREDENTIALS, LOCAL_FOLDERS, LOCAL_PATH, PERHAPS_A_TOKEN
 
-SECRET = re.compile(r"\b(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|wandb_)[A-Za-z0-9_-]{12,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
-CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
-# From the root, from home, from above, or from a drive; not the slashes inside an address or a relative path.
-LOCAL_PATH = re.compile(r"(?:\bfile://|(?<![\w:/.~])(?:~|\.\.|[A-Za-z]:)?)[/\\][^\s;,'\"]+")
 # Keys of a recipe, of eval.json and of merge.json whose whole value may be a path, or several, with spaces and quotes.
 PATH_KEYS = location_keys() | {"train", "eval", "rows", "folder", "name", "base"}
-# From such a beginning to the last separator: where one path with spaces ends, and another begins, cannot be told.
-LOCAL_FOLDERS = re.compile(r"(?:\bfile://|(?<![\w:/.~])(?:~[\w.-]*|\.\.|[A-Za-z]:)?)[/\\](?:.*[/\\])?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def public(value: Any, key: str | None = None) -> Any:
         return [public(entry, key) for entry in value]
     if not isinstance(value, str):
         return value
-    text = CREDENTIALS.sub("", SECRET.sub("[secret]", value))
+    text = CREDENTIALS.sub("", PERHAPS_A_TOKEN.sub("[secret]", value))
     if key in PATH_KEYS:
         text = _last_name(text) if _is_local(text) else LOCAL_FOLDERS.sub("", text)
     return LOCAL_PATH.sub(lambda path: _last_name(path[0]), text)

@@ -11,7 +11,6 @@ from typing import Any
 from gemma_ft.errors import RecipeError, UserError, first_line
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.run_files import RunFiles
-from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.yaml_marks import read_yaml
 from gemma_ft.system.units import is_figure
 
@@ -25,7 +24,7 @@ class RunFacts:
     files: RunFiles
     name: str
     recipe_text: str
-    recipe: Recipe | None  # None where it is not one of this version
+    settings: dict[str, str]  # of the recipe by dotted key, each value in one line
     summary: dict[str, Any]
     curves: dict[str, Points]  # of metrics.jsonl
     evals: dict[str, Points]  # of evals.jsonl, with the scores before and after training
@@ -38,11 +37,6 @@ class RunFacts:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return bool(self.summary)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The recipe by dotted key, each value in one line."""
-        return _flat(self.recipe.model_dump()) if self.recipe is not None else {}
 
     def figure(self, *keys: str) -> Any:
         """A value of summary.json by its path of keys; None where it is not there."""
@@ -61,13 +55,14 @@ def read_run(root: Path) -> RunFacts:
     if not files.recipe.is_file():
         raise UserError(f"{root}: holds no run: no recipe.yaml in it; name the output_dir of a training run")
     text = _text(files.recipe)
-    if read_yaml(text, files.recipe.name).faults:
+    read = read_yaml(text, files.recipe.name)
+    if read.faults:
         raise UserError(f"{files.recipe}: is no YAML; restore it from the recipe that was run")
     summary = _object(files.summary) or {}
     notes = [] if summary else ["This run has not come to its end: figures are those so far."]
-    recipe = None
+    settings = read.value
     try:
-        recipe = load_recipe(files.recipe).recipe
+        settings = load_recipe(files.recipe).recipe.model_dump()
     except RecipeError as error:
         notes.append(f"{files.recipe.name} is shown as it is, for this version cannot read it: {first_line(error)}")
     results = _object(files.eval_results)
@@ -78,7 +73,7 @@ def read_run(root: Path) -> RunFacts:
         files=files,
         name=root.resolve().name,
         recipe_text=text,
-        recipe=recipe,
+        settings=_flat(settings),
         summary=summary,
         curves=_curves(files.metrics, {"loss", "learning_rate", "grad_norm", "tokens_per_second"}),
         evals=_with_ends(evals, summary),

@@ -37,7 +37,7 @@ def write_report(root: Path, out: Path) -> Path:
     Raises: UserError when there is no run in `root`, or `out` is a file that is no report.
     """
     run = read_run(root)
-    kind = [run.recipe.model.preset, run.recipe.strategy] if run.recipe is not None else []
+    kind = [run.settings[key] for key in ("model.preset", "strategy") if key in run.settings]
     subtitle = " · ".join([*kind, str(root)])
     return write_page(out, render(f"Run {run.name}", subtitle, sections_of(run)))
 
@@ -205,7 +205,7 @@ def commands(run: RunFacts) -> str:
     root = shlex.quote(str(run.files.root))
     if not run.finished:
         return f"gemma-ft train {shlex.quote(str(run.files.recipe))} --resume"
-    whole = run.recipe is not None and run.recipe.strategy == "full"
+    whole = run.settings.get("strategy") == "full"
     merge = "" if whole else f"gemma-ft merge {root} --out {root}/merged\n"
     return (
         f"gemma-ft chat {root}\n"
