@@ -1,4 +1,4 @@
-"""The formats that rows may have, by name. data stands above: the names are read off its files, none is imported."""
+"""The formats that rows may have, by name. data is a stranger: the names are read off its files, none is imported."""
 
 from __future__ import annotations
 
