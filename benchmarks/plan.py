@@ -84,8 +84,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.attn_softcap, device="cpu"), native=True, widened=widened,
-        eval_rows=arm.rows, new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.attn_softcap, device="cpu"), own_kernels=True,
+        widened=widened, eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}

@@ -10,7 +10,7 @@ import numpy
 
 from gemma_ft.build.sources import Described, Progress, ReadSource, chunks_of, described, items_of, read_source
 from gemma_ft.build.stream import streamed_examples
-from gemma_ft.data.conversation import Conversation, Document, Item
+from gemma_ft.data.conversation import Conversation, Item, PlainText
 from gemma_ft.data.encode.cache import items_at
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
@@ -172,7 +172,7 @@ def _parted(
     if data.eval is None and data.eval_fraction and documents.items == 1 and not documents.column("chat").any():
         (one,) = (one for one in sources if one.documents.items)
         (only,) = (item for chunk in chunks_of(one.source) for _, item in one.reading.items(chunk, BadRows()))
-        assert isinstance(only, Document), "it is no chat"
+        assert isinstance(only, PlainText), "it is no chat"
         train, tail = split_document(only, data.eval_fraction)
         documents = Documents.of(train, encoder)
         chosen = times(numpy.arange(1), one.source.repeats, documents.contents(), recipe.seed)

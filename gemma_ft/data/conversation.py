@@ -35,7 +35,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Document:
+class PlainText:
     """A plain text to be continued; nothing in it is a turn. `weight`: of each of its tokens in the loss; `unread`: the
     row's fields that are not in it.
     """
@@ -46,7 +46,7 @@ class Document:
     unread: tuple[str, ...] = ()
 
 
-Item = Conversation | Document
+Item = Conversation | PlainText
 
 
 def texts_of(item: Item) -> list[str]:

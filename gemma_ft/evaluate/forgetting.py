@@ -13,7 +13,7 @@ import torch
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.build.contract import sha256_of
 from gemma_ft.build.located import located_rows
-from gemma_ft.data.conversation import Conversation, Document
+from gemma_ft.data.conversation import Conversation, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import Example
 from gemma_ft.data.pack.collate import Collator
@@ -44,7 +44,7 @@ def build_forgetting_set(source: str, encoder: ChatEncoder, *, batch_size: int) 
     """
     items = parse_rows(read_rows(located_rows(source)))[:ROWS]
     encoded = encoder.encode_many([item for item in items if isinstance(item, Conversation)])
-    encoded += encoder.encode_documents([item for item in items if isinstance(item, Document)])
+    encoded += encoder.encode_documents([item for item in items if isinstance(item, PlainText)])
     examples = [_cut(one) for one in encoded if any(label != IGNORE for label in one.labels[:TOKENS])]
     if not examples:
         raise DataError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.adapters.trainable_tokens import native_of
-from gemma_ft.data.conversation import Document, Item
+from gemma_ft.data.conversation import Item, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.pack.arrange import DataStats, prepare
 from gemma_ft.data.pack.collate import Collator
@@ -54,8 +54,8 @@ def pieces_of(items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, 
     Each token of a document is counted once, with at least `window` - 1 - `stride` tokens of text before it from the
     second window on. A stride that leaves no overlap gives the chunks that training makes.
     """
-    texts = [item for item in items if isinstance(item, Document) and item.text.strip()]
-    chats = [item for item in items if not isinstance(item, Document)]
+    texts = [item for item in items if isinstance(item, PlainText) and item.text.strip()]
+    chats = [item for item in items if not isinstance(item, PlainText)]
     stats = DataStats(rows=len(items), max_seq_len=max_seq_len)
     pieces: list[Piece] = []
     if chats:

@@ -10,7 +10,7 @@ from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import FormName, GgufType
-from gemma_ft.export.formats import AdapterForm, Form, GgufForm, HfForm, Step
+from gemma_ft.export.formats import AdapterForm, ExportStep, Form, GgufForm, HfForm
 from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge.certified import DTYPES
 from gemma_ft.export.metadata import ExportMetadata
@@ -61,14 +61,14 @@ class Export:
     facts: dict[str, Any] | None = None  # of its merge, where there was one
 
     @property
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ExportStep]:
         """What is done for it: the files that are written, and their upload."""
         steps = self.form.steps()
         if self.options.push is None:
             return list(steps)
         sizes = [size for step in steps for size in step.files.values()]
         total = byte_size(sum(size or 0 for size in sizes), None, ".1f")
-        upload = Step(f"upload {len(sizes)} files, {total}, to {self.options.push} ({self.visibility})", {})
+        upload = ExportStep(f"upload {len(sizes)} files, {total}, to {self.options.push} ({self.visibility})", {})
         return [*steps, upload]
 
     @property

@@ -40,7 +40,7 @@ Bar = Callable[[str], Callable[[int, int], None]]  # what is being done -> a cal
 
 
 @dataclass(frozen=True)
-class Step:
+class ExportStep:
     """Something an export does, and the files that come of it with their bytes (None: not known before)."""
 
     what: str
@@ -52,7 +52,7 @@ class Form(Protocol):
 
     out: Path
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ExportStep]:
         """What `write` would do."""
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
@@ -70,16 +70,23 @@ class HfForm:
         self.weights = weights_of(place, dtype)
         check_out(out, self.weights.bytes)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ExportStep]:
         one_file = self.weights.bytes <= MAX_SHARD_BYTES
         file = "model.safetensors" if one_file else "model-*-of-*.safetensors"
         base, adapter = Path(self.place.base.name).name, self.place.adapter
         steps = [
-            Step(f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}",
-                 {file: self.weights.bytes}),
-            Step("write what lies beside them", {**_sizes_of(self._beside), **({FACTS: None} if adapter else {})}),
-        ]  # fmt: skip
-        return [*steps, *([Step(f"compare with the live model on {PROMPTS} held-out rows", {})] if adapter else [])]
+            ExportStep(
+                f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}",
+                {file: self.weights.bytes},
+            ),
+            ExportStep(
+                "write what lies beside them", {**_sizes_of(self._beside), **({FACTS: None} if adapter else {})}
+            ),
+        ]
+        return [
+            *steps,
+            *([ExportStep(f"compare with the live model on {PROMPTS} held-out rows", {})] if adapter else []),
+        ]
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
         if self.place.adapter is None:
@@ -138,9 +145,9 @@ class AdapterForm:
         self.bytes = (self.adapter.folder / ADAPTER_WEIGHTS).stat().st_size
         check_out(out, self.bytes)
 
-    def steps(self) -> list[Step]:
-        copied = Step(f"copy {self.adapter.folder}", {ADAPTER_WEIGHTS: self.bytes})
-        return [copied, Step("write what lies beside it", _sizes_of(self._beside))]
+    def steps(self) -> list[ExportStep]:
+        copied = ExportStep(f"copy {self.adapter.folder}", {ADAPTER_WEIGHTS: self.bytes})
+        return [copied, ExportStep("write what lies beside it", _sizes_of(self._beside))]
 
     def write(self, bar: Bar) -> dict[str, Any] | None:
         commit_model_folder(self.out, self._write)
@@ -188,11 +195,11 @@ class GgufForm:
         if taken:
             check_out(out.parent / self.modelfile, 0)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ExportStep]:
         what = f"merge {self.place.adapter} into" if self.place.adapter else "convert"
         return [
-            Step(f"{what} {Path(self.place.base.name).name} as {self.plan.kind}", {self.file: self.plan.bytes}),
-            Step(
+            ExportStep(f"{what} {Path(self.place.base.name).name} as {self.plan.kind}", {self.file: self.plan.bytes}),
+            ExportStep(
                 "write what lies beside it", {name: len(text.encode()) for name, text in sorted(self._texts().items())}
             ),
         ]

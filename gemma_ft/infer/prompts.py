@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.conversation import Conversation, Document, Turn, text_fault
+from gemma_ft.data.conversation import Conversation, PlainText, Turn, text_fault
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import BESIDE, FieldError, fill_value
@@ -65,7 +65,7 @@ def prompts_of(
             if len(items) > 1:
                 raise FieldError(f"holds {len(items)} questions; give each a row of its own")
             item = items[0]
-            prompt = _of_document(row, item) if isinstance(item, Document) else _of_chat(row, item, system, raw)
+            prompt = _of_document(row, item) if isinstance(item, PlainText) else _of_chat(row, item, system, raw)
             prompts.append(prompt)
         except (DataError, FieldError) as fault:
             bad.add(row.where, str(fault).removeprefix(f"{row.where}: "))
@@ -89,7 +89,7 @@ def system_turns(encoder: ChatEncoder, text: str | None) -> list[Turn]:
     return [Turn("system", text)]
 
 
-def _of_document(row: Row, item: Document) -> Prompt:
+def _of_document(row: Row, item: PlainText) -> Prompt:
     if not item.text.strip():
         raise FieldError("the text is empty")
     return Prompt(row, text=item.text)

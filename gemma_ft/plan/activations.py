@@ -29,7 +29,7 @@ class Layer:
     dropout: bool = False  # in front of the adapter
     int8: bool = False
     fused: bool = False  # adapters are adapters/fused_lora.py's: they keep their input as it is
-    native: bool = False  # norms and GeGLU are C++ or Triton: they keep their inputs alone
+    own_kernels: bool = False  # norms and GeGLU are C++ or Triton: they keep their inputs alone
 
     @property
     def full(self) -> bool:
@@ -84,11 +84,12 @@ class Saved:
 
 
 SAVED = (
-    Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE, when=lambda at: not at.native),
-    Saved("the same in C++ or Triton", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.native),
+    Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
+          when=lambda at: not at.own_kernels),
+    Saved("the same in C++ or Triton", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.own_kernels),
     Saved("1 / rms of each norm", lambda at: at.shape.norms, each=WIDE),
     Saved("normed, of trained norms", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
-          when=lambda at: at.full and not at.native),
+          when=lambda at: at.full and not at.own_kernels),
     Saved("input of q, k, v", lambda at: at.shape.hidden, when=_input("q_proj", "k_proj", "v_proj")),
     Saved("the same for adapters", lambda at: at.copies("q_proj", "k_proj", "v_proj") * at.shape.hidden, each=WIDE),
     Saved("q, k rotated, v", lambda at: (at.shape.heads + 2 * at.shape.kv_heads) * at.shape.head_dim),
@@ -102,13 +103,13 @@ SAVED = (
     Saved("attention weights", lambda at: at.shape.heads * at.tokens, each=WIDE, when=_scores),
     Saved("the same in v's dtype", lambda at: at.shape.heads * at.tokens, when=lambda at: _scores(at) and not at.wide),
     Saved("input of o", lambda at: at.shape.heads * at.shape.head_dim,
-          when=lambda at: _input("o_proj")(at) and (at.attention != "sdpa" or at.int8 or at.native)),
+          when=lambda at: _input("o_proj")(at) and (at.attention != "sdpa" or at.int8 or at.own_kernels)),
     Saved("the same for adapters", lambda at: at.copies("o_proj") * at.shape.heads * at.shape.head_dim, each=WIDE,
           when=lambda at: at.attention != "sdpa" or not at.wide or at.dropout),
     Saved("input of gate, up", lambda at: at.shape.hidden, when=_input("gate_proj", "up_proj")),
     Saved("the same for adapters", lambda at: at.copies("gate_proj", "up_proj") * at.shape.hidden, each=WIDE),
     Saved("gate, up", lambda at: 2 * at.shape.ffn),
-    Saved("gelu(gate)", lambda at: at.shape.ffn, when=lambda at: not at.native),
+    Saved("gelu(gate)", lambda at: at.shape.ffn, when=lambda at: not at.own_kernels),
     Saved("input of down", lambda at: at.shape.ffn, when=_input("down_proj")),
     Saved("the same for adapters", lambda at: at.copies("down_proj") * at.shape.ffn, each=WIDE),
     Saved("A x of each adapter", lambda at: at.rank * len(at.targets), each=WIDE, when=lambda at: not at.fused),
@@ -136,4 +137,4 @@ def workspace_bytes(at: Layer) -> int:
     copies = 0 if at.full or at.wide else at.element if at.fused else WIDE
     ffn = at.shape.ffn * (2 * at.element + copies)
     scores = 3 * WIDE * at.shape.heads * at.tokens if _scores(at) else 0
-    return max(ffn, scores) + 3 * at.shape.hidden * (at.element if at.native else WIDE)
+    return max(ffn, scores) + 3 * at.shape.hidden * (at.element if at.own_kernels else WIDE)

@@ -115,7 +115,7 @@ def logit_bytes(run: Run) -> int:
     """Bytes of each logit while its loss is computed: as multiplied, wide, tanh and capped, and their exponential; in
     C++ its gradient takes its place.
     """
-    if run.native:
+    if run.own_kernels:
         return run.element
     narrow = 0 if run.element == WIDE else run.element
     return narrow + (3 if run.shape.final_softcap else 2) * WIDE
@@ -126,7 +126,7 @@ def forward_only(run: Run, rows: int, tokens: int, *, keys: int, cached: bool) -
     every score is written out.
     """
     shape, element = run.shape, run.element
-    if run.native and (run.full or run.layer.fused):
+    if run.own_kernels and (run.full or run.layer.fused):
         wide, parts_of_ffn = element, 3 * element
     else:  # wide copies of norms and adapters, and a product's own buffer
         wide, parts_of_ffn = WIDE, (3 * element if run.full else 2 * element + 2 * WIDE) + WIDE

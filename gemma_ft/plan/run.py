@@ -55,7 +55,7 @@ class Run:
     dropout: bool = False
     device: Device = "cuda"
     attention: Attention = "scores"
-    native: bool = False  # operations in C++ or Triton run
+    own_kernels: bool = False  # operations in C++ or Triton run
     widened: bool = False  # products in bf16 are computed in float32
     fused: bool = True  # where adapters are plain LoRA, their products are fused
     ranks: Ranks = Ranks()
@@ -104,7 +104,7 @@ class Run:
             dropout=self.dropout,
             int8=self.quantize == "int8",
             fused=self.fused and not (self.full or self.dropout or self.dora or self.quantize == "int8"),
-            native=self.native,
+            own_kernels=self.own_kernels,
         )
 
     def changed(self, **fields: Any) -> Run:
@@ -172,7 +172,7 @@ def run_of(
         dropout=bool(adapter and adapter.dropout),
         device=device,
         attention=attention_of(recipe.model.attention, softcap=shape.attn_softcap, device=device),
-        native=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
+        own_kernels=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
         widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(cpu_flags()),
         fused=environment.own_kernels_wanted(),
         ranks=ranks,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.kernels.backend import choice_of
 from gemma_ft.plan import parts
 from gemma_ft.plan.fit import layers_to_checkpoint, recomputing, smallest_change
@@ -27,8 +28,7 @@ def checkpoint_layers(model: Any, count: int) -> None:
     """Have the first `count` layers of a model keep their input alone in training, and compute the rest again in
     backward; the others keep what they need. No number changes by it.
     """
-    native = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for index, layer in enumerate(native.model.layers):
+    for index, layer in enumerate(native_of(model).model.layers):
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
@@ -105,8 +105,8 @@ def _as_it_will_run(run: Run, device: torch.device) -> Run:
     def runs(operation: str) -> str:
         return choice_of(operation, device, dtype, head_dim=run.shape.head_dim).implementation.name
 
-    if run.native and runs("rms_norm") == "torch":  # there is a compiler, but it may not have built the operations
-        run = run.changed(native=False)
+    if run.own_kernels and runs("rms_norm") == "torch":  # there is a compiler, but it may not have built the operations
+        run = run.changed(own_kernels=False)
     if run.attention == "flex" and runs("attention") != "flex":
         run = run.changed(attention=without_flex(softcap=run.shape.attn_softcap))
     return run

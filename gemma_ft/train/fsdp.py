@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ft.adapters.quantize import fill_quantized, quantized
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.empty_weights import base_name, is_empty
 from gemma_ft.build.located import Source, folder_of
 from gemma_ft.build.weights import WeightFiles
@@ -36,7 +37,7 @@ def shard(model: Any, source: Source | None, world: World) -> None:
     Raises: UserError before anything is wrapped, naming the parameter that FSDP cannot move.
     """
     assert world.mesh is not None, "several ranks"
-    native = model.get_base_model() if hasattr(model, "get_base_model") else model
+    native = native_of(model)
     check_dtypes(model)
     unfilled = {name for name, parameter in model.named_parameters() if is_empty(parameter)}
     _to_meta(model)

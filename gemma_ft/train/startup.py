@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.data import BuiltData
 from gemma_ft.build.located import Source
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -35,7 +36,7 @@ def startup_lines(
     checkpointing: Checkpointing,
 ) -> list[tuple[str, str]]:
     """What is about to happen, in lines a person can check."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = native_of(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     how = {
         "full": f"all {trainable:,} weights trained",

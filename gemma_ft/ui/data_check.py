@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gemma_ft.build.data_check import check_recipe, fix_recipe, write_report
 from gemma_ft.data.check.clean import CHANGES, Copy
-from gemma_ft.data.check.findings import Finding, Place
+from gemma_ft.data.check.findings import Finding, FindingPlace
 from gemma_ft.data.check.preview_tokens import visible
 from gemma_ft.data.check.survey import Report
 from gemma_ft.data.pack.stats import unread_line
@@ -88,14 +88,14 @@ def _line(finding: Finding) -> tuple[Text, str, Text, Text]:
     what = Text.assemble(finding.kind.title, "\n", (finding.kind.advice, "dim"))
     places = [_short(place) for place in finding.places[:PLACES_SHOWN]]
     if finding.kind.name == "bad_row":  # what is wrong with them stands below
-        places = [_short(Place(place.where)) for place in finding.places[:PLACES_SHOWN]]
+        places = [_short(FindingPlace(place.where)) for place in finding.places[:PLACES_SHOWN]]
     return Text(finding.severity, STYLES[finding.severity]), f"{finding.count:,}", what, Text("\n".join(places))
 
 
-def _short(place: Place) -> str:
+def _short(place: FindingPlace) -> str:
     """Without folders: the report has them."""
     where, twin = (whole.rpartition("/")[2] for whole in (place.where, place.twin))
-    return visible(str(Place(where, place.detail, twin)))
+    return visible(str(FindingPlace(where, place.detail, twin)))
 
 
 def _say(console: Console, text: str) -> None:

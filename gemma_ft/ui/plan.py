@@ -148,7 +148,7 @@ def _defaults(name: str) -> list[tuple[str, Run]]:
     attention = attention_of("auto", softcap=shape.attn_softcap, device="cuda")
     own = environment.own_kernels_wanted()
     plain = Run(
-        shape=shape, strategy="lora", micro_batch_size=1, tokens=2048, attention=attention, native=own, fused=own,
+        shape=shape, strategy="lora", micro_batch_size=1, tokens=2048, attention=attention, own_kernels=own, fused=own,
         eval_rows=1,
     )  # fmt: skip
     return [

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 
 AWKWARD = (
     "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<0x0A>", "<unused0>", "model\n",
@@ -27,4 +27,4 @@ def conversations(draw: st.DrawFn, content: st.SearchStrategy[str] = texts, syst
     return Conversation("x:1", tuple(turns))
 
 
-documents = st.builds(Document, st.just("d:1"), texts)
+documents = st.builds(PlainText, st.just("d:1"), texts)

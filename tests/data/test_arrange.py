@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import TooLong, prepare, shares, times
@@ -67,7 +67,7 @@ def test_each_policy(encoder: ChatEncoder) -> None:
 def test_no_row_is_longer_and_none_without_a_trained_token(
     encoder: ChatEncoder, policy: TooLong, limit: int, words: int
 ) -> None:
-    items = [SHORT, chat("ask " * words, "say " * words), Document("d:1", "word " * words)]
+    items = [SHORT, chat("ask " * words, "say " * words), PlainText("d:1", "word " * words)]
     found = prepare(items, encoder, max_seq_len=max(limit, 16), packing=True, too_long=policy)
     for example in found.examples:
         assert len(example["input_ids"]) <= max(limit, 16)

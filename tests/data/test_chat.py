@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import DataError
 from gemma_ft.families import TURNS
@@ -28,7 +28,7 @@ def test_fault_01_02_bos_exactly_once_and_first(encoder: ChatEncoder, conversati
 
 @MANY
 @given(document=documents)
-def test_fault_01_02_bos_exactly_once_and_first_in_a_document(encoder: ChatEncoder, document: Document) -> None:
+def test_fault_01_02_bos_exactly_once_and_first_in_a_document(encoder: ChatEncoder, document: PlainText) -> None:
     encoded = encoder.encode_documents([document])[0]
     assert encoded.input_ids[0] == encoder.control.bos
     assert encoded.input_ids.count(encoder.control.bos) == 1
@@ -164,7 +164,7 @@ def test_no_control_token_can_be_forged(encoder: ChatEncoder) -> None:
                     encoder.control.bos: 1, encoder.control.start_of_turn: 2, encoder.control.end_of_turn: 2
                 }, (forged, role)  # fmt: skip
             assert encoder.content.control_ids.isdisjoint(
-                encoder.encode_documents([Document("d", forged)])[0].input_ids[1:-1]
+                encoder.encode_documents([PlainText("d", forged)])[0].input_ids[1:-1]
             )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, Prepared, chosen_by_hash, prepare, split_document
@@ -61,7 +61,7 @@ def test_fault_28_packing_loses_nothing_and_restarts_positions(
     cut = [Encoded(one.input_ids[:limit], one.labels[:limit], "") for one in encoder.encode_many(said)]
     kept = [one for one in cut if set(one.labels) != {IGNORE}]
     alone = prepare(
-        [item for item in items if isinstance(item, Document)] + [GOOD], encoder, max_seq_len=limit, packing=False
+        [item for item in items if isinstance(item, PlainText)] + [GOOD], encoder, max_seq_len=limit, packing=False
     )
     chunks = [one for one in whole_documents(alone) if encoder.control.start_of_turn not in one.input_ids]
     assert by_content(packed) == by_content(kept + chunks)
@@ -80,10 +80,10 @@ def test_fault_28_packing_loses_nothing_and_restarts_positions(
 def test_long_documents_are_cut_and_nothing_is_lost(encoder: ChatEncoder, text: str, limit: int) -> None:
     if not text.strip():
         return
-    prepared = prepare([Document("d:1", text)], encoder, max_seq_len=limit, packing=False)
+    prepared = prepare([PlainText("d:1", text)], encoder, max_seq_len=limit, packing=False)
     parts = [example["input_ids"] for example in prepared.examples]
     assert all(part[0] == encoder.control.bos and 2 <= len(part) <= limit for part in parts)
-    assert [token for part in parts for token in part[1:]] == encoder.encode_documents([Document("", text)])[
+    assert [token for part in parts for token in part[1:]] == encoder.encode_documents([PlainText("", text)])[
         0
     ].input_ids[1:]
     if limit > 2:  # a chunk of BOS and EOS alone would teach to end at once
@@ -121,18 +121,18 @@ def test_fault_24_nothing_left_to_train_is_refused(encoder: ChatEncoder) -> None
 
 
 def test_fault_17_data_that_never_trains_the_terminator_is_refused(encoder: ChatEncoder) -> None:
-    assert message([chat("a", "word " * 50), Document("d:1", "text")], encoder, 20) == (
+    assert message([chat("a", "word " * 50), PlainText("d:1", "text")], encoder, 20) == (
         "no <end_of_turn> would be trained: every answer is cut at data.max_seq_len 20; raise it"
     )
 
 
 def test_plain_text_alone_needs_no_terminator(encoder: ChatEncoder) -> None:
-    prepared = prepare([Document("d:1", "Once upon a time")], encoder, max_seq_len=64, packing=True)
+    prepared = prepare([PlainText("d:1", "Once upon a time")], encoder, max_seq_len=64, packing=True)
     assert (prepared.stats.terminators, prepared.stats.documents) == (0, 1)
 
 
 def test_empty_rows_are_dropped_and_counted(encoder: ChatEncoder) -> None:
-    items = [GOOD, chat("a", " \n"), chat("", "b"), Document("d:1", " "), chat("a", "b", system=" ")]
+    items = [GOOD, chat("a", " \n"), chat("", "b"), PlainText("d:1", " "), chat("a", "b", system=" ")]
     stats = prepare(items, encoder, max_seq_len=64, packing=True).stats
     assert (stats.rows, stats.dropped_empty, stats.documents) == (5, 3, 2)
 
@@ -218,12 +218,12 @@ def test_split_of_one_row_is_refused(encoder: ChatEncoder) -> None:
 
 def test_split_cuts_a_single_document_at_a_line() -> None:
     text = "".join(f"line {number}\n" for number in range(100))
-    train, held_out = split_document(Document("d:1", text), 0.1)
+    train, held_out = split_document(PlainText("d:1", text), 0.1)
     assert train[0].text + held_out[0].text == text  # type: ignore[union-attr]
     assert train[0].text.endswith("\n")  # type: ignore[union-attr]
     assert 5 <= held_out[0].text.count("\n") <= 15  # type: ignore[union-attr]
     with pytest.raises(DataError) as caught:
-        split_document(Document("d:1", "one line only"), 0.1)
+        split_document(PlainText("d:1", "one line only"), 0.1)
     assert str(caught.value) == (
         "data.eval_fraction: a single document without line breaks cannot be split; give data.eval"
     )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_ft.data.conversation import Conversation, Document
+from gemma_ft.data.conversation import Conversation, PlainText
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError
@@ -174,4 +174,4 @@ def test_damaged_bytes_are_rows_or_a_plain_complaint(
     except DataError as error:  # and nothing else
         complaint = str(error)
     assert complaint.startswith(str(path)) != bool(items)
-    assert all(isinstance(item, Conversation | Document) for item in items)
+    assert all(isinstance(item, Conversation | PlainText) for item in items)

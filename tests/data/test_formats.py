@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row
@@ -62,7 +62,7 @@ ONE_OF_EACH = {
         (SEED, "alpaca", "the rows have instruction, instances", [chat("a", "c"), chat("a\n\nb", "d")]),
         (PAIR, "prompt_completion", "the rows have prompt, completion", [chat("a", "b")]),
         (QUESTION, "prompt_completion", "the rows have question, answer", [chat("a", "b")]),
-        (TEXT, "text", "the rows have text", [Document("a.jsonl:1", "a")]),
+        (TEXT, "text", "the rows have text", [PlainText("a.jsonl:1", "a")]),
         (
             {"conversations": MESSAGES["messages"]},
             "messages",
@@ -108,7 +108,7 @@ def test_two_readings_are_refused() -> None:
         "a.jsonl: sharegpt (messages) and messages (conversations) fit; set data.format, or data.columns"
     )
     unread = ("instruction", "input", "output")
-    assert parse_rows(rows({**ALPACA, "text": "x"}), format="text") == [Document("a.jsonl:1", "x", unread=unread)]
+    assert parse_rows(rows({**ALPACA, "text": "x"}), format="text") == [PlainText("a.jsonl:1", "x", unread=unread)]
 
 
 def test_a_prompt_that_columns_name_is_that_of_preferences_where_half_of_the_rows_are_some() -> None:
@@ -247,7 +247,7 @@ def test_sharegpt_system_beside_the_turns() -> None:
             [chat("x", "y", system="Answer {briefly}")],
             "prompt_completion",
         ),
-        ({"text": "{title}\n\n{body}"}, {"title": "x", "body": "y"}, [Document("a.jsonl:1", "x\n\ny")], "text"),
+        ({"text": "{title}\n\n{body}"}, {"title": "x", "body": "y"}, [PlainText("a.jsonl:1", "x\n\ny")], "text"),
         ({"messages": "{dialog}"}, {"dialog": MESSAGES["messages"]}, [chat("a", "b", system="s")], "messages"),
         ({"messages": "{dialog}"}, {"dialog": SHAREGPT["conversations"]}, [chat("a", "b", "c", "d")], "sharegpt"),
         (
@@ -256,7 +256,7 @@ def test_sharegpt_system_beside_the_turns() -> None:
             [chat("a", "b", system="t")],
             "messages",
         ),
-        ({"text": "{a.b}"}, {"a.b": "x"}, [Document("a.jsonl:1", "x")], "text"),
+        ({"text": "{a.b}"}, {"a.b": "x"}, [PlainText("a.jsonl:1", "x")], "text"),
     ],
 )
 def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list[Any], name: str) -> None:

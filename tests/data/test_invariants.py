@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from gemma_ft.data.check.invariants import broken_invariants
-from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.data.pack.counts import count_pieces
@@ -19,7 +19,7 @@ ITEMS: list[Item] = [
         Conversation(f"a:{n}", (Turn("user", "Hi " * n), Turn("assistant", "Yes " * n)) * (1 + n % 3))
         for n in range(1, 12)
     ),
-    *(Document(f"b:{n}", "word " * 17 * n) for n in range(1, 5)),
+    *(PlainText(f"b:{n}", "word " * 17 * n) for n in range(1, 5)),
 ]
 
 

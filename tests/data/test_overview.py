@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from gemma_ft.data.check.overview import BINS, Overview, histogram, overview
-from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import Prepared, prepare
@@ -17,7 +17,7 @@ ITEMS: list[Item] = [
     Conversation("a.jsonl:1", (Turn("user", "Hi"), Turn("assistant", "Yes"))),
     Conversation("a.jsonl:2", (Turn("user", "Hi"), Turn("assistant", "one two " * 40))),
     Conversation("a.jsonl:3", (Turn("user", "word " * 80), Turn("assistant", "past the limit"))),
-    Document("b.txt:1", "once upon a time " * 30),
+    PlainText("b.txt:1", "once upon a time " * 30),
 ]
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gemma_ft.data.check.invariants import broken_invariants
 from gemma_ft.data.check.preview import build_preview
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
 from gemma_ft.data.pack.arrange import DataStats, Prepared, prepare
@@ -83,16 +83,16 @@ def test_nothing_in_a_row_can_command_the_terminal(encoder: ChatEncoder) -> None
 
 
 def test_bytes_of_one_character_are_shown_as_the_character(encoder: ChatEncoder) -> None:
-    encoded = encoder.encode_documents([Document("d:1", "漢字 🙂")])[0]
+    encoded = encoder.encode_documents([PlainText("d:1", "漢字 🙂")])[0]
     assert token_text(encoded.input_ids, encoded.labels, encoder).plain == "<bos>漢字 🙂<eos>"
 
 
 def test_long_documents_show_head_and_tail(encoder: ChatEncoder) -> None:
     text = "word " * 3000
-    prepared = prepare([Document("d:1", text)], encoder, max_seq_len=16384, packing=True)
+    prepared = prepare([PlainText("d:1", text)], encoder, max_seq_len=16384, packing=True)
     passed, output = shown(prepared, encoder, colours=False)
     assert passed
-    hidden = len(encoder.encode_documents([Document("d:1", text)])[0].input_ids) - 500
+    hidden = len(encoder.encode_documents([PlainText("d:1", text)])[0].input_ids) - 500
     assert f"... {hidden:,} tokens not shown ..." in output
     assert "plain text: no turns, every token is trained" in output
 
@@ -201,7 +201,7 @@ def test_of_a_cut_conversation_the_end_is_shown_and_counted(encoder: ChatEncoder
 
 
 def test_what_is_cut_off_before_or_between_is_shown_at_its_place(encoder: ChatEncoder) -> None:
-    documents = Documents.of([Document("d:1", "word " * 40)], encoder)
+    documents = Documents.of([PlainText("d:1", "word " * 40)], encoder)
     size = int(documents.column("tokens")[0])
     pieces = numpy.array([(0, 3, 10), (0, 12, size)])
     examples = Examples(documents, pieces, [[0], [1], [0]], encoder.control.bos)
@@ -225,8 +225,8 @@ def test_of_a_conversation_cut_at_the_left_the_last_lost_tokens_are_shown(encode
 
 
 def test_pieces_of_a_long_document_say_which_they_are(encoder: ChatEncoder) -> None:
-    size = len(encoder.encode_documents([Document("d:1", "word " * 40)])[0].input_ids)
-    prepared = prepare([Document("d:1", "word " * 40)], encoder, max_seq_len=32, packing=False)
+    size = len(encoder.encode_documents([PlainText("d:1", "word " * 40)])[0].input_ids)
+    prepared = prepare([PlainText("d:1", "word " * 40)], encoder, max_seq_len=32, packing=False)
     text = shown(prepared, encoder, colours=False, row_ids=["1"], rows=2)[1]
     assert f"── document 1 · d:1 · 32 tokens · 1 to 32 of {size} · ◀ asked for" in text
     assert f"── document 1 · d:1 · 32 tokens · 33 to 63 of {size} · ◀ asked for" in text
@@ -247,7 +247,7 @@ def test_the_examples_of_rows_are_shown_by_name(encoder: ChatEncoder) -> None:
 
 
 def test_one_long_document_hides_no_short_ones(encoder: ChatEncoder) -> None:
-    rows = [*(chat(f"a.jsonl:{number}", "Hi", "Yes") for number in range(200)), Document("b.txt:1", "word " * 500)]
+    rows = [*(chat(f"a.jsonl:{number}", "Hi", "Yes") for number in range(200)), PlainText("b.txt:1", "word " * 500)]
     text = shown(prepare(rows, encoder, max_seq_len=64, packing=True), encoder, colours=False)[1]
     short, long = len(encoder.encode(rows[0]).input_ids), len(encoder.encode_documents([rows[-1]])[0].input_ids)
     (line,) = (line for line in text.splitlines() if line.startswith("documents by length"))

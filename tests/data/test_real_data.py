@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from gemma_ft.data.check.invariants import broken_invariants
-from gemma_ft.data.conversation import Document
+from gemma_ft.data.conversation import PlainText
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare, split_document
 from gemma_ft.data.pack.counts import count_pieces
@@ -57,10 +57,10 @@ def test_tinyshakespeare(real_data: Find, encoder: ChatEncoder) -> None:
     prepared = prepared_file(source, encoder)
     assert prepared.stats.fill > 0.99
     (document,) = parse_rows(rows)
-    assert isinstance(document, Document)
+    assert isinstance(document, PlainText)
     train, held_out = split_document(document, 0.1)
-    assert isinstance(train[0], Document)
-    assert isinstance(held_out[0], Document)
+    assert isinstance(train[0], PlainText)
+    assert isinstance(held_out[0], PlainText)
     assert train[0].text + held_out[0].text == rows[0].fields["text"]
 
 
@@ -68,7 +68,7 @@ def test_tinyshakespeare(real_data: Find, encoder: ChatEncoder) -> None:
 def test_answers_come_back_from_their_labels(real_data: Find, encoder: ChatEncoder, name: str) -> None:
     items = parse_rows(read_rows(real_data(name)))[:100]
     for item in items:
-        assert not isinstance(item, Document)
+        assert not isinstance(item, PlainText)
         labels = [label for label in encoder.encode(item).labels if label != -100]
         answers = [turn.content.strip() for turn in item.turns if turn.role == "assistant"]
         assert encoder.tokenizer.decode(labels) == "".join(f"{answer}<end_of_turn>" for answer in answers)

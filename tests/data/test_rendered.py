@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gemma_ft.data.check.preview import build_preview
 from gemma_ft.data.check.rows import RowSource
 from gemma_ft.data.check.survey import Report, survey
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.pack.arrange import prepare
@@ -61,7 +61,7 @@ GEMMA = (
 )
 def test_rendered_text_is_recognised(text: str, template: str) -> None:
     """The turns of each template by hand; below, as the templates themselves write them."""
-    assert rendered_as(Document("a.jsonl:1", text)) == template
+    assert rendered_as(PlainText("a.jsonl:1", text)) == template
     assert rendered_as(Conversation("a.jsonl:1", (Turn("user", text), Turn("assistant", "b")))) == template
     assert rendered_as(Conversation("a.jsonl:1", (Turn("user", "a"), Turn("assistant", text)))) == template
 
@@ -84,7 +84,7 @@ def test_what_published_templates_render_is_recognised(name: str, marker: str) -
     system = [] if name == "gemma" else [{"role": "system", "content": "Be brief."}]  # it refuses them
     for turns in (chat, system + chat):
         (text,), _ = render_jinja_template([turns], chat_template=template, bos_token="<s>", eos_token="</s>")
-        template_name = rendered_as(Document("a.jsonl:1", text))
+        template_name = rendered_as(PlainText("a.jsonl:1", text))
         assert template_name is not None
         assert template_name.endswith(f" {marker}")
 
@@ -111,7 +111,7 @@ def test_what_published_templates_render_is_recognised(name: str, marker: str) -
     ],
 )
 def test_text_that_names_a_marker_is_text(text: str) -> None:
-    assert rendered_as(Document("a.jsonl:1", text)) is None
+    assert rendered_as(PlainText("a.jsonl:1", text)) is None
 
 
 def told(encoder: ChatEncoder, *rows: dict[str, Any]) -> list[str]:
@@ -145,7 +145,7 @@ def test_answers_that_end_in_a_tokens_name_are_told_where_most_do(encoder: ChatE
 
 
 def test_the_ids_stay(encoder: ChatEncoder) -> None:
-    document = Document("a.jsonl:1", GEMMA)
+    document = PlainText("a.jsonl:1", GEMMA)
     prepared = prepare([document], encoder, max_seq_len=256, packing=False)
     assert prepared.examples[0]["input_ids"] == encoder.encode_documents([document])[0].input_ids
 

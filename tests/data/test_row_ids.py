@@ -3,7 +3,7 @@
 import pytest
 
 from gemma_ft.data.check.row_ids import documents_at
-from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents, Part, table_of
 from gemma_ft.data.pack.arrange import Prepared, arrange, prepare
@@ -29,7 +29,7 @@ def one(encoder: ChatEncoder) -> Prepared:
 @pytest.fixture(scope="module")
 def several(encoder: ChatEncoder) -> Prepared:
     return prepared(
-        encoder, chat("x/a.jsonl:1"), chat("y/a.jsonl:1"), chat("b.parquet:row 1"), Document("b.parquet:row 2", "two")
+        encoder, chat("x/a.jsonl:1"), chat("y/a.jsonl:1"), chat("b.parquet:row 1"), PlainText("b.parquet:row 2", "two")
     )
 
 

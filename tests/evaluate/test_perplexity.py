@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_ft.adapters.lora import adapter_off
-from gemma_ft.data.conversation import Conversation, Document, Turn
+from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.pack.arrange import prepare
@@ -64,8 +64,8 @@ def test_a_stride_of_the_window_gives_chunks_without_a_lonely_end(tokens: int, s
 
 
 def test_every_window_begins_with_one_bos_and_counts_each_token_once(encoder: ChatEncoder) -> None:
-    found = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10)
-    whole = encoder.encode_documents([Document("a", TEXT)])[0].input_ids
+    found = pieces_of([PlainText("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10)
+    whole = encoder.encode_documents([PlainText("a", TEXT)])[0].input_ids
     counted = [label for piece in found.pieces for label in piece.labels if label != IGNORE]
     assert counted == whole[1:]
     for piece in found.pieces:
@@ -77,13 +77,13 @@ def test_every_window_begins_with_one_bos_and_counts_each_token_once(encoder: Ch
 
 
 def scored(model: GemmaForCausalLM, encoder: ChatEncoder, text: str, window: int, stride: int) -> tuple[float, float]:
-    pieces = pieces_of([Document("a", text)], encoder, max_seq_len=window, window=window, stride=stride).pieces
+    pieces = pieces_of([PlainText("a", text)], encoder, max_seq_len=window, window=window, stride=stride).pieces
     losses = piece_losses(model, pieces, pad_id=encoder.control.pad, batch_size=3, on_progress=done)
     return tuple(losses.sum(axis=0))
 
 
 def test_one_window_over_all_is_the_plain_loss(model: GemmaForCausalLM, encoder: ChatEncoder) -> None:
-    ids = torch.tensor([encoder.encode_documents([Document("a", TEXT)])[0].input_ids])
+    ids = torch.tensor([encoder.encode_documents([PlainText("a", TEXT)])[0].input_ids])
     logits = model(ids).logits[0, :-1]
     plain = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
     total, count = scored(model, encoder, TEXT, window=ids.shape[1], stride=5)
@@ -92,7 +92,7 @@ def test_one_window_over_all_is_the_plain_loss(model: GemmaForCausalLM, encoder:
 
 
 def test_a_stride_without_overlap_is_the_loss_of_training_chunks(model: GemmaForCausalLM, encoder: ChatEncoder) -> None:
-    chunks = prepare([Document("a", TEXT)], encoder, max_seq_len=32, packing=True).examples
+    chunks = prepare([PlainText("a", TEXT)], encoder, max_seq_len=32, packing=True).examples
     trained = held_out_loss(model, [Collator(encoder.control.pad)(chunks)])
     for stride in (31, 32):
         total, count = scored(model, encoder, TEXT, window=32, stride=stride)
@@ -103,8 +103,8 @@ def test_a_stride_without_overlap_is_the_loss_of_training_chunks(model: GemmaFor
 
 def test_context_is_what_a_window_says(model: GemmaForCausalLM, encoder: ChatEncoder) -> None:
     """The new tokens of the second window, scored by hand: BOS, the context, the new tokens."""
-    body = encoder.encode_documents([Document("a", TEXT)])[0].input_ids[1:]
-    pieces = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10).pieces
+    body = encoder.encode_documents([PlainText("a", TEXT)])[0].input_ids[1:]
+    pieces = pieces_of([PlainText("a", TEXT)], encoder, max_seq_len=32, window=32, stride=10).pieces
     losses = piece_losses(model, pieces, pad_id=encoder.control.pad, batch_size=4, on_progress=done)
     ids = torch.tensor([[encoder.control.bos, *body[10:41]]])
     logits = model(ids).logits[0, :-1].log_softmax(dim=-1)
@@ -142,13 +142,13 @@ def test_rows_that_are_cut_or_dropped_are_counted(encoder: ChatEncoder) -> None:
     found = pieces_of([*CHATS, long, empty], encoder, max_seq_len=40, window=40, stride=20)
     assert (found.rows, found.stats.rows, found.stats.dropped, found.stats.dropped_empty) == (5, 7, 1, 1)
     assert found.stats.truncated == 2
-    texts = pieces_of([Document("a", TEXT), Document("b", " ")], encoder, max_seq_len=40, window=40, stride=20)
+    texts = pieces_of([PlainText("a", TEXT), PlainText("b", " ")], encoder, max_seq_len=40, window=40, stride=20)
     assert (texts.rows, texts.stats.rows, texts.stats.dropped_empty) == (1, 2, 1)
 
 
 def test_a_single_document_is_resampled_by_windows(encoder: ChatEncoder) -> None:
-    one = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=16)
-    two = pieces_of([Document("a", TEXT), Document("b", TEXT)], encoder, max_seq_len=32, window=32, stride=16)
+    one = pieces_of([PlainText("a", TEXT)], encoder, max_seq_len=32, window=32, stride=16)
+    two = pieces_of([PlainText("a", TEXT), PlainText("b", TEXT)], encoder, max_seq_len=32, window=32, stride=16)
     ones = np.ones((len(one.pieces), 2))
     assert loss_rows(ones, one).shape == ones.shape
     assert loss_rows(np.ones((len(two.pieces), 2)), two).tolist() == [[len(one.pieces)] * 2] * 2
@@ -193,7 +193,7 @@ def test_a_head_that_was_trained_with_the_embedding_is_scored(module: str, encod
         return piece_losses(model, pieces, pad_id=encoder.control.pad, batch_size=2, on_progress=done)
 
     shape: dict[str, Any] = {"dtype": torch.float64, "vocab_size": 2048}
-    pieces = pieces_of([Document("a", TEXT)], encoder, max_seq_len=32, window=32, stride=16).pieces
+    pieces = pieces_of([PlainText("a", TEXT)], encoder, max_seq_len=32, window=32, stride=16).pieces
     settings = {"target_modules": ["q_proj"], "modules_to_save": [module], "ensure_weight_tying": True}
     wrapped = wrap(ours("gemma-2-2b", **shape), **settings).eval()
     on, base = loss(wrapped), loss(ours("gemma-2-2b", **shape))

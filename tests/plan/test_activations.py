@@ -95,7 +95,7 @@ def layer_of(family: str, targets: list[str], element: int, attention: str | Non
     fast = environment.own_kernels_wanted()
     fused = fast and bool(targets) and not dropout
     layer = Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
-    return replace(layer, fused=fused, native=fast)
+    return replace(layer, fused=fused, own_kernels=fast)
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])

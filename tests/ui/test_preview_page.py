@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gemma_ft.data.check.preview import Preview, build_preview
-from gemma_ft.data.conversation import Conversation, Document, Item, Turn
+from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.pack.arrange import prepare
@@ -24,7 +24,7 @@ RECIPE = Path("recipes/mine.yaml")
 ITEMS: list[Item] = [
     Conversation("a.jsonl:1", (Turn("user", "Hi"), Turn("assistant", "Yes, it is."))),
     Conversation("a.jsonl:2", (Turn("user", "Count"), Turn("assistant", "one two three " * 40))),
-    Document("b.txt:1", "once upon a time " * 3),
+    PlainText("b.txt:1", "once upon a time " * 3),
 ]
 
 
@@ -42,7 +42,7 @@ def seen(preview: Preview, tmp_path: Path) -> Seen:
 
 
 def test_what_is_not_read_is_told_beside_the_checks(encoder: ChatEncoder, tmp_path: Path) -> None:
-    found = looked(encoder, [Document("a.jsonl:1", "<|im_start|>user\nHi<|im_end|>", unread=("system",))])
+    found = looked(encoder, [PlainText("a.jsonl:1", "<|im_start|>user\nHi<|im_end|>", unread=("system",))])
     text = seen(found, tmp_path).text
     assert "✓ every example has trained tokens" in text
     assert "! not read: system in 1 row" in text
@@ -119,7 +119,7 @@ def test_faults_are_told(encoder: ChatEncoder, tmp_path: Path) -> None:
 
 
 def test_of_a_long_document_the_middle_is_left_out(encoder: ChatEncoder, tmp_path: Path) -> None:
-    items: list[Item] = [Document("d.txt:1", "word " * 3000)]
+    items: list[Item] = [PlainText("d.txt:1", "word " * 3000)]
     size = len(encoder.encode_documents([items[0]])[0].input_ids)  # type: ignore[arg-type]
     found = build_preview(prepare(items, encoder, max_seq_len=16384, packing=True), encoder)
     assert f"... {size - 1500:,} tokens not shown ..." in seen(found, tmp_path).text
@@ -144,7 +144,7 @@ def test_a_picture_says_what_its_last_bar_holds(
         return ""
 
     monkeypatch.setattr(page, "histogram_picture", drawn)
-    items = [*ITEMS[:1] * 200, Document("b.txt:1", "word " * 500)]
+    items = [*ITEMS[:1] * 200, PlainText("b.txt:1", "word " * 500)]
     size = len(encoder.encode_documents([items[-1]])[0].input_ids)  # type: ignore[arg-type]
     write_preview(looked(encoder, items), tmp_path / "out.html", recipe=RECIPE)
     assert labels[0] == f"tokens of a document, before any cut (the last bar: also 1 longer, up to {size:,})"

@@ -49,7 +49,7 @@ KINDS = (
 )
 
 
-class Place(NamedTuple):
+class FindingPlace(NamedTuple):
     """Where a row stands, and what is to be said of it there; never what the row says."""
 
     where: str
@@ -68,7 +68,7 @@ class Finding:
     kind: Kind
     severity: Severity
     count: int = 0
-    places: list[Place] = field(default_factory=list)
+    places: list[FindingPlace] = field(default_factory=list)
 
 
 class Findings:
@@ -83,7 +83,7 @@ class Findings:
         finding = self._found[name]
         finding.count += 1
         if name == "bad_row" or len(finding.places) < PLACES_KEPT:
-            finding.places.append(Place(where, detail, twin))
+            finding.places.append(FindingPlace(where, detail, twin))
 
     def drop(self, name: str) -> None:
         """Forget a kind."""

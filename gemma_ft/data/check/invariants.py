@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.pack.counts import Counts
+from gemma_ft.data.pack.counts import PieceCounts
 
 
-def broken_invariants(counts: Counts, encoder: ChatEncoder) -> list[str]:
+def broken_invariants(counts: PieceCounts, encoder: ChatEncoder) -> list[str]:
     """What is wrong with the examples whose pieces were counted, one line each: BOS not exactly once and first in a
     document, an answer whose terminator is not trained, a label that is not its own token, an example with nothing
     trained.
@@ -29,7 +29,7 @@ def broken_invariants(counts: Counts, encoder: ChatEncoder) -> list[str]:
     return faults
 
 
-def _checks(counts: Counts, encoder: ChatEncoder) -> list[tuple[Any, Callable[[int], str]]]:
+def _checks(counts: PieceCounts, encoder: ChatEncoder) -> list[tuple[Any, Callable[[int], str]]]:
     """(which pieces are wrong: bool [P], what to say of one) for each check of a piece."""
     return [
         (

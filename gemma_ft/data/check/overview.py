@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from gemma_ft.data.encode.documents import Documents
-from gemma_ft.data.pack.counts import Counts, trained_between
+from gemma_ft.data.pack.counts import PieceCounts, trained_between
 
 BINS = 24
 LONG = 2  # times the 99th percentile: what is longer shares the last bin, so that one book hides no chats
@@ -52,7 +52,7 @@ class Histogram:
     beyond: int
 
 
-def overview(documents: Documents, counts: Counts) -> Overview:
+def overview(documents: Documents, counts: PieceCounts) -> Overview:
     """The figures of pieces that are counted."""
     lengths = documents.column("tokens")
     used = numpy.unique(counts.pieces[:, 0])
@@ -87,7 +87,7 @@ def source_of(where: str) -> str:
     return where.rpartition(":")[0]
 
 
-def _sources(documents: Documents, counts: Counts, cut: Any) -> list[SourceFacts]:
+def _sources(documents: Documents, counts: PieceCounts, cut: Any) -> list[SourceFacts]:
     """In the order of their documents; one that gives nothing to train on is there, with zeros."""
     wheres = wheres_of(documents)
     names: dict[str, int] = {}

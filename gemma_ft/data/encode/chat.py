@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gemma_ft.data.conversation import Conversation, Document, Item, Turn, order_fault
+from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn, order_fault
 from gemma_ft.data.encode.chat_format import ChatFormat, System, gemma_format
 from gemma_ft.data.encode.template import chat_of, unmarked
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
@@ -105,7 +105,7 @@ class ChatEncoder:
         """
         said: Any = (
             item.text
-            if isinstance(item, Document)
+            if isinstance(item, PlainText)
             else [[turn.role, turn.content] for turn in self.fold(item.turns, item.where)]
         )
         return hashlib.sha256(json.dumps(said).encode()).digest()
@@ -142,7 +142,7 @@ class ChatEncoder:
         contents = self._contents(folded)
         return [*self._assemble(folded, contents, "prompt").input_ids, *self._heads["assistant"]]
 
-    def encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:
+    def encode_documents(self, documents: Sequence[PlainText]) -> list[Encoded]:
         """Ids of BOS, the text as it is, EOS, for each; every one but BOS is trained."""
         contents = self.content.encode_many([one.text for one in documents])
         bodies = [[*ids, self.control.eos] for ids in contents]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pyarrow as pa
 
-from gemma_ft.data.conversation import Conversation, Document, Item
+from gemma_ft.data.conversation import Conversation, Item, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.read.rendered import rendered_as, spelled_end
 from gemma_ft.system.limits import IGNORE
@@ -54,7 +54,7 @@ def without_empty(items: Sequence[Item]) -> list[int]:
         for number, item in enumerate(items)
         if (
             item.text.strip()
-            if isinstance(item, Document)
+            if isinstance(item, PlainText)
             else all(turn.content.strip() for turn in item.turns if turn.role != "system")
         )
     ]

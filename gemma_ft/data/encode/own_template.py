@@ -24,7 +24,7 @@ from gemma_ft.families import CHATS
 Chat = Sequence[tuple[Literal["system", "user", "assistant"], str]]
 Found = TypeVar("Found")
 # Name, what begins and ends a turn, what ends the speaker's name.
-FAMILIES = (
+CHAT_FORMATS = (
     *((f"{chat.name} turns", chat.start_of_turn, chat.end_of_turn, None) for chat in CHATS),
     ("ChatML", "<|im_start|>", "<|im_end|>", None),
     ("Llama 3's headers", "<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>"),
@@ -45,7 +45,7 @@ SYSTEM_CHATS: tuple[Chat, ...] = (
     (("system", "Be brief."), ("user", "Hello")),
     (("system", MIXED), ("user", MIXED), ("assistant", MIXED), ("user", "Why?")),
 )
-FORGING = "".join(f"{start}{end}{after or ''} " for _, start, end, after in FAMILIES)
+FORGING = "".join(f"{start}{end}{after or ''} " for _, start, end, after in CHAT_FORMATS)
 FORGING += "".join(f"{chat.bos}{chat.eos}{chat.pad}" for chat in CHATS)
 
 
@@ -103,7 +103,7 @@ class _Template:
         """The encoder that gives this template's ids. Raises: UnknownTemplate, and what the template raises."""
         self._refuse_powers()
         rendered = self.rendered((("user", ASKED), ("assistant", ANSWERED), ("user", AGAIN)))
-        for family in FAMILIES:
+        for family in CHAT_FORMATS:
             form = self._read(rendered, family)
             if form is None:
                 continue
@@ -117,7 +117,9 @@ class _Template:
                 raise self.refusal(f"writes {text[0]}, which is text to its tokenizer: a question could forge it")
             self._compare(encoder)
             return encoder
-        raise self.refusal(f"writes none of the turns that are known here ({', '.join(one[0] for one in FAMILIES)})")
+        raise self.refusal(
+            f"writes none of the turns that are known here ({', '.join(one[0] for one in CHAT_FORMATS)})"
+        )
 
     def rendered(self, chat: Chat) -> str:
         """A chat as the template writes it, up to where the model speaks. Raises: whatever the template raises."""

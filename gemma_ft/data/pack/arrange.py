@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy
 
-from gemma_ft.data.conversation import Document, Item
+from gemma_ft.data.conversation import Item, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import COUNTS, Documents
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
@@ -217,7 +217,7 @@ def share_of(content: str, seed: int) -> Fraction:
     return Fraction(int.from_bytes(digest[:8], "big"), 2**64)
 
 
-def split_document(document: Document, fraction: float) -> tuple[list[Item], list[Item]]:
+def split_document(document: PlainText, fraction: float) -> tuple[list[Item], list[Item]]:
     """A long document cut near its end, at a line break. Raises: DataError where it has none."""
     at = document.text.rfind("\n", 0, int(len(document.text) * (1 - fraction))) + 1
     head, tail = document.text[:at], document.text[at:]

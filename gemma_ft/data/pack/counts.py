@@ -15,7 +15,7 @@ from gemma_ft.system.limits import IGNORE
 
 
 @dataclass(frozen=True)
-class Counts:
+class PieceCounts:
     """Figures of each piece of all examples, one example after the other: arrays [P]. The BOS that stands in front of a
     piece which does not begin with its document is counted.
     """
@@ -34,7 +34,7 @@ class Counts:
     open_ends: Any  # <end_of_turn> tokens that are not trained, though the token before is
 
 
-def count_pieces(examples: Examples, control: ControlIds) -> Counts:
+def count_pieces(examples: Examples, control: ControlIds) -> PieceCounts:
     """The figures of all pieces, one part of the documents at a time: what is held for it has the size of a part."""
     pieces, example = examples.in_order()
     found: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def count_pieces(examples: Examples, control: ControlIds) -> Counts:
         for name, values in _counted(part, rows, pieces[chosen, 1], pieces[chosen, 2], control).items():
             found.setdefault(name, numpy.zeros(len(pieces), values.dtype))[chosen] = values
     place = numpy.arange(len(pieces)) - numpy.searchsorted(example, example)
-    return Counts(pieces, example, place, piece_tokens(pieces), **found)
+    return PieceCounts(pieces, example, place, piece_tokens(pieces), **found)
 
 
 def by_part(documents: Documents, numbers: Any) -> Iterator[tuple[Part, Any, Any]]:
@@ -66,7 +66,7 @@ def trained_between(documents: Documents, pieces: Any) -> Any:
 
 
 def _counted(part: Part, rows: Any, starts: Any, ends: Any, control: ControlIds) -> dict[str, Any]:
-    """All of Counts that has to be read from the tokens, of pieces of one part."""
+    """All of PieceCounts that has to be read from the tokens, of pieces of one part."""
     (ids, _), (labels, _) = part.ids, part.labels
     first, last = _bounds(part, rows, starts, ends)
     trained = labels != IGNORE

@@ -42,7 +42,7 @@ class StreamSource:
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePosition:
     """Where a source is to be read on: its repetition, its chunk, the document in it, and documents so far."""
 
     repetition: int = 0
@@ -61,7 +61,7 @@ class Cursor:
     first: int = 0  # number of its first example in the run
     rows: int = 0  # read in this pass so far
     bad: int = 0  # of them left out
-    places: tuple[Place, ...] = ()  # of the sources; none: all at their beginning
+    places: tuple[SourcePosition, ...] = ()  # of the sources; none: all at their beginning
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -70,7 +70,7 @@ class Cursor:
     @classmethod
     def from_dict(cls, said: dict[str, Any]) -> Cursor:
         """What `as_dict` gave, out of JSON."""
-        return cls(**{**said, "places": tuple(Place(**one) for one in said["places"])})
+        return cls(**{**said, "places": tuple(SourcePosition(**one) for one in said["places"])})
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Stream:
             told += [one.split] if one.split is not None else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
-    def _begin(self) -> tuple[Place, ...]:
-        return (Place(),) * len(self.sources)
+    def _begin(self) -> tuple[SourcePosition, ...]:
+        return (SourcePosition(),) * len(self.sources)
 
     def _over(self, lanes: Sequence[_Lane]) -> bool:
         return all(lane.over for lane in lanes)
@@ -198,7 +198,7 @@ class Stream:
 class _Lane:
     """One source while it is read."""
 
-    def __init__(self, source: StreamSource, place: Place) -> None:
+    def __init__(self, source: StreamSource, place: SourcePosition) -> None:
         self.source, self.place = source, place
         self._chunks: Iterator[Chunk] | None = None
         self._part: Part | None = None
@@ -215,7 +215,7 @@ class _Lane:
             if part is None or place.read == self.source.most:
                 if self.source.endless and not place.read:
                     raise DataError(f"{self.source.name}: has a weight, and no document that can be read; take it out")
-                self.place = Place(place.repetition + 1, dealt=place.dealt)
+                self.place = SourcePosition(place.repetition + 1, dealt=place.dealt)
                 self._chunks = self._part = None
                 continue
             left = len(part.table) - place.document
@@ -226,9 +226,9 @@ class _Lane:
             read, dealt = place.read + taken, place.dealt + taken
             if taken == left:
                 self._part = None
-                self.place = Place(place.repetition, place.chunk + 1, 0, read, dealt)
+                self.place = SourcePosition(place.repetition, place.chunk + 1, 0, read, dealt)
             else:
-                self.place = Place(place.repetition, place.chunk, place.document + taken, read, dealt)
+                self.place = SourcePosition(place.repetition, place.chunk, place.document + taken, read, dealt)
             count -= taken
 
     def _opened(self, bad: BadRows) -> Part | None:

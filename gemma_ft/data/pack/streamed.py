@@ -37,9 +37,9 @@ class StreamedExamples(ExampleRows):
         self.waiting: Callable[[], None] = lambda: None
         self.weighted = any("weight" in one.reading.columns for one in stream.sources)
         self.lengths = _Lengths(self)
-        self.counts = self._origin = self._read_so_far = Counts()
+        self.counts = self._origin = self._read_so_far = StreamCounts()
         self._counted = 0  # examples that `counts` are of
-        self._before: dict[int, Counts] = {}  # of what came before a block, by the number of its first example
+        self._before: dict[int, StreamCounts] = {}  # of what came before a block, by the number of its first example
         self._began = Cursor()
         self._read: Iterator[Block] = iter(())
         self._coming: Future[Block] | None = None
@@ -80,7 +80,7 @@ class StreamedExamples(ExampleRows):
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave. Raises: DataError as `Stream.blocks`, now or when more is asked for."""
-        self._began, self._origin = Cursor.from_dict(state["cursor"]), Counts.from_dict(state)
+        self._began, self._origin = Cursor.from_dict(state["cursor"]), StreamCounts.from_dict(state)
         self._counted, self.counts = self._began.first, self._origin
         self._restart(self._began, self._origin)
 
@@ -94,7 +94,7 @@ class StreamedExamples(ExampleRows):
         """How many documents that were read have 0, 1, 2, ... tokens."""
         return self.counts.lengths
 
-    def _restart(self, cursor: Cursor, before: Counts) -> None:
+    def _restart(self, cursor: Cursor, before: StreamCounts) -> None:
         self._read_so_far, self._before = before, {}
         self._coming = None  # what is on its way is read to its end, and forgotten
         self._read, self._blocks = self.stream.blocks(cursor), []
@@ -103,7 +103,7 @@ class StreamedExamples(ExampleRows):
     def _block(self, row: int) -> Block:
         if row < self._blocks[0].cursor.first:
             again = self._began.first <= row
-            self._restart(*((self._began, self._origin) if again else (Cursor(), Counts())))
+            self._restart(*((self._began, self._origin) if again else (Cursor(), StreamCounts())))
         while row >= self._blocks[-1].end:
             self._took(self._awaited(self._coming or self._ahead()))
         newest = self._blocks[-1]
@@ -151,20 +151,20 @@ class StreamedExamples(ExampleRows):
 
 
 @dataclass(frozen=True)
-class Counts:
+class StreamCounts:
     """What became of the rows that were read, and how many documents have 0, 1, 2, ... tokens."""
 
     stats: DataStats = field(default_factory=DataStats)
     lengths: Any = field(default_factory=lambda: numpy.zeros(1, numpy.int64))
 
-    def and_of(self, block: Block) -> Counts:
+    def and_of(self, block: Block) -> StreamCounts:
         """With those of a further block."""
         stats, more = replace(block.prepared.stats), block.prepared.examples.length_counts
         if self.stats.rows or self.stats.overlapping:
             stats.add(self.stats)
         size = max(len(self.lengths), len(more))
         padded = [numpy.pad(one, (0, size - len(one))) for one in (self.lengths, more)]
-        return Counts(stats, padded[0] + padded[1])
+        return StreamCounts(stats, padded[0] + padded[1])
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -172,7 +172,7 @@ class Counts:
         return {"stats": asdict(self.stats), "lengths": {str(size): int(self.lengths[size]) for size in sizes}}
 
     @classmethod
-    def from_dict(cls, said: dict[str, Any]) -> Counts:
+    def from_dict(cls, said: dict[str, Any]) -> StreamCounts:
         """What `as_dict` gave, out of JSON."""
         found = {int(size): count for size, count in said["lengths"].items()}
         lengths = numpy.zeros(max(found, default=0) + 1, numpy.int64)

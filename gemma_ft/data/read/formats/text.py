@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_ft.data.conversation import Document, Item
+from gemma_ft.data.conversation import Item, PlainText
 from gemma_ft.data.read.columns import fill_text
 from gemma_ft.data.read.fields import Fields
 from gemma_ft.data.read.row_format import Columns, Format, text_in
@@ -12,7 +12,7 @@ PLACE = 5
 
 def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
     """One document."""
-    return [Document(where, fill_text(columns["text"], fields) if "text" in columns else text_in(fields, "text"))]
+    return [PlainText(where, fill_text(columns["text"], fields) if "text" in columns else text_in(fields, "text"))]
 
 
 FORMAT = Format(
