@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -93,8 +94,16 @@ def test_a_port_in_use_and_an_address_that_is_not_here() -> None:
     assert str(caught.value) == "--host 203.0.113.9: cannot be bound: Cannot assign requested address"
 
 
+@pytest.fixture
+def heard_hangup() -> Iterator[None]:
+    """SIGHUP as a terminal leaves it: under nohup it is ignored, and then stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_a_signal_ends_it_with_its_code(number: int, code: int) -> None:
+def test_a_signal_ends_it_with_its_code(heard_hangup: None, number: int, code: int) -> None:
     """Nothing is raised again, and the handlers from before are back."""
     before = signal.getsignal(number)
     server = SignalledServer(uvicorn_config(nothing, Limits()), lambda: signal.raise_signal(number))
