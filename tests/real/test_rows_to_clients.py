@@ -65,7 +65,7 @@ def run(
     base: Path = request.getfixturevalue(family)
     config, tiny = read_config(base), PRESETS["gemma-tiny"]
     fields = {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
-    PRESETS["gemma-tiny"] = Preset(config.model_type, str(base), fields)
+    PRESETS["gemma-tiny"] = Preset(config.model_type, str(base), None, fields)
     out = tmp_path_factory.mktemp(f"{family}-{strategy}") / "run"
     words = ["sft_tiny", f"strategy={strategy}", f"model.weights={base}", f"data.train={rows}", f"data.eval={rows}",
              "eval.overlap=allow", "eval.generate_rows=0", "eval.samples=0", "eval.canary=null", "data.max_seq_len=256",
