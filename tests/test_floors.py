@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: who imports whom, how long a file is, what may not be called."""
 
 import ast
+import fnmatch
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,3 +277,11 @@ def test_cli_modules_import_nothing_heavy_at_their_top(path: Path) -> None:
 def test_no_vague_room_names() -> None:
     for path in FILES:
         assert not set(path.stem.split("_")) & {"utils", "util", "helpers", "helper", "common", "manager"}, name(path)
+
+
+def test_no_test_lies_where_nobody_looks(pytestconfig: pytest.Config) -> None:
+    """pytest does not go into folders of some names."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    tests = Path(__file__).resolve().parent
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert [str(f) for f in folders for part in f.parts if any(fnmatch.fnmatch(part, one) for one in passed_over)] == []

@@ -18,7 +18,7 @@ from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.families import SYSTEM_POLICIES, TURNS, SystemPolicy
 
-TINY = Path(__file__).resolve().parents[1] / "data" / "gemma-tiny"
+TINY = Path(__file__).resolve().parents[2] / "data" / "gemma-tiny"
 
 
 def saved(folder: Path, policy: SystemPolicy = "fold", **facts: object) -> Contract:

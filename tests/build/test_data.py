@@ -15,7 +15,7 @@ from gemma_ft.build.inputs import build_tokenizer, inputs_of
 from gemma_ft.errors import DataError, RecipeError
 from gemma_ft.recipe.load import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Build = Callable[..., BuiltData]
 BAD = '{"question": null, "answer": "x"}'
 
