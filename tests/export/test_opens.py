@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gemma_ft.build.contract import Contract
 
 # An audit hook is told of every open(), and cannot be taken off again. What libraries in Rust open it does not see, nor
@@ -35,6 +37,7 @@ with open(os.path.join(sys.argv[2], "opened.json"), "w") as file:
 TWICE = {"model.safetensors", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
+@pytest.mark.slow  # a process of its own
 def test_an_export_opens_each_input_file_once(finished_run: Path, tmp_path: Path) -> None:
     """To a file and to a folder."""
     adapter = finished_run / "adapter"
