@@ -33,6 +33,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "finished.lock").open("w") as lock:  # made by the worker that is first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
+            shutil.rmtree(run, ignore_errors=True)  # what a worker left half made
             _run_verbs(run)
             done.touch()
     return run

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from gemma_ft.build.weights import file_hash
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.data.encode.template import unmarked
@@ -22,6 +21,7 @@ from gemma_ft.data.encode.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
 from gemma_ft.families import SystemPolicy
 from gemma_ft.model.config import config_in, read_generation_config
+from gemma_ft.system.files import file_hash
 
 CONTRACT = "gemma_ft.json"
 ONE_BOS = "once, at the start of every sequence"

@@ -144,12 +144,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of all bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_shards(
     folder: Path,
     infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
+from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.located import Source
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate.held_out import held_out_loss
@@ -75,8 +76,8 @@ class GemmaTrainer(SFTTrainer):
         self._parts: StepParts | None = None
         self._figures: StepFigures | None = None  # of a step that nobody has heard of yet
         self._step_started = 0.0
-        tuned = hasattr(model, "get_base_model")
-        native = model.get_base_model() if tuned else model
+        native = native_of(model)
+        tuned = native is not model
         values = trainables_in_float32(model) if tuned else {}  # a whole model is not cast by SFTTrainer
         # Trainer's own word for a model that is cut already: it wraps and moves nothing of it.
         native._is_distributed_loading_by_transformers = world.layout == "fsdp2"

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.build.weights import file_hash
 from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.batch_plan import batch_plan
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import hardware
+from gemma_ft.system.files import file_hash
 
 STEPS = 3  # before the kill, and as many after it
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens")
