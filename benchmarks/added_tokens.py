@@ -28,7 +28,7 @@ def model_of(arm: str) -> Any:
     """The model of an arm in training mode, LoRA on it."""
     from peft import LoraConfig, get_peft_model
 
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
     from gemma_ft.model.added_rows import AddedRows
     from gemma_ft.model.gemma import GemmaForCausalLM
 

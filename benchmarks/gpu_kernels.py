@@ -20,7 +20,7 @@ HEADS = {"gemma-2-2b": (8, 4, 256), "gemma-2-27b": (32, 16, 128)}  # query heads
 
 def gemm(setup: Setup) -> dict[str, Any]:
     """TFLOP/s of the products of one layer and of the head, over 8192 tokens."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
 
     found = {}
     for name in setup.models:
@@ -105,7 +105,7 @@ def head(setup: Setup) -> dict[str, Any]:
     """Milliseconds and peak memory of the loss and its gradient of the hidden states, the head frozen."""
     found: dict[str, Any] = {}
     for name in setup.models:
-        from gemma_ft.families import PRESETS
+        from gemma_ft.families.records import PRESETS
 
         width, vocabulary = setup.small(PRESETS[name].config().hidden_size, 32), setup.small(256_000, 99)
         for rows in (2048, 8192):

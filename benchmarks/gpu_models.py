@@ -20,7 +20,7 @@ TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "nu
 
 def config_of(name: str, *, dry: bool) -> Any:
     """A published size; of a dry run a tiny one of its family."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
 
     preset = PRESETS[name]
     tiny = {key: value for key, value in TINY.items() if key != "sliding_window" or preset.model_type == "gemma2"}

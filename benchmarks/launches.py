@@ -223,7 +223,7 @@ class _Flex(torch.autograd.Function):
 
 def model_of(name: str, kind: str, layers: int, *, native: bool, checkpointed: bool) -> Any:
     """A tiny model of that family with adapters on all of its linear layers, as `gemma-ft train` or PEFT puts them."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
 
     config = PRESETS[name].config(**SIZES[name], num_hidden_layers=layers)
     attention = OUR_ATTENTION if native else STOCK_ATTENTION[name]

@@ -156,7 +156,7 @@ def loud_gemma_1(folder: Path) -> Path:
     """A tiny Gemma 1 (multi-query attention, N * H != D) with amplified random weights and the tiny tokenizer."""
     from gemma_ft.data.encode.tokenizer import load_tokenizer
     from gemma_ft.data.encode.tokenizer_files import save_tokenizer
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
     from gemma_ft.model.gemma import GemmaForCausalLM
 
     tokenizer = load_tokenizer(str(ROOT / "data" / "gemma-tiny"))

@@ -17,7 +17,7 @@ import torch
 from benchmarks.shared.record import write_result
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.infer.engine import Engine, Request
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.system import environment

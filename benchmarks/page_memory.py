@@ -10,7 +10,7 @@ import re
 
 from benchmarks.plan import ARMS, planned
 from benchmarks.shared.record import ROOT
-from gemma_ft.families import PUBLISHED
+from gemma_ft.families.records import PUBLISHED
 from gemma_ft.ui.plan import inference_lines, training_lines
 
 PAGE = ROOT / "docs" / "memory.md"

@@ -75,7 +75,7 @@ ARMS = {
 
 def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     """What the planner says of an arm, by part, without its overhead."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
     from gemma_ft.plan.phases import phases
     from gemma_ft.plan.run import Run, attention_of
     from gemma_ft.plan.shape import shape_of
@@ -101,7 +101,7 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
 def write_base(folder: Path, preset: str) -> None:
     """A Gemma of random weights at the scale of trained ones, in bf16."""
     from gemma_ft.data.encode.tokenizer_files import save_tokenizer
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
 
     random_gemma(PRESETS[preset].config(**FAMILIES[preset])).save_pretrained(str(folder))
     save_tokenizer(tokenizer(), folder, system_policy="fold")
@@ -208,7 +208,7 @@ def one_arm(name: str, folder: Path) -> None:
 
 def first_use() -> None:
     """A forward and a backward of next to nothing: what kernels and libraries set up once is not the model's."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
     from gemma_ft.model.gemma import GemmaForCausalLM
 
     tiny = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=256, num_hidden_layers=2)).to(torch.bfloat16)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.shared.record import ROOT, write_result
 from benchmarks.shared.turns import in_turns, paired
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.real.fetch import packages
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow  # a process for each
 SHOW_SIZE = """
 import json
 import torch
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.ui.plan import overview, preset_plan
 from gemma_ft.recipe.json_schema import json_schema

@@ -37,7 +37,7 @@ def test_a_size_a_format_and_an_objective_take_one_file() -> None:
 
 FAMILY = """
 import json
-from gemma_ft.families import PRESETS, family_of, known_families
+from gemma_ft.families.records import PRESETS, family_of, known_families
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.load import parse_recipe
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.shared.limits import flops_per_token, keys_seen
 from benchmarks.shared.turns import order, paired
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.attention import visible_keys
 
 

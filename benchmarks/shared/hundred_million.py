@@ -29,7 +29,7 @@ def random_gemma(config: Any, *, seed: int = 0) -> Any:
 
 def gemma(vocabulary: int = VOCABULARY) -> Any:
     """The config."""
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
 
     return PRESETS["gemma-2-2b"].config(vocab_size=vocabulary, **SHAPE)
 

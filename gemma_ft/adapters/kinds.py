@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_ft.families import LINEARS
+from gemma_ft.families.family import LINEARS
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names for its files
 

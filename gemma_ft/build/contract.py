@@ -19,7 +19,7 @@ from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.data.encode.template import unmarked
 from gemma_ft.data.encode.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
-from gemma_ft.families import SystemPolicy
+from gemma_ft.families.chat_template import SystemPolicy
 from gemma_ft.model.config import config_in, read_generation_config
 from gemma_ft.system.files import file_hash
 

@@ -10,7 +10,7 @@ from gemma_ft.build.located import Source, located_rows, model_source
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.data.read.files import DataFile, files_at
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.schema import Source as Rows
 from gemma_ft.system.shipped import locate

@@ -14,7 +14,7 @@ from gemma_ft.build.located import Source, pinned
 from gemma_ft.build.new_tokens import begin_rows
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.schema import Recipe

@@ -60,7 +60,7 @@ def check_weights(recipe: Recipe) -> None:
     of its preset.
     """
     from gemma_ft.build.inputs import FRESH, weights_source
-    from gemma_ft.families import PRESETS
+    from gemma_ft.families.records import PRESETS
     from gemma_ft.model.config_file import check_size
     from gemma_ft.system.shipped import locate
 

@@ -19,7 +19,7 @@ from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
 from gemma_ft.evaluate.models import BASE, ModelsToCompare, check_base, chosen_models, with_each
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.evaluate.results import Measured, Scored, differences_of, estimates_of
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
 from gemma_ft.system.files import as_json, replace_text

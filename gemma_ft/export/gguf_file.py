@@ -27,7 +27,8 @@ from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
-from gemma_ft.families import FAMILIES
+from gemma_ft.families.family import Gguf
+from gemma_ft.families.records import FAMILIES
 from gemma_ft.model.config import GemmaNumerics
 
 CONTRACT_KEY = "gemma_ft.contract"
@@ -81,7 +82,7 @@ def check_for_llama_cpp(config: PreTrainedConfig) -> None:
     Source: llama.cpp src/models/gemma.cpp and gemma2.cpp (load_arch_hparams).
     """
     numerics, family = GemmaNumerics.from_config(config), FAMILIES[config.model_type]
-    by_width = config.num_hidden_layers in family.gguf.width_scaled
+    by_width = config.num_hidden_layers in _known(config).width_scaled
     square = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
     if not math.isclose(numerics.query_scale, square**-0.5, rel_tol=1e-6):
         raise UserError(
@@ -95,6 +96,14 @@ def check_for_llama_cpp(config: PreTrainedConfig) -> None:
     if numerics.window_tokens != tuple(window if family.slides(layer) else None for layer in layers):
         these = ", ".join([str(layer) for layer in range(10) if family.slides(layer)][:3])
         raise UserError(f"config.json: layer_types: llama.cpp has a window in layers {these}, ... and no other; {ELSE}")
+
+
+def _known(config: PreTrainedConfig) -> Gguf:
+    """The model's family as llama.cpp knows it. Raises: UserError where it does not."""
+    family = FAMILIES[config.model_type]
+    if family.gguf is None:
+        raise UserError(f"config.json: llama.cpp knows no {family.label}; use --to hf")
+    return family.gguf
 
 
 def plan_gguf(weights: MergedWeights, kind: GgufType) -> GgufPlan:
@@ -112,7 +121,7 @@ def _plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTy
     Raises: UserError for a matrix whose rows q8_0 cannot cut into blocks.
     """
     gguf = gguf_library()
-    known = FAMILIES[config.model_type].gguf
+    known = _known(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[known.architecture.upper()], config.num_hidden_layers)
     planned = []
     for source, (_, shape) in weights.infos.items():
@@ -155,7 +164,7 @@ def write_gguf(
     Raises: UserError when a weight does not fit the plan's type, or is not finite.
     """
     gguf, config, tensors = gguf_library(), plan.config, plan.tensors
-    writer = gguf.GGUFWriter(str(out), FAMILIES[config.model_type].gguf.architecture)
+    writer = gguf.GGUFWriter(str(out), _known(config).architecture)
     try:
         _add_general(gguf, writer, plan.kind, name, license, contract)
         _add_hyperparameters(writer, config)
@@ -215,7 +224,7 @@ def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(numerics.rope_theta)
+    writer.add_rope_freq_base(numerics.layers[-1].rope.theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if family.attn_softcap:

@@ -20,7 +20,7 @@ from gemma_ft.data.encode.tokenizer import ControlIds
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.export.card.run_record import read_object
-from gemma_ft.families import family_of, known_families
+from gemma_ft.families.records import family_of, known_families, text_fields
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
 from gemma_ft.system.units import byte_size
@@ -112,7 +112,7 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     Raises: UserError when it is not there, or not a plain Gemma's.
     """
     path = base / "config.json"
-    fields = _json_object(path)
+    fields = dict(text_fields(_json_object(path)))
     family = family_of(fields.get("model_type"))
     if family is None:
         raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not {known_families('or')}")

@@ -19,7 +19,7 @@ from gemma_ft.export.card.license import License, license_of
 from gemma_ft.export.card.model_card import Card
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
 from gemma_ft.export.form_names import FormName
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.files import as_json
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import FAMILIES, known_families
+from gemma_ft.families.records import FAMILIES, known_families
 
 CAPPED = known_families("and", (family for family in FAMILIES.values() if family.attn_softcap))
 NO_CAP = f"attention: {{name}} cannot compute {CAPPED}'s soft-cap and would drop it; use auto, blockwise or eager"

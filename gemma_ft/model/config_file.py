@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import FAMILIES, PRESETS, family_of, known_families
+from gemma_ft.families.records import COMPOSITES, FAMILIES, PRESETS, family_of, known_families, text_fields
 
 READ_AT_MOST = 2**20  # bytes: a config.json has some thousand
+# What folders of one size say in several ways, or have made longer: none of it tells a size.
+_SPELLED_IN_SEVERAL_WAYS = ("layer_types", "rope_parameters", "vocab_size", "max_position_embeddings")
 
 
 def other_family(model_type: Any) -> str:
     """What is said of a model_type that is no Gemma of ours."""
-    return f"model_type {model_type!r} is not {known_families('or')}; supported: {', '.join(FAMILIES)}"
+    return f"model_type {model_type!r} is not {known_families('or')}; supported: {', '.join([*FAMILIES, *COMPOSITES])}"
 
 
 def check_family(folder: Path, name: str) -> None:
@@ -41,7 +43,7 @@ def check_preset(found: Mapping[str, Any], preset: str, name: str) -> None:
         return [
             f"{field} {found[field]}, not {value}"
             for field, value in expected.items()
-            if field in found and found[field] != value
+            if field in found and found[field] != value and field not in _SPELLED_IN_SEVERAL_WAYS
         ]
 
     wrong = differences(preset)
@@ -58,10 +60,10 @@ def check_size(folder: Path, preset: str, name: str) -> None:
 
 
 def _fields(folder: Path) -> dict[str, Any]:
-    """What the config.json of a folder says, or nothing where it cannot be read."""
+    """What the config.json of a folder says of its text model, or nothing where it cannot be read."""
     try:
         with (folder / "config.json").open("rb") as file:
             found = json.loads(file.read(READ_AT_MOST))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return dict(text_fields(found)) if isinstance(found, dict) else {}

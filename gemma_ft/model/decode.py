@@ -4,6 +4,7 @@ the ordinary; elsewhere its layers run as they are, one operation after the othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, G
 from gemma_ft.model.linear import is_plain
 
 
-def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -> Tensor | None:
+def decoded(model: Any, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], one: KVPass) -> Tensor | None:
     """x [B, 1, D], what the first of a GemmaModel's layers is given in a pass of single tokens -> what the last one
-    gives, the keys and values in the cache of the pass; None where the layers are to do it.
+    gives, the keys and values in the cache of the pass; None where the layers are to do it. angles: of each layer.
     """
     config = model.config
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
     fits = not asked and len(x) <= MOST_ROWS and config.head_dim % LANES == 0
+    fits = fits and not model.numerics.qk_norms and len({id(one) for one in angles}) == 1
     chosen = implementation_of("fused_decode", x, fits=fits)
     if chosen.name == "torch":
         return None
@@ -47,7 +49,7 @@ def decoded(model: Any, x: Tensor, angles: tuple[Tensor, Tensor], one: KVPass) -
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     scale, softcap = model.numerics.query_scale, model.numerics.attn_softcap
     found = chosen.run(
-        x[:, 0], kept, angles, one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap
+        x[:, 0], kept, angles[0], one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap
     )
     last: Tensor = found[:, None]
     return last
@@ -59,12 +61,10 @@ def _describe_layer(layer: Any, into: LayerDescriptor, dtype: torch.dtype) -> bo
     if (type(layer), type(attention), type(mlp)) != (GemmaDecoderLayer, GemmaAttention, GemmaMLP):
         return False
     norms: dict[str, Any] = dict.fromkeys(NORMS)
-    norms["before_attention"], second = layer.input_layernorm, layer.post_attention_layernorm
+    norms["before_attention"] = layer.input_layernorm
+    norms["before_mlp"] = getattr(layer, layer.pre_mlp_norm)
     if layer.sandwich_norms:
-        norms["after_attention"], norms["before_mlp"] = second, layer.pre_feedforward_layernorm
-        norms["after_mlp"] = layer.post_feedforward_layernorm
-    else:
-        norms["before_mlp"] = second  # what a Gemma 1 calls after the attention is before its MLP
+        norms["after_attention"], norms["after_mlp"] = layer.post_attention_layernorm, layer.post_feedforward_layernorm
     hidden, middle = attention.config.hidden_size, attention.config.intermediate_size
     queries, keys = (
         attention.head_dim * count

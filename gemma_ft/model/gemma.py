@@ -1,4 +1,4 @@
-"""The native Gemma with transformers' face: one implementation for Gemma 1 and Gemma 2, chosen by the config.
+"""The native Gemma with transformers' face: one implementation for all families, chosen by the config.
 
 Its weight names, config.json and `architectures` are transformers' own, so folders move freely between the two.
 Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabulary.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma2Config, GemmaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, VaultGemmaConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -20,15 +20,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import family_of
+from gemma_ft.families.records import FAMILIES, family_of
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
-from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, rotary_angles, wide_dtype
+from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, layer_angles, wide_dtype
 from gemma_ft.model.linear import keep_trainable, linear
 from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
+from gemma_ft.model.loading import other_parts, refuse_unfitting, text_names
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 from gemma_ft.model.static_pass import StaticPass
@@ -49,7 +50,8 @@ class GemmaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GemmaDecoderLayer"]  # noqa: RUF012 (transformers' own attribute)
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer in some older folders)
+    # a buffer in some older folders; what lies beside a text model
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", *other_parts()]  # noqa: RUF012
     _supports_sdpa = True  # whether it may run is decided by `resolve_attention`, which knows about the cap
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
@@ -117,17 +119,17 @@ class GemmaModel(GemmaPreTrainedModel):
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
             masks = masks_of(x, windows, attention_mask, document_ids, cache, seen)
-        angles = rotary_angles(position_ids, self.config.head_dim, self.numerics.rope_theta, wide_dtype(x))
+        angles = layer_angles(position_ids, self.numerics.layers, wide_dtype(x))
         if isinstance(cache, KVPass) and cache.single and not output_hidden_states:
             last = decoded(self, x, angles, cache)
             if last is not None:
                 return BaseModelOutputWithPast(self.norm(last), cache)
 
         states: list[Tensor] = []  # kept only when asked for: they would hold every layer's output in memory
-        for layer, window in zip(self.layers, windows, strict=True):
+        for layer, turned, window in zip(self.layers, angles, windows, strict=True):
             if output_hidden_states:
                 states.append(x)
-            x = layer(x, angles, masks[window], cache)
+            x = layer(x, turned, masks[window], cache)
         x = self.norm(x)
         return BaseModelOutputWithPast(x, cache, (*states, x) if output_hidden_states else None)
 
@@ -138,8 +140,8 @@ class GemmaModel(GemmaPreTrainedModel):
 
 
 class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
-    """Gemma with its tied LM head. `GemmaForCausalLM(config)` takes a GemmaConfig or a Gemma2Config; a Gemma2Config
-    gives a `Gemma2ForCausalLM`, whose name is what transformers expects under `architectures` in config.json.
+    """Gemma with its tied LM head. `GemmaForCausalLM(config)` takes the config of any family; a Gemma2Config gives a
+    `Gemma2ForCausalLM`, whose name is what transformers expects under `architectures` in config.json.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -170,12 +172,12 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         kwargs["use_safetensors"] = True  # a pickle is never opened
         loader = super(GemmaForCausalLM, _face(config, cls)).from_pretrained
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
+        composite = FAMILIES[config.model_type].composite
+        if composite is not None:
+            kwargs["key_mapping"] = text_names(composite)
         model, info = loader(name_or_path, *args, config=config, output_loading_info=True, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(kind):
-                names = sorted(_described(key) for key in info[kind])
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise UserError(f"{name_or_path}: {kind.replace('_', ' ')} in the weights: {shown}")
+        refuse_unfitting(name_or_path, info)
+        model._weight_conversions = None  # else transformers saves under names that are neither the folder's nor ours
         if model.lm_head.weight is not model.model.embed_tokens.weight:
             raise UserError(
                 f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
@@ -289,16 +291,24 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
     config_class = Gemma2Config
 
 
+class Gemma3ForCausalLM(GemmaForCausalLM):
+    """The same class under the name that config.json of a Gemma 3 text model carries."""
+
+    config_class = Gemma3TextConfig
+
+
+class VaultGemmaForCausalLM(GemmaForCausalLM):
+    """The same class under the name that config.json of a VaultGemma carries."""
+
+    config_class = VaultGemmaConfig
+
+
+FACES = {
+    face.__name__: face for face in (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, VaultGemmaForCausalLM)
+}
+
+
 def _face(config: PreTrainedConfig | None, default: type[GemmaForCausalLM]) -> type[GemmaForCausalLM]:
     """The class whose name and config class fit `config`: what is saved then names the right architecture."""
     family = family_of(getattr(config, "model_type", ""))
-    faces = {face.__name__: face for face in (GemmaForCausalLM, Gemma2ForCausalLM)}
-    return default if family is None else faces[family.architecture]
-
-
-def _described(key: str | tuple[str, torch.Size, torch.Size]) -> str:
-    """A weight's name; of one that does not fit also its shape in the file, and the shape that config.json asks for."""
-    if isinstance(key, str):
-        return key
-    name, found, expected = key
-    return f"{name} is {list(found)}, config.json asks for {list(expected)}"
+    return default if family is None else FACES[family.architecture]

@@ -6,13 +6,15 @@ feed-forward. "wide" is float32 or wider: nothing is ever narrowed, so the laws 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gemma_ft.families import LayerKind
+from gemma_ft.families.family import LayerKind, Rope
 from gemma_ft.kernels.geglu import geglu
 from gemma_ft.kernels.rms_norm import rms_norm
 from gemma_ft.kernels.rotary import rotate
@@ -72,16 +74,24 @@ class GemmaScaledEmbedding(nn.Embedding):
         return rows.to(scale.dtype) * scale
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_angles(position_ids: Tensor, head_dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Position ids [B, T] -> (cos, sin), each [B, 1, T, H] in `dtype` (float32 or wider: angles never pass through
     bf16).
 
-    Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch.
+    Source: arXiv:2104.09864 eq. 15, half-split layout of google/gemma_pytorch; a factor divides the frequencies, as
+    transformers' rope_type "linear" (modeling_rope_utils.py).
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
-    angles = position_ids[..., None].to(dtype) * theta**-exponent  # [B, T, H/2]
+    angles = position_ids[..., None].to(dtype) * (rope.theta**-exponent / rope.factor)  # [B, T, H/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, H]
     return angles.cos(), angles.sin()
+
+
+def layer_angles(position_ids: Tensor, layers: Sequence[LayerKind], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The `rotary_angles` of each layer; layers of one kind share theirs."""
+    kinds = {(kind.rope, kind.head_dim) for kind in layers}
+    angles = {(rope, head_dim): rotary_angles(position_ids, head_dim, rope, dtype) for rope, head_dim in kinds}
+    return [angles[kind.rope, kind.head_dim] for kind in layers]
 
 
 class GemmaMLP(nn.Module):
@@ -114,15 +124,19 @@ class GemmaAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kind.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kind.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps) if numerics.qk_norms else None
+        self.k_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps) if numerics.qk_norms else None
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visible: AttentionMask, cache: Cache | Pass | None = None
     ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
-            linear(proj, x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, N or K, T, H]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            linear(proj, x).view(batch, tokens, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (one.transpose(1, 2) for one in (query, key, value))  # [B, N or K, T, H]
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # [B, K, S, H]
@@ -141,8 +155,8 @@ class GemmaAttention(nn.Module):
 class GemmaDecoderLayer(GradientCheckpointingLayer):
     """One layer: attention and MLP, each with its residual. [B, T, D] -> [B, T, D].
 
-    Gemma 1 normalizes what goes into attention and MLP (its post_attention_layernorm is the MLP's input norm); Gemma 2
-    also normalizes what comes out of them, with four norms in all. Source: arXiv:2408.00118 section 2.
+    Gemma 1 and VaultGemma normalize what goes into attention and MLP (Gemma 1's post_attention_layernorm is the MLP's
+    input norm); Gemma 2 and 3 also what comes out of them, with four norms in all. Source: arXiv:2408.00118 section 2.
     """
 
     def __init__(self, config: PreTrainedConfig, numerics: GemmaNumerics, layer_idx: int) -> None:
@@ -150,11 +164,10 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = GemmaAttention(config, numerics, layer_idx)
         self.mlp = GemmaMLP(config, numerics.layers[layer_idx])
         self.sandwich_norms = numerics.sandwich_norms
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        if self.sandwich_norms:
-            self.pre_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_mlp_norm = numerics.pre_mlp_norm
+        after = ("post_attention_layernorm", "post_feedforward_layernorm") if self.sandwich_norms else ()
+        for name in dict.fromkeys(("input_layernorm", *after, self.pre_mlp_norm)):
+            self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], visible: AttentionMask, cache: Cache | Pass | None = None
@@ -162,6 +175,6 @@ class GemmaDecoderLayer(GradientCheckpointingLayer):
         attended = self.self_attn(self.input_layernorm(x), angles, visible, cache)
         if not self.sandwich_norms:
             x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return x + self.mlp(getattr(self, self.pre_mlp_norm)(x))
         x = self.post_attention_layernorm(attended, x)
         return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), x)

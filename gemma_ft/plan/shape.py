@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import FAMILIES, LINEARS, PRESETS, family_of, known_families
+from gemma_ft.families.family import LINEARS
+from gemma_ft.families.records import FAMILIES, PRESETS, family_of, known_families, text_fields
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
           "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -33,7 +34,8 @@ class Shape:
     vocabulary: int
     max_positions: int
     windows: tuple[int | None, ...]
-    norms: int  # RMS norms in a layer
+    norms: int  # RMS norms of D numbers in a layer
+    qk_norms: bool  # norms of H numbers, one of queries and one of keys, in a layer
     attn_softcap: bool
     final_softcap: bool
 
@@ -58,7 +60,8 @@ class Shape:
     @property
     def norm_weights(self) -> int:
         """Weights of all norms, the final one among them."""
-        return (self.layers * self.norms + 1) * self.hidden
+        heads = 2 * self.head_dim if self.qk_norms else 0
+        return (self.layers * self.norms + 1) * self.hidden + self.layers * heads
 
     @property
     def embedding(self) -> int:
@@ -91,7 +94,8 @@ def shape_in(folder: Path) -> Shape:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a Gemma's: {error}") from error
-    family = family_of(fields.get("model_type")) if isinstance(fields, dict) else None
+    fields = text_fields(fields) if isinstance(fields, dict) else {}
+    family = family_of(fields.get("model_type"))
     if family is None:
         raise UserError(f"{path}: not of {known_families('or')}")
     fields = {**family.defaults, **fields}
@@ -117,6 +121,7 @@ def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:
         max_positions=fields["max_position_embeddings"],
         windows=tuple(kind.sliding_window for kind in family.layers(fields)),
         norms=family.norms,
+        qk_norms=family.qk_norms,
         attn_softcap=family.attn_softcap,
-        final_softcap=family.final_softcap,
+        final_softcap=family.final_softcap and fields["final_logit_softcapping"] is not None,
     )

@@ -11,7 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import LINEARS, PRESETS, SystemPolicy
+from gemma_ft.families.chat_template import SystemPolicy
+from gemma_ft.families.family import LINEARS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.format_names import format_names
 from gemma_ft.system.paths import expanded
 

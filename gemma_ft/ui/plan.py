@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gemma_ft.families import PRESETS, PUBLISHED
+from gemma_ft.families.records import PRESETS, PUBLISHED
 from gemma_ft.plan.fit import Change, fitted, peak, recomputing, smallest_change
 from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
 from gemma_ft.plan.inference import CONTEXTS, table

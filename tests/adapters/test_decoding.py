@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_ft.adapters.fused_layers import with_fused_layers
 from gemma_ft.adapters.nf4_linear import UnpackedLinear4bit
 from gemma_ft.build.pretrained import load_model
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.model import gemma
 from gemma_ft.model.gemma import GemmaForCausalLM

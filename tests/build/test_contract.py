@@ -16,7 +16,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
-from gemma_ft.families import SYSTEM_POLICIES, TURNS, SystemPolicy
+from gemma_ft.families.chat_template import SYSTEM_POLICIES, TURNS, SystemPolicy
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "gemma-tiny"
 

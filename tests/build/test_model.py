@@ -20,7 +20,7 @@ from gemma_ft.build.located import Source, model_source
 from gemma_ft.build.model import build_model
 from gemma_ft.build.pretrained import load_model
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable
 from gemma_ft.recipe.load import load_recipe

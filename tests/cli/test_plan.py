@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gemma_ft.cli.app import main
-from gemma_ft.families import PUBLISHED
+from gemma_ft.families.records import PUBLISHED
 from gemma_ft.plan.gpus import GIB, GPUS, gpu_bytes, smallest_gpu
 
 PRESETS = "gemma-2b, gemma-7b, gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-tiny"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gemma_ft.adapters.fused_layers import with_fused_layers
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels.flex_attention import reason_against
 from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.train.activation_checkpointing import checkpoint_layers

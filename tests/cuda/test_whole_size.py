@@ -20,7 +20,7 @@ from benchmarks.gpu_models import batches
 from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.adapters.nf4_linear import keep_unpacked
 from gemma_ft.adapters.quantize import quantization_config
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable

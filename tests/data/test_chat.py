@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from gemma_ft.data.conversation import Conversation, PlainText, Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import DataError
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from gemma_ft.system.limits import IGNORE
 from tests.data.strategies import clean_texts, conversations, documents, texts
 

@@ -20,7 +20,7 @@ from gemma_ft.data.encode.own_template import CURE, UnknownTemplate, own_encoder
 from gemma_ft.data.encode.template import unmarked
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.encode.tokenizer_files import has_chat_template
-from gemma_ft.families import SYSTEM_POLICIES, TURNS, SystemPolicy
+from gemma_ft.families.chat_template import SYSTEM_POLICIES, TURNS, SystemPolicy
 from gemma_ft.system.limits import IGNORE
 from tests.data.strategies import clean_texts, conversations
 from tests.foreign import CHATML, TEMPLATES, TINY, foreign_tokenizer

@@ -16,7 +16,7 @@ from gemma_ft.data.encode.tokenizer import _sharing as sharing
 from gemma_ft.data.encode.tokenizer import _without as without
 from gemma_ft.data.encode.tokenizer_facts import is_text_token, tokenizer_facts
 from gemma_ft.errors import UserError
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from tests.data.conftest import TINY
 from tests.quirky_tokenizer import early_conversion
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.evaluate.harness import Tasks
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_root

@@ -15,7 +15,7 @@ from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.errors import DataError
 from gemma_ft.evaluate.forgetting import ROWS, TOKENS, build_forgetting_set, forgetting_losses, forgetting_note
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]

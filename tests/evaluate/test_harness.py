@@ -15,7 +15,7 @@ import torch
 
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from gemma_ft.system.limits import IGNORE
 from gemma_ft.system.shipped import shipped_root
 from tests.evaluate.conftest import CONTEXT, OPEN, ROWS

@@ -16,7 +16,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.errors import UserError
 from gemma_ft.evaluate.harness import Tasks
 from gemma_ft.evaluate.statistics import mean, perplexity
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from tests.evaluate.conftest import CONTEXT, ROWS, SPECIFIC, write_task
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'gemma-ft[eval]'")

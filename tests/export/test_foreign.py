@@ -21,7 +21,7 @@ from gemma_ft.export.export import ExportOptions
 from gemma_ft.export.gguf_chat import StopKeys, chat_notes
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.modelfile import go_template, modelfile
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from gemma_ft.ui.export import export_and_show
 from tests.foreign import CHATML, IM_END, TEMPLATES, foreign_tokenizer, save_foreign, save_foreign_adapter
 

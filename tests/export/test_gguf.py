@@ -25,7 +25,8 @@ from gemma_ft.export.gguf_file import check_for_llama_cpp, plan_gguf, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
-from gemma_ft.families import PRESETS, TURNS
+from gemma_ft.families.chat_template import TURNS
+from gemma_ft.families.records import PRESETS
 from tests.export.tuned import TINY, save_base
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")

@@ -23,7 +23,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.export.merge.dequantize import Stored, quantize_dequantize, quantized_names
 from gemma_ft.export.merge.merge import merge_to_folder
 from gemma_ft.export.merge.merged import merged_weights
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from tests.export.tuned import linear_names, names_in, same_bytes, save_tuned, tensors
 from tests.parity.amplified import SECOND, relative
 

@@ -17,7 +17,7 @@ from gemma_ft.build.place import place_of
 from gemma_ft.export.card.license import GEMMA_NOTICE, license_of
 from gemma_ft.export.card.model_card import Card
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.train.run_dir import RunDir
 

@@ -16,7 +16,7 @@ from gemma_ft.data.encode.chat_format import gemma_format
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.export.modelfile import go_template, modelfile
-from gemma_ft.families import SYSTEM_POLICIES, TURNS
+from gemma_ft.families.chat_template import SYSTEM_POLICIES, TURNS
 from tests.export.tuned import TINY
 from tests.foreign import TEMPLATES, foreign_tokenizer
 

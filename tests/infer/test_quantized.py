@@ -17,7 +17,7 @@ from gemma_ft.adapters.quantize import allow_packing, quantization_config
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.model.gemma import GemmaForCausalLM

@@ -12,7 +12,7 @@ from transformers import Gemma2ForCausalLM as ReferenceGemma2
 from transformers import GemmaForCausalLM as ReferenceGemma1
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS, PUBLISHED
+from gemma_ft.families.records import PRESETS, PUBLISHED
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import FIRST, SECOND, tiny_config

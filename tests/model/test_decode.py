@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.gemv import MOST_ROWS
 from gemma_ft.model import gemma

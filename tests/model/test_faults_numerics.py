@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels.rotary import rotate
 from gemma_ft.model.attention import AttentionMask
 from gemma_ft.model.gemma import GemmaForCausalLM

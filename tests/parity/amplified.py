@@ -14,7 +14,7 @@ from transformers import Gemma2ForCausalLM as ReferenceGemma2
 from transformers import GemmaForCausalLM as ReferenceGemma1
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 
 # MQA; MHA with N * H != D; GQA (three layers: an odd number); GQA with another ratio; query scale D / N instead of H.

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from gemma_ft.adapters.fused_layers import with_fused_layers
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.plan.activations import Layer, checkpointed_bytes, saved_bytes

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, GemmaConfig
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.plan.shape import preset_shape, shape_in

@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.infer import engine
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.model.gemma import GemmaForCausalLM

@@ -13,7 +13,7 @@ from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.build.empty_weights import empty_base
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.train.distributed import join_world
 from gemma_ft.train.fsdp import shard

@@ -17,7 +17,8 @@ import gemma_ft
 from gemma_ft.build.contract import Contract
 from gemma_ft.cli.app import main
 from gemma_ft.data.conversation import Turn
-from gemma_ft.families import PRESETS, Preset
+from gemma_ft.families.family import Preset
+from gemma_ft.families.records import PRESETS
 from gemma_ft.infer.session import open_session
 from gemma_ft.model.config import read_config
 from gemma_ft.serve.limits import Limits

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
-from gemma_ft.families import PRESETS
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.system import environment

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.families import TURNS
+from gemma_ft.families.chat_template import TURNS
 from gemma_ft.kernels import cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.recipe.batch_plan import BatchPlan

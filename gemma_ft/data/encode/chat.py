@@ -15,7 +15,7 @@ from gemma_ft.data.encode.chat_format import ChatFormat, System, gemma_format
 from gemma_ft.data.encode.template import chat_of, unmarked
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
 from gemma_ft.errors import DataError
-from gemma_ft.families import SystemPolicy
+from gemma_ft.families.chat_template import SystemPolicy
 from gemma_ft.system.limits import IGNORE
 
 SYSTEM_REFUSED = "a system turn, and data.system is 'error'; set it to fold or drop"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma_ft.families import ChatTemplate, SystemPolicy
+from gemma_ft.families.chat_template import ChatTemplate, SystemPolicy
 
 # What becomes of a system text: a turn of its own, or one of the policies that training knows.
 System = Literal["turn", "fold", "error", "drop"]

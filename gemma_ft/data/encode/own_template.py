@@ -19,7 +19,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import ChatFormat
 from gemma_ft.data.encode.template import chat_of, policy_of, unmarked
 from gemma_ft.errors import UserError, first_line
-from gemma_ft.families import CHATS
+from gemma_ft.families.records import CHATS
 
 Chat = Sequence[tuple[Literal["system", "user", "assistant"], str]]
 Found = TypeVar("Found")

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.families import CHATS, ChatTemplate, SystemPolicy
+from gemma_ft.families.chat_template import ChatTemplate, SystemPolicy
+from gemma_ft.families.records import CHATS
 
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from gemma_ft.families import CHATS
+from gemma_ft.families.records import CHATS
 
 LAYOUT = 1  # of what is kept: another number finds none of the older facts. Raise it with any change of what is found
 SPACE_SIGN = "\u2581"  # SentencePiece's sign for a space in a piece

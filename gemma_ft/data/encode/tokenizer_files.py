@@ -8,7 +8,7 @@ from shutil import copyfile
 from typing import Any
 
 from gemma_ft.data.encode.template import chat_of
-from gemma_ft.families import SystemPolicy
+from gemma_ft.families.chat_template import SystemPolicy
 
 PIECES = "tokenizer.model"
 VOCABULARIES = ("tokenizer.json", PIECES)  # a tokenizer is opened from either

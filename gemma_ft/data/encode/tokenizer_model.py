@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from gemma_ft.data.encode.tokenizer_files import PIECES
 from gemma_ft.errors import UserError
-from gemma_ft.families import CHATS
+from gemma_ft.families.records import CHATS
 
 CONTROL, USER_DEFINED = 3, 4  # sentencepiece_model.proto, SentencePiece.Type
 BPE = 2  # the same, TrainerSpec.ModelType

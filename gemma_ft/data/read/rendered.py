@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from gemma_ft.data.conversation import Item, texts_of
-from gemma_ft.families import CHATS
+from gemma_ft.families.records import CHATS
 
 ROLE = r"(?:system|developer|user|human|assistant|model|tool|ipython)"
 # (template, its marker as it is told, what stands at the beginning of a rendered text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract
-from gemma_ft.families import FAMILIES, PRESETS, TINY
+from gemma_ft.families.records import FAMILIES, PRESETS, TINY
 
 POLICY_URL = "https://ai.google.dev/gemma/prohibited_use_policy"
 APACHE_URL = "https://www.apache.org/licenses/LICENSE-2.0"

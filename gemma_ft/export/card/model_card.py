@@ -17,7 +17,7 @@ from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.export.card.license import License, is_tiny
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.export.form_names import FORMS, FormName
-from gemma_ft.families import FAMILIES, TINY
+from gemma_ft.families.records import FAMILIES, TINY
 from gemma_ft.recipe.load import names_of
 from gemma_ft.recipe.schema import Source
 from gemma_ft.system.shipped import locate
