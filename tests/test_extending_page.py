@@ -56,7 +56,7 @@ print(json.dumps({
 @pytest.mark.slow
 def test_the_family(tmp_path: Path) -> None:
     assert shown(done("family", tmp_path), FAMILY) == {
-        "known": "Gemma 1, 2 or Long",
+        "known": "Gemma 1, 2, 3, VaultGemma or Long",
         "preset": "gemma-long-1b",
         "windows": [4096, 4096, None, 4096, 4096, None],
         "turns": True,

@@ -1,8 +1,7 @@
 """Every setting of a run, on one page: name, type, range, default, one line each, in the order of the pipeline.
 
-A recipe holds what changes the numbers and nothing about where they are computed. This page is the only home of the
-defaults. Unknown keys, wrong types and values out of range are refused (validate.py words the messages); values are
-never coerced, so that `"3"` is not 3.
+A recipe holds what changes the numbers and nothing about where they are computed. This page alone has the defaults.
+Unknown keys, wrong types and values out of range are refused (validate.py), never coerced: `"3"` is not 3.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias

@@ -76,7 +76,8 @@ def test_a_preset_knows_where_its_weights_are(preset: str) -> None:
         assert Path(source.name).is_dir()
         assert Path(source.name).is_absolute()
     else:
-        assert source == Source(f"google/{preset}", None)
+        pretrained = "-pt" if preset.startswith("gemma-3-") and preset != "gemma-3-270m" else ""  # its name on the hub
+        assert source == Source(f"google/{preset}{pretrained}", None)
 
 
 def message(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -187,7 +188,7 @@ def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).mkdir()
         text = message(load_model, broken(tmp_path / name, **changes))
-        assert text.startswith((f"{tmp_path / name}: ", "model_type 'llama' is not Gemma 1 or 2"))
+        assert text.startswith((f"{tmp_path / name}: ", "model_type 'llama' is not Gemma 1, 2, 3 or VaultGemma"))
         assert len(text.splitlines()) == 1
     folder = broken(tmp_path)
     weights = (folder / "model.safetensors").read_bytes()

@@ -48,7 +48,7 @@ def folder_of_type(folder: Path, model_type: object) -> Path:
     return folder
 
 
-FOREIGN = ("gemma3_text", "gemma4_text", "llama", None)
+FOREIGN = ("gemma3n_text", "gemma4_text", "llama", None)
 
 
 @pytest.mark.parametrize("model_type", FOREIGN)
@@ -64,20 +64,21 @@ def test_another_family_is_refused_at_once(
     folder = folder_of_type(tmp_path / "other", model_type)
     assert main([verb[0], str(folder), *verb[1:]]) == 2
     assert capsys.readouterr().err == (
-        f"{folder}: model_type {model_type!r} is not Gemma 1 or 2; supported: gemma, gemma2\n"
+        f"{folder}: model_type {model_type!r} is not Gemma 1, 2, 3 or VaultGemma; supported: "
+        "gemma, gemma2, gemma3_text, vaultgemma, gemma3\n"
     )
 
 
 def test_an_adapter_of_another_family_is_refused_at_once(
     at_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, adapter = folder_of_type(tmp_path / "other", "gemma3_text"), tmp_path / "run" / "adapter"
+    base, adapter = folder_of_type(tmp_path / "other", "gemma3n_text"), tmp_path / "run" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     assert main(["generate", str(tmp_path / "run"), "--prompt", "Hi"]) == 2
     assert capsys.readouterr().err == (
-        f"{adapter}/adapter_config.json: base model {base}: model_type 'gemma3_text' is not Gemma 1 or 2; supported: "
-        "gemma, gemma2\n"
+        f"{adapter}/adapter_config.json: base model {base}: model_type 'gemma3n_text' is not Gemma 1, 2, 3 "
+        "or VaultGemma; supported: gemma, gemma2, gemma3_text, vaultgemma, gemma3\n"
     )
 
 

@@ -183,7 +183,7 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
         return
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llama"}))
     assert refused(folders) == (
-        "ROOT/base/config.json: cannot be read as a Gemma's: model_type 'llama' is not Gemma 1 or 2; "
+        "ROOT/base/config.json: cannot be read as a Gemma's: model_type 'llama' is not Gemma 1, 2, 3 or VaultGemma; "
         "supported: gemma, gemma2"
     )
 

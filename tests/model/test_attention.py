@@ -20,7 +20,9 @@ from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.masks import documents_of
 from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours, relative, tiny_config, token_rows
 
-NO_CAP = "attention: sdpa cannot compute Gemma 2's soft-cap and would drop it; use auto, blockwise or eager"
+NO_CAP = (
+    "attention: sdpa cannot compute Gemma 2 and VaultGemma's soft-cap and would drop it; use auto, blockwise or eager"
+)
 
 UNKNOWN = "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa"
 BLOCKS = "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU"

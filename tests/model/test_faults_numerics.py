@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemma_ft.families.family import Rope
 from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels.rotary import rotate
 from gemma_ft.model.attention import AttentionMask
@@ -47,16 +48,16 @@ def test_fault_04_positions_never_pass_through_bf16(shape: str) -> None:
     near, far = (model(ids, position_ids=torch.arange(21)[None] + start).logits for start in (0, 3000))
     assert (far - near).norm() < 0.05 * near.norm()
     positions = torch.arange(3000, 3021)
-    exact = rotary_angles(positions[None], 16, 10000.0, torch.float64)[0]
-    in_float32 = rotary_angles(positions[None], 16, 10000.0, torch.float32)[0]
-    in_bf16 = rotary_angles(positions.bfloat16().long()[None], 16, 10000.0, torch.float32)[0]
+    exact = rotary_angles(positions[None], 16, Rope(10000.0), torch.float64)[0]
+    in_float32 = rotary_angles(positions[None], 16, Rope(10000.0), torch.float32)[0]
+    in_bf16 = rotary_angles(positions.bfloat16().long()[None], 16, Rope(10000.0), torch.float32)[0]
     assert (in_float32 - exact).abs().max() < 1e-3
     assert (in_bf16 - exact).abs().max() > 1
 
 
 def test_fault_04_rotation_is_half_split_and_turns_by_its_position() -> None:
     x = torch.randn(1, 1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turned = rotate(x, *rotary_angles(torch.tensor([[7]]), 6, 10000.0, torch.float64))[0, 0, 0]
+    turned = rotate(x, *rotary_angles(torch.tensor([[7]]), 6, Rope(10000.0), torch.float64))[0, 0, 0]
     for pair in range(3):  # dimension i turns with i + H/2, by position * theta^(-2i/H)
         angle = 7 * 10000.0 ** (-2 * pair / 6)
         plane = torch.complex(x[0, 0, 0, pair], x[0, 0, 0, pair + 3])
@@ -135,7 +136,7 @@ def test_fault_07_the_feed_forward_norms_load_each_into_its_place(tmp_path: Path
     assert all(torch.equal(loaded.state_dict()[name], weights[name]) for name in weights)
     layer = loaded.model.layers[0]
     x = torch.randn(2, 5, 288, generator=torch.Generator().manual_seed(0))
-    angles = rotary_angles(torch.arange(5)[None], 8, 10000.0, torch.float32)
+    angles = rotary_angles(torch.arange(5)[None], 8, Rope(10000.0), torch.float32)
     visible = AttentionMask(lambda: torch.ones(1, 1, 5, 5, dtype=torch.bool).tril())
     middle = x + layer.post_attention_layernorm(layer.self_attn(layer.input_layernorm(x), angles, visible))
     expected = middle + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(middle)))

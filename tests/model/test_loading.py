@@ -71,7 +71,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(case: str, tmp_path: Path) 
 
 def test_a_config_of_another_model_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
     for change, message in (
-        ({"model_type": "llama"}, "model_type 'llama' is not Gemma 1 or 2; supported: gemma, gemma2"),
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not Gemma 1, 2, 3 or VaultGemma; "
+            "supported: gemma, gemma2, gemma3_text, vaultgemma, gemma3",
+        ),
         (
             {"hidden_activation": "silu"},
             "config.json: activation 'silu' is not Gemma's tanh GELU; this is not a Gemma model",

@@ -59,9 +59,9 @@ def test_a_folder_has_the_shape_of_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('{"model_type": "llama"}', "not of Gemma 1 or 2"),
+        ('{"model_type": "llama"}', "not of Gemma 1, 2, 3 or VaultGemma"),
         ('{"model_type": "gemma", "num_hidden_layers": 0}', "num_hidden_layers 0 is no size; fetch the file again"),
-        ("[]", "not of Gemma 1 or 2"),
+        ("[]", "not of Gemma 1, 2, 3 or VaultGemma"),
         ("nothing", "cannot be read as a Gemma's: Expecting value: line 1 column 1 (char 0)"),
     ],
 )

@@ -38,7 +38,8 @@ checkpoint: {keep: 2, keep: 3}
         "recipes/my.yaml:3: data.max_seq_len: must be 16 or more, got 5",
         "recipes/my.yaml:3: data.system: expected one of fold, error, drop, got 'no'",
         "recipes/my.yaml:5: model.preset: expected one of gemma-2b, gemma-7b, gemma-2-2b, gemma-2-9b, gemma-2-27b, "
-        "gemma-tiny, got 'gemma-2-2c'; did you mean 'gemma-2-2b'?",
+        "gemma-tiny, gemma-3-270m, gemma-3-1b, gemma-3-4b, "
+        "gemma-3-12b, gemma-3-27b, vaultgemma-1b, got 'gemma-2-2c'; did you mean 'gemma-2-2b'?",
         "recipes/my.yaml:6: learning_rate: unknown key; did you mean 'train.learning_rate'?",
         "recipes/my.yaml:8: train.learning_rate: expected a number, got 'fast'",
         "recipes/my.yaml:9: train.global_batch_size: 32 is not a multiple of micro_batch_size 5; use micro_batch_size "

@@ -61,10 +61,9 @@ def test_shipped_files_are_found_from_anywhere_and_only_below_their_root(tmp_pat
 def test_an_installed_package_finds_what_it_carries(tmp_path: Path) -> None:
     package = tmp_path / "gemma_ft"
     source = Path(gemma_ft.__file__).parent
-    for room in ("recipe", "system", "data/read/formats"):
+    for room in ("recipe", "system", "families", "data/read/formats"):
         shutil.copytree(source / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("errors.py", "families.py"):
-        shutil.copy(source / name, package)
+    shutil.copy(source / "errors.py", package)
     for room in (package, package / "data", package / "data" / "read"):
         (room / "__init__.py").touch()
     shutil.copytree(shipped_root() / "recipes", package / "_shipped" / "recipes")
