@@ -32,6 +32,12 @@ def rows_of(model: Any) -> Any:
     return getattr(native_of(model).model, "added_rows", None)
 
 
+def rows_in(model: Any) -> int:
+    """How many tokens a model has rows for, its added ones among them."""
+    added = rows_of(model)
+    return int(native_of(model).config.vocab_size) + (0 if added is None else len(added.weight))
+
+
 def indices(first: int, count: int) -> dict[str, list[int]]:
     """What `trainable_token_indices` says of `count` added tokens."""
     return {LAYER: list(range(first, first + count))}

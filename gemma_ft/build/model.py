@@ -11,7 +11,7 @@ from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.build.empty_weights import empty_base
 from gemma_ft.build.inputs import FRESH, weights_source
 from gemma_ft.build.located import Source, pinned
-from gemma_ft.build.new_tokens import begin_rows
+from gemma_ft.build.new_tokens import begin_rows, tokens_beyond
 from gemma_ft.build.pretrained import load_base
 from gemma_ft.errors import UserError
 from gemma_ft.families.records import PRESETS
@@ -48,19 +48,17 @@ def build_model(
         base_of = empty_base if empty else load_base
         model = base_of(source, dtype=dtype, quantize=kind, double_quant=double_quant, attention=attention)
         check_preset(model.config.to_dict(), recipe.model.preset, source.name)
-    names = recipe.model.added_tokens or []
-    first = len(tokenizer) - len(names)
-    if names and source is not None:
-        if model.config.vocab_size != first:
-            raise UserError(
-                f"model.added_tokens: {source.name} has {model.config.vocab_size} rows for a tokenizer of {first} "
-                "tokens; tokens can be added where each row has its token"
-            )
-        begin_rows(model, tokenizer, source)
-    elif model.config.vocab_size < len(tokenizer):
+    rows, added = model.config.vocab_size, recipe.model.added_tokens or []
+    first = len(tokenizer) - len(added)
+    if added and source is not None and rows > first:
         raise UserError(
-            f"model.tokenizer: has {len(tokenizer)} tokens, the model {model.config.vocab_size}; use the model's own"
+            f"model.added_tokens: {source.name} has {rows} rows for a tokenizer of {first} tokens; tokens can be added "
+            "where each row has its token"
         )
+    if set(tokens_beyond(tokenizer, rows)) - set(added):
+        raise UserError(f"model.tokenizer: has {first} tokens, the model {rows}; use the model's own")
+    if added and source is not None:
+        begin_rows(model, tokenizer, source)
     if recipe.strategy == "full" or recipe.adapter is None:
         return model, source
     assert source is not None, "fresh weights are trained in full"

@@ -192,12 +192,15 @@ def _work(
     """The rows to answer, checked before the model is loaded; complaints name options as they are given here."""
     from gemma_ft.build.located import located
     from gemma_ft.build.place import place_of
+    from gemma_ft.families.records import family_of
     from gemma_ft.infer.batch_file import BatchFile, identity_of, loading_of
 
     place = place_of(model, adapter)
     try:
         identity = {**identity_of(place), **loading_of(place, dtype=dtype, quantize=quantize)}
-        return BatchFile(located(rows), output, batch, identity)
+        family = family_of(place.of_base.config.model_type)
+        assert family is not None, "the config was read as a Gemma's"
+        return BatchFile(located(rows), output, batch, identity, family.chat)
     except DataError as error:
         raise DataError(str(error).replace("data.columns", "--column").replace("data.format", "--format")) from error
 

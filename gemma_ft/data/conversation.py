@@ -6,7 +6,6 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-BETWEEN_PARTS = "\n"  # of a content that is a list of text parts, in a row and in a request
 
 
 @dataclass(frozen=True)

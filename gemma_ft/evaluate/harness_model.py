@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from gemma_ft.adapters.trainable_tokens import rows_in
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.errors import UserError
@@ -86,9 +87,14 @@ class NativeLM(TemplateLM):
         """Ids with one BOS, unless the text spells it already or `add_special_tokens` is False.
 
         Control tokens in the text are read as such: a chat reaches the harness's models as a string.
+        Raises: UserError for one that the model has no row for.
         """
         wanted = not string.startswith(self.encoder.chat.bos) if add_special_tokens is None else add_special_tokens
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=wanted)
+        highest = max(ids, default=0)
+        if self.model is not None and highest >= rows_in(self.model):
+            name = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(f"--tasks: a text holds {name}, for which this model has no embedding; take it out")
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -199,7 +205,13 @@ class NativeLM(TemplateLM):
         if not asked:
             return []
         longest = max(len(one.prompt_ids) + one.max_new_tokens for one, _ in asked)
-        engine = Engine(self.model, stop_ids=self.encoder.stop_ids, max_batch=self.batch_size, max_seq_len=longest)
+        engine = Engine(
+            self.model,
+            stop_ids=self.encoder.stop_ids,
+            max_batch=self.batch_size,
+            max_seq_len=longest,
+            known_tokens=len(self.tokenizer),
+        )
         order = sorted(range(len(asked)), key=lambda number: len(asked[number][0].prompt_ids))
         tickets = {engine.submit(asked[number][0]): number for number in order}
         ids: list[list[int]] = [[] for _ in asked]

@@ -121,6 +121,7 @@ def answer_questions(
         stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        known_tokens=len(tokenizer),
         stop=stop,
         agree=agree,
     )

@@ -19,7 +19,7 @@ from gemma_ft.adapters.trainable_tokens import added_by
 from gemma_ft.build.contract import CONTRACT, Contract, stop_ids_in
 from gemma_ft.build.inputs import FRESH, build_tokenizer, weights_source
 from gemma_ft.build.located import Source, adapter_in, model_in, refuse_no_adapter, refuse_weights, taken_for_folder
-from gemma_ft.build.new_tokens import begin_rows
+from gemma_ft.build.new_tokens import begin_rows, check_rows, embedding_rows
 from gemma_ft.build.place import Place, model_place, place_of
 from gemma_ft.build.pretrained import load_base, load_model, load_tokenizer, model_at
 from gemma_ft.build.weights import EMBEDDING, WeightFiles
@@ -102,6 +102,8 @@ class ModelsToCompare:
             encoder = encoder.but(system=data.system) if encoder.system_policy == "error" else encoder
         if not encoder.format.bos:
             raise UserError(f"{adapter}: its chats begin without BOS, and rows are scored with one; ask it by generate")
+        if self.place is not None and adapter is not None:
+            check_rows(encoder, embedding_rows(self.place), adapter)
         base = self.place.of_base.folder if self.place is not None else None
         return encoder.but(stop_ids=stop_ids_in(base) if base is not None else ())
 

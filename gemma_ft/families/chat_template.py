@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from string import Template
 from typing import Literal, get_args
 
@@ -17,7 +17,9 @@ class ChatTemplate:
     `end_of_turn`, `after_turn`; one BOS begins a chat. Tokens are named here: their ids are the tokenizer's.
 
     systems: the Jinja text for a system turn under each policy that there is. after_system: between a folded system
-    text and the first question. jinja: the whole, with the names below and those of `text` after a dollar sign.
+    text and the first question. between_parts, stripped_parts: how a content that is a list of text parts is one text.
+    marks: further tokens by which a tokenizer is known to be of this kind. jinja: the whole, with the names below and
+    those of `text` after a dollar sign.
     """
 
     name: str  # whose it is: "Gemma's"
@@ -33,11 +35,18 @@ class ChatTemplate:
     after_role: str = "\n"
     after_turn: str = "\n"
     after_system: str = "\n\n"
+    between_parts: str = "\n"
+    stripped_parts: bool = False
+    marks: tuple[str, ...] = ()
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """The tokens that no text may become."""
         return (self.pad, self.eos, self.bos, self.start_of_turn, self.end_of_turn)
+
+    def joined(self, parts: Sequence[str]) -> str:
+        """The one text that a list of text parts is."""
+        return self.between_parts.join(part.strip() if self.stripped_parts else part for part in parts)
 
     def text(self, policy: SystemPolicy = "fold", *, marked: bool = True) -> str:
         """Jinja text with which `apply_chat_template` gives ChatEncoder's ids, for text that spells no control token.
@@ -76,4 +85,26 @@ TURNS = ChatTemplate(
         "error": "{{ raise_exception('system turns are refused by this model') }}",
         "drop": "",
     },
+)
+
+# Contents may be lists, as everywhere for this family; an image becomes its token. Source: the chat_template of
+# google/gemma-3-4b-it, which takes the first part alone of a system text that is a list.
+_PARTS = (
+    "{% set said = namespace(text='') %}"
+    "{% if CONTENT is string %}{% set said.text = CONTENT | trim %}{% else %}"
+    "{% for part in CONTENT %}"
+    "{% if part['type'] == 'image' %}{% set said.text = said.text + '<start_of_image>' %}"
+    "{% elif part['type'] == 'text' %}{% set said.text = said.text + (part['text'] | trim) %}{% endif %}"
+    "{% endfor %}{% endif %}"
+)
+_TURN, _SYSTEM = (_PARTS.replace("CONTENT", f"{name}['content']") for name in ("message", "messages[0]"))
+TURNS_OF_PARTS = replace(
+    TURNS,
+    jinja=TURNS.jinja.replace(
+        "{% set content = message['content'] | trim %}", f"{_TURN}{{% set content = said.text %}}"
+    ),
+    systems={**TURNS.systems, "fold": f"{_SYSTEM}{{% set system = said.text %}}"},
+    between_parts="",
+    stripped_parts=True,
+    marks=("<start_of_image>", "<end_of_image>"),
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from gemma_ft.families.chat_template import TURNS
+from gemma_ft.families.chat_template import TURNS, TURNS_OF_PARTS
 from gemma_ft.families.family import Composite, Family, Fields, Gguf, Preset, Rope
 
 TINY = "gemma-tiny"  # the preset that ships with the project: none of Google's
@@ -150,7 +150,7 @@ GEMMA_3 = Family(
         file_prefixes=("language_model.model.", "model.language_model.", "model.language_model.model."),
         parts=("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
     ),
-    chat=TURNS,
+    chat=TURNS_OF_PARTS,
     gguf=Gguf("gemma3", width_scaled=frozenset((62,))),
     license=GEMMA_TERMS,
     sizes={
@@ -171,7 +171,7 @@ GEMMA_3 = Family(
 
 FAMILIES = {family.model_type: family for family in (GEMMA_1, GEMMA_2, GEMMA_3, VAULTGEMMA)}
 COMPOSITES = {family.composite.model_type: family for family in FAMILIES.values() if family.composite is not None}
-CHATS = tuple({family.chat.name: family.chat for family in FAMILIES.values()}.values())
+CHATS = tuple({family.chat.jinja: family.chat for family in FAMILIES.values()}.values())
 PRESETS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.sizes.items()}
 PUBLISHED = tuple(name for name, preset in PRESETS.items() if preset.parameters is not None)
 

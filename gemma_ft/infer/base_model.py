@@ -68,5 +68,11 @@ class BaseModelSession:
         dtype: torch.dtype = tuned.model.get_input_embeddings().weight.dtype
         model = load_model(place.of_base.folder, dtype=dtype, quantize=self._quantize, device=tuned.engine.device)
         begin_rows(model, tuned.tokenizer, base)
-        engine = Engine(model, stop_ids=tuned.encoder.stop_ids, max_batch=1, max_seq_len=tuned.engine.max_seq_len)
+        engine = Engine(
+            model,
+            stop_ids=tuned.encoder.stop_ids,
+            max_batch=1,
+            max_seq_len=tuned.engine.max_seq_len,
+            known_tokens=tuned.engine.known_tokens,
+        )
         return replace(tuned, name=base.name, model=model, engine=engine)

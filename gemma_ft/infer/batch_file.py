@@ -15,6 +15,7 @@ from gemma_ft.build.place import Place
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.sources import Row, read_rows
 from gemma_ft.errors import DataError, InterruptedWork, UserError
+from gemma_ft.families.chat_template import TURNS, ChatTemplate
 from gemma_ft.infer.answer_file import AnswerFile, settings_path
 from gemma_ft.infer.answers import texts_in_order
 from gemma_ft.infer.engine import Request
@@ -46,8 +47,15 @@ class BatchFile:
     the answer) and `index` (the row's number from 0); where the rows have such a field, ours ends in an underscore.
     """
 
-    def __init__(self, source: str, output: Path, batch_options: BatchOptions, model: Mapping[str, Any]) -> None:
-        """Reads and checks rows; `model` is what tells this model from others (`identity_of`).
+    def __init__(
+        self,
+        source: str,
+        output: Path,
+        batch_options: BatchOptions,
+        model: Mapping[str, Any],
+        chat: ChatTemplate = TURNS,
+    ) -> None:
+        """Reads and checks rows; `model` is what tells this model from others (`identity_of`), `chat` its family's.
 
         Raises: DataError naming bad rows; UserError when source is the output or its settings.
         """
@@ -62,6 +70,7 @@ class BatchFile:
             columns=batch_options.columns,
             system=batch_options.system,
             raw=batch_options.raw,
+            chat=chat,
         )
         self.names = _names_beside(rows)
         settings = {"rows": _digest([row.fields for row in rows]), **model, **_settings(batch_options)}

@@ -55,7 +55,9 @@ class Engine:
     piece by piece, or several short ones in a single pass.
     `max_batch`: how many requests hold a slot at once; others wait in line. `max_seq_len`: prompt and answer together
     (None: the model's own limit). The model is in eval mode; any wrapper of PEFT's around the native Gemma will do.
-    `agree`: the tokens that this process chose -> those that are said, where several compute one model together.
+    `known_tokens`: how many ids the tokenizer has, where a model may have more rows (Gemma 3 from 4B on: 63, to fill up
+    its embedding); those behind are never said. `agree`: the tokens that this process chose -> those that are said,
+    where several compute one model together.
     """
 
     def __init__(
@@ -65,12 +67,13 @@ class Engine:
         stop_ids: Sequence[int],
         max_batch: int = 8,
         max_seq_len: int | None = None,
+        known_tokens: int | None = None,
         agree: Callable[[list[int]], list[int]] = list,
     ) -> None:
         native = native_of(model)
         self._native = native
         self.stop_ids, self._agree = frozenset(stop_ids), agree
-        self.max_batch = max_batch
+        self.max_batch, self.known_tokens = max_batch, known_tokens
         self.max_seq_len: int = max_seq_len or native.config.max_position_embeddings
         self.device = native.get_input_embeddings().weight.device
         self._cache = KVCache(native.model.numerics.window_tokens, slots=max_batch, max_seq_len=self.max_seq_len)
@@ -184,7 +187,8 @@ class Engine:
 
     def _sample_next_tokens(self, speakers: list[_Live], logits: Tensor) -> list[Emitted]:
         """Choose every speaker's next token by logits [B, V]; only here does anything come back from the device."""
-        tokens = self._agree(next_tokens(logits, [live.sampler for live in speakers]).tolist())
+        known = logits[:, : self.known_tokens]
+        tokens = self._agree(next_tokens(known, [live.sampler for live in speakers]).tolist())
         if -1 in tokens:
             raise NonFiniteError("the model's logits are not finite; its weights are damaged")
         return [self._append_token(live, token) for live, token in zip(speakers, tokens, strict=True)]

@@ -24,13 +24,14 @@ def generate_answers(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    known_tokens: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     agree: Callable[[list[int]], list[int]] = list,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids that end where the model speaks), in the order of the prompts.
 
     Prompts of similar length are read together. The model is in eval mode meanwhile and as it was afterwards. `stop`:
-    asked before each token; where it says so, answers stay as they are, cut. `agree`: as Engine has it.
+    asked before each token; where it says so, answers stay as they are, cut. `known_tokens` and `agree` are Engine's.
     """
     if not prompts:
         return []
@@ -41,7 +42,9 @@ def generate_answers(
     model.eval()
     try:
         rows = min(batch_size, len(prompts))
-        engine = Engine(model, stop_ids=stop_ids, max_batch=rows, max_seq_len=longest, agree=agree)
+        engine = Engine(
+            model, stop_ids=stop_ids, max_batch=rows, max_seq_len=longest, known_tokens=known_tokens, agree=agree
+        )
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         asked = {engine.submit(Request(prompts[i], max_new_tokens)): i for i in by_length}
         while (engine.waiting or engine.active) and not stop():

@@ -16,6 +16,7 @@ from gemma_ft.data.read.row_format import LIST_FIELDS, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import SPEAKERS, TURN_ROLES, keys_of, turn_list
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.families.chat_template import TURNS, ChatTemplate
 
 UNANSWERED = ""  # put where a row has no answer, so that one parser serves training and asking; no model sees it
 ASKING = {name for name, role in TURN_ROLES.items() if role == "user"}
@@ -41,11 +42,13 @@ def prompts_of(
     columns: Columns | None = None,
     system: str | None = None,
     raw: bool = False,
+    chat: ChatTemplate = TURNS,
 ) -> list[Prompt]:
     """One prompt for each row, in order, out of any format that training reads.
 
     An answer at the end of a row is not part of its prompt. `system` goes before rows that have no system turn of their
     own. `raw`: the one question of a row is a text to be continued; rows of the format text always are.
+    `chat`: as parse_rows has it.
 
     Raises: DataError listing bad rows as `file:line: reason`, or saying why no format fits.
     """
@@ -61,7 +64,7 @@ def prompts_of(
         try:
             whole = row if set(columns) - BESIDE else Row(row.where, _with_answer(row.fields, format))
             whole = _with_last_turn(whole, columns)
-            items = parse_rows([whole], format=format, columns=_found(columns), trained=False)
+            items = parse_rows([whole], format=format, columns=_found(columns), trained=False, chat=chat)
             if len(items) > 1:
                 raise FieldError(f"holds {len(items)} questions; give each a row of its own")
             item = items[0]

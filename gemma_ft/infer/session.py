@@ -11,6 +11,7 @@ import torch
 
 from gemma_ft.build.contract import CONTRACT, asking_encoder
 from gemma_ft.build.located import adapter_in, located
+from gemma_ft.build.new_tokens import check_rows, embedding_rows
 from gemma_ft.build.place import Place, place_of
 from gemma_ft.build.pretrained import model_at, tokenizer_of
 from gemma_ft.data.conversation import Turn
@@ -97,6 +98,7 @@ def open_session(
     place = place_of(path, adapter)
     tokenizer = tokenizer_of(place)
     encoder = asking_encoder(tokenizer, path, place.contract, place.of_base.folder)
+    check_rows(encoder, embedding_rows(place), path)
     notes = _notes_of_own_adapter(path, place) if adapter is not None else []
     if place.contract is None:
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
@@ -104,7 +106,7 @@ def open_session(
         notes += _notes_without_contract(path if adapter is None else adapter, place, encoder)
     dtype = dtype or hardware.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
-    engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch)
+    engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch, known_tokens=len(tokenizer))
     return Session(str(path), place, model, tokenizer, encoder, engine, notes)
 
 

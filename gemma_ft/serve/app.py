@@ -44,7 +44,7 @@ class Service:
         """POST /v1/chat/completions."""
         body = parsed(ChatRequest, await read_body(request, self.limits.body_bytes), self.limits)
         self._check_model(body.model)
-        turns = body.turns()
+        turns = body.turns(self.session.encoder.chat)
         if turns[0].role == "system" and self.session.encoder.system_policy == "error":
             text = "messages.0: this model was trained without system messages and takes none"
             raise ApiFault(400, text, param="messages.0")

@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from gemma_ft.data.conversation import BETWEEN_PARTS, Role, Turn, misplaced, text_fault
+from gemma_ft.data.conversation import Role, Turn, misplaced, text_fault
 from gemma_ft.errors import UserError
+from gemma_ft.families.chat_template import TURNS, ChatTemplate
 from gemma_ft.infer.sampling import Sampling
 from gemma_ft.serve.errors import ApiFault
 from gemma_ft.serve.fields import (
@@ -65,7 +66,10 @@ class TextPart(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _no_other_kind(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("type") != "text":
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "text":  # in OpenAI's words, by which clients know it
+            raise _fault(f"invalid content type: {kind} is only supported by certain models; send text: {PART}", "type")
+        if kind != "text":
             raise _fault(f"only text parts are taken: {PART}")
         return given
 
@@ -86,7 +90,7 @@ class Message(_Strict):
 
     not_done = IN_MESSAGES
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: str | tuple[str, ...]
 
     @model_validator(mode="before")
     @classmethod
@@ -99,8 +103,12 @@ class Message(_Strict):
     @classmethod
     def _text_of_parts(cls, content: Any) -> Any:
         if isinstance(content, list):
-            return BETWEEN_PARTS.join(part.text for part in TextParts.model_validate(content).root)
+            return tuple(part.text for part in TextParts.model_validate(content).root)
         return _sound(content)
+
+    def text(self, chat: ChatTemplate) -> str:
+        """What it says; a list of parts is one text as `chat` has it."""
+        return self.content if isinstance(self.content, str) else chat.joined(self.content)
 
 
 class _Request(_Strict):
@@ -177,11 +185,11 @@ class ChatRequest(_Request):
         """The path of what is answered."""
         return "messages"
 
-    def turns(self) -> list[Turn]:
-        """The turns of the chat; `developer` is the system's. Raises: ApiFault when there is nothing to answer, or the
-        turns are in no order that was trained.
+    def turns(self, chat: ChatTemplate = TURNS) -> list[Turn]:
+        """The turns of the chat, written as `chat`; `developer` is the system's. Raises: ApiFault when there is nothing
+        to answer, or the turns are in no order that was trained.
         """
-        turns = [Turn(ROLES[message.role], message.content) for message in self.messages]
+        turns = [Turn(ROLES[message.role], message.text(chat)) for message in self.messages]
         if wrong := misplaced(turns):
             raise _wrong(f"messages.{wrong[0]}", wrong[1])
         last, at = turns[-1], f"messages.{len(turns) - 1}"

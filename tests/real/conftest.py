@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,13 +68,23 @@ def llama_cpp() -> Path:
 
 def random_gemma(folder: Path, tokenizer: Path, family: str) -> Path:
     """A small model folder with the real vocabulary and loud random weights, as transformers saves it."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GemmaConfig,
+        GemmaForCausalLM,
+    )
 
-    sizes = {"vocab_size": 256_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    sizes: dict[str, Any] = {"vocab_size": 256_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
              "max_position_embeddings": 2048}  # fmt: skip
     torch.manual_seed(0)
-    if family == "gemma2":
+    if family == "gemma3":  # the vocabulary of 270M and 1B: the tokenizer has a token more
+        sizes |= {"vocab_size": 262_144, "layer_types": ["sliding_attention", "full_attention"]}
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, query_pre_attn_scalar=32, sliding_window=64))
+    elif family == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(**sizes, query_pre_attn_scalar=32, sliding_window=64))
     else:
         model = GemmaForCausalLM(GemmaConfig(**sizes))
@@ -96,3 +107,9 @@ def gemma1(gemma1_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def gemma2(gemma2_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 2 folder of the real vocabulary."""
     return random_gemma(tmp_path_factory.mktemp("gemma2"), gemma2_tokenizer, "gemma2")
+
+
+@pytest.fixture(scope="session")
+def gemma3(gemma3_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 folder of the real vocabulary, as 270M has it."""
+    return random_gemma(tmp_path_factory.mktemp("gemma3"), gemma3_tokenizer, "gemma3")

@@ -68,6 +68,12 @@ def fault_of(content: bytes, kind: Any = ChatRequest) -> ApiFault | None:
         ({"messages": [{"role": "user", "content": "a\0"}]},
          "messages.0.content: the text holds a NUL character; is the file damaged, or not UTF-8?"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+         "messages.0.content.0.type: invalid content type: image_url is only supported by certain models; send text: "
+         '{"type": "text", "text": ...}'),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+         "messages.0.content.0.type: invalid content type: input_audio is only supported by certain models; send text: "
+         '{"type": "text", "text": ...}'),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]},
          'messages.0.content.0: only text parts are taken: {"type": "text", "text": ...}'),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
          "messages.0.content.0.text: is a number, expected text"),

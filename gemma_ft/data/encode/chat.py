@@ -88,6 +88,13 @@ class ChatEncoder:
         return self.format.system
 
     @property
+    def written_ids(self) -> tuple[int, ...]:
+        """The control tokens that it writes around texts."""
+        names = self.format.control_tokens
+        ids = self.tokenizer.convert_tokens_to_ids(list(names))
+        return (self.control.bos, self.control.eos, *ids)
+
+    @property
     def stop_ids(self) -> list[int]:
         """Generation ends at any of these: EOS, the end of a turn, and what the model's folder names beside them."""
         return list(dict.fromkeys((self.control.eos, self.control.end_of_turn, *self._more_stop_ids)))

@@ -40,7 +40,7 @@ class Reading:
         found: list[tuple[int, Item]] = []
         for offset, fields in chunk.rows(bad):
             row = Row(chunk.where(offset), fields)
-            for item in parse_row(row, self.format, self.columns, bad):
+            for item in parse_row(row, self.format, self.columns, bad, chat=self.encoder.chat):
                 why = self.encoder.refuses(item)
                 if why is not None:
                     bad.add(row.where, why)

@@ -25,7 +25,7 @@ Chat = Sequence[tuple[Literal["system", "user", "assistant"], str]]
 Found = TypeVar("Found")
 # Name, what begins and ends a turn, what ends the speaker's name.
 CHAT_FORMATS = (
-    *((f"{chat.name} turns", chat.start_of_turn, chat.end_of_turn, None) for chat in CHATS),
+    *dict.fromkeys((f"{chat.name} turns", chat.start_of_turn, chat.end_of_turn, None) for chat in CHATS),
     ("ChatML", "<|im_start|>", "<|im_end|>", None),
     ("Llama 3's headers", "<|start_header_id|>", "<|eot_id|>", "<|end_header_id|>"),
 )

@@ -11,16 +11,18 @@ GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 def chat_of(tokenizer: Any) -> ChatTemplate:
-    """How chats are written for a transformers tokenizer: as by the family whose control tokens it has.
+    """How chats are written for a transformers tokenizer: as by the family whose tokens it has, most of several.
 
     Raises: UserError naming the tokens that it lacks of the nearest family's.
     """
     known = tokenizer.backend_tokenizer.token_to_id
-    lacking = [[name for name in chat.control_tokens if known(name) is None] for chat in CHATS]
-    missing = min(lacking, key=len)
-    if missing:
+    wanted = [(*chat.control_tokens, *chat.marks) for chat in CHATS]
+    lacking = [[name for name in names if known(name) is None] for names in wanted]
+    whole = [place for place, missing in enumerate(lacking) if not missing]
+    if not whole:
+        missing = min(lacking, key=len)
         raise UserError(f"{tokenizer.name_or_path}: not a Gemma tokenizer: it has no token {', '.join(missing)}")
-    return CHATS[lacking.index(missing)]
+    return CHATS[max(whole, key=lambda place: len(wanted[place]))]
 
 
 def policy_of(template: str) -> tuple[ChatTemplate, SystemPolicy] | None:

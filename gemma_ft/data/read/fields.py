@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gemma_ft.families.chat_template import TURNS, ChatTemplate
+
 # Where a row comes from, how it is filed, and figures of it: nothing that a model could learn from.
 HARMLESS = {
     "id", "ids", "idx", "index", "uid", "uuid", "guid", "key", "hash", "md5", "sha1", "sha256", "fingerprint",
@@ -27,12 +29,14 @@ HARMLESS_FORMS = re.compile(
 
 
 class Fields(Mapping[str, Any]):
-    """A row's fields. Asking for one by `[]` or `get` reads it; `in` and going through the names do not."""
+    """A row's fields. Asking for one by `[]` or `get` reads it; `in` and going through the names do not. `chat`: whose
+    way of making one text of several parts is meant.
+    """
 
-    __slots__ = ("_read", "_values", "passed_over")
+    __slots__ = ("_read", "_values", "chat", "passed_over")
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
+    def __init__(self, values: Mapping[str, Any], chat: ChatTemplate = TURNS) -> None:
+        self._values, self.chat = values, chat
         self._read: set[str] = set()
         self.passed_over: list[str] = []  # paths of what lies deeper and was not read, as parsers found it
 

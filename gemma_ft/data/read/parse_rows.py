@@ -18,15 +18,21 @@ from gemma_ft.data.read.fields import Fields, says_something
 from gemma_ft.data.read.row_format import Columns, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import refuse_tool_calls
+from gemma_ft.families.chat_template import TURNS, ChatTemplate
 
 VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
 
 
 def parse_rows(
-    rows: Sequence[Row], *, format: str = "auto", columns: Columns | None = None, trained: bool = True
+    rows: Sequence[Row],
+    *,
+    format: str = "auto",
+    columns: Columns | None = None,
+    trained: bool = True,
+    chat: ChatTemplate = TURNS,
 ) -> list[Item]:
     """Conversations or documents, in the rows' order, out of rows of one format ("auto": detected). `trained`: whether
-    their answers are, so that one which is said to be bad is refused.
+    their answers are, so that one which is said to be bad is refused. `chat`: as Fields has it.
 
     Raises: DataError listing the first five bad rows as `file:line: reason`; DataError for a bad format or columns.
     """
@@ -34,16 +40,18 @@ def parse_rows(
     name = detect_format(rows, columns)[0] if format == "auto" else format
     check_format(name, columns or {})
     bad = BadRows()
-    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad, trained=trained)]
+    items = [item for row in rows for item in parse_row(row, name, columns or {}, bad, trained=trained, chat=chat)]
     bad.raise_if_any()
     return items
 
 
-def parse_row(row: Row, format: str, columns: Columns, bad: BadRows, *, trained: bool = True) -> list[Item]:
+def parse_row(
+    row: Row, format: str, columns: Columns, bad: BadRows, *, trained: bool = True, chat: ChatTemplate = TURNS
+) -> list[Item]:
     """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format.
-    `trained`: as of `parse_rows`.
+    `trained`, `chat`: as of `parse_rows`.
     """
-    fields, known = Fields(row.fields), formats()[format]
+    fields, known = Fields(row.fields, chat), formats()[format]
     try:
         items = known.parse(row.where, fields, columns)
         changes: dict[str, Any] = {}

@@ -86,7 +86,7 @@ def system_of(fields: Fields, columns: Columns) -> list[Turn]:
     if "system" in columns:
         content = fill_text(columns["system"], fields)
     else:
-        content = "" if fields.look("system") is None else text_of(fields["system"], "system")
+        content = "" if fields.look("system") is None else text_of(fields["system"], "system", fields.chat)
     return [Turn("system", content)] if content.strip() else []
 
 

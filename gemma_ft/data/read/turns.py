@@ -1,7 +1,7 @@
 """The turns of a chat as rows write them: a list of messages, that list as JSON text, or one text as a single turn.
 
-Content is text, or a list of text parts, joined by line breaks as a request's are. Nothing is rendered that is not
-text: tool calls, their results and pictures are refused, with the cure.
+Content is text, or a list of text parts, which are one text as the family's chat template has it. Nothing is rendered
+that is not text: tool calls, their results, pictures and sounds are refused, with the cure.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from gemma_ft.data.conversation import BETWEEN_PARTS, Role, Turn, kind_of, text_fault
+from gemma_ft.data.conversation import Role, Turn, kind_of, text_fault
 from gemma_ft.data.read.columns import FieldError
 from gemma_ft.data.read.fields import Fields, says_something, telling
 from gemma_ft.data.read.json_rows import DECODER
+from gemma_ft.families.chat_template import ChatTemplate
 
 TURN_ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -62,7 +63,7 @@ def turns_in(value: Any, name: str, keys: tuple[str, str], fields: Fields) -> li
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise FieldError(f"turn {number}: expected an object, got {kind_of(turn)}")
-        found.append(_turn(turn, number, keys))
+        found.append(_turn(turn, number, keys, fields.chat))
         left = telling(turn, turn.keys() - {*keys, "train", "weight"}) if len(turn) > len(keys) else ()
         fields.passed_over += [f"{name}[].{key}" for key in sorted(left)]
     return found
@@ -74,7 +75,7 @@ def said(value: Any, name: str, role: Role, fields: Fields) -> list[Turn]:
     keys = keys_of(value) if isinstance(value, list) else None
     if keys is not None:
         return turns_in(value, name, keys, fields)
-    return [Turn(role, text_of(value, name))]
+    return [Turn(role, text_of(value, name, fields.chat))]
 
 
 def asked(turns: list[Turn]) -> list[Turn]:
@@ -82,10 +83,10 @@ def asked(turns: list[Turn]) -> list[Turn]:
     return [replace(turn, train=False) if turn.role == "assistant" else turn for turn in turns]
 
 
-def text_of(value: Any, name: str) -> str:
-    """A text, or the text of a list of text parts. Raises: FieldError for anything else."""
+def text_of(value: Any, name: str, chat: ChatTemplate) -> str:
+    """A text, or the one that a list of text parts is in `chat`. Raises: FieldError for anything else."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        return BETWEEN_PARTS.join(_text_of_part(part, f"{name}[{at}]") for at, part in enumerate(value))
+        return chat.joined([_text_of_part(part, f"{name}[{at}]") for at, part in enumerate(value)])
     fault = text_fault(value)
     if fault:
         raise FieldError(f"{name!r} {fault}")
@@ -99,7 +100,7 @@ def refuse_tool_calls(values: Mapping[str, Any]) -> None:
         raise FieldError(f"{found!r}: {NO_TOOLS}")
 
 
-def _turn(turn: dict[str, Any], number: int, keys: tuple[str, str]) -> Turn:
+def _turn(turn: dict[str, Any], number: int, keys: tuple[str, str], chat: ChatTemplate) -> Turn:
     try:
         refuse_tool_calls(turn)
         for key in keys:
@@ -111,7 +112,7 @@ def _turn(turn: dict[str, Any], number: int, keys: tuple[str, str]) -> Turn:
             raise FieldError(f"role {role!r}: {NO_TOOLS}")
         if known is None:
             raise FieldError(f"unknown role {role!r}; known roles: {', '.join(TURN_ROLES)}")
-        return Turn(known, text_of(turn[keys[1]], keys[1]), _trained(turn, known))
+        return Turn(known, text_of(turn[keys[1]], keys[1], chat), _trained(turn, known))
     except FieldError as fault:
         raise FieldError(f"turn {number}: {fault}") from None
 
