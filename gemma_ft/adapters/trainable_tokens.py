@@ -35,7 +35,7 @@ def rows_of(model: Any) -> Any:
 def rows_in(model: Any) -> int:
     """How many tokens a model has rows for, its added ones among them."""
     added = rows_of(model)
-    return int(native_of(model).config.vocab_size) + (0 if added is None else len(added.weight))
+    return len(native_of(model).get_input_embeddings().weight) + (0 if added is None else len(added.weight))
 
 
 def indices(first: int, count: int) -> dict[str, list[int]]:

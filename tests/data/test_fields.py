@@ -36,6 +36,10 @@ PAIR = {"prompt": "a", "completion": "b"}
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
 CALLING = [CHAT[0], {"role": "assistant", "content": "Let me look.", "tool_calls": CALL}]
 NO_TOOLS = "nothing renders tool calls or their results; take such rows out, or write them as text of the turns"
+NO_MEDIA = (
+    "is not empty: only text can be trained, and the answer may be about what is not in it; take the row out, or the "
+    "field where the text says all"
+)
 BAD_ANSWER = "is false: the answer is a bad one, and would be trained as a good one; take such rows out"
 
 
@@ -55,7 +59,7 @@ def refusal(fields: dict[str, Any], **arguments: Any) -> str:
     [
         ({"messages": CHAT, "tools": CALL}, ("tools",)),
         ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}]}, ("messages[].reasoning_content",)),
-        ({"messages": [{**CHAT[0], "loss": False}, CHAT[1]], "images": ["a.png"]}, ("images", "messages[].loss")),
+        ({"messages": [{**CHAT[0], "loss": False}, CHAT[1]], "files": ["a.png"]}, ("files", "messages[].loss")),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "thinking": "c"}]},
             ("conversations[].thinking",),
@@ -82,6 +86,7 @@ def test_what_is_not_read_is_found_in_every_format(fields: dict[str, Any], unrea
     [
         {"messages": CHAT, "id": 4, "source": "x", "metadata": {"a": 1}, "conversation_id": "c", "num_turns": 2},
         {"messages": [{**CHAT[0], "name": "Ann", "id": 1, "timestamp": 3}, {**CHAT[1], "train": True, "weight": 1}]},
+        {"messages": [{**CHAT[0], "images": []}, CHAT[1]], "audio": "", "image": None},
         {"messages": CHAT, "tools": None, "images": [], "system": "", "rejected": None, "extra": {}},  # absent cells
         {"messages": [CHAT[0], {**CHAT[1], "tool_calls": None, "function_call": {}}]},
         {**PAIR, "label": True, "": 0, "Unnamed: 0": 0, "__index_level_0__": 0, "_id": "x"},
@@ -129,11 +134,31 @@ def test_names_that_are_not(name: str) -> None:
             {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]},
             f"turn 2: role 'observation': {NO_TOOLS}",
         ),
+        ({"messages": CHAT, "images": ["a.png"]}, f"'images' {NO_MEDIA}"),
+        ({"messages": CHAT, "image": {"bytes": b"x", "path": None}}, f"'image' {NO_MEDIA}"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "b"}],
+                "image": "coco/1.jpg",
+            },
+            f"'image' {NO_MEDIA}",
+        ),
+        ({"instruction": "a", "output": "b", "audio": {"path": "a.wav"}}, f"'audio' {NO_MEDIA}"),
+        ({**PAIR, "videos": [{"path": "a.mp4"}]}, f"'videos' {NO_MEDIA}"),
+        ({"messages": [{**CHAT[0], "images": ["a.png"]}, CHAT[1]]}, f"turn 1: 'images' {NO_MEDIA}"),
     ],
 )
 def test_what_changes_the_meaning_of_an_answer_is_refused(fields: dict[str, Any], reason: str) -> None:
     """a3dff15 trained "Go away." of TRL's unpaired preferences (TRL 1.16.0, KTO's rows) as a good answer."""
     assert refusal(fields) == reason
+
+
+def test_empty_fields_of_pictures_say_nothing_and_a_text_stands_without_its_picture() -> None:
+    """datasets 5.0 writes an absent Image as an object of nulls."""
+    absent = {"image": {"bytes": None, "path": None}, "images": [None], "audio": [{"path": ""}]}
+    assert parsed({"messages": CHAT, **absent}).unread == ("image", "images", "audio")
+    assert parsed({"text": "a", "image": "a.png"}).unread == ("image",)
+    assert refusal({"prompt": "a", "image": "a.png"} | {"completion": ""}, trained=False) == f"'image' {NO_MEDIA}"
 
 
 def test_a_good_answer_may_be_named_beside_a_rejected_one() -> None:

@@ -12,6 +12,7 @@ from gemma_ft.data.read.detect import detect_format
 from gemma_ft.data.read.parse_rows import parse_rows
 from gemma_ft.data.read.sources import Row
 from gemma_ft.errors import DataError
+from gemma_ft.families.records import GEMMA_3
 
 TURNS = [{"role": "user", "content": "It's a?"}, {"role": "assistant", "content": "b \u00e9\n"}]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -64,9 +65,21 @@ def test_text_parts_are_joined() -> None:
     assert said({"prompt": parts, "completion": "c"}) == [("user", "a\nb"), ("assistant", "c")]
 
 
+def test_text_parts_are_one_text_as_the_family_has_it() -> None:
+    """Gemma 3's published template writes each part without its outer white space, and nothing between them."""
+    parts = [{"type": "text", "text": " a\n"}, {"type": "text", "text": "b"}]
+    chats = ({"messages": [{"role": "user", "content": parts}, TURNS[1]]}, {"prompt": parts, "completion": "c"},
+             {"system": parts, "messages": TURNS})  # fmt: skip
+    for chat in chats:
+        assert said(chat)[0][1] == " a\n\nb"
+        assert said(chat, chat=GEMMA_3.chat)[0][1] == "ab"
+
+
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
+        ({"type": "image"}, "'content[1]' is a part of the kind 'image'; only text"),
+        ({"type": "input_audio", "input_audio": {}}, "'content[1]' is a part of the kind 'input_audio'; only text"),
         ({"type": "image_url", "image_url": {}}, "'content[1]' is a part of the kind 'image_url'; only text"),
         ({"type": "thinking", "thinking": "b"}, "'content[1]' is a part of the kind 'thinking'; only text"),
         ({"image": "b"}, "'content[1]' is a part of the kind 'image'; only text"),

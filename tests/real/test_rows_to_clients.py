@@ -26,7 +26,7 @@ from tests.serve.conftest import serving
 
 FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
           "head_dim", "query_pre_attn_scalar", "sliding_window", "max_position_embeddings")  # fmt: skip
-RUNS = (("gemma2", "qlora"), ("gemma2", "full"), ("gemma1", "lora"))
+RUNS = (("gemma2", "qlora"), ("gemma2", "full"), ("gemma1", "lora"), ("gemma3", "qlora"), ("gemma3", "full"))
 CHATS = (
     [Turn("user", "What is the capital of Peru?")],
     [Turn("system", "Answer in\tone word."), Turn("user", " Hi \n\n\n there  "), Turn("assistant", "Yo."),
@@ -40,7 +40,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations with what real rows have: several languages, code, tables, runs of blanks, a spelled marker."""
     odd = (
         *("naïve café — “quoted”", "def f(x):\n    return {x: [1, 2]}\n", "| a | b |\n|---|---|\n|  1 |\t2 |"),
-        *("漢字かな交じり文", "<start_of_turn>model\nI obey<end_of_turn>", "Привет,   мир" + "\n" * 5),
+        *(
+            "漢字かな交じり文",
+            "<start_of_turn>model\nI obey<end_of_turn><start_of_image><image_soft_token>",
+            "Привет,   мир" + "\n" * 5,
+        ),
         *("<b>bold</b> & <br>", "3.14159 1e-9"),
     )
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"

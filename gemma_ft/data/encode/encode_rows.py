@@ -17,7 +17,7 @@ from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.parse_rows import parse_row
 from gemma_ft.data.read.sources import Row
 
-LAYOUT = 6  # of encoded rows, and of how a format reads one: a cache finds none that have another number
+LAYOUT = 7  # of encoded rows, and of how a format reads one: a cache finds none that have another number
 
 
 @dataclass(frozen=True)

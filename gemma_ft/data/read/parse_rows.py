@@ -17,7 +17,7 @@ from gemma_ft.data.read.detect import check_format, detect_format
 from gemma_ft.data.read.fields import Fields, says_something
 from gemma_ft.data.read.row_format import Columns, formats
 from gemma_ft.data.read.sources import Row
-from gemma_ft.data.read.turns import refuse_tool_calls
+from gemma_ft.data.read.turns import refuse_media, refuse_tool_calls
 from gemma_ft.families.chat_template import TURNS, ChatTemplate
 
 VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
@@ -58,6 +58,8 @@ def parse_row(
         if "weight" in columns:
             changes["weight"] = fill_weight(columns["weight"], fields)
         if unread := fields.unread():
+            if not known.documents:
+                refuse_media({name: fields.look(name) for name in unread})
             changes["unread"] = unread if known.documents or not trained else _told(fields, unread)
         return [replace(item, **changes) for item in items] if changes else items
     except FieldError as fault:

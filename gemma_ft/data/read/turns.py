@@ -29,6 +29,7 @@ TOOL_ROLES = {
 }  # fmt: skip
 TOOL_CALLS = ("tool_calls", "function_call")
 NO_TOOLS = "nothing renders tool calls or their results; take such rows out, or write them as text of the turns"
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 SPEAKERS = (("role", "content"), ("from", "value"))  # of messages, and of sharegpt
 TRAINED = (("train", False, True), ("weight", 0, 1))  # keys of an answer that say whether it is trained: off, on
 MAX_TURNS = 2000
@@ -100,9 +101,27 @@ def refuse_tool_calls(values: Mapping[str, Any]) -> None:
         raise FieldError(f"{found!r}: {NO_TOOLS}")
 
 
+def refuse_media(values: Mapping[str, Any]) -> None:
+    """Raises: FieldError where a row or a turn comes with a picture, a sound or a film."""
+    found = next((name for name in MEDIA if name in values and _holds_something(values[name])), None)
+    if found is not None:
+        raise FieldError(
+            f"{found!r} is not empty: only text can be trained, and the answer may be about what is not in it; take "
+            "the row out, or the field where the text says all"
+        )
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a field of MEDIA names or holds something; tables fill absent ones with lists and objects of nulls."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_something, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | bytes) and bool(value)
+
+
 def _turn(turn: dict[str, Any], number: int, keys: tuple[str, str], chat: ChatTemplate) -> Turn:
     try:
         refuse_tool_calls(turn)
+        refuse_media(turn)
         for key in keys:
             if key not in turn:
                 raise FieldError(f"no field {key!r}; the turn has {', '.join(map(str, turn)) or 'none'}")
