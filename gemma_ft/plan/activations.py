@@ -84,11 +84,10 @@ class Saved:
 
 
 SAVED = (
-    Saved("input of each norm", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
-          when=lambda at: not at.own_kernels),
-    Saved("the same in C++ or Triton", lambda at: at.shape.norms * at.shape.hidden, when=lambda at: at.own_kernels),
-    Saved("1 / rms of each norm", lambda at: at.shape.norms, each=WIDE),
-    Saved("normed, of trained norms", lambda at: at.shape.norms * at.shape.hidden, each=WIDE,
+    Saved("input of each norm", lambda at: at.shape.normed, each=WIDE, when=lambda at: not at.own_kernels),
+    Saved("the same in C++ or Triton", lambda at: at.shape.normed, when=lambda at: at.own_kernels),
+    Saved("1 / rms of each row", lambda at: at.shape.normed_rows, each=WIDE),
+    Saved("normed, of trained norms", lambda at: at.shape.normed, each=WIDE,
           when=lambda at: at.full and not at.own_kernels),
     Saved("input of q, k, v", lambda at: at.shape.hidden, when=_input("q_proj", "k_proj", "v_proj")),
     Saved("the same for adapters", lambda at: at.copies("q_proj", "k_proj", "v_proj") * at.shape.hidden, each=WIDE),

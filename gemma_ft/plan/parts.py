@@ -20,8 +20,7 @@ def weights(run: Run) -> int:
     whole = weight_bytes(shape, run.kind, double_quant=run.double_quant, rest=run.precision)
     if run.ranks.cut == 1:
         return whole
-    norms = shape.norms * shape.hidden * run.rest
-    layer = layer_bytes(shape, run.kind, double_quant=run.double_quant) + norms
+    layer = layer_bytes(shape, run.kind, double_quant=run.double_quant) + shape.layer_norms * run.rest
     gathered = 2 if run.ranks.reshard_after_forward else shape.layers
     sliced = 0 if run.ranks.offload else -(-whole // run.ranks.cut)
     return sliced + gathered * layer + (shape.embedding + shape.hidden) * run.rest
@@ -83,7 +82,8 @@ def recomputed(run: Run) -> int:
 
 
 def _angles(shape: Shape) -> int:
-    return 2 * shape.head_dim * WIDE
+    """Bytes for each token of the cosines and sines of a pass."""
+    return shape.angles * 2 * shape.head_dim * WIDE
 
 
 def workspace(run: Run) -> int:

@@ -36,6 +36,7 @@ class Shape:
     windows: tuple[int | None, ...]
     norms: int  # RMS norms of D numbers in a layer
     qk_norms: bool  # norms of H numbers, one of queries and one of keys, in a layer
+    angles: int  # kinds of rotary angles among the layers, of which those of one kind share theirs
     attn_softcap: bool
     final_softcap: bool
 
@@ -58,10 +59,26 @@ class Shape:
         return max(rows * columns for rows, columns in self.linears.values())
 
     @property
+    def layer_norms(self) -> int:
+        """Weights of the norms of one decoder layer."""
+        return self.norms * self.hidden + (2 * self.head_dim if self.qk_norms else 0)
+
+    @property
     def norm_weights(self) -> int:
         """Weights of all norms, the final one among them."""
-        heads = 2 * self.head_dim if self.qk_norms else 0
-        return (self.layers * self.norms + 1) * self.hidden + self.layers * heads
+        return self.layers * self.layer_norms + self.hidden
+
+    @property
+    def normed_rows(self) -> int:
+        """Rows that the norms of one decoder layer divide by their root mean square, for each token: D numbers each,
+        or the H of one head.
+        """
+        return self.norms + (self.heads + self.kv_heads if self.qk_norms else 0)
+
+    @property
+    def normed(self) -> int:
+        """Numbers in those rows."""
+        return self.norms * self.hidden + (self.heads + self.kv_heads) * self.head_dim * self.qk_norms
 
     @property
     def embedding(self) -> int:
@@ -109,6 +126,7 @@ def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:
     """The shape that config fields (transformers' names) of a known family describe."""
     family = FAMILIES[fields["model_type"]]
     fields = {**family.defaults, **fields}
+    layers = family.layers(fields)
     return Shape(
         name=name,
         layers=fields["num_hidden_layers"],
@@ -119,9 +137,10 @@ def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:
         head_dim=fields["head_dim"],
         vocabulary=fields["vocab_size"],
         max_positions=fields["max_position_embeddings"],
-        windows=tuple(kind.sliding_window for kind in family.layers(fields)),
+        windows=tuple(kind.sliding_window for kind in layers),
         norms=family.norms,
         qk_norms=family.qk_norms,
-        attn_softcap=family.attn_softcap,
+        angles=len({(kind.rope, kind.head_dim) for kind in layers}),
+        attn_softcap=family.attn_softcap and fields["attn_logit_softcapping"] is not None,
         final_softcap=family.final_softcap and fields["final_logit_softcapping"] is not None,
     )

@@ -26,7 +26,14 @@ SIZES = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 192, "n
          "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 128}  # fmt: skip
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["q_proj", "v_proj", "down_proj"]
-FAMILIES = {"gemma2": "gemma-2-2b", "gemma": "gemma-2b"}
+FAMILIES = {"gemma2": "gemma-2-2b", "gemma": "gemma-2b", "gemma3_text": "gemma-3-270m", "vaultgemma": "vaultgemma-1b"}
+# what a config has beside SIZES: the layer that is looked at has a window, where there are windows
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 64},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "vaultgemma": {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+}
 
 
 @pytest.fixture(params=[True, False], ids=["fast", "plain"], autouse=True)
@@ -42,8 +49,7 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 def model_of(family: str, targets: list[str], dtype: torch.dtype, attention: str | None, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
-    more = {"sliding_window": 64} if family == "gemma2" else {}
-    config = PRESETS[FAMILIES[family]].config(**SIZES, **more)
+    config = PRESETS[FAMILIES[family]].config(**SIZES, **WINDOWS[family])
     config._attn_implementation = attention
     model = GemmaForCausalLM(config).to(dtype).train()
     if targets:
@@ -90,15 +96,15 @@ def kept_for_each_token(model: Any, index: int, narrow: bool) -> float:
 
 
 def layer_of(family: str, targets: list[str], element: int, attention: str | None, dropout: float = 0.0) -> Layer:
-    shape = shape_of(family, {"model_type": family, "sliding_window": 64, "max_position_embeddings": 256, **SIZES})
-    kind = attention_of(attention or "auto", softcap=family == "gemma2", device="cpu")
+    shape = shape_of(family, {"model_type": family, "max_position_embeddings": 256, **SIZES, **WINDOWS[family]})
+    kind = attention_of(attention or "auto", softcap=shape.attn_softcap, device="cpu")
     fast = environment.own_kernels_wanted()
     fused = fast and bool(targets) and not dropout
     layer = Layer(shape, TOKENS, element, kind, RANK if targets else 0, frozenset(targets), bool(dropout))
     return replace(layer, fused=fused, own_kernels=fast)
 
 
-@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("attention", [None, "blockwise", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("targets", "precision"),
