@@ -15,7 +15,8 @@ import json
 import torch
 from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.ui.plan import overview, preset_plan
+from gemma_ft.ui.plan import model_plan, overview
+from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.json_schema import json_schema
 from gemma_ft.recipe.load import parse_recipe
 
@@ -27,7 +28,7 @@ print(json.dumps({
     "preset": recipe.model.preset,
     "in the schema": name in json_schema()["$defs"]["Model"]["properties"]["preset"]["enum"],
     "in the overview": name in overview(),
-    "plan": preset_plan(name, None).splitlines()[1].split()[:2],
+    "plan": model_plan(preset_shape(name), None).splitlines()[1].split()[:2],
     "class": type(model).__name__,
     "parameters": [sum(weight.numel() for weight in model.parameters()), PRESETS[name].parameters],
     "windows": model.model.numerics.window_tokens,

@@ -74,12 +74,15 @@ class Composite:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size: its family, where its weights live, and the config fields that differ from transformers' defaults."""
+    """One size: its family, where its weights live, and the config fields that differ from transformers' defaults.
+    beside: parameters that lie in the published folder beside the text model, and are never read.
+    """
 
     model_type: str
     weights: str  # hub id, or a folder that ships with the project
     parameters: int | None  # of the published text weights, the tied head counted once; None: not published
     fields: dict[str, Any]
+    beside: int = 0
 
     def config(self, **overrides: Any) -> PreTrainedConfig:
         """A fresh transformers config of this size; `overrides` replace single fields."""

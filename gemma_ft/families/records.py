@@ -7,6 +7,7 @@ and its parity tests. Letters: as in family.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -110,9 +111,12 @@ VAULTGEMMA = Family(
 )  # fmt: skip
 
 
-def _gemma3(weights: str, parameters: int, *, long: bool, **sizes: Any) -> Preset:
+VISION_TOWER, VISION_WIDTH = 416_866_032, 1152  # weights of Gemma 3's, and the size of what it gives
+
+
+def _gemma3(weights: str, parameters: int, *, long: bool, D: int, **sizes: Any) -> Preset:
     """A size of Gemma 3; `long`: of those from 4B on, with 128k tokens of context and the padded vocabulary of folders
-    that hold a vision tower.
+    that hold a vision tower and its projector, a norm and a matrix.
     """
     full: dict[str, Any] = {"rope_theta": 1_000_000.0, "rope_type": "default"}
     full |= {"rope_type": "linear", "factor": 8.0} if long else {}
@@ -120,11 +124,12 @@ def _gemma3(weights: str, parameters: int, *, long: bool, **sizes: Any) -> Prese
     others = {"query_pre_attn_scalar": 256, "rope_parameters": ropes, "sliding_window": 1024 if long else 512,
               "vocab_size": 262_208 if long else 262_144,
               "max_position_embeddings": 131_072 if long else 32_768}  # fmt: skip
-    return _size("gemma3_text", weights, parameters, **{**others, **sizes})
+    preset = _size("gemma3_text", weights, parameters, D=D, **{**others, **sizes})
+    return replace(preset, beside=VISION_TOWER + VISION_WIDTH * (D + 1) if long else 0)
 
 
 # Source of the sizes: google/gemma_pytorch gemma/config.py, google-deepmind/gemma gm/nn/_gemma.py; counted on the meta
-# device, with a vision tower of 416,866,032 and its projector the published totals.
+# device, and with the vision tower and its projector the published totals.
 GEMMA_3 = Family(
     label="Gemma 3",
     model_type="gemma3_text",
@@ -186,7 +191,7 @@ def family_of(model_type: object) -> Family | None:
 def text_fields(fields: Fields) -> Fields:
     """What a config.json says of its text model: `text_config` in a folder of several models, else all of it."""
     family = COMPOSITES.get(str(fields.get("model_type")))
-    text = fields.get("text_config") if family is not None else None
+    text = fields.get("text_config", {}) if family is not None else None
     return {**text, "model_type": family.model_type} if family is not None and isinstance(text, Mapping) else fields
 
 

@@ -9,6 +9,7 @@ from gemma_ft.errors import UserError
 GIB = 2**30
 LARGEST_BARE = 512  # a number alone that is larger is no count of GiB: 4090 is the name of a GPU, 24576 its MiB
 USABLE = 0.9  # of a device's nominal size: the rest goes to driver, ECC and what an allocator cannot join
+USABLE_CPU = 0.7  # of a machine's memory: the rest is the system's, and that of what else is open
 # nominal GiB of common GPUs, and some that have so much
 GPUS = {
     8: "RTX 4060, RTX 3070",
@@ -29,11 +30,25 @@ def gpu_bytes(text: str) -> int:
 
     Raises: UserError for what is no size, among them the name of a GPU: `4090`, `A100`.
     """
+    size = _bytes(text)
+    if size is None:
+        raise UserError(f"--gpu: {text!r} is no size of a GPU; {_cure(text)}")
+    return size
+
+
+def cpu_bytes(text: str) -> int:
+    """The same of a machine's memory. Raises: UserError for what is no size."""
+    size = _bytes(text)
+    if size is None:
+        raise UserError(f"--cpu: {text!r} is no size of memory; give it as 8GiB")
+    return size
+
+
+def _bytes(text: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gi?b?)?", text.strip(), re.IGNORECASE)
     size = float(match.group(1)) if match else 0.0
-    if match and 1 <= size <= (10_000 if match.group(2) else LARGEST_BARE):
-        return int(size * GIB)
-    raise UserError(f"--gpu: {text!r} is no size of a GPU; {_cure(text)}")
+    fits = match is not None and 1 <= size <= (10_000 if match.group(2) else LARGEST_BARE)
+    return int(size * GIB) if fits else None
 
 
 def _cure(text: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gemma_ft.plan import parts
 from gemma_ft.plan.gpus import smallest_gpu
 from gemma_ft.plan.run import Run
-from gemma_ft.plan.shape import Shape, preset_shape
+from gemma_ft.plan.shape import Shape
 from gemma_ft.plan.storage import Kind, cache_bytes, weight_bytes
 
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "nf4")
@@ -50,22 +51,24 @@ def asked(shape: Shape, kind: Kind, tokens: int, *, rows: int = 1) -> Asked:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: totals for CONTEXTS, and the smallest GPU for each, in nominal GiB (None: none)."""
+    """A line of the table: totals for those of CONTEXTS that the model reaches, and the smallest GPU for each, in
+    nominal GiB (None: none).
+    """
 
-    preset: str
+    name: str
     kind: Kind
     weights: int
     totals: tuple[int, ...]
     gpus: tuple[int | None, ...]
 
 
-def table(*presets: str) -> list[Line]:
-    """Presets x quantization x context."""
+def table(shapes: Iterable[Shape]) -> list[Line]:
+    """Models x quantization x context."""
     lines = []
-    for name in presets:
-        shape = preset_shape(name)
+    for shape in shapes:
         for kind in KINDS:
-            totals = tuple(asked(shape, kind, tokens).total for tokens in CONTEXTS)
+            reached = (tokens for tokens in CONTEXTS if tokens <= shape.max_positions)
+            totals = tuple(asked(shape, kind, tokens).total for tokens in reached)
             gpus = tuple(smallest_gpu(total) for total in totals)
-            lines.append(Line(name, kind, weight_bytes(shape, kind), totals, gpus))
+            lines.append(Line(shape.name, kind, weight_bytes(shape, kind), totals, gpus))
     return lines

@@ -95,10 +95,12 @@ class Disk:
 
 
 def disk(run: Run) -> Disk:
-    """Weights as published (bf16), checkpoints (weights that are trained, and two moments), the result, a merge."""
+    """Weights as published (bf16), with what lies beside a text model; checkpoints (weights that are trained, and two
+    moments), the result, a merge.
+    """
     published = BYTES["bf16"] * run.shape.parameters
     return Disk(
-        download=published,
+        download=published + BYTES["bf16"] * run.shape.beside,
         checkpoints=run.checkpoints * 3 * WIDE * run.trained,
         result=run.element * run.shape.parameters if run.full else WIDE * run.trained,
         merged=0 if run.full else published,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Shape:
     angles: int  # kinds of rotary angles among the layers, of which those of one kind share theirs
     attn_softcap: bool
     final_softcap: bool
+    text_only: bool = False  # other models lie beside it in its folder, which are never read
+    beside: int = 0  # their parameters, where they are known
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -101,7 +103,8 @@ class Shape:
 def preset_shape(name: str) -> Shape:
     """The shape of one of PRESETS. Raises: KeyError."""
     preset = PRESETS[name]
-    return shape_of(name, {"model_type": preset.model_type, **preset.fields})
+    shape = shape_of(name, {"model_type": preset.model_type, **preset.fields})
+    return replace(shape, text_only=preset.beside > 0, beside=preset.beside)
 
 
 def shape_in(folder: Path) -> Shape:
@@ -111,15 +114,16 @@ def shape_in(folder: Path) -> Shape:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a Gemma's: {error}") from error
-    fields = text_fields(fields) if isinstance(fields, dict) else {}
+    stored = fields if isinstance(fields, dict) else {}
+    fields = text_fields(stored)
     family = family_of(fields.get("model_type"))
     if family is None:
         raise UserError(f"{path}: not of {known_families('or')}")
-    fields = {**family.defaults, **fields}
+    sizes = {**family.defaults, **fields}
     for name in _SIZES:
-        if type(fields.get(name)) is not int or fields[name] < 1:
-            raise UserError(f"{path}: {name} {fields.get(name)!r} is no size; fetch the file again")
-    return shape_of(folder.name, fields)
+        if type(sizes.get(name)) is not int or sizes[name] < 1:
+            raise UserError(f"{path}: {name} {sizes.get(name)!r} is no size; fetch the file again")
+    return replace(shape_of(folder.name, fields), text_only=fields is not stored)
 
 
 def shape_of(name: str, fields: Mapping[str, Any]) -> Shape:

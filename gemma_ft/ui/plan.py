@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from gemma_ft.families.records import PRESETS, PUBLISHED
 from gemma_ft.plan.fit import Change, fitted, peak, recomputing, smallest_change
-from gemma_ft.plan.gpus import GIB, GPUS, USABLE, smallest_gpu
+from gemma_ft.plan.gpus import GIB, GPUS, USABLE, USABLE_CPU, smallest_gpu
 from gemma_ft.plan.inference import CONTEXTS, table
 from gemma_ft.plan.phases import disk, phases
 from gemma_ft.plan.run import Ranks, Run, attention_of, run_of
-from gemma_ft.plan.shape import preset_shape
+from gemma_ft.plan.shape import Shape, preset_shape
+from gemma_ft.plan.storage import BYTES
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_recipes
@@ -26,7 +27,10 @@ def overview() -> str:
     """The inference table of all published sizes, and what GPUs there are."""
     gpus = [f"  {size:>3} GiB  {names}" for size, names in GPUS.items()]
     left = f"A GPU is taken to have room when {1 - USABLE:.0%} of it is left for its driver and its allocator."
-    return "\n".join([*inference_lines(PUBLISHED), "", "GPUs", *gpus, "", left, error_line()])
+    shapes = [preset_shape(name) for name in PUBLISHED]
+    beside = [shape.name for shape in shapes if shape.text_only]
+    text = f"Of {', '.join(beside)} the text model is counted: what lies beside it is never read."
+    return "\n".join([*inference_lines(shapes), "", "GPUs", *gpus, "", text, left, error_line()])
 
 
 def error_line() -> str:
@@ -37,33 +41,43 @@ def error_line() -> str:
     )
 
 
-def preset_plan(name: str, gpu: int | None) -> str:
-    """Inference and training of one preset; `gpu`: bytes of the GPU in question."""
-    lines = [*inference_lines([name]), "", *training_lines(name, gpu), "", error_line()]
+def model_plan(shape: Shape, gpu: int | None) -> str:
+    """Inference and training of one model; `gpu`: bytes of the GPU in question."""
+    lines = [*inference_lines([shape]), "", *training_lines(shape, gpu), "", *text_lines(shape), error_line()]
     return "\n".join(lines)
 
 
-def inference_lines(presets: Iterable[str]) -> list[str]:
+def text_lines(shape: Shape) -> list[str]:
+    """What is not counted of the folder of a text model that other models lie beside."""
+    if not shape.text_only:
+        return []
+    size = f", {gib(BYTES['bf16'] * shape.beside)} GiB," if shape.beside else ""
+    return [f"Of {shape.name} the text model alone is read: what lies beside it{size} stays on the disk."]
+
+
+def inference_lines(shapes: Iterable[Shape]) -> list[str]:
     """The table of weights x quantization x context."""
     rows = [["GiB to answer", "", "weights", *(f"{tokens:,} tokens" for tokens in CONTEXTS), "smallest GPU"]]
     last = ""
-    for line in table(*presets):
+    for line in table(shapes):
         gpus = " / ".join(dict.fromkeys(map(_nominal, line.gpus)))
-        shown = line.preset if line.preset != last else ""
-        rows.append([shown, line.kind, gib(line.weights), *map(gib, line.totals), gpus])
-        last = line.preset
+        shown = line.name if line.name != last else ""
+        beyond = [""] * (len(CONTEXTS) - len(line.totals))  # the model's longest sequence
+        rows.append([shown, line.kind, gib(line.weights), *map(gib, line.totals), *beyond, gpus])
+        last = line.name
     return aligned(rows, left=(0, 1, 6))
 
 
-def training_lines(name: str, gpu: int | None = None) -> list[str]:
-    """Training of a preset in each strategy at the defaults of a recipe, one sequence at a time."""
+def training_lines(shape: Shape, gpu: int | None = None) -> list[str]:
+    """Training of a model in each strategy at the defaults of a recipe, one sequence at a time."""
     yours = [f"{gib(gpu)} GiB GPU"] if gpu else []
     rows = [["GiB to train", "no layer recomputes", "all layers do", "smallest GPU", *yours]]
-    for label, run in _defaults(name):
+    tokens = min(2048, shape.max_positions)
+    for label, run in _defaults(shape, tokens):
         every = run.changed(checkpointed=run.shape.layers)
         cells = [label, gib(peak(run)), gib(peak(every)), _nominal(smallest_gpu(peak(every)))]
         rows.append(cells + ([_verdict(smallest_change(run, int(USABLE * gpu), auto=True))] if gpu else []))
-    what = "one sequence of 2,048 tokens at a time; LoRA of rank 16 on all linear layers"
+    what = f"one sequence of {tokens:,} tokens at a time; LoRA of rank 16 on all linear layers"
     return [*aligned(rows, left=(0, 3, 4)), f"({what})"]
 
 
@@ -77,8 +91,7 @@ def recipe_plan(loaded: LoadedRecipe, gpu: int | None, ranks: Ranks) -> tuple[st
     least = run.changed(checkpointed=run.shape.layers) if auto else run
     room = int(USABLE * (gpu or GIB * (smallest_gpu(peak(least)) or max(GPUS))))
     run = fitted(run, room, auto=auto)
-    lines = [*(f"note: {note}" for note in loaded.notes), _described(run), ""]
-    lines += [*_phase_lines(run), "", *_disk_lines(run), _layers_line(run), ""]
+    lines = _recipe_lines(loaded, run)
     if gpu:
         change = smallest_change(run, room, auto=auto)
         lines.append(f"{gib(gpu)} GiB GPU: {_verdict(change)}")
@@ -88,6 +101,26 @@ def recipe_plan(loaded: LoadedRecipe, gpu: int | None, ranks: Ranks) -> tuple[st
     lines += [f"{max(small):>4} GiB  and less: {NOWHERE}"] if small else []
     lines += [f"{nominal:>4} GiB  {_verdict(change)}" for nominal, change in changes.items() if change is not None]
     return "\n".join(lines), True
+
+
+def cpu_plan(loaded: LoadedRecipe, memory: int) -> tuple[str, bool]:
+    """The plan of a recipe on a machine without a GPU, of so many bytes, and whether it fits there as it is."""
+    auto = loaded.recipe.train.gradient_checkpointing == "auto"
+    room = int(USABLE_CPU * memory)
+    run = fitted(run_of(loaded.recipe, device="cpu"), room, auto=auto)
+    change = smallest_change(run, room, auto=auto)
+    lines = _recipe_lines(loaded, run)
+    nowhere = f"not with any setting; {'strategy=lora' if run.full else 'a smaller model.preset'}, or more memory"
+    verdict = _verdict(change, nowhere)
+    lines.append(f"{gib(memory)} GiB of memory, {1 - USABLE_CPU:.0%} of it left to the system: {verdict}")
+    return "\n".join(lines), change is not None and not change.overrides
+
+
+def _recipe_lines(loaded: LoadedRecipe, run: Run) -> list[str]:
+    """A run, its phases, its disk."""
+    notes = [f"note: {note}" for note in loaded.notes]
+    disk_lines = [*_disk_lines(run), *text_lines(run.shape)]
+    return [*notes, _described(run), "", *_phase_lines(run), "", *disk_lines, _layers_line(run), ""]
 
 
 def gib(size: int) -> str:
@@ -126,14 +159,15 @@ def _layers_line(run: Run) -> str:
 
 def _described(run: Run) -> str:
     how = {"full": "full", "lora": f"lora, rank {run.rank}", "qlora": f"qlora over {run.quantize}, rank {run.rank}"}
-    many = "1 device" if run.ranks.size == 1 else f"{run.ranks.size} devices ({run.ranks.layout})"
+    one = "1 device" if run.device == "cuda" else "the CPU"
+    many = one if run.ranks.size == 1 else f"{run.ranks.size} devices ({run.ranks.layout})"
     rows = f"{run.micro_batch_size} sequence{'s' * (run.micro_batch_size > 1)} of {run.tokens:,} tokens"
     return f"{run.shape.name}, {how[run.strategy]}, {run.precision}: {rows} at a time on {many}"
 
 
-def _verdict(change: Change | None) -> str:
+def _verdict(change: Change | None, nowhere: str = NOWHERE) -> str:
     if change is None:
-        return NOWHERE
+        return nowhere
     if change.overrides:
         return f"with {' '.join(change.overrides)}: {gib(peak(change.run))} GiB"
     return f"fits: {gib(peak(change.run))} GiB, {recomputing(change.run)}"
@@ -143,13 +177,12 @@ def _nominal(size: int | None) -> str:
     return f"{size} GiB" if size else "none"
 
 
-def _defaults(name: str) -> list[tuple[str, Run]]:
-    shape = preset_shape(name)
+def _defaults(shape: Shape, tokens: int) -> list[tuple[str, Run]]:
     attention = attention_of("auto", softcap=shape.attn_softcap, device="cuda")
     own = environment.own_kernels_wanted()
     plain = Run(
-        shape=shape, strategy="lora", micro_batch_size=1, tokens=2048, attention=attention, own_kernels=own, fused=own,
-        eval_rows=1,
+        shape=shape, strategy="lora", micro_batch_size=1, tokens=tokens, attention=attention, own_kernels=own,
+        fused=own, eval_rows=1,
     )  # fmt: skip
     return [
         ("full", plain.changed(strategy="full", rank=0)),
@@ -157,11 +190,6 @@ def _defaults(name: str) -> list[tuple[str, Run]]:
         ("qlora, int8", plain.changed(strategy="qlora", quantize="int8")),
         ("qlora, nf4", plain.changed(strategy="qlora", quantize="nf4")),
     ]
-
-
-def is_preset(name: str) -> bool:
-    """Whether a name is a preset's and not a recipe's."""
-    return name in PRESETS
 
 
 def known() -> str:

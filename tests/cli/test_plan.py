@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from gemma_ft.cli.app import main
 from gemma_ft.families.records import PUBLISHED
 from gemma_ft.plan.gpus import GIB, GPUS, gpu_bytes, smallest_gpu
 
-PRESETS = "gemma-2b, gemma-7b, gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-tiny"
-RECIPES = "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_tiny, tiny_base"
+PRESETS = (
+    "gemma-2b, gemma-7b, gemma-2-2b, gemma-2-9b, gemma-2-27b, gemma-tiny, gemma-3-270m, gemma-3-1b, gemma-3-4b, "
+    "gemma-3-12b, gemma-3-27b, vaultgemma-1b"
+)
+RECIPES = (
+    "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_gemma3_12b, sft_gemma3_1b, sft_gemma3_270m, "
+    "sft_gemma3_27b, sft_gemma3_4b, sft_tiny, tiny_base"
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +31,9 @@ RECIPES = "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_tin
         (["sft_2b", "--gpu", "A100"], "--gpu: 'A100' is no size of a GPU; the A100 has 40GiB or 80GiB"),
         (["sft_2b", "--gpu", "24576"], "--gpu: '24576' is no size of a GPU; give it as 24GiB"),
         (["sft_2b", "--gpu", "0"], "--gpu: '0' is no size of a GPU; give it as 24GiB"),
+        (["sft_2b", "--cpu", "4090"], "--cpu: '4090' is no size of memory; give it as 8GiB"),
+        (["sft_2b", "--cpu", "8", "--gpu", "8"], "--cpu: plans a machine without a GPU; leave --gpu and --launch out"),
+        (["gemma-2b", "--cpu", "8"], "--cpu: name a recipe that is to fit"),
         (["--gpu", "24"], "--gpu: name a recipe or a preset that is to fit"),
         (["gemma-2b", "strategy=lora"], "plan: settings and --launch belong to a recipe; name one"),
         (["sft_2b", "--nproc", "2"], "--nproc: says how many ranks --launch starts; add --launch NAME"),
@@ -45,9 +57,58 @@ def test_without_a_name_all_published_sizes_are_shown(capsys: pytest.CaptureFixt
     assert main(["plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "GiB to answer"
-    assert [line.split()[0] for line in lines[1:16:3]] == list(PUBLISHED)
-    assert [line[15:19].strip() for line in lines[1:16]] == ["bf16", "int8", "nf4"] * 5
-    assert [line.split()[0] for line in lines[18:28]] == [str(size) for size in GPUS]
+    table, rest = lines[1 : 1 + 3 * len(PUBLISHED)], lines[3 + 3 * len(PUBLISHED) :]
+    assert [line.split()[0] for line in table[::3]] == list(PUBLISHED)
+    assert [line[15:19].strip() for line in table] == ["bf16", "int8", "nf4"] * len(PUBLISHED)
+    assert [line.split()[0] for line in rest[: len(GPUS)]] == [str(size) for size in GPUS]
+    assert rest[len(GPUS) + 1] == (
+        "Of gemma-3-4b, gemma-3-12b, gemma-3-27b the text model is counted: what lies beside it is never read."
+    )
+
+
+def test_what_a_model_cannot_reach_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "vaultgemma-1b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["vaultgemma-1b", "bf16", "1.9", "2.9", "8", "GiB"]
+    assert "(one sequence of 1,024 tokens at a time; LoRA of rank 16 on all linear layers)" in lines
+
+
+NEW = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+       "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}  # fmt: skip
+SPELLINGS = {"old": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "new": {"rope_parameters": NEW}}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_folder_with_a_vision_tower_is_planned_as_its_text_model(
+    spelling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "sliding_window": 1024, **SPELLINGS[spelling]}  # fmt: skip
+    folder = tmp_path / "gemma-3-4b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
+    assert main(["plan", "gemma-3-4b"]) == 0
+    of_preset = capsys.readouterr().out.splitlines()
+    assert main(["plan", str(folder)]) == 0
+    of_folder = capsys.readouterr().out.splitlines()
+    assert "Of gemma-3-4b the text model alone is read: what lies beside it, 0.8 GiB, stays on the disk." in of_preset
+    assert "Of gemma-3-4b the text model alone is read: what lies beside it stays on the disk." in of_folder
+    assert len(of_preset) == len(of_folder)
+    assert sum(one != other for one, other in zip(of_preset, of_folder, strict=True)) == 1
+    assert main(["plan", "sft_gemma3_4b", f"model.weights={folder}"]) == 0
+    assert "Of gemma-3-4b the text model alone is read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["strategy=full"], 2)], ids=["lora", "full"])
+def test_a_laptop_of_8_gib_trains_the_270m_with_adapters_and_not_in_full(
+    more: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "sft_gemma3_270m", *more, "--cpu", "8GiB"]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[bool(more)].endswith("1 sequence of 1,024 tokens at a time on the CPU")
+    verdict = "not with any setting; strategy=lora, or more memory"
+    verdict = verdict if code else "fits: 2.0 GiB, no layer recomputes its activations"
+    assert lines[-1] == f"8.0 GiB of memory, 30% of it left to the system: {verdict}"
 
 
 def test_a_preset_is_planned_in_every_strategy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, VaultGemmaConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
+    VaultGemmaConfig,
+)
 
 from gemma_ft.errors import UserError
 from gemma_ft.families.records import PRESETS
@@ -99,6 +106,18 @@ def test_an_empty_config_is_that_of_transformers_class(config: type[GemmaConfig]
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "published"), [("gemma-3-4b", 4_300_079_472), ("gemma-3-12b", 12_187_325_040),
+                                                ("gemma-3-27b", 27_432_406_640)])  # fmt: skip
+def test_what_lies_beside_a_text_model_makes_up_the_published_folder(name: str, published: int) -> None:
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+              "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+    config = Gemma3Config(text_config=PRESETS[name].config().to_dict(), vision_config=vision)
+    with torch.device("meta"):
+        whole = sum(one.numel() for one in Gemma3ForConditionalGeneration(config).parameters())
+    shape = preset_shape(name)
+    assert (whole, shape.parameters + shape.beside, shape.text_only) == (published, published, True)
+
+
 # As folders on the hub were first written: what is not said is the config class's own.
 OLD_4B = {"model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152},
           "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
@@ -106,8 +125,8 @@ OLD_4B = {"model_type": "gemma3", "mm_tokens_per_image": 256, "vision_config": {
                           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}}  # fmt: skip
 OLD_1B = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
           "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262_144,
-          "max_position_embeddings": 32_768, "sliding_window": 512, "sliding_window_pattern": 6, "rope_theta": 1_000_000,
-          "rope_local_base_freq": 10_000, "rope_scaling": None, "query_pre_attn_scalar": 256,
+          "max_position_embeddings": 32_768, "sliding_window": 512, "sliding_window_pattern": 6,
+          "rope_theta": 1_000_000, "rope_local_base_freq": 10_000, "rope_scaling": None, "query_pre_attn_scalar": 256,
           "final_logit_softcapping": None, "attn_logit_softcapping": None}  # fmt: skip
 UNLIKE_ANY = {"model_type": "gemma3_text", "num_hidden_layers": 5, "sliding_window_pattern": 2,
               "final_logit_softcapping": 20.0, "rope_local_base_freq": 1_000_000.0}  # fmt: skip
@@ -117,7 +136,7 @@ UNLIKE_ANY = {"model_type": "gemma3_text", "num_hidden_layers": 5, "sliding_wind
 def test_a_raw_config_has_the_shape_of_what_transformers_reads(fields: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     config = config_in(tmp_path)
-    assert shape_in(tmp_path) == shape_of(tmp_path.name, config.to_dict())
+    assert replace(shape_in(tmp_path), text_only=False) == shape_of(tmp_path.name, config.to_dict())
     with torch.device("meta"):
         model = GemmaForCausalLM(config)
     assert shape_in(tmp_path).parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -129,7 +148,9 @@ def test_a_published_folder_has_the_shape_of_its_preset_in_either_spelling(
     fields: dict[str, Any], preset: str, tmp_path: Path
 ) -> None:
     def found() -> Shape:
-        return replace(shape_in(tmp_path), name=preset)
+        shape = shape_in(tmp_path)
+        assert shape.text_only == (fields is OLD_4B)
+        return replace(shape, name=preset, beside=preset_shape(preset).beside)
 
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     assert found() == preset_shape(preset)
