@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from gemma_ft.plan.fit import fitted, layers_to_checkpoint, peak, smallest_change
-from gemma_ft.plan.gpus import GIB
+from gemma_ft.plan.gpus import GIB, smallest_gpu
 from gemma_ft.plan.phases import disk, phases, train_phase
-from gemma_ft.plan.run import Ranks, Run, attention_of, run_of
+from gemma_ft.plan.run import Ranks, Run, attention_of, ranks_in, run_of
 from gemma_ft.plan.shape import preset_shape
 from gemma_ft.recipe.load import load_recipe
+from gemma_ft.system.shipped import shipped_launches
+from gemma_ft.system.units import byte_size
 
-RECIPES = ["sft_2b", "sft_7b", "sft_gemma2_2b", "sft_gemma2_9b", "sft_gemma2_27b", "sft_tiny"]
+RECIPES = ["sft_2b", "sft_7b", "sft_gemma2_2b", "sft_gemma2_9b", "sft_gemma2_27b", "sft_tiny", "sft_gemma3_270m",
+           "sft_gemma3_4b", "sft_gemma3_27b"]  # fmt: skip
 STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "full", "rank": 0},
     {"strategy": "lora"},
@@ -88,7 +92,7 @@ def test_the_smallest_change_fits_and_no_part_of_it_can_be_left_out(name: str, m
         assert planned([*more, *overrides], gib * GIB) == peak(change.run) <= gib * GIB
         for one in overrides:
             assert planned([*more, *(other for other in overrides if other != one)], gib * GIB) > gib * GIB
-    assert changed or name == "sft_tiny"
+    assert changed or name in ("sft_tiny", "sft_gemma3_270m")  # which fit everywhere
 
 
 def test_what_leaves_the_result_alone_comes_first() -> None:
@@ -113,3 +117,36 @@ def test_every_phase_is_planned_in_order() -> None:
     assert [phase.name for phase in phases(run(strategy="qlora", quantize="nf4"))] == [
         "load", "quantize", "train", "evaluate", "generate", "merge"]  # fmt: skip
     assert [phase.name for phase in phases(run(strategy="full", answers=False))] == ["load", "train", "evaluate"]
+
+
+SAID = re.compile(r"^# Needs a GPU of (?P<one>\d+) GiB by `gemma-ft plan`(?:; (?P<ranks>\d+) of (?P<each>\d+) GiB with "
+                  r"--launch fsdp2_qlora --nproc (?P=ranks))?\.$", re.MULTILINE)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sft_gemma3_1b", "sft_gemma3_4b", "sft_gemma3_12b", "sft_gemma3_27b"])
+def test_a_recipe_says_what_it_needs(name: str) -> None:
+    """The smallest GPU that it fits as it ships, alone and cut into slices."""
+    loaded = load_recipe(name)
+    said = SAID.search(loaded.path.read_text(encoding="utf-8"))
+    assert said is not None
+    launch = next(path for path in shipped_launches() if path.stem == "fsdp2_qlora")
+
+    def needed(ranks: Ranks) -> int | None:
+        run = run_of(loaded.recipe, ranks=ranks)
+        return smallest_gpu(peak(run.changed(checkpointed=run.shape.layers)))
+
+    assert needed(Ranks()) == int(said["one"])
+    if said["ranks"]:
+        assert needed(ranks_in(launch, int(said["ranks"]))) == int(said["each"]) < int(said["one"])
+
+
+def test_the_recipe_of_a_laptop_says_what_it_needs() -> None:
+    text = load_recipe("sft_gemma3_270m").path.read_text(encoding="utf-8")
+    lora, full = (
+        peak(run_of(load_recipe("sft_gemma3_270m", more).recipe, device="cpu").changed(own_kernels=True, fused=True))
+        for more in ([], ["strategy=full"])
+    )
+    assert (
+        f"# Needs {byte_size(lora, digits='.1f')} of memory by `gemma-ft plan sft_gemma3_270m --cpu 8GiB`; "
+        f"strategy=full {byte_size(full, digits='.1f')}, " in text
+    )

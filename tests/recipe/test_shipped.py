@@ -20,6 +20,11 @@ PRESETS = {
     "sft_gemma2_2b": "gemma-2-2b",
     "sft_gemma2_9b": "gemma-2-9b",
     "sft_gemma2_27b": "gemma-2-27b",
+    "sft_gemma3_270m": "gemma-3-270m",
+    "sft_gemma3_1b": "gemma-3-1b",
+    "sft_gemma3_4b": "gemma-3-4b",
+    "sft_gemma3_12b": "gemma-3-12b",
+    "sft_gemma3_27b": "gemma-3-27b",
     "sft_tiny": "gemma-tiny",
 }
 
