@@ -11,6 +11,7 @@ import re
 from benchmarks.plan import ARMS, planned
 from benchmarks.shared.record import ROOT
 from gemma_ft.families.records import PUBLISHED
+from gemma_ft.plan.shape import preset_shape
 from gemma_ft.ui.plan import inference_lines, training_lines
 
 PAGE = ROOT / "docs" / "memory.md"
@@ -18,9 +19,10 @@ PAGE = ROOT / "docs" / "memory.md"
 
 def tables() -> dict[str, str]:
     """The text of each table, by the name of its place in the page."""
-    training = ["\n".join([name, *training_lines(name)[:-1]]) for name in PUBLISHED]
+    shapes = [preset_shape(name) for name in PUBLISHED]
+    training = ["\n".join([shape.name, *training_lines(shape)[:-1]]) for shape in shapes]
     return {
-        "answers": "```\n" + "\n".join(inference_lines(PUBLISHED)) + "\n```",
+        "answers": "```\n" + "\n".join(inference_lines(shapes)) + "\n```",
         "training": "```\n" + "\n\n".join(training) + "\n```",
         "measured": _measured(),
     }
@@ -43,7 +45,7 @@ def _compared() -> dict[str, tuple[int, int]]:
     """Bytes of each run: planned, and measured."""
     result = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
     return {
-        name: (sum(planned(arm, widened=result["widened"]).values()), result["arms"][name]["measured"])
+        name: (sum(planned(arm, widened=result["arms"][name]["widened"]).values()), result["arms"][name]["measured"])
         for name, arm in ARMS.items()
     }
 

@@ -3,6 +3,9 @@ Gemmas on a CPU, each in its own process, to benchmarks/results/plan.json.
 
     .venv/bin/python -m benchmarks.plan              all arms
     .venv/bin/python -m benchmarks.plan NAME ...     some of them; nothing is written
+    .venv/bin/python -m benchmarks.plan --add NAME ...    some of them, put beside what was measured before
+
+Each arm says at which commit, with which versions and on what processor it was measured.
 
 A process's peak resident memory is compared, above what it held before it had a model: that is the planner's overhead.
 The C library is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are measured and not
@@ -25,10 +28,11 @@ import torch
 
 from benchmarks.shared.hundred_million import random_gemma, tokenizer
 from benchmarks.shared.our_trainer import trainer_of
-from benchmarks.shared.record import ROOT, write_result
+from benchmarks.shared.record import PUBLISHED, ROOT, commit, processor, write_result
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32_000}  # fmt: skip
+# what an arm's model has instead of its preset's sizes
 FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES}
 WITHIN = 0.10
 STEPS = 2
@@ -80,7 +84,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     from gemma_ft.plan.run import Run, attention_of
     from gemma_ft.plan.shape import shape_of
 
-    shape = shape_of(arm.preset, {"model_type": PRESETS[arm.preset].model_type, **FAMILIES[arm.preset]})
+    preset = PRESETS[arm.preset]
+    shape = shape_of(arm.preset, {"model_type": preset.model_type, **preset.fields, **FAMILIES[arm.preset]})
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
@@ -233,9 +238,10 @@ def memory(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def main(names: list[str]) -> int:
-    """Some arms, or all and the result file; 1 where a plan is not within 10%."""
+def main(names: list[str], *, add: bool = False) -> int:
+    """Some arms, or all and the result file, `add`: some and the result file; 1 where a plan is not within 10%."""
     from gemma_ft.kernels.matmul import widens
+    from gemma_ft.system.environment import versions
 
     found: dict[str, Any] = {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -249,14 +255,18 @@ def main(names: list[str]) -> int:
             error = sum(plan.values()) / measured["peak"] - 1
             found[name] = {
                 "planned": sum(plan.values()), "measured": measured["peak"], "error": round(error, 3),
-                "before": measured["before"], "loaded": measured["load"], "parts": plan,
+                "before": measured["before"], "loaded": measured["load"], "parts": plan, "widened": widens(),
+                "commit": commit(), "processor": processor(), "versions": versions(),
             }  # fmt: skip
             shown = ", ".join(f"{key} {size / 2**20:.0f}" for key, size in plan.items())
             sizes = f"{sum(plan.values()) / 2**20:6.0f} planned {measured['peak'] / 2**20:6.0f} measured"
             print(f"{name:34} {sizes} MiB {error:+6.1%}  ({shown}; loaded {measured['load'] / 2**20:.0f})", flush=True)
-    if not names:
+    if not names or add:
+        former = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))["arms"] if add else {}
+        measured = {**former, **found}
         write_result("plan", command="python -m benchmarks.plan", sizes=SIZES, threads=torch.get_num_threads(),
-                     widened=widens(), grid={name: asdict(arm) for name, arm in ARMS.items()}, arms=found)  # fmt: skip
+                     grid={name: asdict(arm) for name, arm in ARMS.items()},
+                     arms={name: measured[name] for name in ARMS if name in measured})  # fmt: skip
     return int(any(abs(one["error"]) > WITHIN for one in found.values()))
 
 
@@ -264,4 +274,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm"]:
         one_arm(sys.argv[2], Path(sys.argv[3]))
     else:
-        sys.exit(main(sys.argv[1:]))
+        add = sys.argv[1:2] == ["--add"]
+        sys.exit(main(sys.argv[1 + add :], add=add))
