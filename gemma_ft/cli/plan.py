@@ -78,8 +78,11 @@ def _shape(name: str) -> "Shape | None":
 
     if name in PRESETS:
         return preset_shape(name)
-    folder = locate(name)
-    return shape_in(folder) if folder is not None and (folder / "config.json").is_file() else None
+    found = locate(name)
+    if found is None:
+        return None
+    folder = found.parent if found.name == "config.json" else found
+    return shape_in(folder) if (folder / "config.json").is_file() else None
 
 
 def _ranks(launch: str | None, nproc: int | None) -> "Ranks":

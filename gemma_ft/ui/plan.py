@@ -43,11 +43,28 @@ def error_line() -> str:
 
 def model_plan(shape: Shape, gpu: int | None) -> str:
     """Inference and training of one model; `gpu`: bytes of the GPU in question."""
-    lines = [*inference_lines([shape]), "", *training_lines(shape, gpu), "", *text_lines(shape), error_line()]
+    lines = [
+        *inference_lines([shape]),
+        "",
+        *training_lines(shape, gpu),
+        "",
+        *_kind_lines(shape),
+        *_text_lines(shape),
+        error_line(),
+    ]
     return "\n".join(lines)
 
 
-def text_lines(shape: Shape) -> list[str]:
+def _kind_lines(shape: Shape) -> list[str]:
+    """How many layers are of which kind, where they differ in more than what they see."""
+    windows = {window for window in shape.windows if window is not None}
+    if shape.angles == 1 or len(windows) != 1:
+        return []
+    local = sum(window is not None for window in shape.windows)
+    return [f"layers: {local} of {shape.layers} see {windows.pop():,} tokens, {shape.layers - local} see all"]
+
+
+def _text_lines(shape: Shape) -> list[str]:
     """What is not counted of the folder of a text model that other models lie beside."""
     if not shape.text_only:
         return []
@@ -119,8 +136,9 @@ def cpu_plan(loaded: LoadedRecipe, memory: int) -> tuple[str, bool]:
 def _recipe_lines(loaded: LoadedRecipe, run: Run) -> list[str]:
     """A run, its phases, its disk."""
     notes = [f"note: {note}" for note in loaded.notes]
-    disk_lines = [*_disk_lines(run), *text_lines(run.shape)]
-    return [*notes, _described(run), "", *_phase_lines(run), "", *disk_lines, _layers_line(run), ""]
+    disk_lines = [*_disk_lines(run), *_text_lines(run.shape)]
+    layers = [*_kind_lines(run.shape), _layers_line(run)]
+    return [*notes, _described(run), "", *_phase_lines(run), "", *disk_lines, *layers, ""]
 
 
 def gib(size: int) -> str:

@@ -93,6 +93,9 @@ def test_a_folder_with_a_vision_tower_is_planned_as_its_text_model(
     of_folder = capsys.readouterr().out.splitlines()
     assert "Of gemma-3-4b the text model alone is read: what lies beside it, 0.8 GiB, stays on the disk." in of_preset
     assert "Of gemma-3-4b the text model alone is read: what lies beside it stays on the disk." in of_folder
+    assert "layers: 29 of 34 see 1,024 tokens, 5 see all" in of_folder
+    assert main(["plan", str(folder / "config.json")]) == 0
+    assert capsys.readouterr().out.splitlines() == of_folder
     assert len(of_preset) == len(of_folder)
     assert sum(one != other for one, other in zip(of_preset, of_folder, strict=True)) == 1
     assert main(["plan", "sft_gemma3_4b", f"model.weights={folder}"]) == 0
@@ -105,6 +108,7 @@ def test_a_laptop_of_8_gib_trains_the_270m_with_adapters_and_not_in_full(
 ) -> None:
     assert main(["plan", "sft_gemma3_270m", *more, "--cpu", "8GiB"]) == code
     lines = capsys.readouterr().out.splitlines()
+    assert "layers: 15 of 18 see 512 tokens, 3 see all" in lines
     assert lines[bool(more)].endswith("1 sequence of 1,024 tokens at a time on the CPU")
     verdict = "not with any setting; strategy=lora, or more memory"
     verdict = verdict if code else "fits: 2.0 GiB, no layer recomputes its activations"
