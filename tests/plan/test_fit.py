@@ -147,6 +147,6 @@ def test_the_recipe_of_a_laptop_says_what_it_needs() -> None:
         for more in ([], ["strategy=full"])
     )
     assert (
-        f"# Needs {byte_size(lora, digits='.1f')} of memory by `gemma-ft plan sft_gemma3_270m --cpu 8GiB`; "
-        f"strategy=full {byte_size(full, digits='.1f')}, " in text
+        f"# Needs {byte_size(lora, digits='.0f')} of memory by `gemma-ft plan sft_gemma3_270m --cpu 8GiB`; "
+        f"strategy=full {byte_size(full, digits='.0f')}, " in text
     )
