@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.model.gemma import GemmaForCausalLM
-from tests.parity.amplified import FIRST, SECOND, SHAPES, gradients, ours, relative, token_rows
+from tests.parity.amplified import ONE_OF_EACH, SECOND, SOME, gradients, ours, relative, token_rows
 
 LENGTHS = (5, 12, 4)  # the second is longer than the window
 TOLERANCE = 1e-10
@@ -43,7 +43,7 @@ def alone(model: GemmaForCausalLM, parts: list[Tensor]) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("how", ["document_ids", "position_ids"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_a_packed_row_equals_its_documents_alone(shape: str, how: str) -> None:
     model, parts = ours(shape, dtype=torch.float64), documents()
     logits, loss, grads = alone(model, parts)
@@ -59,7 +59,7 @@ def test_a_packed_row_equals_its_documents_alone(shape: str, how: str) -> None:
     assert all(relative(grad, grads[name]) <= TOLERANCE for name, grad in gradients(model).items())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_a_collated_batch_of_packed_rows_equals_its_documents_alone(shape: str) -> None:
     """As the collator gives it: mask, positions and documents together, rows of unequal lengths padded on the right."""
     model, first, second = ours(shape, dtype=torch.float64), documents(), documents(50)[:2]
@@ -76,7 +76,7 @@ def test_a_collated_batch_of_packed_rows_equals_its_documents_alone(shape: str) 
 
 @pytest.mark.parametrize("given_positions", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_padding_changes_no_real_token(shape: str, side: str, given_positions: bool) -> None:
     model, parts = ours(shape, dtype=torch.float64), documents()
     logits, loss, grads = alone(model, parts)
@@ -101,7 +101,7 @@ def test_padding_changes_no_real_token(shape: str, side: str, given_positions: b
     assert all(relative(grad, grads[name]) <= TOLERANCE for name, grad in gradients(model).items())
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_fault_12_rows_without_any_visible_key_stay_finite(shape: str) -> None:
     ids = token_rows()
     mask = torch.ones_like(ids)
@@ -116,7 +116,7 @@ def test_fault_12_rows_without_any_visible_key_stay_finite(shape: str) -> None:
         assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_fault_28_packing_leaks_nothing_between_documents(shape: str) -> None:
     model, parts = ours(shape, dtype=torch.float64), documents()
     row = packed(parts)

@@ -9,17 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Gemma2ForCausalLM as ReferenceGemma2
-from transformers import GemmaForCausalLM as ReferenceGemma1
 from transformers.configuration_utils import PreTrainedConfig
 
-from gemma_ft.families.records import PRESETS
+from gemma_ft.families.family import LayerType
+from gemma_ft.families.records import FAMILIES, PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 
 # MQA; MHA with N * H != D; GQA (three layers: an odd number); GQA with another ratio; query scale D / N instead of H.
 SHAPES = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b")
+# Gemma 3: MQA, one RoPE of each type of layer; the same with a window in the last layer; GQA, where the RoPE of full
+# layers is scaled; another ratio; a query scale that is not H's. VaultGemma: MHA, no norm after attention and MLP.
+GEMMA_3 = ("gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b")
+VAULT = "vaultgemma-1b"
+EVERY = (*SHAPES, *GEMMA_3, VAULT)
 FIRST, SECOND = "gemma-2b", "gemma-2-27b"  # one of each family, for laws that do not depend on the shape
+THIRD = "gemma-3-27b"
+ONE_OF_EACH = (FIRST, SECOND, THIRD, VAULT)
+SOME = (*SHAPES, "gemma-3-270m", THIRD, VAULT)  # for what takes longer: of Gemma 3 without and with scaled positions
+# How far it is from one layer that sees all keys to the next: of three layers the last one does, as of 270M and 12B, or
+# has a window, as of 1B, 4B and 27B; of four it is the other way round.
+FULL_EVERY = {"gemma-3-270m": 3, "gemma-3-1b": 2, "gemma-3-4b": 2, "gemma-3-12b": 3, "gemma-3-27b": 2, VAULT: 2}
 SHRINK = 16
 VOCAB = 101
 WINDOW = 8
@@ -28,18 +39,27 @@ TOKENS = 21  # longer than two windows
 
 def tiny_config(shape: str, **overrides: Any) -> PreTrainedConfig:
     """The preset `shape` with all its widths divided by SHRINK, three layers, and a window shorter than TOKENS."""
-    fields = PRESETS[shape].fields
+    fields, heads = PRESETS[shape].fields, PRESETS[shape].fields["num_attention_heads"]
     small: dict[str, Any] = {
         "vocab_size": VOCAB,
         "num_hidden_layers": 3,
-        "hidden_size": fields["hidden_size"] // SHRINK,
+        "hidden_size": fields["hidden_size"] // SHRINK // heads * heads,  # transformers wants whole heads of it
         "head_dim": fields["head_dim"] // SHRINK,
         "intermediate_size": 96,
         "max_position_embeddings": 256,
     }
-    if PRESETS[shape].model_type == "gemma2":
+    if "query_pre_attn_scalar" in fields:
         small |= {"query_pre_attn_scalar": fields["query_pre_attn_scalar"] // SHRINK, "sliding_window": WINDOW}
+    if shape in FULL_EVERY:
+        small["layer_types"] = layer_types(shape, overrides.get("num_hidden_layers", 3))
     return PRESETS[shape].config(**{**small, **overrides})
+
+
+def layer_types(shape: str, layers: int) -> list[LayerType]:
+    """The types of so many layers of a tiny model: both, where there are two layers or more."""
+    family = FAMILIES[PRESETS[shape].model_type]
+    slides = [family.slides(layer, FULL_EVERY[shape]) for layer in range(layers)]
+    return ["sliding_attention" if one else "full_attention" for one in slides]
 
 
 def amplify(model: nn.Module, seed: int = 0) -> None:
@@ -59,9 +79,9 @@ def ours(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
 
 
 def reference(shape: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """transformers' model with the same weights, on its eager attention (for Gemma 2 it has no other)."""
+    """transformers' model with the same weights, on its eager attention (where there is a cap it has no other)."""
     config = tiny_config(shape, attn_implementation="eager", **overrides)
-    model = (ReferenceGemma1 if config.model_type == "gemma" else ReferenceGemma2)(config)
+    model = getattr(transformers, FAMILIES[config.model_type].architecture)(config)
     amplify(model, seed)
     return model.to(dtype).eval()
 

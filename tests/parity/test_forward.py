@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 
-from tests.parity.amplified import SHAPES, TOKENS, masked_labels, ours, reference, relative, token_rows
+from gemma_ft.families.records import FAMILIES
+from tests.parity.amplified import EVERY, TOKENS, masked_labels, ours, reference, relative, token_rows
 
 TOLERANCE = 1e-5
 
@@ -32,7 +37,7 @@ def recorded(model: nn.Module, ids: Tensor, **inputs: Tensor) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("layers", [3, 4])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_every_layer_and_the_logits_equal_transformers(shape: str, layers: int) -> None:
     ids = token_rows()
     found = recorded(ours(shape, num_hidden_layers=layers), ids)
@@ -43,22 +48,38 @@ def test_every_layer_and_the_logits_equal_transformers(shape: str, layers: int) 
     assert found["logits"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def changes(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Every number of a config, changed by itself."""
+    family = FAMILIES[config.model_type]
+    yield "rms_norm_eps", 0.1
+    if family.window_period is not None:
+        yield "sliding_window", 9
+        yield "query_pre_attn_scalar", config.query_pre_attn_scalar + 1
+    if family.attn_softcap:
+        yield "attn_logit_softcapping", 30.0
+    if family.final_softcap:
+        yield "final_logit_softcapping", 29.0
+    ropes: dict[str, Any] = config.rope_parameters
+    if len(family.ropes) == 1:
+        yield "rope_parameters", {"rope_type": "default", "rope_theta": 500.0}
+        return
+    for layer_type in family.ropes:
+        yield "rope_parameters", {**ropes, layer_type: {**ropes[layer_type], "rope_theta": 500.0}}
+        yield "rope_parameters", {**ropes, layer_type: {**ropes[layer_type], "rope_type": "linear", "factor": 3.0}}
+
+
+@pytest.mark.parametrize("shape", EVERY)
 def test_the_amplified_model_feels_its_window_and_its_caps(shape: str) -> None:
     """Without this, parity could hold for a model in which nothing numbered in the design matters."""
     ids, plain = token_rows(), ours(shape)
-    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1}
-    if plain.config.model_type == "gemma2":
-        changes |= {"sliding_window": 9, "attn_logit_softcapping": 30.0, "final_logit_softcapping": 29.0}
-        changes |= {"query_pre_attn_scalar": plain.config.query_pre_attn_scalar + 1}
-    for key, value in changes.items():
+    for key, value in changes(plain.config):
         found = ours(shape, **{key: value})(ids).logits
-        assert relative(found, plain(ids).logits) > 100 * TOLERANCE, key
-        assert relative(found, reference(shape, **{key: value})(ids).logits) <= TOLERANCE, key
+        assert relative(found, plain(ids).logits) > 100 * TOLERANCE, (key, value)
+        assert relative(found, reference(shape, **{key: value})(ids).logits) <= TOLERANCE, (key, value)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_padded_batches_equal_transformers_on_real_tokens(shape: str, side: str) -> None:
     ids = token_rows()
     mask = torch.ones_like(ids)
@@ -72,7 +93,7 @@ def test_padded_batches_equal_transformers_on_real_tokens(shape: str, side: str)
     assert relative(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_packed_rows_equal_transformers(shape: str) -> None:
     """Positions that restart mark documents in transformers too, when no attention mask is given."""
     ids = token_rows()
@@ -84,7 +105,7 @@ def test_packed_rows_equal_transformers(shape: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("items", [None, 7, 1000, torch.tensor(40)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_the_loss_equals_transformers(shape: str, items: int | Tensor | None, training: bool) -> None:
     ids = token_rows(3)
     labels = masked_labels(ids)
@@ -102,7 +123,7 @@ def test_the_loss_equals_transformers(shape: str, items: int | Tensor | None, tr
     assert model.head_loss(model.model(ids).last_hidden_state, labels).correct_count == hits
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_only_the_logits_asked_for_are_given(shape: str) -> None:
     ids, model = token_rows(), ours(shape)
     whole = model(ids).logits
@@ -111,7 +132,7 @@ def test_only_the_logits_asked_for_are_given(shape: str) -> None:
     assert model(ids, labels=ids, skip_logits=True).logits is None
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_hidden_states_equal_transformers(shape: str) -> None:
     ids = token_rows()
     found = ours(shape)(ids, output_hidden_states=True).hidden_states
@@ -120,7 +141,7 @@ def test_hidden_states_equal_transformers(shape: str) -> None:
     assert all(relative(one, two) <= TOLERANCE for one, two in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EVERY)
 def test_embeddings_given_in_place_of_ids_are_not_scaled_again(shape: str) -> None:
     ids, model = token_rows(), ours(shape)
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)

@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import (
 )
 
 from gemma_ft.model.gemma import GemmaForCausalLM
-from tests.parity.amplified import FIRST, SECOND, SHAPES, TOKENS, ours, reference, relative, token_rows
+from tests.parity.amplified import ONE_OF_EACH, SECOND, SOME, TOKENS, ours, reference, relative, token_rows
 
 TOLERANCE = 1e-10
 CUTS = ([1] * TOKENS, [5, 1, 1, 14], [13, 1, 1, 6], [7, 1, 13], [8, 8, 5], [20, 1])  # around the window of 8
@@ -40,7 +40,7 @@ def in_pieces(model: GemmaForCausalLM, ids: Tensor, mask: Tensor, cut: list[int]
 
 @pytest.mark.parametrize("padded", [0, 10])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_fault_14_cached_logits_equal_uncached_ones_past_the_window(shape: str, cut: list[int], padded: int) -> None:
     model, ids = ours(shape, dtype=torch.float64), token_rows()
     mask = torch.ones_like(ids)
@@ -55,7 +55,7 @@ def test_fault_14_cached_logits_equal_uncached_ones_past_the_window(shape: str, 
 @pytest.mark.parametrize(
     "options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}], ids=str
 )
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_greedy_tokens_of_a_ragged_batch_equal_transformers(shape: str, options: dict[str, Any]) -> None:
     ids, mask = ragged_prompts()
     wanted = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, **options}
@@ -72,7 +72,7 @@ STATIC = [  # the offloaded ones are a GPU's
 @pytest.mark.parametrize(
     ("tokens", "masked", "names"), [(5, False, ["static"]), (8, True, ["static"]), (13, False, STATIC)]
 )  # shorter than the window, as long, longer
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_greedy_tokens_are_the_same_with_every_cache(shape: str, tokens: int, masked: bool, names: list[str]) -> None:
     """transformers 5.24's names of caches; prompts without padding, for which its `generate` passes positions and no
     mask.
@@ -88,7 +88,7 @@ def test_greedy_tokens_are_the_same_with_every_cache(shape: str, tokens: int, ma
 
 
 @pytest.mark.parametrize("kind", ["alone", "packed", "packed, longer first", "late"])
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_positions_mean_the_same_with_a_static_cache_as_without_one(shape: str, kind: str) -> None:
     model, ids = ours(shape, dtype=torch.float64), token_rows()
     lengths = {"packed": (6, 4, TOKENS - 10), "packed, longer first": (13, TOKENS - 13)}.get(kind, (TOKENS,))
@@ -101,7 +101,7 @@ def test_positions_mean_the_same_with_a_static_cache_as_without_one(shape: str, 
             assert relative(found, whole) <= TOLERANCE, length
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_fault_25_batched_generation_equals_single_generation(shape: str) -> None:
     model = ours(shape, dtype=torch.float64)
     ids, mask = ragged_prompts()
@@ -112,7 +112,7 @@ def test_fault_25_batched_generation_equals_single_generation(shape: str) -> Non
         assert torch.equal(batched[row, 13:], alone[0, int(mask[row].sum()) :])
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_generation_stops_at_every_stop_token(shape: str) -> None:
     model = ours(shape)
     ids, mask = ragged_prompts()
@@ -123,7 +123,7 @@ def test_generation_stops_at_every_stop_token(shape: str) -> None:
     assert stopped[0, 13:].tolist() == free[: first_stop + 1].tolist()
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_fault_08_generation_scores_carry_the_same_cap_as_the_forward_pass(shape: str) -> None:
     """Greedy tokens would hide a cap lost on one of the two ways: their logits are compared."""
     model = ours(shape, dtype=torch.float64)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from gemma_ft.model.lm_head import fused_head_loss, layered_head_loss, softcapped
-from tests.parity.amplified import FIRST, SECOND, gradients, masked_labels, ours, reference, relative, token_rows
+from tests.parity.amplified import FIRST, SECOND, THIRD, gradients, masked_labels, ours, reference, relative, token_rows
 
 TOLERANCE = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def tuned(model: Any, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", [FIRST, SECOND, THIRD])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_on_stock(kind: str, shape: str) -> None:
     """peft 0.21.2 around transformers 5.24's Gemma."""

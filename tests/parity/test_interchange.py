@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemma_ft.model.gemma import GemmaForCausalLM
-from tests.parity.amplified import FIRST, SECOND, TOKENS, ours, reference, relative, tiny_config, token_rows
+from tests.parity.amplified import ONE_OF_EACH, TOKENS, ours, reference, relative, tiny_config, token_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOLERANCE = 1e-5
-ARCHITECTURE = {FIRST: "GemmaForCausalLM", SECOND: "Gemma2ForCausalLM"}
-FAMILIES = pytest.mark.parametrize("shape", [FIRST, SECOND])
+CLASSES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "VaultGemmaForCausalLM")
+ARCHITECTURE = dict(zip(ONE_OF_EACH, CLASSES, strict=True))
+FAMILIES = pytest.mark.parametrize("shape", ONE_OF_EACH)
 
 
 def logits(model: Any) -> Tensor:

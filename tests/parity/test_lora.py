@@ -12,9 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.parity.amplified import (
-    FIRST,
-    SECOND,
-    SHAPES,
+    ONE_OF_EACH,
+    SOME,
     gradients,
     masked_labels,
     ours,
@@ -44,7 +43,7 @@ def stir(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_fault_15_a_fresh_adapter_changes_no_logit(shape: str, dtype: torch.dtype) -> None:
     ids = token_rows()
     model = wrapped(ours(shape, dtype=dtype)).eval()
@@ -55,7 +54,7 @@ def test_fault_15_a_fresh_adapter_changes_no_logit(shape: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_gradients_of_adapters_equal_those_on_stock(shape: str, kind: str) -> None:
     """In float64: in float32 the rounding of stock's own sums comes to 1e-5 on some processors."""
     ids = token_rows()
@@ -73,7 +72,7 @@ def test_gradients_of_adapters_equal_those_on_stock(shape: str, kind: str) -> No
     assert max(off.values()) <= TOLERANCE, {name: value for name, value in off.items() if value > TOLERANCE}
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_an_adapter_of_ours_opens_on_stock_with_equal_logits(shape: str, tmp_path: Path) -> None:
     ids, model = token_rows(), wrapped(ours(shape)).eval()
     stir(model)
@@ -85,7 +84,7 @@ def test_an_adapter_of_ours_opens_on_stock_with_equal_logits(shape: str, tmp_pat
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_merged_equals_adapted(shape: str) -> None:
     ids, model = token_rows(), wrapped(ours(shape, dtype=torch.float64)).double().eval()
     stir(model)
@@ -95,7 +94,7 @@ def test_merged_equals_adapted(shape: str) -> None:
     assert relative(merged(ids).logits, adapted) <= 1e-10
 
 
-@pytest.mark.parametrize("shape", [FIRST, SECOND])
+@pytest.mark.parametrize("shape", ONE_OF_EACH)
 def test_checkpointing_changes_no_gradient_of_an_adapter(shape: str) -> None:
     ids, grads = token_rows(), []
     for checkpointing in (False, True):

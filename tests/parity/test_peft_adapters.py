@@ -1,6 +1,6 @@
 """Adapters of other tools: what PEFT computes with them on transformers' Gemma, from the folder that PEFT saved.
 
-Source of every right value: peft 0.21.2's PeftModel on transformers 5.24's GemmaForCausalLM and Gemma2ForCausalLM.
+Source of every right value: peft 0.21.2's PeftModel on transformers 5.24's Gemma classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
 from gemma_ft.adapters.lora import adapter_off
 from gemma_ft.build.pretrained import load_model
-from tests.parity.amplified import FIRST, SECOND, reference, relative, token_rows
+from tests.parity.amplified import FIRST, SECOND, THIRD, reference, relative, token_rows
 
 TOLERANCE = 1e-5
 Q = {"target_modules": ["q_proj"]}
@@ -56,9 +56,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[FIRST, SECOND])
+@pytest.fixture(scope="module", params=[FIRST, SECOND, THIRD])
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """transformers' amplified model of either family, and its folder."""
+    """transformers' amplified model of each family, and its folder."""
     model, folder = reference(request.param), tmp_path_factory.mktemp("stock") / request.param
     model.save_pretrained(folder)
     return model, folder
