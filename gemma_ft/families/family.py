@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma_ft.families.chat_template import ChatTemplate
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Fields = Mapping[str, Any]  # of a config.json, by transformers' names
 LayerType = Literal["full_attention", "sliding_attention"]
+LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 
 
@@ -173,10 +174,12 @@ class Family:
         if several:
             given = given.get(layer_type) or {}
         scaling = fields.get("rope_scaling") if full else None
-        given = {**(scaling if isinstance(scaling, Mapping) else {}), **given}
+        if isinstance(scaling, Mapping):  # of both, transformers takes the old one
+            given = {**given, **scaling}
         theta: float = fields.get("rope_theta" if full else "rope_local_base_freq") or usual.theta
+        kind = given.get("rope_type", given.get("type", Rope.type))
         return Rope(
             theta=given.get("rope_theta", theta),
-            type=given.get("rope_type", given.get("type", Rope.type)),
-            factor=given.get("factor", Rope.factor),
+            type=kind,
+            factor=Rope.factor if kind == Rope.type else given.get("factor", Rope.factor),  # as transformers
         )

@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.families.family import Family, LayerKind, Rope
 from gemma_ft.families.records import COMPOSITES, family_of
-from gemma_ft.model.config_file import other_family
+from gemma_ft.model.config_file import other_family, refuse_fields
 
 # transformers reads `hidden_act` for Gemma 1 and `hidden_activation` for Gemma 2, and published files carry a legacy
 # "gelu" that means the tanh approximation: every name of a GELU is the same function here, anything else is another
@@ -64,13 +64,7 @@ class GemmaNumerics:
             raise UserError(
                 f"config.json: activation {activation!r} is not Gemma's tanh GELU; this is not a Gemma model"
             )
-        if getattr(config, "use_bidirectional_attention", None):
-            raise UserError("config.json: use_bidirectional_attention is set; this is an encoder, not a causal Gemma")
-        if not family.attn_softcap and getattr(config, "attn_logit_softcapping", None) is not None:
-            raise UserError(
-                f"config.json: attn_logit_softcapping {config.attn_logit_softcapping!r} is set, which transformers "
-                f"ignores in a {family.label}; set it to null, or fetch the file again"
-            )
+        refuse_fields(config.to_dict(), family)
         layers = _checked_layers(config, family)
         return cls(
             query_scale=getattr(config, family.query_scale) ** -0.5,
@@ -84,21 +78,9 @@ class GemmaNumerics:
 
 
 def _checked_layers(config: PreTrainedConfig, family: Family) -> tuple[LayerKind, ...]:
-    """The layers of a config. Raises: UserError for a window that is none, or rotary positions that are not computed
-    here, or that transformers would not compute as they are written.
-    """
-    stored = config.rope_parameters or {}
-    flat = sorted(set(stored) - set(family.ropes)) if len(family.ropes) > 1 else []
-    if flat:
-        raise UserError(
-            f"config.json: rope_parameters has {flat[0]!r} beside its types of layers, which transformers ignores; "
-            f"put it under {' and '.join(family.ropes)}"
-        )
+    """The layers of a config. Raises: UserError for a window that is none, or a scale that is no positive number."""
     layers = family.layers(config.to_dict())
     for rope in {kind.rope for kind in layers}:
-        if rope.type not in family.rope_types:
-            usual = " and ".join(map(repr, family.rope_types))
-            raise UserError(f"config.json: rope_type {rope.type!r} is not supported; {family.label} uses {usual}")
         _refuse_bad_scale("rope_theta", rope.theta)
         _refuse_bad_scale("factor", rope.factor)
     window = config.sliding_window if family.window_period is not None else 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
+from gemma_ft.families.family import LAYER_TYPES, Family, Fields, Rope
 from gemma_ft.families.records import COMPOSITES, FAMILIES, PRESETS, family_of, known_families, text_fields
 
 READ_AT_MOST = 2**20  # bytes: a config.json has some thousand
@@ -25,12 +26,63 @@ def other_family(model_type: Any) -> str:
 
 
 def check_family(folder: Path, name: str) -> None:
-    """Raises: UserError when the config.json of `folder`, which the user knows as `name`, is of another family. One
-    that is missing or damaged is refused where it is read in full.
+    """Raises: UserError when the config.json of `folder`, which the user knows as `name`, is of another family, or asks
+    for what no family computes (`refuse_fields`). One that is missing or damaged is refused where it is read in full.
     """
     found = _fields(folder)
-    if found and family_of(found.get("model_type")) is None:
+    family = family_of(found.get("model_type"))
+    if found and family is None:
         raise UserError(f"{name}: {other_family(found.get('model_type'))}")
+    if family is not None:
+        refuse_fields(found, family)
+
+
+def refuse_fields(fields: Fields, family: Family) -> None:
+    """Raises: UserError for what a config of a family may say and is not computed here, or what transformers would not
+    compute as it is written; `fields`: as they lie in config.json, or as transformers completed them.
+    """
+    if fields.get("use_bidirectional_attention"):
+        raise UserError("config.json: use_bidirectional_attention is set; this is an encoder, not a causal Gemma")
+    cap = fields.get("attn_logit_softcapping")
+    if cap is not None and not family.attn_softcap:
+        raise UserError(
+            f"config.json: attn_logit_softcapping {cap!r} is set, which transformers ignores in a {family.label}; "
+            "set it to null, or fetch the file again"
+        )
+    stored = fields.get("layer_types")
+    for kind in stored if isinstance(stored, list) and family.window_period is not None else ():
+        if kind not in LAYER_TYPES:
+            raise UserError(
+                f"config.json: layer_types has {kind!r}; the layers of a {family.label} are {' or '.join(LAYER_TYPES)}"
+            )
+    _refuse_ropes(fields, family)
+
+
+def _refuse_ropes(fields: Fields, family: Family) -> None:
+    ropes, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    if not isinstance(ropes, Mapping) or not isinstance(scaling, Mapping):
+        return  # said where transformers stumbles over it
+    if len(family.ropes) > 1:
+        flat = sorted(set(ropes) - set(family.ropes))
+        if flat:
+            raise UserError(
+                f"config.json: rope_parameters has {flat[0]!r} beside its types of layers, which transformers ignores; "
+                f"put it under {' and '.join(family.ropes)}"
+            )
+        parts = [part or {} for part in ropes.values()]
+        if not all(isinstance(part, Mapping) for part in parts):
+            return
+        for part, usual in [(scaling, Rope.type), *((part, part.get("type")) for part in parts)]:
+            if "type" in part and part["type"] != part.get("rope_type", usual):
+                raise UserError(
+                    f"config.json: a RoPE has type {part['type']!r}, which transformers ignores in a {family.label}; "
+                    "call it rope_type"
+                )
+    for layer_type in family.ropes:
+        found = family.rope(layer_type, fields).type
+        if found not in family.rope_types:
+            usual = " and ".join(map(repr, family.rope_types))
+            raise UserError(f"config.json: rope_type {found!r} is not supported; {family.label} uses {usual}")
 
 
 def check_preset(found: Mapping[str, Any], preset: str, name: str) -> None:

@@ -309,6 +309,12 @@ FACES = {
 
 
 def _face(config: PreTrainedConfig | None, default: type[GemmaForCausalLM]) -> type[GemmaForCausalLM]:
-    """The class whose name and config class fit `config`: what is saved then names the right architecture."""
+    """The class whose name and config class fit `config`: what is saved then names the right architecture.
+
+    Raises: UserError where `default` is another family's.
+    """
     family = family_of(getattr(config, "model_type", ""))
-    return default if family is None else FACES[family.architecture]
+    face = default if family is None else FACES[family.architecture]
+    if not issubclass(face, default):
+        raise UserError(f"config.json: a {face.__name__}, not a {default.__name__}; use GemmaForCausalLM for any Gemma")
+    return face
