@@ -53,15 +53,16 @@ def test_d08_norms_are_computed_in_float32(shape: str) -> None:
 
 
 def test_d09_softmax_is_computed_in_float32() -> None:
+    """Of the same scores in bf16: nearer to the truth than powers and their sum in bf16."""
     draw = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, 9, 8, generator=draw).mul(3).bfloat16()
-    visible = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
-    truth = eager_attention(query.double(), key.double(), value.double(), visible, scale=0.5)
+    query, key, value = torch.randn(3, 1, 2, 64, 8, generator=draw).bfloat16()
+    visible = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
     scores = (query @ key.mT * 0.5).masked_fill(~visible, -torch.inf)
+    truth = torch.softmax(scores.double(), dim=-1) @ value.double()
     powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     narrow = (powers / powers.sum(dim=-1, keepdim=True)) @ value
     wide = eager_attention(query, key, value, visible, scale=0.5)
-    assert (wide.double() - truth).norm() < (narrow.double() - truth).norm()
+    assert (wide.double() - truth).norm() < 0.8 * (narrow.double() - truth).norm()
 
 
 @pytest.mark.parametrize("layers", [4, 62])
