@@ -11,6 +11,7 @@ from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import FormName, GgufType
 from gemma_ft.export.formats import AdapterForm, ExportStep, Form, GgufForm, HfForm
+from gemma_ft.export.gguf_check import check_for_llama_cpp
 from gemma_ft.export.hf_folder import check_free
 from gemma_ft.export.merge.certified import DTYPES
 from gemma_ft.export.metadata import ExportMetadata
@@ -107,6 +108,8 @@ def upload(export: Export, *, api: Any = None) -> str:
 
 def _form(source: str, options: ExportOptions) -> Form:
     place = place_of(source)
+    if options.to == "gguf":
+        check_for_llama_cpp(place.of_base.config)  # before tokenizer and weights are read
     metadata = ExportMetadata.of(place, options.push or options.out.name, options.base_id)
     match options.to:
         case "gguf":

@@ -24,13 +24,14 @@ from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import chat_notes
 from gemma_ft.export.gguf_file import gguf_library, plan_gguf, write_gguf
-from gemma_ft.export.gguf_tokenizer import read_vocabulary
+from gemma_ft.export.gguf_tokenizer import read_vocabulary, token_count
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
 from gemma_ft.export.merge.merge import merge_to_folder, verify
 from gemma_ft.export.merge.merged import MergedWeights, merged_weights
 from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.modelfile import modelfile
+from gemma_ft.families.records import FAMILIES
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.limits import MAX_SHARD_BYTES
 
@@ -185,9 +186,11 @@ class GgufForm:
         half = torch.float16 in {files.info(name).dtype for name in files.names}  # no dtype to compute in, but to store
         self.weights = weights_of(place, torch.float32 if place.adapter or half else None)  # rounded once, when stored
         self.stored = AS_STORED.get(self.weights.base.info(EMBEDDING).dtype, "f32")
-        self.plan = plan_gguf(self.weights, kind or self.stored)
+        tokenizer, composite = self.encoder.tokenizer, FAMILIES[self.weights.config.model_type].composite
+        self.plan = plan_gguf(self.weights, kind or self.stored, tokens=token_count(tokenizer))
         check_out(out, self.plan.bytes)
-        self.vocabulary = read_vocabulary(self.encoder.tokenizer, rows=self.weights.vocab_size)
+        soft = composite.soft_tokens if composite is not None else ()
+        self.vocabulary = read_vocabulary(tokenizer, rows=self.plan.config.vocab_size, soft=soft)
         self.alone = out.suffix == ".gguf"
         self.file = out.name if self.alone else f"{out.name}-{self.plan.kind}.gguf"
         taken = self.alone and (out.parent / "Modelfile").exists()

@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.contract import Contract
+from gemma_ft.build.weights import EMBEDDING
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import add_chat
+from gemma_ft.export.gguf_check import check_for_llama_cpp, known_to_llama_cpp
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
-from gemma_ft.families.family import Gguf
 from gemma_ft.families.records import FAMILIES
 from gemma_ft.model.config import GemmaNumerics
 
 CONTRACT_KEY = "gemma_ft.contract"
-ELSE = "use --to hf instead"
 LARGEST_F16 = 65504.0
 ELEMENTS_AT_ONCE = 1 << 22  # what is converted in one go: 16 MiB in float32
 
@@ -75,41 +75,16 @@ def gguf_library() -> ModuleType:
         raise UserError("--to gguf needs the package gguf; install it with: pip install 'gemma-ft[gguf]'") from error
 
 
-def check_for_llama_cpp(config: PreTrainedConfig) -> None:
-    """Raises UserError when llama.cpp would compute another model than `config` describes: it takes some of Gemma's
-    numbers from its own code, not from the file.
+def plan_gguf(weights: MergedWeights, kind: GgufType, *, tokens: int | None = None) -> GgufPlan:
+    """The plan of a file, whose embedding has `plan.config.vocab_size` rows. tokens: how many the tokenizer has (one
+    more than its last id); where llama.cpp's table ends with them, the embedding's rows beyond are left out.
 
-    Source: llama.cpp src/models/gemma.cpp and gemma2.cpp (load_arch_hparams).
+    Raises: UserError where llama.cpp would compute another model, or q8_0 cannot store one.
     """
-    numerics, family = GemmaNumerics.from_config(config), FAMILIES[config.model_type]
-    by_width = config.num_hidden_layers in _known(config).width_scaled
-    square = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
-    if not math.isclose(numerics.query_scale, square**-0.5, rel_tol=1e-6):
-        raise UserError(
-            f"config.json: query_pre_attn_scalar is {config.query_pre_attn_scalar}, but llama.cpp takes {square} "
-            f"({'hidden_size / num_attention_heads' if by_width else 'head_dim'}) whatever the file says; {ELSE}"
-        )
-    caps = ((family.attn_softcap, numerics.attn_softcap), (family.final_softcap, numerics.final_softcap))
-    if any(capped and found is None for capped, found in caps):
-        raise UserError(f"config.json: a soft-cap is null, but llama.cpp always caps a {family.label}; {ELSE}")
-    layers, window = range(config.num_hidden_layers), numerics.window_tokens[0]
-    if numerics.window_tokens != tuple(window if family.slides(layer) else None for layer in layers):
-        these = ", ".join([str(layer) for layer in range(10) if family.slides(layer)][:3])
-        raise UserError(f"config.json: layer_types: llama.cpp has a window in layers {these}, ... and no other; {ELSE}")
-
-
-def _known(config: PreTrainedConfig) -> Gguf:
-    """The model's family as llama.cpp knows it. Raises: UserError where it does not."""
-    family = FAMILIES[config.model_type]
-    if family.gguf is None:
-        raise UserError(f"config.json: llama.cpp knows no {family.label}; use --to hf")
-    return family.gguf
-
-
-def plan_gguf(weights: MergedWeights, kind: GgufType) -> GgufPlan:
-    """The plan of a file. Raises: UserError where llama.cpp would compute another model, or q8_0 cannot store one."""
     config = copy.deepcopy(weights.config)
     config.vocab_size = weights.vocab_size
+    if tokens is not None and known_to_llama_cpp(config).cut:
+        config.vocab_size = min(tokens, weights.vocab_size)
     check_for_llama_cpp(config)
     return GgufPlan(kind, config, _plan_tensors(weights, config, kind))
 
@@ -121,10 +96,12 @@ def _plan_tensors(weights: MergedWeights, config: PreTrainedConfig, kind: GgufTy
     Raises: UserError for a matrix whose rows q8_0 cannot cut into blocks.
     """
     gguf = gguf_library()
-    known = _known(config)
+    known = known_to_llama_cpp(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[known.architecture.upper()], config.num_hidden_layers)
     planned = []
     for source, (_, shape) in weights.infos.items():
+        if source == EMBEDDING:
+            shape = (config.vocab_size, *shape[1:])
         stored: GgufType = kind if len(shape) > 1 else "f32"
         block, size = gguf.GGML_QUANT_SIZES[_type(gguf, stored)]
         if shape[-1] % block:
@@ -164,10 +141,11 @@ def write_gguf(
     Raises: UserError when a weight does not fit the plan's type, or is not finite.
     """
     gguf, config, tensors = gguf_library(), plan.config, plan.tensors
-    writer = gguf.GGUFWriter(str(out), _known(config).architecture)
+    assert len(vocabulary.tokens) == config.vocab_size, "a vocabulary of another plan"
+    writer = gguf.GGUFWriter(str(out), known_to_llama_cpp(config).architecture)
     try:
         _add_general(gguf, writer, plan.kind, name, license, contract)
-        _add_hyperparameters(writer, config)
+        _add_hyperparameters(gguf, writer, config)
         add_vocabulary(writer, vocabulary)
         add_chat(writer, encoder if encoder is not None else own_encoder(tokenizer, weights.place.folder))
         for tensor in tensors:
@@ -177,7 +155,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(tensors, start=1):
-            writer.write_tensor_data(_Rows(tensor, weights.tensor(tensor.source)))
+            writer.write_tensor_data(_Rows(tensor, weights.tensor(tensor.source)[: tensor.shape[0]]))
             if on_progress is not None:
                 on_progress(done, len(tensors))
     finally:
@@ -213,7 +191,7 @@ def _add_general(
         writer.add_string(CONTRACT_KEY, json.dumps(asdict(contract)))
 
 
-def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
+def _add_hyperparameters(gguf: ModuleType, writer: Any, config: PreTrainedConfig) -> None:
     numerics, family = GemmaNumerics.from_config(config), FAMILIES[config.model_type]
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -224,12 +202,16 @@ def _add_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(numerics.layers[-1].rope.theta)
+    rope = family.rope("full_attention", config.to_dict())  # which no layer of a shallow model may have
+    writer.add_rope_freq_base(rope.theta)
+    if rope.type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope.factor)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    if family.attn_softcap:
+    if numerics.attn_softcap is not None:
         writer.add_attn_logit_softcapping(numerics.attn_softcap)
-    if family.final_softcap:
+    if numerics.final_softcap is not None:
         writer.add_final_logit_softcapping(numerics.final_softcap)
     if family.window_period is not None:
         # llama.cpp takes 4096 where none is given: no window at all is one as long as the context.

@@ -5,6 +5,7 @@ ids.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,14 @@ class GgufVocabulary:
         return [text for text, kind in named if text in ENDS_BY_TEXT and kind not in (CONTROL, UNKNOWN)]
 
 
-def read_vocabulary(tokenizer: Any, *, rows: int) -> GgufVocabulary:
+def token_count(tokenizer: Any) -> int:
+    """One more than a tokenizer's last id."""
+    return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def read_vocabulary(tokenizer: Any, *, rows: int, soft: Collection[str] = ()) -> GgufVocabulary:
     """The vocabulary of a transformers tokenizer for an embedding of `rows` rows. Rows beyond the last token become
-    unused tokens.
+    unused tokens. soft: control tokens that are left out where the embedding has no row for them.
 
     It is made of tokenizer.json alone, which decides the ids of training. What counts as a control token there does
     here: no text may become one.
@@ -55,7 +61,8 @@ def read_vocabulary(tokenizer: Any, *, rows: int) -> GgufVocabulary:
         pieces = pieces_of(json.loads(backend.to_str()), control, backend.model)
     except UserError as error:
         raise UserError(f"{where}: its tokenizer {error}") from error
-    if max(pieces) >= rows:
+    beyond = {id for id, piece in pieces.items() if id >= rows and not (piece.kind == CONTROL and piece.text in soft)}
+    if beyond:
         raise UserError(
             f"{where}: the tokenizer has {max(pieces) + 1:,} tokens, the embedding {rows:,} rows; "
             "restore the tokenizer files that were saved with the weights"

@@ -50,12 +50,17 @@ class Gguf:
     names of the tensors.
 
     plus_one: how the names of tensors end that are stored with 1 added. width_scaled: the numbers of layers at which
-    llama.cpp scales queries by D / N, whatever the file says (so it knows a 27B); elsewhere by H.
+    llama.cpp scales queries by D / N, whatever the file says (so it knows a 27B); elsewhere by H. always_caps: it has
+    the family's caps, and no model without. window_rope: what it takes for layers with a window, whatever the file
+    says; None: what all layers have. cut: the table ends with the last token, however many rows config.json has.
     """
 
     architecture: str
     plus_one: str = "norm.weight"
     width_scaled: frozenset[int] = frozenset()
+    always_caps: bool = True
+    window_rope: Rope | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class Composite:
     """A folder of several models, of which the text model is one. model_type: what its config.json says; architecture:
     the class that it names. text_prefix: of the text model's modules in that class, as transformers and PEFT name them;
     file_prefixes: of the text model's tensors in published files, the one that transformers writes first. parts: how
-    the names of the other models' tensors begin, in files of any age.
+    the names of the other models' tensors begin, in files of any age. soft_tokens: the tokens whose places the other
+    models fill; the table of a text-only size may end before them.
     """
 
     model_type: str
@@ -71,6 +77,7 @@ class Composite:
     text_prefix: str
     file_prefixes: tuple[str, ...]
     parts: tuple[str, ...]
+    soft_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,10 @@ GEMMA_3 = Family(
         text_prefix="model.language_model.",
         file_prefixes=("language_model.model.", "model.language_model.", "model.language_model.model."),
         parts=("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."),
+        soft_tokens=("<image_soft_token>",),
     ),
     chat=TURNS_OF_PARTS,
-    gguf=Gguf("gemma3", width_scaled=frozenset((62,))),
+    gguf=Gguf("gemma3", width_scaled=frozenset((62,)), always_caps=False, window_rope=Rope(10_000.0), cut=True),
     license=GEMMA_TERMS,
     sizes={
         "gemma-3-270m": _gemma3(

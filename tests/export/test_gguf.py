@@ -21,12 +21,13 @@ from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
 from gemma_ft.export.form_names import GgufType
-from gemma_ft.export.gguf_file import check_for_llama_cpp, plan_gguf, write_gguf
+from gemma_ft.export.gguf_check import check_for_llama_cpp
+from gemma_ft.export.gguf_file import plan_gguf, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.families.chat_template import TURNS
-from gemma_ft.families.records import PRESETS
+from gemma_ft.families.records import FAMILIES, PRESETS
 from tests.export.tuned import TINY, save_base
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -188,8 +189,14 @@ def test_the_blocks_of_a_tensor_do_not_show(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_one_that_llama_cpp_computes(preset: str) -> None:
-    check_for_llama_cpp(PRESETS[preset].config())
+def test_every_preset_is_one_that_llama_cpp_computes_or_does_not_know(preset: str) -> None:
+    family = FAMILIES[PRESETS[preset].model_type]
+    if family.gguf is not None:
+        check_for_llama_cpp(PRESETS[preset].config())
+        return
+    with pytest.raises(UserError) as error:
+        check_for_llama_cpp(PRESETS[preset].config())
+    assert str(error.value) == f"config.json: llama.cpp knows no {family.label}; use --to hf"
 
 
 ELSE = "use --to hf instead"
