@@ -28,6 +28,7 @@ from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.families.chat_template import TURNS
 from gemma_ft.families.records import FAMILIES, PRESETS
+from tests.export.gguf_files import stored, values, write
 from tests.export.tuned import TINY, save_base
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -42,27 +43,6 @@ SHAPES = {"gemma": "gemma-2b", "gemma2": "gemma-2-9b"}  # widths that are multip
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("gguf")
     return {family: save_base(root / family, shape) for family, shape in SHAPES.items()}
-
-
-def write(folder: Path, out: Path, kind: GgufType = "f32", **options: Any) -> Any:
-    """The reader of a file written from a folder."""
-    weights, tokenizer = MergedWeights(place_of(folder), []), load_tokenizer(str(folder))
-    vocabulary = read_vocabulary(tokenizer, rows=weights.vocab_size)
-    write_gguf(plan_gguf(weights, kind), weights, tokenizer, vocabulary, out, **{"name": "x", **options})
-    return gguf.GGUFReader(str(out))
-
-
-def values(reader: Any) -> dict[str, Any]:
-    """Every metadata value of a file."""
-    found = {name: field.contents() for name, field in reader.fields.items()}
-    return {name: value for name, value in found.items() if not name.startswith("GGUF.")}
-
-
-def stored(reader: Any, name: str) -> np.ndarray:
-    """One tensor of a file in float32."""
-    tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
 @pytest.mark.parametrize("kind", get_args(GgufType))
