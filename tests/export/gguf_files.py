@@ -37,9 +37,11 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def save_gemma_3(folder: Path, size: str, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    """A tiny amplified Gemma 3 in the proportions of a size that llama.cpp computes, with the tiny tokenizer."""
+    """A tiny amplified Gemma 3 in the proportions of a size, with the tiny tokenizer."""
     model = GemmaForCausalLM(PRESETS[size].config(**{**SMALL, **SIZES[size], **fields}))
     amplify(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.2)  # else the layers add little to it, and a token follows itself
     model.to(dtype).save_pretrained(str(folder))
     save_tokenizer(load_tokenizer(TINY), folder, system_policy="fold")
     return folder

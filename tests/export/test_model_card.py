@@ -88,6 +88,18 @@ def test_damaged_records_are_passed_over(models: Any, line: str, run_of: Runs) -
     assert "mean kl" not in text
 
 
+def test_a_gemma_3_has_its_name_and_terms() -> None:
+    """Its turns end at 106; 107 is another token there."""
+    contract = replace(CONTRACT, base="google/gemma-3-270m", stop_ids=[1, 106])
+    text = card("gguf", preset="gemma-3-270m", contract=contract).text()
+    assert {key: front(text)[key] for key in ("base_model", "license", "tags")} == {
+        "base_model": "google/gemma-3-270m", "license": "gemma", "tags": ["gemma3_text", "gemma-ft"],
+    }  # fmt: skip
+    assert "One GGUF file: Gemma 3, tuned from `google/gemma-3-270m` with gemma-ft." in text
+    assert "| an answer ends at | token ids 1, 106 |" in text.splitlines()
+    assert "https://ai.google.dev/gemma/terms" in text
+
+
 def test_a_whole_card(run_of: Runs) -> None:
     run = run_of(f"data.train={ON_HUB}", f"data.eval={MINE}", "strategy=qlora", "model.preset=gemma-2-2b")
     run.eval_results.unlink()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_void_p
@@ -50,7 +51,7 @@ class Batch(ctypes.Structure):
 class Context:
     """A model with a context for so many tokens."""
 
-    def __init__(self, llama: Any, model: Any, tokens: int, threads: int = 2) -> None:
+    def __init__(self, llama: Any, model: Any, tokens: int, threads: int) -> None:
         self.llama = llama
         self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         parameters = llama.llama_context_default_params()
@@ -115,7 +116,7 @@ def main() -> None:
         raise SystemExit(f"{sys.argv[1]}: llama.cpp cannot load it")
     texts, chats = asked.get("logits", []), asked.get("greedy", [])
     longest = max([len(one["ids"]) for one in texts] + [len(one["ids"]) + one["tokens"] for one in chats])
-    context = Context(llama, model, longest + 8)
+    context = Context(llama, model, longest + 8, int(os.environ.get("OMP_NUM_THREADS", "2")))
     shapes = []
     if texts:
         with Path(asked["out"]).open("wb") as file:
