@@ -224,6 +224,7 @@ class _Rows:
     """
 
     def __init__(self, tensor: GgufTensor, values: Tensor) -> None:
+        assert tuple(values.shape) == tensor.shape, f"{tensor.source}: not as planned"
         self.tensor = tensor
         self.values = values.reshape(tensor.rows, -1)
         self.nbytes = tensor.bytes

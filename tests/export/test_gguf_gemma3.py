@@ -97,9 +97,11 @@ def test_d16_rows_without_a_token_stay_away(tmp_path: Path) -> None:
     """A table of 2,112 rows, as 4B and larger have 262,208, and a tokenizer of 2,048 tokens."""
     folder = save_gemma_3(tmp_path / "base", "gemma-3-4b")
     reader = write(folder, tmp_path / "x.gguf")
-    found, rows = values(reader), load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    found, weights = values(reader), load_file(folder / "model.safetensors")
+    rows, norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
     assert rows.shape == (2112, 96)
     assert stored(reader, "token_embd.weight").tobytes() == rows[:2048].numpy().tobytes()
+    assert stored(reader, "output_norm.weight").tobytes() == (norm.numpy() + np.float32(1)).tobytes()
     assert found["gemma3.vocab_size"] == len(found["tokenizer.ggml.tokens"]) == 2048
     assert "[PAD2047]" not in found["tokenizer.ggml.tokens"]
 
