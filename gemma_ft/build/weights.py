@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,24 @@ def write_shards(
     `infos` says what will come (name -> dtype, shape), in the order of writing; `tensors` makes each one when its shard
     is written, so that memory holds one shard at most.
     """
+
+    def save(path: Path, names: Sequence[str]) -> None:
+        made = {name: _as_promised(tensors(name), name, infos[name]) for name in names}
+        save_file(made, str(path), metadata={"format": "pt"})
+
+    return sharded(folder, infos, save, max_shard_bytes=max_shard_bytes)
+
+
+def sharded(
+    folder: Path,
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    save: Callable[[Path, Sequence[str]], None],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Let `save` write the tensors of `infos` as model.safetensors, or as numbered shards, whose index is written here;
+    returns the names of the files.
+    """
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, (dtype, shape) in infos.items():
@@ -168,8 +186,7 @@ def write_shards(
     files, places = [], {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: _as_promised(tensors(name), name, infos[name]) for name in names}, str(folder / file),
-                  metadata={"format": "pt"})  # fmt: skip
+        save(folder / file, names)
         files.append(file)
         places.update(dict.fromkeys(names, file))
     if len(shards) > 1:

@@ -22,6 +22,7 @@ from gemma_ft.cli import (
     data,
     export,
     generate,
+    import_,
     merge,
     plan,
     preview,
@@ -122,6 +123,7 @@ def build_app() -> typer.Typer:
     app.command("eval")(evaluation.evaluate)
     app.command("merge")(merge.merge)
     app.command("export")(export.export)
+    app.command("import")(import_.import_)
     app.command("generate")(generate.generate)
     app.command("chat")(chat.chat)
     app.command("serve")(serve.serve)

@@ -218,6 +218,15 @@ def _add_hyperparameters(gguf: ModuleType, writer: Any, config: PreTrainedConfig
         writer.add_sliding_window(numerics.window_tokens[0] or config.max_position_embeddings)
 
 
+def hyperparameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a file says of the numbers of a config, by key."""
+    gguf, known = gguf_library(), FAMILIES[config.model_type].gguf
+    assert known is not None
+    writer = gguf.GGUFWriter(None, known.architecture)
+    _add_hyperparameters(gguf, writer, config)
+    return {key: stored.value for key, stored in writer.kv_data[0].items() if key.startswith(f"{known.architecture}.")}
+
+
 class _Rows:
     """A tensor as GGUFWriter asks for one (`nbytes`, `tofile`), converted a few rows at a time on its way to the
     file.

@@ -64,6 +64,7 @@ SURFACE = {
         "--dry-run",
         "--help",
     ],
+    "gemma-ft import": ["FILE.gguf", "--out", "--dtype", "--config", "--help"],
     "gemma-ft merge": ["RUN", "--out", "--dtype", "--base", "--adapter", "--prompts", "--help"],
     "gemma-ft generate": [
         "MODEL",

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.real.fetch import packages
+from tests.real import fetch
+from tests.real.fetch import REAL_270M, gemma3_270m_folder, packages
 
 REQUIRED = os.environ.get("GEMMA_FT_REAL") == "required"
 HERE = Path(__file__).parent
@@ -64,6 +65,22 @@ def gemma3_tokenizer() -> Path:
 def llama_cpp() -> Path:
     """What a child process puts on its path to import xllamacpp."""
     return fetched("xllamacpp")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m_gguf() -> Path:
+    """Google's own pretrained Gemma 3 270M as it was fetched: a GGUF file in Q4_K_M."""
+    fetched(REAL_270M)
+    return fetch.gemma3_270m_gguf()
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m() -> Path:
+    """The same as a transformers folder in float32, as `gemma-ft import` makes it; no test writes into it."""
+    fetched(REAL_270M)
+    if not gemma3_270m_folder().is_dir():
+        pytest.skip("the real Gemma 3 270M was not imported: make real")
+    return gemma3_270m_folder()
 
 
 def random_gemma(folder: Path, tokenizer: Path, family: str) -> Path:

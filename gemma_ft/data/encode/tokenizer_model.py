@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import UserList
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +51,56 @@ def settings_from_pieces(folder: Path) -> dict[str, Any]:
     Source: transformers convert_slow_tokenizer.py, GemmaConverter: merges by score, the tab called by its character,
     user-defined pieces as added tokens, the turn tokens among them special.
     """
-    from transformers.tokenization_utils_base import generate_merges
-
     if not made_of_pieces(folder):
         return {}
     model = _read(folder / PIECES)
-    names = [piece.piece for piece in model.pieces]
+    turns = {name for chat in CHATS for name in (chat.start_of_turn, chat.end_of_turn)}
+    pieces = [
+        Piece(
+            piece.piece,
+            piece.score,
+            added=piece.type in (CONTROL, USER_DEFINED),
+            special=piece.type == CONTROL or piece.piece in turns,
+        )
+        for piece in model.pieces
+    ]
+    settings = settings_of(pieces)
+    settings["added_tokens_decoder"].update(_added_later(folder, len(pieces)))
+    return {**settings, "vocab_file": ""}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of SentencePiece's and its score: of two merges the one to the higher score is made. added: found in the
+    text before anything is merged, or in no text.
+    """
+
+    name: str
+    score: float
+    added: bool = False
+    special: bool = False
+
+
+def settings_of(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Vocabulary, merges and added tokens of pieces, each of which has its place as its id: what GemmaTokenizer needs.
+
+    Source: as `settings_from_pieces`.
+    """
+    from transformers.tokenization_utils_base import generate_merges
+
+    names = [piece.name for piece in pieces]
     if TAB not in names and TAB_BYTE in names:
         names[names.index(TAB_BYTE)] = TAB
     vocabulary = {name: id for id, name in enumerate(names)}
-    scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True)}
-    turns = {name for chat in CHATS for name in (chat.start_of_turn, chat.end_of_turn)}
+    scores = {name: piece.score for name, piece in zip(names, pieces, strict=True)}
     added = {
-        id: AddedToken(name, normalized=False, special=piece.type == CONTROL or name in turns)
-        for id, (name, piece) in enumerate(zip(names, model.pieces, strict=True))
-        if piece.type in (CONTROL, USER_DEFINED)
+        id: AddedToken(name, normalized=False, special=piece.special)
+        for id, (name, piece) in enumerate(zip(names, pieces, strict=True))
+        if piece.added
     }
     # no list: transformers would make lists of the pairs in one, which tokenizers does not take
     merges = UserList(generate_merges(vocabulary, scores))
-    added.update(_added_later(folder, len(names)))
-    return {"vocab": vocabulary, "merges": merges, "added_tokens_decoder": added, "vocab_file": ""}
+    return {"vocab": vocabulary, "merges": merges, "added_tokens_decoder": added}
 
 
 def _added_later(folder: Path, pieces: int) -> dict[int, AddedToken]:
