@@ -163,7 +163,7 @@ def _planned(file: GgufFile, family: Family, config: PreTrainedConfig, where: st
             f"{file.path}: has {len(extra)} tensors that no {family.label} of its size has, {extra[0]} among them; "
             "it is another model"
         )
-    return planned
+    return sorted(planned, key=lambda one: one.stored.start)  # an export keeps the order in which it finds them
 
 
 def _check_type(file: GgufFile, stored: StoredTensor) -> None:
