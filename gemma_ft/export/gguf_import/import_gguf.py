@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from gemma_ft.build.contract import Contract
 from gemma_ft.build.pretrained import load_tokenizer
 from gemma_ft.build.weights import dtype_name
+from gemma_ft.data.encode.tokenizer import ContentEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.card.license import GEMMA_NOTICE, POLICY_URL, is_tiny
@@ -57,7 +58,7 @@ class Import:
         if not self.tokenizer.has_template:
             notes.append("the file has no chat template: taken for a pretrained model, which does not answer in turns")
         if CONTRACT_KEY in self.file.fields and self.contract is None:
-            notes.append(f"its {CONTRACT_KEY} does not fit its tokenizer, and was left out")
+            notes.append(f"its {CONTRACT_KEY} does not fit its chat template, and was left out")
         return notes
 
 
@@ -107,7 +108,9 @@ def _write_beside(planned: Import, folder: Path, name: str) -> Import:
     contract = planned.contract
     if contract is not None:
         try:
-            contract.encoder(load_tokenizer(folder), folder)
+            opened = load_tokenizer(folder)  # the file's own, whatever a folder has besides: tokens without a row
+            contract = replace(contract, tokenizer_sha256=ContentEncoder(opened).sha256)
+            contract.encoder(opened, folder)
             contract.write(folder)
         except UserError:
             contract = None

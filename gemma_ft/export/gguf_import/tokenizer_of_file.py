@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_ft.data.encode.template import policy_of
-from gemma_ft.data.encode.tokenizer import ADDED_BY_USER
+from gemma_ft.data.encode.tokenizer import add_tokens
 from gemma_ft.data.encode.tokenizer_facts import SPACE_SIGN, is_text_token
 from gemma_ft.data.encode.tokenizer_model import Piece, settings_of
 from gemma_ft.errors import UserError
@@ -49,12 +49,12 @@ def tokenizer_of_file(file: GgufFile, family: Family, rows: int) -> FileTokenize
     _check(file, family, names, kinds)
     roles = {role: names[_id(file, f"{key}_token_id", len(names))] for role, key in ROLES.items()}
     pieces = _pieces(family, names, scores, kinds, set(roles.values()))
-    tokenizer = GemmaTokenizer(
-        **settings_of(pieces), **{f"{role}_token": name for role, name in roles.items()}, add_bos_token=True
-    )
     added = _added_by_user(pieces, kinds)
-    if added:
-        tokenizer.init_kwargs[ADDED_BY_USER] = added
+    settings = settings_of(pieces[: len(pieces) - len(added)])
+    tokenizer = GemmaTokenizer(
+        **settings, **{f"{role}_token": name for role, name in roles.items()}, add_bos_token=True
+    )
+    add_tokens(tokenizer, added)
     tokenizer.padding_side = "right"
     template = file.fields.get("tokenizer.chat_template")
     if template is not None:
