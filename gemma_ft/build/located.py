@@ -104,7 +104,7 @@ def taken_for_folder(file: Path) -> tuple[str, str]:
         with file.open("rb") as opened:
             magic = opened.read(4)
     if magic == b"GGUF" or file.suffix.lower() == ".gguf":
-        return "a GGUF file, which gemma-ft writes but does not read", f"{a_model}: the safetensors that it was made of"
+        return "a GGUF file", f"{a_model}; gemma-ft import FILE --out DIR makes one of it"
     if file.name.endswith((".safetensors", ".safetensors.index.json")):
         if file.name.startswith(ADAPTER_WEIGHTS.partition(".")[0]):
             return "the weights of an adapter", f"name their folder, {file.parent}"

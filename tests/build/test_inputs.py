@@ -23,7 +23,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import load_recipe
 
 MODEL = "name a folder with a model, or a hub id (owner/name)"
-GGUF = f"a GGUF file, which gemma-ft writes but does not read; {MODEL}: the safetensors that it was made of"
+GGUF = f"a GGUF file; {MODEL}; gemma-ft import FILE --out DIR makes one of it"
 PICKLE = (
     "a pickle, which can run code when it is opened and is refused; convert it to safetensors where it was made; "
     f"{MODEL}"
