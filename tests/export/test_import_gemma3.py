@@ -1,0 +1,24 @@
+"""A Gemma 3 goes out as a GGUF file and comes back, to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gemma_ft.export.form_names import GgufType
+from gemma_ft.export.gguf_import.import_gguf import import_gguf
+from tests.export.files_to_import import exported
+
+made = pytest.importorskip("tests.export.gguf_files", reason="no Gemma 3 is exported yet")
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("size", made.SIZES)
+def test_export_import_export_is_the_same_to_the_byte(size: str, kind: GgufType, tmp_path: Path) -> None:
+    """Window, both RoPE bases, linear scaling, q/k norms, and a table that is cut to the tokens."""
+    base = made.save_gemma_3(tmp_path / "base", size)
+    first = exported(base, tmp_path / "1" / "x.gguf", kind)
+    found = import_gguf(first, tmp_path / "again", config=base / "config.json")
+    assert found.notes() == []
+    assert exported(tmp_path / "again", tmp_path / "2" / "x.gguf", kind).read_bytes() == first.read_bytes()
