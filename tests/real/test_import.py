@@ -15,7 +15,7 @@ from gemma_ft.export.export import ExportOptions, export_model
 from gemma_ft.export.gguf_import.gguf_reader import read_gguf
 from gemma_ft.export.gguf_import.import_gguf import import_gguf
 from gemma_ft.families.records import PRESETS
-from tests.real.corpus import lines
+from tests.real.corpus import has_sign_run, lines
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 NOT_IN_THE_FILE = "<image_soft_token>"  # 262144, for which the embedding has no row
@@ -25,9 +25,9 @@ def specs(*folders: Path) -> list[dict[str, object]]:
     return [json.loads(load_tokenizer(str(one)).backend_tokenizer.to_str()) for one in folders]
 
 
-def check_ids(published: Path, imported: Path) -> None:
-    """Ids of the whole corpus, as transformers and as training have them: no text differs."""
-    tokenizers, texts = [load_tokenizer(str(one)) for one in (published, imported)], lines()
+def check_ids(published: Path, imported: Path, texts: list[str]) -> None:
+    """Ids of texts, as transformers and as training have them: no text differs."""
+    tokenizers = [load_tokenizer(str(one)) for one in (published, imported)]
     ids = [ContentEncoder(one).encode_many(texts) for one in tokenizers]
     assert [text for text, *two in zip(texts, *ids, strict=True) if two[0] != two[1]] == []
     plain = [text for text in texts if NOT_IN_THE_FILE not in text]
@@ -45,19 +45,23 @@ def test_the_tokenizer_of_the_270m_is_the_published_one(gemma3_270m: Path, gemma
     assert {id: name for id, name in added[0].items() if name != NOT_IN_THE_FILE} == added[1]
     for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         assert published[key] == imported[key], key
-    check_ids(gemma3_tokenizer, gemma3_270m)
+    check_ids(gemma3_tokenizer, gemma3_270m, lines())
     assert {105, 106} <= ContentEncoder(load_tokenizer(str(gemma3_270m))).control_ids  # no question can forge a turn
 
 
 @pytest.mark.parametrize("family", ["gemma1", "gemma2"])
 def test_a_file_of_ours_brings_its_tokenizer_back(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Also from the first conversion of Gemma 1's, which ranks merges by the id of the piece."""
+    """Also from the first conversion of Gemma 1's, which ranks merges by the id of the piece; of a run with a typed
+    U+2581 in it the import makes what Gemma 2's published tokenizer does.
+    """
     model: Path = request.getfixturevalue(family)
     export_model(str(model), ExportOptions(to="gguf", out=tmp_path / "x.gguf"))
     import_gguf(tmp_path / "x.gguf", tmp_path / "out", config=model / "config.json")
-    check_ids(model, tmp_path / "out")
+    texts = [text for text in lines() if family == "gemma2" or not has_sign_run(text)]
+    check_ids(model, tmp_path / "out", texts)
     if family == "gemma2":
-        assert specs(model, tmp_path / "out")[0]["model"] == specs(tmp_path / "out")[0]["model"]
+        before, after = specs(model, tmp_path / "out")
+        assert before["model"] == after["model"]
         published = ContentEncoder(load_tokenizer(str(model)))
         assert ContentEncoder(load_tokenizer(str(tmp_path / "out"))).sha256 == published.sha256
 
