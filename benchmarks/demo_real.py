@@ -133,7 +133,8 @@ def main() -> None:
     if given.gsm8k is not None and not given.gsm8k.is_file():
         parser.error(f"--gsm8k {given.gsm8k}: no such file")
     model, rows = f"model.weights={given.folder.resolve()}", FEW_ROWS if given.steps else ROWS
-    parts, found = Parts(), {}
+    found: dict[str, Any] = {}
+    parts = Parts()
     for place in (RUN, MERGED, GGUF.parent, GSM8K_RUN):
         shutil.rmtree(ROOT / place, ignore_errors=True)
     (ROOT / RUN).parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ stdin: a JSON list of questions. stdout: one of greedy answers.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -17,13 +18,12 @@ CONTEXT, ANSWER_TOKENS = 1024, 128
 def main() -> None:
     """Command line: see the top of this file."""
     sys.path.insert(0, sys.argv[2])
-    from xllamacpp import CommonParams, Server
-
-    given = CommonParams()
+    llama = importlib.import_module("xllamacpp")  # from the folder: it is not installed
+    given = llama.CommonParams()
     given.model.path = sys.argv[1]
     given.n_ctx, given.n_parallel, given.n_gpu_layers, given.verbosity = CONTEXT, 1, 0, -1
     given.use_jinja = True
-    server = Server(given)
+    server = llama.Server(given)
     answers = []
     for question in json.load(sys.stdin):
         asked = {"messages": [{"role": "user", "content": question}], "max_tokens": ANSWER_TOKENS, "temperature": 0}
