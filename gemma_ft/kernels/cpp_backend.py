@@ -40,7 +40,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "nf4": (P, P, P, P, P, F32, P, P, I64, I64, I64),
     "gemv": (P, P, P, I64, I64, I64),
     "gemv_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
-    "decode": (P, P, P, P, P, P),
+    "decode": (P, P, P, P),
 }
 SUFFIXES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 

@@ -23,7 +23,8 @@ from gemma_ft.kernels.gemv import fits
 from gemma_ft.kernels.nf4 import nf4_implementation
 
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp")  # of D numbers
+HEAD_NORMS = ("query_norm", "key_norm")  # of the H numbers of each head
 
 
 class _Linear(ctypes.Structure):
@@ -37,7 +38,7 @@ class _Linear(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Linear) for name in LINEAR),
-        *((name, P) for name in (*NORMS, "keys", "values")),
+        *((name, P) for name in (*NORMS, *HEAD_NORMS, "cos", "sin", "keys", "values")),
         *((name, I64) for name in ("places", "limit")),
     )
 
@@ -130,7 +131,9 @@ class LayerDescriptor:
         return True
 
     def set_norm(self, name: str, weight: Tensor | None, dtype: torch.dtype) -> bool:
-        """Whether norm `name` of NORMS with its weight [D] is served; None: the model has no such norm."""
+        """Whether norm `name` of NORMS or HEAD_NORMS with its weight [D] or [H] is served; None: the model has no such
+        norm.
+        """
         before, place = self.norms.get(name), None if weight is None else weight.data_ptr()
         if before is not None and before[0] is weight and before[1] == place:
             return True
@@ -139,6 +142,10 @@ class LayerDescriptor:
         setattr(self.layer, name, place)
         self.norms[name] = weight, place
         return True
+
+    def set_angles(self, cos: Tensor, sin: Tensor) -> None:
+        """Of the pass's rows [B, 1, 1, H], in float32 and contiguous."""
+        self.layer.cos, self.layer.sin = cos.data_ptr(), sin.data_ptr()
 
     def set_cache(self, keys: Tensor, values: Tensor, limit: int) -> None:
         """Keys and values [B, K, places, H] of the pass's rows; at most `limit` places are used."""
@@ -149,7 +156,6 @@ class LayerDescriptor:
 def decode(
     x: Tensor,
     layers: Sequence[LayerDescriptor],
-    angles: tuple[Tensor, Tensor],
     starts: Sequence[int],
     *,
     heads: tuple[int, int, int],
@@ -160,12 +166,10 @@ def decode(
     """x [B, D], what the first layer is given -> [B, D], what the last one gives; the new keys and values are put into
     their rings.
 
-    Every layer has taken its parts. angles: cos and sin [B, 1, 1, H] in float32; starts: the tokens that each sequence
-    holds before; heads: N, K, H.
+    Every layer has taken its parts, which live on. starts: the tokens that each sequence holds before; heads: N, K, H.
     """
     out = x.clone(memory_format=torch.contiguous_format)
     described = (_Layer * len(layers))(*(one.layer for one in layers))
     shape = _Shape(*x.shape, *heads, layers[0].layer.gate.outputs, len(layers), eps, scale, softcap or 0.0)
-    cos, sin = (one.contiguous() for one in angles)
-    cpp_backend.call("decode", ctypes.byref(shape), described, (I64 * len(starts))(*starts), cos, sin, out, of=x.dtype)
+    cpp_backend.call("decode", ctypes.byref(shape), described, (I64 * len(starts))(*starts), out, of=x.dtype)
     return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.kernels.backend import implementation_of
-from gemma_ft.kernels.fused_decode import NORMS, LayerDescriptor, LinearParts
+from gemma_ft.kernels.fused_decode import HEAD_NORMS, NORMS, LayerDescriptor, LinearParts
 from gemma_ft.kernels.gemv import LANES, MOST_ROWS, TOGETHER, unhooked
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaAttention, GemmaDecoderLayer, GemmaMLP, GemmaRMSNorm
@@ -25,7 +25,6 @@ def decoded(model: Any, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], one:
     config = model.config
     asked = torch.is_grad_enabled() or model.training or config._attn_implementation == "eager"
     fits = not asked and len(x) <= MOST_ROWS and config.head_dim % LANES == 0
-    fits = fits and not model.numerics.qk_norms and len({id(one) for one in angles}) == 1
     chosen = implementation_of("fused_decode", x, fits=fits)
     if chosen.name == "torch":
         return None
@@ -39,18 +38,18 @@ def decoded(model: Any, x: Tensor, angles: Sequence[tuple[Tensor, Tensor]], one:
     with torch._C.DisableTorchFunctionSubclass():  # addresses and shapes alone are asked for, hundreds of times
         if not all(_describe_layer(layer, into, x.dtype) for layer, into in zip(model.layers, kept, strict=True)):
             return None
+    angles = [(cos.contiguous(), sin.contiguous()) for cos, sin in angles]  # held until they have been read
     like = x.new_empty(()).expand(len(x), config.num_key_value_heads, 1, config.head_dim)
     for index, into in enumerate(kept):
         keys, values = one.rings(index, like)
         if keys.dtype != x.dtype:
             return None
         into.set_cache(keys, values, one.cache.limits[index])
+        into.set_angles(*angles[index])
     one.cache.kept = kept
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     scale, softcap = model.numerics.query_scale, model.numerics.attn_softcap
-    found = chosen.run(
-        x[:, 0], kept, angles[0], one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap
-    )
+    found = chosen.run(x[:, 0], kept, one.starts, heads=heads, eps=config.rms_norm_eps, scale=scale, softcap=softcap)
     last: Tensor = found[:, None]
     return last
 
@@ -61,6 +60,7 @@ def _describe_layer(layer: Any, into: LayerDescriptor, dtype: torch.dtype) -> bo
     if (type(layer), type(attention), type(mlp)) != (GemmaDecoderLayer, GemmaAttention, GemmaMLP):
         return False
     norms: dict[str, Any] = dict.fromkeys(NORMS)
+    norms |= zip(HEAD_NORMS, (attention.q_norm, attention.k_norm), strict=True)
     norms["before_attention"] = layer.input_layernorm
     norms["before_mlp"] = getattr(layer, layer.pre_mlp_norm)
     if layer.sandwich_norms:

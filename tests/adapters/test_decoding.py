@@ -23,14 +23,18 @@ from gemma_ft.model.kv_cache import KVCache
 pytestmark = pytest.mark.skipif(not cpp_backend.operations().functions, reason=cpp_backend.operations().reason)
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 96, "sliding_window": 8}  # fmt: skip
+GEMMAS: dict[str, dict[str, Any]] = {
+    "gemma-2-2b": {},
+    "gemma-3-270m": {"num_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention"]},
+}
 Change = Callable[[PeftModel], object]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Gemma 2 whose weights are large."""
+@pytest.fixture(scope="module", params=GEMMAS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Gemma whose weights are large."""
     torch.manual_seed(0)
-    model = GemmaForCausalLM(PRESETS["gemma-2-2b"].config(**SHAPE))
+    model = GemmaForCausalLM(PRESETS[request.param].config(**SHAPE | GEMMAS[request.param]))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(0, 0.3 if "norm" in name else 2 / weight.shape[-1] ** 0.5)
@@ -59,7 +63,7 @@ def states(model: PeftModel, changes: list[Change]) -> Tensor:
     native_gemma: Any = model.get_base_model()
     cache = KVCache(native_gemma.model.numerics.window_tokens, slots=3, max_seq_len=32)
     found = []
-    for number, change in enumerate((lambda _: None, *changes)):
+    for number, change in enumerate((lambda _: None, *changes)):  # past the window, whose rings wrap
         change(model)
         one = cache.open(0, [1] * 3, torch.device("cpu"))
         ids = torch.tensor([[5 + number], [50 + number], [80 + number]])

@@ -333,11 +333,13 @@ def of_all_layers(one: Implementation, dtype: torch.dtype, monkeypatch: pytest.M
     """One pass through all layers is one layer after the other, whose operations the rest of this file compares."""
     device = force(monkeypatch, one.name)
     assert device == "cpu"
-    model, ran = decoding.model_of("gemma-2-2b", dtype), noted(one, monkeypatch)
-    found = decoding.states(model, [4, 9], 3)
-    assert ran == ["decode"] * 3
+    ran, models = noted(one, monkeypatch), {name: decoding.model_of(name, dtype) for name in decoding.GEMMAS}
+    found = {name: decoding.states(model, [4, 9], 3) for name, model in models.items()}
+    assert ran == ["decode"] * 3 * len(models)
+    ran.clear()
     monkeypatch.setattr(backend, "OPERATIONS", OPERATIONS | {one.operation: OPERATIONS[one.operation][-1:]})
-    plain, truth = decoding.states(model, [4, 9], 3), decoding.states(model.float(), [4, 9], 3)
-    assert len(ran) == 3
-    apart = decoding.distance(plain, truth)
-    assert decoding.distance(found, truth) < (1e-5 if dtype == torch.float32 else 1.2 * apart)
+    for name, model in models.items():
+        plain, truth = decoding.states(model, [4, 9], 3), decoding.states(model.float(), [4, 9], 3)
+        apart = decoding.distance(plain, truth)
+        assert decoding.distance(found[name], truth) < (1e-5 if dtype == torch.float32 else 1.2 * apart)
+    assert not ran

@@ -20,9 +20,12 @@ pytestmark = pytest.mark.skipif(not cpp_backend.operations().functions, reason=c
 VOCABULARY, WINDOW, PROMPT, STEPS = 96, 12, 9, 20  # the window is passed, and rings wrap
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 8,
          "num_key_value_heads": 1, "head_dim": 32, "vocab_size": VOCABULARY}  # fmt: skip
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMAS: dict[str, dict[str, Any]] = {
     "gemma-2b": {},
     "gemma-2-2b": {"num_key_value_heads": 2, "sliding_window": WINDOW},
+    "gemma-3-270m": {"sliding_window": WINDOW, "layer_types": TYPES},
+    "gemma-3-4b": {"num_key_value_heads": 2, "sliding_window": WINDOW, "layer_types": TYPES},  # angles of full layers
 }
 Passed = list[bool]
 
@@ -90,8 +93,9 @@ def test_it_is_one_layer_after_the_other(
     assert distance(found[torch.bfloat16], exact) < 1.2 * apart
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours_or_on_threads(at_once: Passed) -> None:
-    model, threads = model_of("gemma-2-2b", torch.bfloat16), torch.get_num_threads()
+@pytest.mark.parametrize("preset", ["gemma-2-2b", "gemma-3-270m"])
+def test_a_sequence_does_not_depend_on_its_neighbours_or_on_threads(preset: str, at_once: Passed) -> None:
+    model, threads = model_of(preset, torch.bfloat16), torch.get_num_threads()
     lengths = [PROMPT] * MOST_ROWS
     many = states(model, lengths, 1)
     try:
@@ -106,6 +110,9 @@ def test_a_sequence_does_not_depend_on_its_neighbours_or_on_threads(at_once: Pas
 Change = Callable[[Any], object]
 ASIDE: dict[str, Change] = {
     "a hook on a linear layer": lambda model: model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None),
+    "a hook on a norm of heads": lambda model: model.model.layers[1].self_attn.k_norm.register_forward_hook(
+        lambda *_: None
+    ),
     "a hook on a norm": lambda model: model.model.layers[2].input_layernorm.register_forward_pre_hook(lambda *_: None),
     "a hook on a layer": lambda model: model.model.layers[0].register_forward_hook(lambda *_: None),
     "a forward of its own": lambda model: setattr(
@@ -120,7 +127,7 @@ ASIDE: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", ASIDE.values(), ids=ASIDE)
 def test_it_steps_aside(change: Change, at_once: Passed) -> None:
-    model = model_of("gemma-2-2b", torch.bfloat16)
+    model = model_of("gemma-3-270m", torch.bfloat16)
     change(model)
     if not any(one.dtype == torch.float32 for one in model.parameters()):
         states(model, [3], 2)
@@ -148,10 +155,12 @@ def test_what_changes_between_passes_is_seen(at_once: Passed, monkeypatch: pytes
         lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data * 0.5),
         lambda layer: setattr(layer.self_attn, "q_proj", nn.Linear(64, 256, bias=False)),
         lambda layer: setattr(layer.input_layernorm, "weight", nn.Parameter(torch.ones(64))),
+        lambda layer: setattr(layer.self_attn.q_norm, "weight", nn.Parameter(torch.ones(32))),
+        lambda layer: layer.self_attn.k_norm.weight.mul_(2),
     ]
 
     def run() -> Tensor:
-        model = model_of("gemma-2-2b", torch.float32)
+        model = model_of("gemma-3-270m", torch.float32)
         cache = KVCache(model.model.numerics.window_tokens, slots=2, max_seq_len=16)
         found = []
         for change in (None, *changes):
@@ -164,6 +173,6 @@ def test_what_changes_between_passes_is_seen(at_once: Passed, monkeypatch: pytes
         return torch.stack(found)
 
     found = run()
-    assert at_once == [True] * 5
+    assert at_once == [True] * 7
     monkeypatch.setattr(gemma, "decoded", lambda *_: None)
     assert distance(found, run()) < 1e-5

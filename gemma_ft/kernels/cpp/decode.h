@@ -31,8 +31,10 @@ struct Linear {        // weight [O, I] in T, or NF4 where block > 0; with LoRA 
 struct Layer {
     Linear q, k, v, o, gate, up, down;
     const void *before_attention, *after_attention, *before_mlp, *after_mlp;  // norms [D]; the second and last: or null
-    void *keys, *values;                                                      // [rows, K, places, H], from this pass's first row on
-    i64 places, limit;                                                        // a ring of at most `limit`
+    const void *query_norm, *key_norm;  // of each head [H], before it is turned; or null
+    const float *cos, *sin;             // [B, H]
+    void *keys, *values;                // [rows, K, places, H], from this pass's first row on
+    i64 places, limit;                  // a ring of at most `limit`
 };
 
 struct Shape {
@@ -44,8 +46,8 @@ constexpr i64 HEADS = 4;  // that share a reading of their keys
 
 template <class T> class Decoder {
   public:
-    Decoder(const Shape& shape, const Layer* layers, const i64* starts, const float* cos, const float* sin)
-        : s(shape), layers(layers), starts(starts), cos(cos), sin(sin), queries(s.B * s.N * s.H), keys(s.B * s.K * s.H),
+    Decoder(const Shape& shape, const Layer* layers, const i64* starts)
+        : s(shape), layers(layers), starts(starts), queries(s.B * s.N * s.H), keys(s.B * s.K * s.H),
           values(s.B * s.K * s.H), heads(s.B * s.N * s.H), gates(s.B * s.F), ups(s.B * s.F), sums(s.B * s.D) {
         for (i64 at = 0; at < s.layers; ++at)
             for (const Linear* one : linears(layers[at])) low_width = std::max(low_width, one->rank);
@@ -63,11 +65,11 @@ template <class T> class Decoder {
 
   private:
     struct Own {  // what a thread has for itself
-        std::vector<T> x, h, query;
+        std::vector<T> x, h, query, head;
         Floats given, scores, out;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         Own(const Decoder& d, const T* x)
-            : x(x, x + d.s.B * d.s.D), h(d.s.B * d.s.D), query(HEADS * d.s.H), given(d.s.B * std::max({d.s.D, d.s.F, d.s.N * d.s.H, HEADS * d.s.H})),
+            : x(x, x + d.s.B * d.s.D), h(d.s.B * d.s.D), query(HEADS * d.s.H), head(d.s.H), given(d.s.B * std::max({d.s.D, d.s.F, d.s.N * d.s.H, HEADS * d.s.H})),
               out(HEADS * d.s.H) {}
         bool first() const { return thread == 0; }
         i64 begin(i64 count, i64 unit) const { return count / unit * thread / threads * unit; }
@@ -77,7 +79,6 @@ template <class T> class Decoder {
     const Shape s;
     const Layer* layers;
     const i64* starts;
-    const float *cos, *sin;
     std::vector<T> queries, keys, values, heads, gates, ups, sums, low;
     i64 low_width = 0;
 
@@ -97,10 +98,13 @@ template <class T> class Decoder {
     }
 
     void norm(const T* x, const void* weight, const T* residual, T* out) const {
-        const T* w = static_cast<const T*>(weight);
-        const auto gain = [w](i64 i) { return 1.0f + wide(w[i]); };
         for (i64 at = 0; at < s.B * s.D; at += s.D)
-            norm_row(x + at, gain, residual ? residual + at : nullptr, out + at, s.D, s.eps);
+            norm_one(x + at, weight, residual ? residual + at : nullptr, out + at, s.D);
+    }
+
+    void norm_one(const T* x, const void* weight, const T* residual, T* out, i64 size) const {
+        const T* w = static_cast<const T*>(weight);
+        norm_row(x, [w](i64 i) { return 1.0f + wide(w[i]); }, residual, out, size, s.eps);
     }
 
     // The residual stream and what a block gave, normed where the model norms it.
@@ -176,7 +180,7 @@ template <class T> class Decoder {
     void attend(const Layer& l, Own& own) {
         for (i64 unit = own.begin(s.B * s.K, 1); unit < own.end(s.B * s.K, 1); ++unit) {  // the new key and value
             const i64 b = unit / s.K, place = (unit * l.places + starts[b] % l.limit) * s.H;
-            turn(keys.data() + unit * s.H, b, static_cast<T*>(l.keys) + place);
+            turn(l, l.key_norm, keys.data() + unit * s.H, b, static_cast<T*>(l.keys) + place, own);
             std::copy_n(values.data() + unit * s.H, s.H, static_cast<T*>(l.values) + place);
         }
 #pragma omp barrier
@@ -184,7 +188,8 @@ template <class T> class Decoder {
         for (i64 unit = own.begin(s.B * s.K * parts, 1); unit < own.end(s.B * s.K * parts, 1); ++unit) {
             const i64 pair = unit / parts, first = unit % parts * HEADS, count = std::min(group - first, i64(HEADS));
             const i64 b = pair / s.K, at = (pair * group + first) * s.H, seen = std::min(starts[b] + 1, l.limit);
-            for (i64 head = 0; head < count * s.H; head += s.H) turn(queries.data() + at + head, b, own.query.data() + head);
+            for (i64 head = 0; head < count * s.H; head += s.H)
+                turn(l, l.query_norm, queries.data() + at + head, b, own.query.data() + head, own);
             arrange<Stored<T>>(own.query.data(), own.given.data(), count * s.H);
             const i64 ring = pair * l.places * s.H;
             heads_of(static_cast<const T*>(l.keys) + ring, static_cast<const T*>(l.values) + ring, seen, count, heads.data() + at, own);
@@ -192,7 +197,11 @@ template <class T> class Decoder {
 #pragma omp barrier
     }
 
-    void turn(const T* x, i64 b, T* out) const { turn_row(x, cos + b * s.H, sin + b * s.H, out, s.H, 1.0f); }
+    // A head [H] of sequence b, normed where the model norms it, at its position.
+    void turn(const Layer& l, const void* weight, const T* x, i64 b, T* out, Own& own) const {
+        if (weight) norm_one(x, weight, nullptr, own.head.data(), s.H);
+        turn_row(weight ? own.head.data() : x, l.cos + b * s.H, l.sin + b * s.H, out, s.H, 1.0f);
+    }
 
     // `count` heads that share keys, of which the first `seen` places are seen: no older one is held than the window shows.
     void heads_of(const T* key, const T* value, i64 seen, i64 count, T* out, Own& own) const {
@@ -235,8 +244,8 @@ template <class T> class Decoder {
 };
 
 template <class T>
-void decode(const Shape* shape, const Layer* layers, const i64* starts, const float* cos, const float* sin, T* x, int threads) {
-    Decoder<T>(*shape, layers, starts, cos, sin).run(x, layers->gate.O * layers->gate.I > SMALL ? threads : 1);
+void decode(const Shape* shape, const Layer* layers, const i64* starts, T* x, int threads) {
+    Decoder<T>(*shape, layers, starts).run(x, layers->gate.O * layers->gate.I > SMALL ? threads : 1);
 }
 
 }  // namespace gemma_ft
