@@ -195,15 +195,17 @@ class AttentionChoice:
     reason: str
 
 
-def resolve_attention(requested: str | None, softcap: float | None) -> AttentionChoice:
-    """The attention of a model: `requested` is auto (or None) or a name of BACKENDS. What computes it, the table of
-    kernels/backend.py says.
+def resolve_attention(requested: str | None, softcap: float | None, *, windows: bool = False) -> AttentionChoice:
+    """The attention of a model: `requested` is auto (or None) or a name of BACKENDS; `windows`: whether some of its
+    layers have one. What computes it, the table of kernels/backend.py says.
 
     Raises: UserError for an unknown name, or a backend that cannot do the cap of this model.
     """
     if requested in (None, "auto"):
         if softcap is None and torch.cuda.is_available():  # given a mask, SDPA's fast kernels refuse on a GPU
             return AttentionChoice("blockwise", "FlexAttention, which takes documents and padding without a mask")
+        if softcap is None and windows:  # SDPA takes a window as a mask alone, and computes what it hides
+            return AttentionChoice("blockwise", "windows, in blocks: what they hide is not computed, and no mask made")
         if softcap is None:
             return AttentionChoice("sdpa", "this Gemma has no soft-cap")
         return AttentionChoice("blockwise", "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU")

@@ -49,6 +49,11 @@ class GemmaNumerics:
         """The sliding window of each layer: keys visible to a query, itself included, or None for full attention."""
         return tuple(kind.sliding_window for kind in self.layers)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some layers have a window."""
+        return any(window is not None for window in self.window_tokens)
+
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> GemmaNumerics:
         """Read the config of a family that is known.

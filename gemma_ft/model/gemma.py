@@ -56,7 +56,8 @@ class GemmaPreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **__: Any) -> str:
         """transformers' hook at construction and in `set_attn_implementation`: our resolver decides, and refuses."""
-        return resolve_attention(attn_implementation, GemmaNumerics.from_config(self.config).attn_softcap).name
+        numerics = GemmaNumerics.from_config(self.config)
+        return resolve_attention(attn_implementation, numerics.attn_softcap, windows=numerics.windowed).name
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

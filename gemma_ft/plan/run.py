@@ -112,9 +112,9 @@ class Run:
         return replace(self, **fields)
 
 
-def attention_of(requested: str, *, softcap: bool, device: Device) -> Attention:
+def attention_of(requested: str, *, softcap: bool, windows: bool = False, device: Device) -> Attention:
     """What model.attention.resolve_attention and its backends come to in training, in the words of activations.py."""
-    if requested == "sdpa" or (requested == "auto" and not softcap and device == "cpu"):
+    if requested == "sdpa" or (requested == "auto" and not (softcap or windows) and device == "cpu"):
         return "sdpa"
     if requested not in ("auto", "blockwise"):
         return "scores"
@@ -171,7 +171,9 @@ def run_of(
         dora=adapter.dora if adapter else False,
         dropout=bool(adapter and adapter.dropout),
         device=device,
-        attention=attention_of(recipe.model.attention, softcap=shape.attn_softcap, device=device),
+        attention=attention_of(
+            recipe.model.attention, softcap=shape.attn_softcap, windows=any(shape.windows), device=device
+        ),
         own_kernels=environment.own_kernels_wanted() and (device == "cuda" or environment.compiler() is not None),
         widened=device == "cpu" and environment.own_kernels_wanted() and float32_is_faster(cpu_flags()),
         fused=environment.own_kernels_wanted(),

@@ -43,7 +43,8 @@ def startup_lines(
         "lora": f"LoRA: {trainable:,} weights trained",
         "qlora": f"{recipe.quantize.kind if recipe.quantize else ''} + LoRA: {trainable:,} weights trained",
     }[recipe.strategy]
-    choice = resolve_attention(recipe.model.attention, base.model.numerics.attn_softcap)
+    numerics = base.model.numerics
+    choice = resolve_attention(recipe.model.attention, numerics.attn_softcap, windows=numerics.windowed)
     train = recipe.train
     if recipe.model.added_tokens:
         how += f", rows of {len(recipe.model.added_tokens)} added tokens among them"

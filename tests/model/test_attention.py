@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_ft.errors import UserError
+from gemma_ft.families.records import PRESETS
 from gemma_ft.model.attention import (
     AttentionChoice,
     eager_attention,
@@ -25,6 +26,8 @@ NO_CAP = (
 )
 
 UNKNOWN = "attention: unknown backend 'flash_attention_2'; use auto, blockwise, eager or sdpa"
+TINY_3 = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "sliding_window": 8}  # fmt: skip
 BLOCKS = "the soft-cap, in blocks: our own on a CPU, FlexAttention on a GPU"
 
 
@@ -197,6 +200,43 @@ def test_the_resolver_refuses_in_one_line(requested: str, softcap: float | None,
     with pytest.raises(UserError) as raised:
         resolve_attention(requested, softcap)
     assert str(raised.value) == message
+
+
+def test_windows_without_a_cap_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gemma 3: SDPA would be given a mask of T x T for each kind of layer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = AttentionChoice("blockwise", "windows, in blocks: what they hide is not computed, and no mask made")
+    assert resolve_attention("auto", None, windows=True) == chosen
+    assert resolve_attention("sdpa", None, windows=True) == AttentionChoice("sdpa", "asked for")
+    windowed, whole = (
+        GemmaForCausalLM(PRESETS["gemma-3-270m"].config(**TINY_3, layer_types=[kind] * 2))
+        for kind in ("sliding_attention", "full_attention")
+    )
+    assert windowed.config._attn_implementation == "blockwise"
+    assert whole.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("documents", [None, [9, 4, 11]])
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
+def test_a_gemma_3_is_the_same_in_blocks_and_by_masks(backend: str, documents: list[int] | None) -> None:
+    """Loss and gradients past the window, of layers with and without one."""
+    ids = torch.arange(24)[None] % 7 + 4
+    row = None if documents is None else torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))[None]
+
+    def run(attention: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        config = PRESETS["gemma-3-270m"].config(
+            **TINY_3, layer_types=["sliding_attention", "full_attention"], attn_implementation=attention
+        )
+        model = GemmaForCausalLM(config).double()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.normal_(0, 0.3 if "norm" in name else 2 / weight.shape[-1] ** 0.5)
+        loss = model(ids, labels=ids, document_ids=row, use_cache=False).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for one, other in zip(run(backend), run("eager"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_fault_11_sdpa_that_drops_the_cap_is_refused_everywhere() -> None:

@@ -17,19 +17,20 @@ from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system.shipped import shipped_launches, shipped_root
 
 
+@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize("requested", ["auto", "blockwise", "eager", "sdpa"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_attention_is_what_the_resolver_chooses(
-    requested: str, softcap: float | None, device: Device, monkeypatch: pytest.MonkeyPatch
+    requested: str, softcap: float | None, windows: bool, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if requested == "sdpa" and softcap:
         return  # refused
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    chosen = resolve_attention(requested, softcap).name
+    chosen = resolve_attention(requested, softcap, windows=windows).name
     blocks = {"cpu": "blocks", "cuda": "flex"}[device]
     here = {"blockwise": blocks, "eager": "scores", "sdpa": "sdpa"}[chosen]
-    assert attention_of(requested, softcap=softcap is not None, device=device) == here
+    assert attention_of(requested, softcap=softcap is not None, windows=windows, device=device) == here
 
 
 def test_every_shipped_launch_is_understood() -> None:
