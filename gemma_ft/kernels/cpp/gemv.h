@@ -14,6 +14,10 @@ constexpr bool WIDE_VECTORS = false;
 #endif
 constexpr int AT_ONCE = 8;  // rows of x that share a reading of w
 constexpr i64 AHEAD = 4;    // rows of w that are asked for early: what the processor foresees ends with a page
+constexpr i64 PAGE = 4096;  // bytes that are asked for early of a row that is read by itself
+// Up to so many rows of x, rows of w are read one after the other: memory is read twice as fast in one stream as in two,
+// which pay where arithmetic is the limit.
+constexpr int ONE_STREAM = 2;
 
 // The sums of two rows of w with M rows of x: each in one order, however many there are, so that a sequence's answer does
 // not depend on its neighbours.
@@ -52,23 +56,45 @@ template <class T> struct Stored {
     static constexpr bool BY_HALVES = WIDE_VECTORS && sizeof(T) == 2;  // of 32 numbers of x those at even places first
     const T* w;
     i64 I;
+#ifdef __AVX512BW__
+    // 32 numbers; what lies `ahead` of them is asked for
+    static void widen(const T* from, i64 ahead, __m512 (&to)[2]) {
+        if constexpr (sizeof(T) == 2) {
+            const __m512i pairs = _mm512_loadu_si512(from);
+            __builtin_prefetch(from + ahead);
+            to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            to[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+        } else {
+            to[0] = _mm512_loadu_ps(from), to[1] = _mm512_loadu_ps(from + 16);
+        }
+    }
+    // the sums of one row, in the order in which `two` has them
+    template <int M> void one(const T* row, const float* x, __m512 (&to)[M]) const {
+        __m512 sum[M] = {};
+        for (i64 i = 0; i < I; i += 32) {
+            __m512 numbers[2];
+            widen(row + i, PAGE / i64(sizeof(T)), numbers);
+#pragma GCC unroll 2
+            for (int m = 0; m < M; ++m)
+                for (int half = 0; half < 2; ++half)
+                    sum[m] = _mm512_fmadd_ps(numbers[half], _mm512_loadu_ps(x + m * I + i + 16 * half), sum[m]);
+        }
+        for (int m = 0; m < M; ++m) to[m] = sum[m];
+    }
+#endif
     template <int M> Sums<M> two(i64 at, const float* x) const {
         const T* rows[2] = {w + at * I, w + (at + 1) * I};
         Sums<M> sums;
 #ifdef __AVX512BW__
-        for (i64 i = 0; i < I; i += 32) {
-            __m512 numbers[2][2];
-            for (int r = 0; r < 2; ++r) {
-                if constexpr (sizeof(T) == 2) {
-                    const __m512i pairs = _mm512_loadu_si512(rows[r] + i);
-                    __builtin_prefetch(rows[r] + i + AHEAD * I);
-                    numbers[r][0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-                    numbers[r][1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
-                } else {
-                    numbers[r][0] = _mm512_loadu_ps(rows[r] + i), numbers[r][1] = _mm512_loadu_ps(rows[r] + i + 16);
-                }
+        if constexpr (M <= ONE_STREAM) {
+            one<M>(rows[0], x, sums.sum[0]);
+            one<M>(rows[1], x, sums.sum[1]);
+        } else {
+            for (i64 i = 0; i < I; i += 32) {
+                __m512 numbers[2][2];
+                for (int r = 0; r < 2; ++r) widen(rows[r] + i, AHEAD * I, numbers[r]);
+                sums.add(numbers, x + i, I);
             }
-            sums.add(numbers, x + i, I);
         }
 #else
         float numbers[PART];
