@@ -49,6 +49,21 @@ def decode_cpu(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def gemma3_270m(result: dict[str, Any]) -> Rows:
+    rows = [
+        ["the real Gemma 3 270M, bf16", "ours tok/s", "others tok/s", "ours over", "memory above the model, to theirs"]
+    ]
+    training, answering = result["training"], result["answering"]
+    memory = training["above_the_model_mib"]
+    for what, part in (("LoRA, T = 1,024", training), ("one answer", answering)):
+        for other, over in part["ours_over"].items():
+            speed = part["tokens_per_second"]
+            share = f"{memory['ours'] / memory[other]:.2f}" if part is training else ""
+            rows.append([f"{what}: `{other}`", f"{speed['ours']:,.1f}", f"{speed[other]:,.1f}", f"{over['median']:.2f}x",
+                         share])  # fmt: skip
+    return rows
+
+
 def startup(result: dict[str, Any]) -> Rows:
     return [["until it ends, or the first step is made", "s"],
             *([name, f"{seconds:.2f}"] for name, seconds in result["seconds"].items())]  # fmt: skip
@@ -136,6 +151,7 @@ def compiled(result: dict[str, Any]) -> Rows:
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "train_cpu": train_cpu,
     "decode_cpu": decode_cpu,
+    "gemma3_270m": gemma3_270m,
     "merge_speed": merge_speed,
     "startup": startup,
     "starts": starts,

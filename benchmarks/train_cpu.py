@@ -113,7 +113,7 @@ def our_trainer(folder: Path, line: Line) -> Any:
     return trainer_of(model, settings, rows_of(line))
 
 
-def stock_trainer(folder: Path, line: Line, *, best: bool) -> Any:
+def stock_trainer(folder: Path, line: Line, *, best: bool, attention: str = "eager") -> Any:
     import datasets
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -125,7 +125,7 @@ def stock_trainer(folder: Path, line: Line, *, best: bool) -> Any:
     if line.quantize:
         more["quantization_config"] = quantization_config("nf4", double_quant=True, compute_dtype=torch.bfloat16)
     base = AutoModelForCausalLM.from_pretrained(
-        str(folder / "base"), dtype=torch.bfloat16, attn_implementation="eager", **more
+        str(folder / "base"), dtype=torch.bfloat16, attn_implementation=attention, **more
     )
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
     changes = {"gradient_checkpointing": False} if best else {}
@@ -155,13 +155,18 @@ def padded_by_mask(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def one_arm(arm: str, name: str, folder: Path, steps: int = STEPS) -> None:
     """Train and print seconds of each step, losses and memory."""
+    line = GRID[name]
+    trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
+    run_steps(trainer, line, steps)
+
+
+def run_steps(trainer: Any, line: Line, steps: int) -> None:
+    """Train and print seconds of each step, losses and memory."""
     from transformers import TrainerCallback
 
     from gemma_ft.system import environment
 
     environment.quiet_libraries()
-    line = GRID[name]
-    trainer = our_trainer(folder, line) if arm == "ours" else stock_trainer(folder, line, best=arm == "stock_best")
     times: list[float] = []
     losses: list[float] = []
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_ft.families.records import PRESETS
+from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.model.kv_cache import KVCache
+from gemma_ft.model.kv_cache import KVCache, Pass
+from gemma_ft.model.static_pass import StaticPass
 from tests.parity.amplified import FIRST, SECOND, SHAPES, WINDOW, ours, relative, token_rows
 
 TOLERANCE = 1e-10
@@ -138,3 +141,40 @@ def test_misuse_of_a_pass_is_refused() -> None:
     ]:
         with pytest.raises(AssertionError, match=f"^{message}$"):
             cache.open(first, counts, CPU)
+
+
+@torch.no_grad()
+def test_sliding_layers_of_a_gemma_3_keep_their_window_and_full_ones_all() -> None:
+    """Five to one, at the 270M's own numbers of heads and places; in a pass that is recorded too."""
+    config = PRESETS["gemma-3-270m"].config()
+    windows = GemmaNumerics.from_config(config).window_tokens
+    full = [layer for layer, window in enumerate(windows) if window is None]
+    assert full == [5, 11, 17]
+    tokens, longest = 600, 800
+    cache = KVCache(windows, slots=1, max_seq_len=longest)
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, config.num_key_value_heads, tokens + 3, config.head_dim)
+    keys, values = (torch.randn(shape, generator=draw) for _ in range(2))
+
+    def fed(one: Pass, begin: int, end: int) -> None:
+        for layer in range(len(windows)):
+            cache_keys, _ = one.update(keys[:, :, begin:end], values[:, :, begin:end], layer)
+            positions = one.key_positions(layer)[0]
+            held = positions >= 0
+            assert torch.equal(cache_keys[0, :, held], keys[0][:, positions[held]])
+
+    begin = 0
+    for count in (400, 200, 1):  # up to the window, past it, one token
+        one = cache.open(0, [count], CPU)
+        fed(one, begin, begin + count)
+        one.finish()
+        begin += count
+    cache.places(tokens + 3)
+    static = StaticPass(cache, 1, torch.tensor([begin]))
+    fed(static, begin, begin + 1)
+    for layer, ring in enumerate(cache.rings):
+        place = begin if layer in full else begin % 512
+        assert ring.limit == (longest if layer in full else 512)
+        assert all(part.shape[2] == ring.limit or layer in full for part in ring.parts)
+        assert torch.equal(ring.parts[1][0, :, place], values[0, :, begin])
+        assert int(static.held(layer)) == (begin + 1 if layer in full else 512)
