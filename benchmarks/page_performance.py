@@ -50,17 +50,15 @@ def decode_cpu(result: dict[str, Any]) -> Rows:
 
 
 def gemma3_270m(result: dict[str, Any]) -> Rows:
-    rows = [
-        ["the real Gemma 3 270M, bf16", "ours tok/s", "others tok/s", "ours over", "memory above the model, to theirs"]
-    ]
+    rows = [["the real Gemma 3 270M, bf16", "ours tok/s", "others tok/s", "ours over", "memory, to theirs"]]
     training, answering = result["training"], result["answering"]
     memory = training["above_the_model_mib"]
     for what, part in (("LoRA, T = 1,024", training), ("one answer", answering)):
         for other, over in part["ours_over"].items():
             speed = part["tokens_per_second"]
             share = f"{memory['ours'] / memory[other]:.2f}" if part is training else ""
-            rows.append([f"{what}: `{other}`", f"{speed['ours']:,.1f}", f"{speed[other]:,.1f}", f"{over['median']:.2f}x",
-                         share])  # fmt: skip
+            rates = [f"{speed[arm]:,.1f}" for arm in ("ours", other)]
+            rows.append([f"{what}: `{other}`", *rates, f"{over['median']:.2f}x", share])
     return rows
 
 
