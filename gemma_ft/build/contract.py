@@ -38,7 +38,7 @@ class Contract:
     bos: str = ONE_BOS
     base: str | None = None  # folder or hub id of the weights that were tuned; None: fresh weights
     revision: str | None = None  # commit of a hub id
-    base_sha256: str | None = None  # weights.WeightFiles.fingerprint of the base
+    base_sha256: str | None = None  # weights.WeightFiles.fingerprint of the base's text model
     preset: str | None = None
     quantize: Literal["nf4", "int8"] | None = None  # how the frozen weights were stored while the adapter was trained
     double_quant: bool = True
@@ -46,6 +46,7 @@ class Contract:
     numerics_sha256: str | None = None  # model.config.numerics_hash of the base's config.json
     adapter_sha256: str | None = None  # adapter_hash
     pieces_sha256: str | None = None  # of the bytes of tokenizer.model, where there is one
+    others_sha256: str | None = None  # text_weights.others_fingerprint of the base, where its folder holds other models
 
     @classmethod
     def read(cls, folder: Path) -> Contract | None:
@@ -62,9 +63,16 @@ class Contract:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
+    def said(self) -> dict[str, Any]:
+        """Its fields by name; without that of other models where there are none."""
+        found = asdict(self)
+        if self.others_sha256 is None:
+            del found["others_sha256"]
+        return found
+
     def text(self) -> str:
         """What gemma_ft.json holds."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.said(), indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write gemma_ft.json into `folder`."""

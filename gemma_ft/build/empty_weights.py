@@ -15,6 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 from gemma_ft.adapters.quantize import Kind, make_empty, quantization_config
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import checked_folder
+from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import read_config, read_generation_config
@@ -41,7 +42,10 @@ def empty_base(
     config.dtype, config._attn_implementation = dtype, attention
     with torch.device("meta"):
         model = GemmaForCausalLM(config).to(dtype)
-    _check_files(model, WeightFiles.open(folder), source)
+    if has_other_names(folder):
+        check_fits(model_weights(folder), model, source.name)
+    else:
+        _check_files(model, model_weights(folder), source)
     if quantize is not None:
         quantizer = AutoHfQuantizer.from_config(
             quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype), pre_quantized=False

@@ -11,6 +11,7 @@ from gemma_ft.adapters.kinds import ADAPTER_CONFIG
 from gemma_ft.adapters.trainable_tokens import INITIAL, TRAINED, added_by
 from gemma_ft.build.located import Source, folder_of
 from gemma_ft.build.place import Place
+from gemma_ft.build.text_weights import model_weights
 from gemma_ft.build.weights import EMBEDDING, WeightFiles
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import ContentEncoder, pieces_of
@@ -59,7 +60,7 @@ def begin_rows(model: Any, tokenizer: Any, source: Source) -> None:
     if not tokens_beyond(tokenizer, first):
         return
     names = tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer))))
-    table = WeightFiles.open(folder_of(source, downloaded=True)).tensor(EMBEDDING)
+    table = model_weights(folder_of(source, downloaded=True)).tensor(EMBEDDING)
     rows = [table[ids].to(torch.float32).mean(dim=0) for ids in pieces_of(tokenizer, names)]
     model.model.added_rows = AddedRows(first, torch.stack(rows)).to(model.device)
 

@@ -11,6 +11,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.adapters.adapter_config import adapter_config, read_fields
+from gemma_ft.adapters.class_names import PREFIX, native_config, native_key
 from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gemma_ft.adapters.quantize import Kind
 from gemma_ft.build.contract import CONTRACT, Contract, adapter_hash
@@ -25,6 +26,7 @@ from gemma_ft.build.located import (
     refuse_file,
     refuse_no_adapter,
 )
+from gemma_ft.build.text_weights import model_weights
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError
@@ -52,8 +54,8 @@ class BaseFiles:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """Headers, no tensor. Raises: UserError, as WeightFiles.open."""
-        return WeightFiles.open(self.folder)
+        """Headers of the text model's files, no tensor. Raises: UserError, as WeightFiles.open."""
+        return model_weights(self.folder)
 
     @cached_property
     def sha256(self) -> str:
@@ -92,13 +94,33 @@ class AdapterFiles:
 
     @cached_property
     def config(self) -> Any:
-        """PEFT's config of it. Raises: UserError for an adapter that is not computed here."""
-        return adapter_config(self.folder, self.fields)
+        """PEFT's config of it, by a text model's own names. Raises: UserError for one that is not computed here."""
+        return native_config(adapter_config(self.folder, self.fields), self._stored_names)
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """Headers, no tensor. Raises: UserError, as WeightFiles.open."""
-        return WeightFiles.open(self.folder, ADAPTER_STEM)
+        """Headers, no tensor, under the names of a text model alone. Raises: UserError, as WeightFiles.open; for an
+        adapter that changes another model of a multimodal folder.
+        """
+        files = WeightFiles.open(self.folder, ADAPTER_STEM, native_key)
+        if files.left:
+            raise UserError(
+                f"{self.folder}: changes {min(files.left).removeprefix(PREFIX)}, which is no part of the text model; "
+                "train with target_modules that name layers of the language model alone"
+            )
+        return files
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the file has the names of a multimodal folder's class."""
+        return any(self.weights.info(name).name != name for name in self.weights.names)
+
+    def _stored_names(self) -> list[str]:
+        """The names in the file; none where it cannot be read, which is told where it is."""
+        try:
+            return WeightFiles.open(self.folder, ADAPTER_STEM).names
+        except UserError:
+            return []
 
     @cached_property
     def hash(self) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gemma_ft.adapters.adapter_config import for_loading, resized_fault, saved_base_weights
+from gemma_ft.adapters.class_names import key_mapping
 from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_fault
 from gemma_ft.adapters.quantize import allow_packing, quantization_config
 from gemma_ft.adapters.trainable_tokens import INITIAL, TRAINED, native_of
@@ -18,11 +19,11 @@ from gemma_ft.build.contract import Contract
 from gemma_ft.build.located import Source, adapter_in, check_is_model, folder_of, located, refuse_file
 from gemma_ft.build.new_tokens import take_rows
 from gemma_ft.build.place import AdapterFiles, Place, place_of
-from gemma_ft.build.weights import WeightFiles
+from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights, unread
 from gemma_ft.data.encode import tokenizer as tokenizers
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
-from gemma_ft.model.config import read_generation_config
+from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import hardware
@@ -56,7 +57,10 @@ def load_base(
     if quantize is not None:
         options["quantization_config"] = quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype)
     try:
-        model = GemmaForCausalLM.from_pretrained(str(folder), **options)
+        if has_other_names(folder):
+            model = _renamed(folder, options)
+        else:
+            model = GemmaForCausalLM.from_pretrained(str(folder), **options)
     except UserError:
         raise
     except (*LOAD_ERRORS, ImportError) as error:
@@ -67,6 +71,23 @@ def load_base(
         keep_unpacked(model)
     if not trainable and quantize == "nf4":
         allow_packing(model)
+    return model
+
+
+def _renamed(folder: Path, options: dict[str, Any]) -> Any:
+    """The model of a folder whose files may call its tensors otherwise, or hold other models too: transformers' loader
+    is given those of the text model alone, under our names.
+    """
+    config, files = read_config(folder), model_weights(folder)
+    config.name_or_path = str(folder)
+    if getattr(config, "quantization_config", None) is None:  # else there are more tensors than the config tells
+        with torch.device("meta"):
+            empty = GemmaForCausalLM(config)
+        check_fits(files, empty, str(folder))
+    with unread(files) as tensors:
+        model = GemmaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model.name_or_path = str(folder)
+    model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 
 
@@ -164,13 +185,14 @@ def put_adapter(model: Any, adapter: AdapterFiles, *, name: str = "default") -> 
         raise UserError(f"{folder}: {fault}")
     take_rows(native, adapter.weights, config, folder)
     config = with_fused_layers(config)
+    mapping: dict[str, Any] = {"key_mapping": key_mapping()} if adapter.renamed else {}
     try:
         if native is model:
-            model = PeftModel.from_pretrained(model, str(folder), name, config=config, is_trainable=False)
+            model = PeftModel.from_pretrained(model, str(folder), name, config=config, is_trainable=False, **mapping)
         else:
             config.inference_mode = True
             model.add_adapter(name, config)
-            model.load_adapter(str(folder), name, is_trainable=False)
+            model.load_adapter(str(folder), name, is_trainable=False, **mapping)
     except Exception as error:  # PEFT raises many kinds for an adapter that is not this model's
         raise UserError(f"{folder}: does not fit its base: {first_line(error)}") from error
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
@@ -209,6 +231,6 @@ def checked_folder(source: Source) -> Path:
             f"{source.name}: an adapter lies in this model folder and would be put on unasked; "
             "move it to its own folder"
         )
-    WeightFiles.open(folder)
+    model_weights(folder)
     read_generation_config(folder)
     return folder

@@ -43,38 +43,47 @@ _SAMPLE_BLOCKS, _BLOCK_BYTES = 64, 4096
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file describes it; `start` is the place of its first byte in the file."""
+    """A tensor as its file describes it: the `name` that it has there; `start` is the place of its first byte in it."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     bytes: int
+    name: str
+
+
+Rename = Callable[[str], str | None]  # the name of a tensor in its file -> here; None: it is not asked for
 
 
 class WeightFiles:
-    """The tensors of a model or adapter folder, from one or several safetensors files, read one at a time."""
+    """The tensors of a model or adapter folder, from one or several safetensors files, read one at a time.
 
-    def __init__(self, folder: Path, entries: Mapping[str, TensorInfo]) -> None:
-        self.folder = folder
+    `left`: the tensors of its files that were not asked for, by their names there; only the file of one whose shard was
+    not opened.
+    """
+
+    def __init__(
+        self, folder: Path, entries: Mapping[str, TensorInfo], left: Mapping[str, TensorInfo | Path] | None = None
+    ) -> None:
+        self.folder, self.left = folder, dict(left or {})
         self._entries = dict(sorted(entries.items()))
         self.names = list(self._entries)
 
     @classmethod
-    def open(cls, folder: Path, stem: str = "model") -> WeightFiles:
+    def open(cls, folder: Path, stem: str = "model", rename: Rename | None = None) -> WeightFiles:
         """The weights of `folder`: `stem`.safetensors, or the shards that `stem`.safetensors.index.json names.
 
-        Only headers are read. Raises: UserError in one line for files that are missing, cut short, damaged, pickles or
-        outside the folder, and for tensors that the index names and no file holds.
+        Only headers are read, and those of shards in which `rename` leaves nothing are not. Raises: UserError in one
+        line for files that are missing, cut short, damaged, pickles or outside the folder, for tensors that the index
+        names and no file holds, and for two that `rename` gives one name.
         """
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
         if index.is_file() and single.is_file():  # libraries do not agree on which of them they open
             raise UserError(f"{folder}: holds {single.name} and {index.name}; move away the one that is not the model")
-        if index.is_file():
-            return cls(folder, _indexed(folder, index))
-        if single.is_file():
-            return cls(folder, _header(single))
+        if index.is_file() or single.is_file():
+            return cls._renamed(folder, _indexed(folder, index, rename) if index.is_file() else _header(single), rename)
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
         if pickles:
             raise UserError(
@@ -84,6 +93,22 @@ class WeightFiles:
         for file in sorted(folder.glob("*.gguf")):
             refuse_file(file)
         raise UserError(f"{folder}: there is no {stem}.safetensors in it, nor an index of shards")
+
+    @classmethod
+    def _renamed(cls, folder: Path, found: Mapping[str, TensorInfo | Path], rename: Rename | None) -> WeightFiles:
+        entries: dict[str, TensorInfo] = {}
+        left: dict[str, TensorInfo | Path] = {}
+        for name, info in found.items():
+            native = name if rename is None else rename(name)
+            if isinstance(info, Path) or native is None:
+                left[name] = info
+                continue
+            if native in entries:
+                raise UserError(
+                    f"{folder}: {entries[native].name} and {name} are one tensor of the model, twice; fetch it again"
+                )
+            entries[native] = info
+        return cls(folder, entries, left)
 
     @property
     def shards(self) -> dict[str, list[str]]:
@@ -105,7 +130,7 @@ class WeightFiles:
         """A tensor on the CPU, in the dtype of its file."""
         try:
             with safe_open(str(self._entries[name].file), framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(self._entries[name].name)
         except SafetensorError as error:
             raise UserError(f"{self._entries[name].file}: cannot be read: {error}; fetch it again") from error
 
@@ -208,25 +233,29 @@ def _blocks(size: int) -> Iterable[tuple[int, int]]:
     return [(int(number * stride), _BLOCK_BYTES) for number in range(_SAMPLE_BLOCKS)]
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
+def _indexed(folder: Path, index: Path, rename: Rename | None) -> dict[str, TensorInfo | Path]:
+    """Tensor by the name that the index gives it; of shards of which nothing is asked for the file alone."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in places.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: cannot be read as an index of shards; fetch the folder again") from error
+    asked = {file for name, file in wanted.items() if rename is None or rename(name) is not None}
     held: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(wanted.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise UserError(f"{index}: names {file!r}, which is not a file of this folder; do not trust this folder")
         if Path(file).suffix != ".safetensors":
             raise UserError(f"{index}: names {file!r}; only .safetensors files are opened")
+        if file not in asked:
+            continue
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing, though {index.name} names it; fetch the folder again")
         held[file] = _header(folder / file)
-    lost = sorted(name for name, file in wanted.items() if name not in held[file])
+    lost = sorted(name for name, file in wanted.items() if file in held and name not in held[file])
     if lost:
         raise UserError(f"{folder / wanted[lost[0]]}: has no tensor {lost[0]}, though {index.name} says so")
-    return {name: held[file][name] for name, file in wanted.items()}
+    return {name: held[file][name] if file in held else folder / file for name, file in wanted.items()}
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
@@ -252,6 +281,6 @@ def _header(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: {name} is stored as {entry['dtype']}, which is not supported; use bf16 or float32"
             )
         found[name] = TensorInfo(
-            path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + int(start), int(end) - int(start)
+            path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + int(start), int(end) - int(start), name
         )
     return found

@@ -34,6 +34,10 @@ def export(
         Literal["bf16", "f32"] | None,
         typer.Option("--dtype", help="How --to hf writes weights; without it: as in the base.", show_default=False),
     ] = None,
+    graft: Annotated[
+        bool,
+        typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was."),
+    ] = False,
     base_id: Annotated[
         str | None,
         typer.Option("--base-id", metavar="OWNER/NAME", help="The adapter's base on the hub.", show_default=False),
@@ -53,6 +57,8 @@ def export(
     from gemma_ft.export.export import ExportOptions
     from gemma_ft.ui.export import export_and_show
 
-    options = ExportOptions(to=to, out=out, gguf_type=gguf_type, dtype=dtype, base_id=base_id, push=push, public=public)
+    options = ExportOptions(
+        to=to, out=out, gguf_type=gguf_type, dtype=dtype, base_id=base_id, push=push, public=public, graft=graft
+    )
     export_and_show(run, options, dry_run=dry_run)
     return 0

@@ -33,6 +33,10 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    graft: Annotated[
+        bool,
+        typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was."),
+    ] = False,
     prompts: Annotated[
         int, typer.Option("--prompts", metavar="N", min=0, help="Held-out rows that the certificate compares; 0: none.")
     ] = 32,
@@ -45,7 +49,7 @@ def merge(
     quiet_libraries()
     from gemma_ft.ui.merge import merge_and_show
 
-    merge_and_show(model, out, adapters=named, dtype=dtype, policy=policy, prompts=prompts)
+    merge_and_show(model, out, adapters=named, dtype=dtype, policy=policy, graft=graft, prompts=prompts)
     return 0
 
 

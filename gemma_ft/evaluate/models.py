@@ -22,7 +22,8 @@ from gemma_ft.build.located import Source, adapter_in, model_in, refuse_no_adapt
 from gemma_ft.build.new_tokens import begin_rows, check_rows, embedding_rows
 from gemma_ft.build.place import Place, model_place, place_of
 from gemma_ft.build.pretrained import load_base, load_model, load_tokenizer, model_at
-from gemma_ft.build.weights import EMBEDDING, WeightFiles
+from gemma_ft.build.text_weights import model_weights
+from gemma_ft.build.weights import EMBEDDING
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import own_encoder
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
@@ -198,7 +199,7 @@ def _check_merged(merged: Path, place: Place) -> None:
     Raises: UserError where it says otherwise; a folder that does not say is taken as it is.
     """
     adapter = place.of_adapter
-    rows = [files.info(EMBEDDING).shape[0] for files in (WeightFiles.open(merged), place.of_base.weights)]
+    rows = [files.info(EMBEDDING).shape[0] for files in (model_weights(merged), place.of_base.weights)]
     if adapter is not None:
         added = added_by(adapter.config, adapter.folder / ADAPTER_CONFIG, rows[1])
         rows[1] += added.count if added else 0

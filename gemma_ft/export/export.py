@@ -31,6 +31,7 @@ class ExportOptions:
     base_id: str | None = None
     push: str | None = None
     public: bool = False
+    graft: bool = False
 
     def check(self) -> None:
         """Raises UserError for options that do not go together, before anything is read."""
@@ -39,6 +40,8 @@ class ExportOptions:
         if self.dtype is not None and self.to != "hf":
             also = "; --gguf-type says how a GGUF file stores its weights" if self.to == "gguf" else ""
             raise UserError(f"--dtype: goes with --to hf, not with --to {self.to}{also}")
+        if self.graft and self.to != "hf":
+            raise UserError(f"--graft: goes with --to hf, not with --to {self.to}")
         if self.base_id is not None and self.to != "adapter":
             raise UserError(f"--base-id: goes with --to adapter, not with --to {self.to}")
         if self.base_id is not None and not HUB_ID.fullmatch(self.base_id):
@@ -122,5 +125,6 @@ def _form(source: str, options: ExportOptions) -> Form:
                 )
             return AdapterForm(place, metadata, options.out, options.base_id)
         case "hf":
-            return HfForm(place, metadata, options.out, DTYPES[options.dtype] if options.dtype is not None else None)
+            dtype = DTYPES[options.dtype] if options.dtype is not None else None
+            return HfForm(place, metadata, options.out, dtype, graft=options.graft)
     assert_never(options.to)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gemma_ft.adapters.class_names import rename_folder
 from gemma_ft.adapters.kinds import ADAPTER_WEIGHTS
 from gemma_ft.build.place import Place
 from gemma_ft.build.weights import EMBEDDING, dtype_name, write_shards
@@ -25,6 +26,7 @@ from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import chat_notes
 from gemma_ft.export.gguf_file import gguf_library, plan_gguf, write_gguf
 from gemma_ft.export.gguf_tokenizer import read_vocabulary, token_count
+from gemma_ft.export.graft import Graft
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.certificate import BeyondLimit, certify
 from gemma_ft.export.merge.merge import merge_to_folder, verify
@@ -32,6 +34,7 @@ from gemma_ft.export.merge.merged import MergedWeights, merged_weights
 from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.modelfile import modelfile
 from gemma_ft.families.records import FAMILIES
+from gemma_ft.model.config_file import composite_in
 from gemma_ft.recipe.run_files import FACTS
 from gemma_ft.system.limits import MAX_SHARD_BYTES
 
@@ -66,20 +69,26 @@ class Form(Protocol):
 class HfForm:
     """A plain transformers folder: the adapter merged in and certified, or the weights as they are."""
 
-    def __init__(self, place: Place, metadata: ExportMetadata, out: Path, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, place: Place, metadata: ExportMetadata, out: Path, dtype: torch.dtype | None, graft: bool = False
+    ) -> None:
         self.place, self.metadata, self.out, self.dtype = place, metadata, out, dtype
         self.weights = weights_of(place, dtype)
-        check_out(out, self.weights.bytes)
+        self.graft = Graft.of(self.weights, dtype=dtype) if graft else None
+        if self.graft is not None:
+            self.metadata = metadata.grafted(self.graft.original.folder, self.graft.contract)
+        check_out(out, self.weights.bytes if self.graft is None else self.graft.bytes)
 
     def steps(self) -> list[ExportStep]:
         one_file = self.weights.bytes <= MAX_SHARD_BYTES
-        file = "model.safetensors" if one_file else "model-*-of-*.safetensors"
+        files = {"model.safetensors" if one_file else "model-*-of-*.safetensors": self.weights.bytes}
         base, adapter = Path(self.place.base.name).name, self.place.adapter
+        what = f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}"
+        if self.graft is not None:
+            what += f", in the files of {Path(self.graft.original.source.name).name}"
+            files = {file: (self.graft.files.folder / file).stat().st_size for file in self.graft.files.shards}
         steps = [
-            ExportStep(
-                f"merge {adapter} into {base}" if adapter else f"copy the weights of {base}",
-                {file: self.weights.bytes},
-            ),
+            ExportStep(what, files),
             ExportStep(
                 "write what lies beside them", {**_sizes_of(self._beside), **({FACTS: None} if adapter else {})}
             ),
@@ -98,18 +107,24 @@ class HfForm:
                 self.place,
                 self.out,
                 dtype=self.dtype,
+                graft=self.graft is not None,
                 certify=partial(certify, prompts=PROMPTS, on_progress=bar("compare")),
-                beside=lambda folder, facts: self.metadata.write(folder, "hf", merge=vars(facts)),
+                beside=lambda folder, facts: self.metadata.write(folder, "hf", merge=facts.said()),
                 on_progress=bar("merge"),
             )
         except BeyondLimit as error:
             raise BeyondLimit(f"{error} (options of gemma-ft merge)", error.certificate) from error
-        return vars(facts)
+        return facts.said()
 
     def notes(self) -> list[str]:
-        return self.metadata.notes
+        return [*self.metadata.notes, *(self.graft.notes if self.graft is not None else ())]
 
     def _copy(self, folder: Path, *, counted: Callable[[int, int], None]) -> None:
+        if self.graft is not None:
+            self.graft.write(folder, counted)
+            self.graft.verify(folder)
+            self._beside(folder)
+            return
         names = list(self.weights.infos)
 
         def tensor(name: str) -> torch.Tensor:
@@ -121,6 +136,11 @@ class HfForm:
         self._beside(folder)
 
     def _beside(self, folder: Path) -> None:
+        if self.graft is not None:
+            self.graft.write_beside(folder)
+            merge = None if self.place.adapter is not None else {"graft": self.graft.facts()}
+            self.metadata.write(folder, "hf", merge=merge)
+            return
         write_beside_weights(
             folder,
             place=self.place,
@@ -167,6 +187,9 @@ class AdapterForm:
     def _write(self, folder: Path) -> None:
         self._beside(folder)
         shutil.copyfile(self.adapter.folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+        composite = composite_in(self.place.of_base.folder)
+        if composite is not None and not self.adapter.renamed:
+            rename_folder(folder, composite)
 
     def _beside(self, folder: Path) -> None:
         local, contract = Path(self.place.base.name).is_absolute(), self.place.contract

@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,7 +188,7 @@ def _add_general(
         writer.add_license(license[0])
         writer.add_license_link(license[1])
     if contract is not None:
-        writer.add_string(CONTRACT_KEY, json.dumps(asdict(contract)))
+        writer.add_string(CONTRACT_KEY, json.dumps(contract.said()))
 
 
 def _add_hyperparameters(gguf: ModuleType, writer: Any, config: PreTrainedConfig) -> None:

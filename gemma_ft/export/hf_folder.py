@@ -21,6 +21,8 @@ from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.export.card.run_record import read_object
 from gemma_ft.families.records import family_of, known_families, text_fields
+from gemma_ft.model.config import config_in
+from gemma_ft.model.config_file import composite_in
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
 from gemma_ft.system.units import byte_size
@@ -112,11 +114,14 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     Raises: UserError when it is not there, or not a plain Gemma's.
     """
     path = base / "config.json"
-    fields = dict(text_fields(_json_object(path)))
+    said = _json_object(path)
+    fields = dict(text_fields(said))
+    if composite_in(base) is not None:  # its text_config leaves out what is the class's own, and the ids beside it
+        fields = config_in(base).to_dict()
     family = family_of(fields.get("model_type"))
     if family is None:
         raise UserError(f"{path}: model_type {fields.get('model_type')!r} is not {known_families('or')}")
-    if "quantization_config" in fields:
+    if "quantization_config" in {**said, **fields}:
         raise UserError(f"{path}: these weights are quantized already; name the base that they were made from")
     name = dtype_name(dtype)
     former = {"torch_dtype": name} if "torch_dtype" in fields else {}  # what libraries read before "dtype"

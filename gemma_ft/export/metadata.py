@@ -15,6 +15,7 @@ from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate
+from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.export.card.license import License, license_of
 from gemma_ft.export.card.model_card import Card
 from gemma_ft.export.card.run_record import RunRecord, public, read_record
@@ -39,6 +40,7 @@ class ExportMetadata:
     record: RunRecord
     base: str | None
     chats: ChatEncoder | UnknownTemplate  # how it is asked, or why that is not known
+    graft: bool = False  # the weights are put back among the files of a multimodal original
 
     @property
     def encoder(self) -> ChatEncoder:
@@ -59,12 +61,7 @@ class ExportMetadata:
         """
         config, contract = config_of(place), place.contract
         known = contract.base if contract is not None else place.base.name
-        tokenizer = tokenizer_of(place)
-        chats: ChatEncoder | UnknownTemplate
-        try:
-            chats = asking_encoder(tokenizer, place.folder, contract, place.of_base.folder)
-        except UnknownTemplate as error:
-            chats = error
+        chats = _chats(tokenizer_of(place), place.folder, contract, place.of_base.folder)
         return cls(
             name=name,
             config=config,
@@ -74,6 +71,14 @@ class ExportMetadata:
             base=base_id or public(known, "base"),
             chats=chats,
         )
+
+    def grafted(self, original: Path, contract: Contract | None) -> ExportMetadata:
+        """The same, of weights among the files of `original`; contract: what is written beside them. Without one chats
+        are asked as the original's own template has them.
+        """
+        if contract is not None:
+            return replace(self, graft=True)
+        return replace(self, graft=True, chats=_chats(load_tokenizer(str(original)), original, None, original))
 
     def write(
         self,
@@ -107,7 +112,10 @@ class ExportMetadata:
         """
         record = replace(self.record, merge=public(merge or self.record.merge))
         chats = self.chats if isinstance(self.chats, ChatEncoder) else None
-        card = Card(self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats)
+        card = Card(
+            self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats,
+            graft=self.graft, sealed=not self.graft or contract is not None,
+        )  # fmt: skip
         found = {CARD: card.text()}
         if contract is not None:
             found[CONTRACT] = replace(contract, base=self.base).text()
@@ -116,6 +124,13 @@ class ExportMetadata:
         if self.terms.notice is not None:
             found[NOTICE] = self.terms.notice
         return found
+
+
+def _chats(tokenizer: Any, where: Path, contract: Contract | None, model: Path) -> ChatEncoder | UnknownTemplate:
+    try:
+        return asking_encoder(tokenizer, where, contract, model)
+    except UnknownTemplate as error:
+        return error
 
 
 def config_of(place: Place) -> PreTrainedConfig:

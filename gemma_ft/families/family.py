@@ -5,6 +5,7 @@ Letters: D hidden, F feed-forward, N query heads, K key/value heads, H head dim,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]  # of a config.json, by transformers' names
 LayerType = Literal["full_attention", "sliding_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
+_TEXT_MODEL, _HEAD = ("layers", "embed_tokens", "norm"), "lm_head"  # the modules of a text model, and the one around it
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 
 
@@ -78,6 +80,36 @@ class Composite:
     file_prefixes: tuple[str, ...]
     parts: tuple[str, ...]
     soft_tokens: tuple[str, ...] = ()
+
+    @property
+    def key_mapping(self) -> dict[str, str]:
+        """From a text model's names in such a folder to those of a text model alone, as transformers and PEFT take it:
+        regular expression -> what it becomes, the first that is found.
+        """
+        prefixes = "|".join(map(re.escape, self._prefixes))
+        return {rf"^(?:{prefixes})": "model.", r"^language_model\.lm_head\.": "lm_head."}
+
+    def native(self, name: str) -> str | None:
+        """The name that a tensor or module has in a text model alone, where it is one of a text model's under whatever
+        prefix, or none; None where it belongs to another model of the folder; else as it is.
+        """
+        if name.startswith(self.parts):
+            return None
+        for prefix in (*self._prefixes, "language_model.", "model.", ""):
+            rest = name.removeprefix(prefix)
+            top = rest.partition(".")[0]
+            if name.startswith(prefix) and top in (*_TEXT_MODEL, _HEAD):
+                return rest if top == _HEAD else f"model.{rest}"
+        return name
+
+    def outward(self, name: str) -> str:
+        """The name that a tensor or module of a text model has in the class of the folder."""
+        rest = name.removeprefix("model.")
+        return f"{self.text_prefix}{rest}" if rest != name else name
+
+    @property
+    def _prefixes(self) -> list[str]:
+        return sorted(self.file_prefixes, key=len, reverse=True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gemma_ft.build.located import adapter_in, located
 from gemma_ft.build.new_tokens import check_rows, embedding_rows
 from gemma_ft.build.place import Place, place_of
 from gemma_ft.build.pretrained import model_at, tokenizer_of
+from gemma_ft.build.text_weights import has_other_names, others_told
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.chat_format import System, gemma_format
@@ -104,6 +105,8 @@ def open_session(
         # A template that refuses system texts says of none how it was trained; Gemma's own are told so in a question.
         encoder = encoder.but(system="fold") if encoder.system_policy == "error" else encoder
         notes += _notes_without_contract(path if adapter is None else adapter, place, encoder)
+    beside = others_told(place.of_base.weights) if has_other_names(place.of_base.folder) else None
+    notes += [f"{place.base.name}: {beside}"] if beside is not None else []
     dtype = dtype or hardware.dtype_by_name(place.trained_in)
     model = model_at(place, dtype=dtype, quantize=quantize, device=device)
     engine = Engine(model, stop_ids=encoder.stop_ids, max_batch=max_batch, known_tokens=len(tokenizer))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.errors import UserError
-from gemma_ft.families.family import LAYER_TYPES, Family, Fields, Rope
+from gemma_ft.families.family import LAYER_TYPES, Composite, Family, Fields, Rope
 from gemma_ft.families.records import COMPOSITES, FAMILIES, PRESETS, family_of, known_families, text_fields
 
 READ_AT_MOST = 2**20  # bytes: a config.json has some thousand
@@ -111,11 +111,27 @@ def check_size(folder: Path, preset: str, name: str) -> None:
     check_preset(_fields(folder), preset, name)
 
 
+def family_in(folder: Path) -> Family | None:
+    """The family of the text model in a folder; None where its config.json names none of ours, or cannot be read."""
+    return family_of(_fields(folder).get("model_type"))
+
+
+def composite_in(folder: Path) -> Composite | None:
+    """Of which kind a folder of several models is; None for a text model alone, and what cannot be read."""
+    family = COMPOSITES.get(str(_said(folder).get("model_type")))
+    return family.composite if family is not None else None
+
+
 def _fields(folder: Path) -> dict[str, Any]:
     """What the config.json of a folder says of its text model, or nothing where it cannot be read."""
+    return dict(text_fields(_said(folder)))
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the config.json of a folder says, or nothing where it cannot be read."""
     try:
         with (folder / "config.json").open("rb") as file:
             found = json.loads(file.read(READ_AT_MOST))
     except (OSError, ValueError, RecursionError):
         return {}
-    return dict(text_fields(found)) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}

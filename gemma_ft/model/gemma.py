@@ -29,7 +29,7 @@ from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, layer_angles, wide_dtype
 from gemma_ft.model.linear import keep_trainable, linear
 from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
-from gemma_ft.model.loading import other_parts, refuse_unfitting, text_names
+from gemma_ft.model.loading import other_parts, refuse_unfitting, refuse_untied
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 from gemma_ft.model.static_pass import StaticPass
@@ -175,15 +175,12 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
         composite = FAMILIES[config.model_type].composite
         if composite is not None:
-            kwargs["key_mapping"] = text_names(composite)
+            kwargs["key_mapping"] = composite.key_mapping
         model, info = loader(name_or_path, *args, config=config, output_loading_info=True, **kwargs)
         refuse_unfitting(name_or_path, info)
         model._weight_conversions = None  # else transformers saves under names that are neither the folder's nor ours
         if model.lm_head.weight is not model.model.embed_tokens.weight:
-            raise UserError(
-                f"{name_or_path}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
-                "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
-            )
+            refuse_untied(name_or_path)
         keep_trainable(model)
         asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
         if model.dtype == torch.float16 and asked not in (torch.float16, "float16"):

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from gemma_ft.errors import UserError
-from gemma_ft.families.family import Composite
 from gemma_ft.families.records import COMPOSITES
-
-
-def text_names(composite: Composite) -> dict[str, str]:
-    """From the names of a text model's tensors in a folder of several models to ours, as transformers' key_mapping."""
-    prefixes = "|".join(re.escape(prefix) for prefix in sorted(composite.file_prefixes, key=len, reverse=True))
-    return {rf"^(?:{prefixes})": "model."}
 
 
 def other_parts() -> Iterator[str]:
@@ -35,6 +28,14 @@ def refuse_unfitting(name: Any, info: Mapping[str, Any]) -> None:
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(f"{name}: {kind.replace('_', ' ')} in the weights: {shown}")
+
+
+def refuse_untied(name: Any) -> NoReturn:
+    """Raises: UserError for the model in `name`, whose head is another tensor than its embedding."""
+    raise UserError(
+        f"{name}: lm_head.weight is not the embedding; every Gemma's head is tied to it: "
+        "drop lm_head.weight from the weights and tie_word_embeddings from config.json"
+    )
 
 
 def _described(key: str | tuple[str, torch.Size, torch.Size]) -> str:

@@ -24,7 +24,7 @@ from gemma_ft.adapters.quantize import fill_quantized, quantized
 from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.empty_weights import base_name, is_empty
 from gemma_ft.build.located import Source, folder_of
-from gemma_ft.build.weights import WeightFiles
+from gemma_ft.build.text_weights import model_weights
 from gemma_ft.errors import UserError
 from gemma_ft.system import hardware
 from gemma_ft.train.distributed import World
@@ -91,7 +91,7 @@ def _to_meta(model: nn.Module) -> None:
 def _fill(model: nn.Module, names: set[str], source: Source, world: World) -> None:
     """Read the base on rank 0, a tensor at a time, and give each rank its slices."""
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    files = WeightFiles.open(folder_of(source, downloaded=True)) if world.main else None
+    files = model_weights(folder_of(source, downloaded=True)) if world.main else None
     for name in sorted(names):
         parameter = parameters[name]
         module = modules[name.rpartition(".")[0]]

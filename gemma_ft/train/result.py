@@ -12,14 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.adapters.adapter_config import read_fields
+from gemma_ft.adapters.class_names import rename_folder
 from gemma_ft.adapters.lora import save_adapter
 from gemma_ft.adapters.trainable_tokens import rows_of, weight_name
 from gemma_ft.build.contract import adapter_hash, contract_of, stop_ids_in
 from gemma_ft.build.located import Source, folder_of
-from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles, dtype_name
+from gemma_ft.build.text_weights import model_weights, others_fingerprint
+from gemma_ft.build.weights import EMBEDDING, HEAD, dtype_name
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
+from gemma_ft.model.config_file import composite_in
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.system.files import commit_folder, write_json
@@ -49,6 +52,7 @@ def save_result(
         base=source.name if source else None,
         revision=source.revision if source else None,
         base_sha256=base_fingerprint(source),
+        others_sha256=others_fingerprint(folder_of(source, downloaded=True)) if source else None,
         preset=recipe.model.preset,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,
@@ -80,6 +84,9 @@ def save_result(
                 write_json(config, fields | said)
         else:
             save_adapter(model, folder, gathered)
+            composite = composite_in(folder_of(source, downloaded=True)) if source else None
+            if composite is not None:
+                rename_folder(folder, composite)
         save_tokenizer(tokenizer, folder, system_policy=encoder.trained_policy)
         sealed = contract if full else replace(contract, adapter_sha256=adapter_hash(folder, read_fields(folder)))
         sealed.write(folder)
@@ -104,7 +111,7 @@ def _in_one_table(model: Any, weights: dict[str, Tensor] | None) -> dict[str, Te
 
 def base_fingerprint(source: Source | None) -> str | None:
     """What tells the base from others; None for fresh weights."""
-    return WeightFiles.open(folder_of(source, downloaded=True)).fingerprint() if source else None
+    return model_weights(folder_of(source, downloaded=True)).fingerprint() if source else None
 
 
 @torch.no_grad()

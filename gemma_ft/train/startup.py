@@ -8,7 +8,8 @@ import torch
 
 from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.data import BuiltData
-from gemma_ft.build.located import Source
+from gemma_ft.build.located import Source, folder_of
+from gemma_ft.build.text_weights import model_weights, others_told
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.own_template import UnknownTemplate, own_encoder
 from gemma_ft.evaluate.forgetting import ForgettingSet
@@ -48,9 +49,11 @@ def startup_lines(
     train = recipe.train
     if recipe.model.added_tokens:
         how += f", rows of {len(recipe.model.added_tokens)} added tokens among them"
+    beside = others_told(model_weights(folder_of(source, downloaded=True))) if source is not None else None
     lines = data.train.stats.describe().splitlines()
     rows = [
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
+        *([("", beside)] if beside is not None else []),
         ("attention", f"{choice.name}: {choice.reason}"),
         *_device_rows(base, train.precision),
         ("data", f"{data.train_source}: {lines[0]}"),

@@ -26,6 +26,7 @@ def merge_and_show(
     adapters: Sequence[tuple[Path, float]],
     dtype: str | None,
     policy: Policy,
+    graft: bool = False,
     prompts: int,
     console: Console | None = None,
 ) -> MergeFacts:
@@ -41,6 +42,7 @@ def merge_and_show(
             adapters=adapters,
             dtype=dtype,
             policy=policy,
+            graft=graft,
             prompts=prompts,
             observer=ConsoleObserver(console),
         )
@@ -51,6 +53,10 @@ def merge_and_show(
     say(console, f"{out}: {facts.tensors} tensors, {byte_size(facts.bytes, 'GB', '.3g')}, {facts.dtype}")
     say(console, f"  base      {facts.base['name']} ({policy})")
     say(console, f"  merged    {kinds}; {facts.tensors - facts.changed} tensors are the base's own")
+    if facts.graft is not None:
+        whole, replaced = facts.graft["tensors"], facts.graft["replaced"]
+        where = f"among the files of {facts.graft['name']}"
+        say(console, f"  graft     {where}: {whole - replaced} of {whole} tensors are its own")
     if facts.certificate is None:
         say(console, f"  {NO_CERTIFICATE}")
     else:

@@ -58,6 +58,7 @@ SURFACE = {
         "--out",
         "--gguf-type",
         "--dtype",
+        "--graft",
         "--base-id",
         "--push",
         "--public",
@@ -65,7 +66,7 @@ SURFACE = {
         "--help",
     ],
     "gemma-ft import": ["FILE.gguf", "--out", "--dtype", "--config", "--help"],
-    "gemma-ft merge": ["RUN", "--out", "--dtype", "--base", "--adapter", "--prompts", "--help"],
+    "gemma-ft merge": ["RUN", "--out", "--dtype", "--base", "--adapter", "--graft", "--prompts", "--help"],
     "gemma-ft generate": [
         "MODEL",
         "--prompt",

@@ -163,7 +163,7 @@ def test_the_folder_is_complete_for_stock_libraries(base: Path, tmp_path: Path) 
     assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [
         control.bos, [control.eos, control.end_of_turn], control.pad,
     ]  # fmt: skip
-    assert json.loads((out / "merge.json").read_text()) == vars(facts)
+    assert json.loads((out / "merge.json").read_text()) == facts.said()
     assert facts.sha256 == WeightFiles.open(out).fingerprint()
     assert facts.base == {"name": str(base), "revision": None, "sha256": WeightFiles.open(base).fingerprint()}
 

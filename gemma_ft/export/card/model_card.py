@@ -26,6 +26,7 @@ from gemma_ft.system.shipped import locate
 COUNTS = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "trained tokens"), ("truncated", "rows cut"),
           ("dropped", "rows dropped"))  # fmt: skip
 
+_TASKS = ("text-generation", "image-text-to-text")  # the hub's words for a text model, and for a multimodal one
 SYSTEM_TEXTS = {
     "fold": "goes before the first question, after it a blank line",
     "turn": "is a turn of its own",
@@ -48,6 +49,8 @@ class Card:
     file: str | None = None
     rounded_to: str | None = None  # the type that the weights were cast to after they were merged
     chats: ChatEncoder | None = None  # how it is asked, where that is known
+    graft: bool = False  # it lies among the files of a multimodal original
+    sealed: bool = True  # gemma_ft.json is beside it, where there is a contract
 
     def text(self) -> str:
         """The whole card, in Markdown with the hub's front matter."""
@@ -70,7 +73,7 @@ class Card:
         found: dict[str, Any] = {}
         if self.base is not None and HUB_ID.fullmatch(self.base):
             found |= {"base_model": self.base, "base_model_relation": FORMS[self.form].relation}
-        found |= {"library_name": FORMS[self.form].library, "pipeline_tag": "text-generation"}
+        found |= {"library_name": FORMS[self.form].library, "pipeline_tag": _TASKS[self.graft]}
         if self.terms.license is not None:
             found["license"] = self.terms.license[0]
         recipe = self.record.recipe
@@ -93,6 +96,9 @@ class Card:
             if self.contract is not None
             else f"{what}: {family}, {base}, written by gemma-ft.",
             f"Base revision: `{revision}`." if revision else "",
+            "Its text model was tuned; its vision tower and all other files are the base's, byte for byte."
+            if self.graft
+            else "",
             f"{TINY} shows and tests the toolkit; it knows nothing about the world." if is_tiny(self.config) else "",
         ]
         return " ".join(line for line in lines if line)
@@ -126,7 +132,7 @@ class Card:
 
     def _certificate(self) -> str:
         merge = self.record.merge
-        if not merge:
+        if not merge or "policy" not in merge:  # a graft of a model that was tuned as a whole
             return ""
         certificate = objects(merge, "certificate", only=object)
         rows = [("policy", merge.get("policy")), ("dtype", merge.get("dtype")),
@@ -147,7 +153,7 @@ class Card:
         return opening + "\n\n" + _table(("", ""), rows)
 
     def _contract(self) -> str:
-        contract, chats = self.contract, self.chats
+        contract, chats = self.contract if self.sealed else None, self.chats
         if contract is None and chats is None:
             return ""
         bos, system, stop_ids, template = "", "", [], ""

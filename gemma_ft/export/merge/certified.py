@@ -26,6 +26,7 @@ def merge_model(
     adapters: Sequence[tuple[Path, float]] = (),
     dtype: str | None = None,
     policy: Policy = "original",
+    graft: bool = False,
     prompts: int,
     observer: Observer = SILENT,
 ) -> MergeFacts:
@@ -42,10 +43,11 @@ def merge_model(
             adapters=adapters,
             dtype=DTYPES[dtype] if dtype is not None else None,
             policy=policy,
+            graft=graft,
             certify=partial(certify, prompts=prompts, on_progress=on_progress("compare")) if prompts else None,
             on_progress=on_progress("merge"),
         )
     if not adapters and place.run is not None:
         with contextlib.suppress(OSError):  # a run that cannot be written to any more: the folder has it
-            replace_text(place.run.certificate, as_json(vars(facts)))
+            replace_text(place.run.certificate, as_json(facts.said()))
     return facts

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from gemma_ft.build.place import Place
+from gemma_ft.build.text_weights import model_weights
 from gemma_ft.build.weights import WeightFiles, dtype_name, write_shards
 from gemma_ft.errors import UserError
+from gemma_ft.export.graft import Graft
 from gemma_ft.export.hf_folder import check_out, commit_model_folder, write_beside_weights
 from gemma_ft.export.merge.deltas import facts_of
 from gemma_ft.export.merge.merged import MergedWeights, Policy, merged_weights
@@ -42,6 +44,14 @@ class MergeFacts:
     sha256: str  # weights.WeightFiles.fingerprint of the merged weights
     certificate: dict[str, Any] | None
     versions: dict[str, str]
+    graft: dict[str, Any] | None = None  # export.graft.Graft.facts, where it was put back beside other models
+
+    def said(self) -> dict[str, Any]:
+        """The fields by name, as merge.json has them; that of a graft where it was one."""
+        found = dict(vars(self))
+        if self.graft is None:
+            del found["graft"]
+        return found
 
 
 def merge_to_folder(
@@ -51,6 +61,7 @@ def merge_to_folder(
     adapters: Sequence[tuple[Path, float]] = (),
     dtype: torch.dtype | None = None,
     policy: Policy = "original",
+    graft: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     certify: Callable[[MergedWeights, Path], dict[str, Any]] | None = None,
     beside: Callable[[Path, MergeFacts], None] | None = None,
@@ -60,26 +71,33 @@ def merge_to_folder(
 
     adapters: folders (of adapters or runs) with their weights in a linear combination; none: the place's own. dtype:
     None keeps each tensor's own. policy: what a delta of a quantized run is added to: the base's weights as they are,
-    or as they were dequantized in training. certify: is given the weights and the finished folder before it appears,
+    or as they were dequantized in training. graft: write the multimodal folder that the base is, with the merged
+    weights in it, and not a text model's. certify: is given the weights and the finished folder before it appears,
     gives what merge.json says under "certificate", and raises when the folder should not be. beside: writes further
     files.
     Raises: UserError and its children, one line; nothing is left behind.
     """
     merged = merged_weights(place, adapters=adapters, dtype=dtype, policy=policy)
-    check_out(out, merged.bytes)
+    grafted = Graft.of(merged, dtype=dtype) if graft else None
+    check_out(out, merged.bytes if grafted is None else grafted.bytes)
     facts: list[MergeFacts] = []
 
     def fill(folder: Path) -> None:
-        write_shards(folder, merged.infos, _counted(merged, on_progress), max_shard_bytes=max_shard_bytes)
-        write_beside_weights(
-            folder,
-            place=merged.place,
-            dtype=merged.dtype,
-            vocab_size=merged.vocab_size,
-        )
-        verify(merged, folder)
-        facts.append(_facts(merged, folder, certify(merged, folder) if certify is not None else None))
-        write_json(folder / FACTS, vars(facts[0]))
+        if grafted is not None:
+            grafted.write(folder, on_progress)
+            grafted.verify(folder)
+        else:
+            write_shards(folder, merged.infos, _counted(merged, on_progress), max_shard_bytes=max_shard_bytes)
+            write_beside_weights(
+                folder,
+                place=merged.place,
+                dtype=merged.dtype,
+                vocab_size=merged.vocab_size,
+            )
+            verify(merged, folder)
+        certificate = certify(merged, folder) if certify is not None else None
+        facts.append(_facts(merged, folder, certificate, grafted))
+        write_json(folder / FACTS, facts[0].said())
         if beside is not None:
             beside(folder, facts[0])
 
@@ -138,7 +156,7 @@ def _counted(merged: MergedWeights, on_progress: Progress | None) -> Callable[[s
     return tensor
 
 
-def _facts(merged: MergedWeights, folder: Path, certificate: dict[str, Any] | None) -> MergeFacts:
+def _facts(merged: MergedWeights, folder: Path, certificate: dict[str, Any] | None, graft: Graft | None) -> MergeFacts:
     place, contract = merged.place, merged.place.contract
     return MergeFacts(
         base={
@@ -153,9 +171,10 @@ def _facts(merged: MergedWeights, folder: Path, certificate: dict[str, Any] | No
         tensors=len(merged.infos),
         changed=len(merged.changed),
         bytes=merged.bytes,
-        sha256=WeightFiles.open(folder).fingerprint(),
+        sha256=model_weights(folder).fingerprint(),
         certificate=certificate,
         versions=environment.versions(),
+        graft=graft.facts() if graft is not None else None,
     )
 
 
