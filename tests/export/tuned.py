@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from gemma_ft.build.contract import contract_of
+from gemma_ft.build.text_weights import model_weights
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def save_tuned(
     if contract:
         tokenizer = load_tokenizer(TINY)
         save_tokenizer(tokenizer, folder, system_policy="drop")
-        facts = {"base": str(base), "base_sha256": WeightFiles.open(base).fingerprint(), "quantize": quantize}
+        facts = {"base": str(base), "base_sha256": model_weights(base).fingerprint(), "quantize": quantize}
         facts["precision"] = precision
         contract_of(ChatEncoder(tokenizer, "drop"), **facts).write(folder)
     return folder
