@@ -9,6 +9,10 @@ from gemma_ft.cli.start import check_model
 from gemma_ft.export.form_names import FormName, GgufType
 from gemma_ft.system.paths import given_path
 
+Graft = Annotated[
+    bool, typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was.")
+]
+
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder or model folder.")],
@@ -34,10 +38,7 @@ def export(
         Literal["bf16", "f32"] | None,
         typer.Option("--dtype", help="How --to hf writes weights; without it: as in the base.", show_default=False),
     ] = None,
-    graft: Annotated[
-        bool,
-        typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was."),
-    ] = False,
+    graft: Graft = False,
     base_id: Annotated[
         str | None,
         typer.Option("--base-id", metavar="OWNER/NAME", help="The adapter's base on the hub.", show_default=False),

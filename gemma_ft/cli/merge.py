@@ -10,6 +10,10 @@ from gemma_ft.cli.start import check_model
 from gemma_ft.errors import UserError
 from gemma_ft.system.paths import given_path
 
+Graft = Annotated[
+    bool, typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was.")
+]
+
 
 def merge(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or adapter folder.")],
@@ -33,10 +37,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    graft: Annotated[
-        bool,
-        typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was."),
-    ] = False,
+    graft: Graft = False,
     prompts: Annotated[
         int, typer.Option("--prompts", metavar="N", min=0, help="Held-out rows that the certificate compares; 0: none.")
     ] = 32,

@@ -19,7 +19,7 @@ from gemma_ft.system.files import write_json
 # What vLLM gives a place for an adapter. Source: vllm/config/lora.py (MaxLoRARanks, max_lora_rank).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
-# Source: vllm/model_executor/models/gemma.py and gemma2.py: no other module of a Gemma takes an adapter there.
+# Source: vllm/model_executor/models/gemma.py, gemma2.py and gemma3_mm.py: no other module takes an adapter there.
 VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

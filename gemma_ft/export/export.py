@@ -10,9 +10,10 @@ from gemma_ft.build.place import place_of
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import FormName, GgufType
-from gemma_ft.export.formats import AdapterForm, ExportStep, Form, GgufForm, HfForm
+from gemma_ft.export.formats import AdapterForm, ExportStep, Form, GgufForm
 from gemma_ft.export.gguf_check import check_for_llama_cpp
 from gemma_ft.export.hf_folder import check_free
+from gemma_ft.export.hf_form import HfForm
 from gemma_ft.export.merge.certified import DTYPES
 from gemma_ft.export.metadata import ExportMetadata
 from gemma_ft.export.push import check_name, push

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.cli.app import main
 from gemma_ft.families.records import PRESETS
+from gemma_ft.infer.session import open_session
 from gemma_ft.model.config import read_config
 from tests.export.tuned import names_in, same_bytes
 from tests.multimodal import reference, save_multimodal
@@ -87,6 +88,8 @@ def test_a_multimodal_folder_is_tuned_and_comes_out_whole(
         wrapped = PeftModel.from_pretrained(reference(base), adapter).eval()
         assert relative(wrapped(input_ids=IDS).logits, logits) < 0.05, "bf16 rounds the merged weights"
     assert main(["generate", f"{tmp_path}/graft", "--prompt", "Hello", "--max-tokens", "2"]) == 0
+    told = "multi_modal_projector, vision_tower: 67.0 kB stay in the folder, not loaded"
+    assert f"{tmp_path}/graft: {told}" in open_session(tmp_path / "graft").notes
 
 
 def test_a_graft_is_a_base_again_and_a_full_run_of_it_goes_back(

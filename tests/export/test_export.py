@@ -20,7 +20,7 @@ from gemma_ft.build.pretrained import load_model
 from gemma_ft.data.conversation import Turn
 from gemma_ft.data.encode.tokenizer import load_tokenizer
 from gemma_ft.errors import UserError
-from gemma_ft.export import formats
+from gemma_ft.export import hf_form
 from gemma_ft.export.export import ExportOptions
 from gemma_ft.ui.export import export_and_show
 from tests.export.tuned import TINY, names_in, same_bytes, save_base, tensors
@@ -109,8 +109,8 @@ def test_large_models_are_sharded(made: Path, tmp_path: Path, monkeypatch: pytes
     def small_shards(*arguments: Any) -> Any:
         return write(*arguments, max_shard_bytes=1_000_000)
 
-    write = formats.write_shards
-    monkeypatch.setattr(formats, "write_shards", small_shards)
+    write = hf_form.write_shards
+    monkeypatch.setattr(hf_form, "write_shards", small_shards)
     export(made / "run", tmp_path / "out", "hf")
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.export import formats
+from gemma_ft.export import formats, hf_form
 from tests.export.test_export import export, refusal
 from tests.export.tuned import names_in
 
@@ -84,13 +84,14 @@ def test_a_fault_on_the_way_leaves_nothing(
     to: str, out: str, fault: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step does its work and then fails, so that something was written."""
-    step, source = getattr(formats, fault), made / ("adapter" if to == "adapter" else "run")
+    module = hf_form if to == "hf" else formats
+    step, source = getattr(module, fault), made / ("adapter" if to == "adapter" else "run")
 
     def fails(*arguments: Any, **options: Any) -> Any:
         step(*arguments, **options)
         raise UserError("a fault on the way")
 
-    monkeypatch.setattr(formats, fault, fails)
+    monkeypatch.setattr(module, fault, fails)
     assert refusal(source, tmp_path / out, to) == "a fault on the way"
     assert names_in(tmp_path) == []
 
