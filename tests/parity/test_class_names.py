@@ -58,7 +58,7 @@ OURS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["q_proj"], "use_dora": True},
     "rslora": {"target_modules": ["down_proj", "q_proj"], "use_rslora": True},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]},
     "rows of tokens": {"trainable_token_indices": [10, 11], "ensure_weight_tying": True},
     "ranks": {"target_modules": ["q_proj"], "rank_pattern": {"model.layers.2.self_attn.q_proj": 2}},
 }
