@@ -102,7 +102,7 @@ def test_weights_that_are_no_model_folder_are_refused_at_once(
     (run / "adapter").mkdir(parents=True)
     (run / "adapter" / "adapter_config.json").write_text("{}")
     for place, told in (
-        (file, "a GGUF file, which gemma-ft writes"),
+        (file, "a GGUF file; name a folder with a model, or a hub id (owner/name); gemma-ft import FILE --out DIR"),
         (run, "a run with an adapter, no model of its own"),
     ):
         assert main([*verb, "sft_tiny", f"model.weights={place}"]) == 2

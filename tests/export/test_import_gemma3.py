@@ -9,15 +9,14 @@ import pytest
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_import.import_gguf import import_gguf
 from tests.export.files_to_import import exported
-
-made = pytest.importorskip("tests.export.gguf_files", reason="no Gemma 3 is exported yet")
+from tests.export.gguf_files import SIZES, save_gemma_3
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
-@pytest.mark.parametrize("size", made.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_export_import_export_is_the_same_to_the_byte(size: str, kind: GgufType, tmp_path: Path) -> None:
     """Window, both RoPE bases, linear scaling, q/k norms, and a table that is cut to the tokens."""
-    base = made.save_gemma_3(tmp_path / "base", size)
+    base = save_gemma_3(tmp_path / "base", size)
     first = exported(base, tmp_path / "1" / "x.gguf", kind)
     found = import_gguf(first, tmp_path / "again", config=base / "config.json")
     assert found.notes() == []

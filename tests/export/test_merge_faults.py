@@ -184,7 +184,7 @@ def test_a_config_that_is_no_gemma(name: str, wrong: str, folders: Folders) -> N
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llama"}))
     assert refused(folders) == (
         "ROOT/base/config.json: cannot be read as a Gemma's: model_type 'llama' is not Gemma 1, 2, 3 or VaultGemma; "
-        "supported: gemma, gemma2"
+        "supported: gemma, gemma2, gemma3_text, vaultgemma, gemma3"
     )
 
 
