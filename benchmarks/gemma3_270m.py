@@ -2,7 +2,7 @@
 tokens, against transformers + PEFT + TRL; answering one sequence, against transformers' `generate` and llama.cpp on the
 BF16 file that we export. Writes benchmarks/results/gemma3_270m.json.
 
-    .venv/bin/python -m benchmarks.gemma3_270m --model DIR         all of it, on the machine's threads
+    .venv/bin/python -m benchmarks.gemma3_270m [--model DIR]       all of it, on the machine's threads
     .venv/bin/python -m benchmarks.gemma3_270m --gguf FILE ...     a BF16 file that is there already
 
 Every arm is a process of its own. llama.cpp is the one of the package xllamacpp, as it was built: for SSE3 to
@@ -30,6 +30,7 @@ from benchmarks.shared.hundred_million import RANK
 from benchmarks.shared.limits import read_rate
 from benchmarks.shared.record import write_result
 from benchmarks.shared.turns import QUICK, in_turns, paired
+from gemma_ft.system import environment
 
 TRAINED = ("ours", "stock", "stock_best", "stock_best_sdpa")
 ANSWERING = ("ours", "generate", "llama.cpp")
@@ -101,9 +102,11 @@ def llama_rate(file: Path, ids: list[int], new: int) -> dict[str, Any]:
 def child(*arguments: Any, path: str | None = None) -> dict[str, Any]:
     """What an arm's process tells; `path`: where a package lies that is not installed."""
     more = [os.environ.get("PYTHONPATH"), path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in more if one)}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in more if one)}
+    if arguments[:2] == ("--answer", "ours"):  # as the verbs that answer do, before torch is imported
+        variables |= {environment.HUGE_PAGES: "1"}
     command = [sys.executable, "-m", "benchmarks.gemma3_270m", *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -143,10 +146,10 @@ def answered(model: Path, gguf: Path, package: str, turns: int, new: int) -> dic
 
 def main() -> None:
     """Measure all arms, or be one of them."""
-    from tests.real.fetch import real_folder
+    from tests.real.fetch import gemma3_270m_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=real_folder() / "gemma3_270m")
+    parser.add_argument("--model", type=Path, default=gemma3_270m_folder())
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(QUICK, action="store_true")

@@ -107,6 +107,25 @@ BREAKS = (
         "(newest - (newest - places) % (limit + 1)).clamp(min=-1)",
         "test_fault_14_cached_logits_equal_uncached_ones_past_the_wrap",
     ),
+    Break(
+        "rope_factor",
+        "(rope.theta**-exponent / rope.factor)",
+        "rope.theta**-exponent",
+        "test_r14_the_factor_of_8_is_of_full_layers_alone_and_of_long_sizes_alone",
+    ),
+    Break(
+        "key_norm",
+        "query, key = self.q_norm(query), self.k_norm(key)",
+        "query, key = self.q_norm(query), self.q_norm(key)",
+        "test_queries_and_keys_are_normalized_head_by_head_and_then_turned",
+    ),
+    Break(
+        "norm_of_an_imported_file",
+        "yield values - 1.0 if self.minus_one else values",
+        "yield values",
+        "test_export_import_export_is_the_same_to_the_byte",
+        beside="test_what_was_written_in_bf16_is_bf16_again",
+    ),
     # the loss and the steps
     Break(
         "label_shift",

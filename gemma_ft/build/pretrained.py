@@ -26,7 +26,8 @@ from gemma_ft.errors import UserError, first_line
 from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
 from gemma_ft.recipe.run_files import RunFiles
-from gemma_ft.system import hardware
+from gemma_ft.system import environment, hardware
+from gemma_ft.system.environment import HUGE_PAGE
 from gemma_ft.system.hub import hub_reason
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
@@ -71,6 +72,8 @@ def load_base(
         keep_unpacked(model)
     if not trainable and quantize == "nf4":
         allow_packing(model)
+    if not trainable and device.type == "cpu" and environment.huge_pages():
+        _move_into_huge_pages(model)
     return model
 
 
@@ -89,6 +92,13 @@ def _renamed(folder: Path, options: dict[str, Any]) -> Any:
     model.name_or_path = str(folder)
     model.generation_config = read_generation_config(folder) or model.generation_config
     return model
+
+
+def _move_into_huge_pages(model: Any) -> None:
+    """Take weights out of the file that they are mapped from, whose pages are small, one at a time."""
+    for weight in model.parameters():
+        if type(weight) is torch.nn.Parameter and weight.nbytes >= HUGE_PAGE and weight.data_ptr() % HUGE_PAGE:
+            weight.data = weight.data.clone()
 
 
 def load_model(

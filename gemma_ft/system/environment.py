@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ _ELSEWHERE = (
 )
 
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
+
 def cache_folder() -> Path:
     """Where encoded rows are kept: GEMMA_FT_CACHE, else a folder of the user's cache; of one without a home (a number
     that a cluster made up) one among temporary files.
@@ -96,6 +100,23 @@ def keep_compiled() -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+HUGE_PAGE = 2**21  # bytes
+
+
+def ask_for_huge_pages() -> None:
+    """Have torch take what has 2 MiB and more in huge pages, where Linux gives them to who asks: a model that answers
+    reads all of its weights for each token, and through far fewer pages. To be said before torch is imported, by
+    processes that answer alone: training, whose memory comes and goes, takes more of it so. Whoever set the variable
+    decides. Source: torch c10/core/impl/alloc_cpu.cpp.
+    """
+    os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def huge_pages() -> bool:
+    """Whether torch takes memory in huge pages."""
+    return sys.platform.startswith("linux") and os.environ.get(HUGE_PAGES) == "1"
 
 
 def one_thread_for_tokens() -> None:

@@ -196,3 +196,17 @@ def test_a_broken_folder_is_one_line(tmp_path: Path) -> None:
     assert message(load_model, folder).startswith(f"{folder}/model.safetensors: damaged or cut short (")
     (folder / "model.safetensors").unlink()
     assert message(load_model, folder) == f"{folder}: there is no model.safetensors in it, nor an index of shards"
+
+
+def test_weights_that_are_asked_leave_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where torch gives memory in huge pages, and nothing else about them changes."""
+    mapped = load_model("data/gemma-tiny")
+    monkeypatch.setattr("gemma_ft.system.environment.huge_pages", lambda: True)
+    monkeypatch.setattr("gemma_ft.build.pretrained.HUGE_PAGE", 2**16)
+    moved = load_model("data/gemma-tiny")
+    assert moved.lm_head.weight is moved.model.embed_tokens.weight
+    weights = dict(moved.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in mapped.named_parameters())
+    large, small = moved.model.embed_tokens.weight, moved.model.norm.weight
+    assert large.untyped_storage().nbytes() == large.nbytes, "of its own"
+    assert small.nbytes < 2**16

@@ -24,3 +24,14 @@ def test_version_1_has_a_tree_for_memory(tmp_path: Path) -> None:
 
 def test_without_control_groups_none_is_asked(tmp_path: Path) -> None:
     assert list(_control_groups(tmp_path, tmp_path / "none")) == []
+
+
+def test_huge_pages_are_asked_for_unless_the_user_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv(environment.HUGE_PAGES, raising=False)
+    assert not environment.huge_pages()
+    environment.ask_for_huge_pages()
+    assert environment.huge_pages()
+    monkeypatch.setenv(environment.HUGE_PAGES, "0")
+    environment.ask_for_huge_pages()
+    assert not environment.huge_pages()

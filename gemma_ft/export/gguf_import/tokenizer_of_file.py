@@ -6,6 +6,7 @@ all others, as in SentencePiece, whatever score a converter gave them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def _check(file: GgufFile, family: Family, names: Sequence[str], kinds: Sequence
     if lost:
         raise UserError(f"{file.path}: not a Gemma tokenizer: it has no token {lost[0]}")
     if len(known) < len(names):
-        twice = next(name for place, name in enumerate(names) if names.index(name) < place)
+        twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"{file.path}: damaged: two tokens are {twice!r}; fetch it again")
     other = set(kinds) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}
     if other:
