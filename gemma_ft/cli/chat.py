@@ -41,10 +41,9 @@ def chat(
     """
     options.check_texts(system, stop)
     check_model(model, adapter)
-    from gemma_ft.system.environment import ask_for_huge_pages, quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
-    quiet_libraries()
-    ask_for_huge_pages()
+    quiet_libraries(answering=True)
     from gemma_ft.infer.sampling import Sampling
     from gemma_ft.ui.chat import Repl
 

@@ -87,10 +87,9 @@ def generate(
     check_model(model, adapter)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
-    from gemma_ft.system.environment import ask_for_huge_pages, quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
-    quiet_libraries()
-    ask_for_huge_pages()
+    quiet_libraries(answering=True)
     from gemma_ft.infer.batch_file import BatchOptions
     from gemma_ft.infer.sampling import Sampling
 

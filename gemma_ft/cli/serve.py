@@ -42,10 +42,9 @@ def serve(
     binding = checked_binding(host, port, api_key_env)
     opened = open_socket(binding)
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens)
-    from gemma_ft.system.environment import ask_for_huge_pages, quiet_libraries
+    from gemma_ft.system.environment import quiet_libraries
 
-    quiet_libraries()
-    ask_for_huge_pages()
+    quiet_libraries(answering=True)
     with memory_advice("serve with a smaller --max-batch, or with --quantize nf4"):
         session = open_model(model, adapter, dtype, quantize, max_batch=limits.max_batch)
         from gemma_ft.serve.run import run_server

@@ -199,12 +199,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def quiet_libraries() -> None:
-    """Keep what libraries say to their own developers away from the user; called once, by the command line.
+def quiet_libraries(*, answering: bool = False) -> None:
+    """Keep what libraries say to their own developers away from the user; called once, by the command line, before
+    torch is imported. answering: a model is only asked by this process (`ask_for_huge_pages`).
 
     Their progress bars would tear ours. bitsandbytes asks at import for a package that would bring its own downloads,
     and warns on every call that int8 multiplies in float16: our docs say so once. Faults still raise.
     """
+    if answering:
+        ask_for_huge_pages()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

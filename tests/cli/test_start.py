@@ -35,7 +35,7 @@ def test_rows_are_looked_at_without_what_trains_them(tmp_path: Path) -> None:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that takes seconds may be reached."""
 
-    def reached() -> None:
+    def reached(**_: object) -> None:
         raise AssertionError("libraries are imported already")
 
     monkeypatch.setattr(environment, "quiet_libraries", reached)

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from gemma_ft.system import environment
 from gemma_ft.system.hardware import V1, V2, _control_groups
 
 
