@@ -4,6 +4,7 @@ BF16 file that we export. Writes benchmarks/results/gemma3_270m.json.
 
     .venv/bin/python -m benchmarks.gemma3_270m [--model DIR]       all of it, on the machine's threads
     .venv/bin/python -m benchmarks.gemma3_270m --gguf FILE ...     a BF16 file that is there already
+    .venv/bin/python -m benchmarks.gemma3_270m --answers           answers anew, beside the steps of an earlier run
 
 Every arm is a process of its own. llama.cpp is the one of the package xllamacpp, as it was built: for SSE3 to
 AVX2, without AVX-512.
@@ -28,7 +29,7 @@ from benchmarks import train_cpu
 from benchmarks.decode_cpu import by_engine, by_generate
 from benchmarks.shared.hundred_million import RANK
 from benchmarks.shared.limits import read_rate
-from benchmarks.shared.record import write_result
+from benchmarks.shared.record import RESULTS, write_result
 from benchmarks.shared.turns import QUICK, in_turns, paired
 from gemma_ft.system import environment
 
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(QUICK, action="store_true")
+    parser.add_argument("--answers", action="store_true", help="answers alone, beside the steps of an earlier run")
     for name, arms in (("--train", TRAINED), ("--answer", ANSWERING)):  # one arm, in its own process
         parser.add_argument(name, choices=arms, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, default=NEW, help=argparse.SUPPRESS)
@@ -177,9 +179,15 @@ def measure(asked: argparse.Namespace) -> None:
             subprocess.run([sys.executable, "-m", "gemma_ft", *export], check=True)
         answers = answered(asked.model, gguf, str(packages()["xllamacpp"].folder), turns, new)
     print(json.dumps(answers), flush=True)
-    steps = trained(asked.model, turns, train_cpu.STEPS - 1 if asked.quick else train_cpu.STEPS)
-    print(json.dumps(steps), flush=True)
-    write_result("gemma3_270m", command="python -m benchmarks.gemma3_270m", threads=torch.get_num_threads(),
+    command = "python -m benchmarks.gemma3_270m"
+    if asked.answers:  # beside the steps of an earlier run, which keep the commit that they are of
+        before = json.loads((RESULTS / "gemma3_270m.json").read_text(encoding="utf-8"))
+        steps = {"commit": before["commit"], **before["training"]}
+        command += " --answers"
+    else:
+        steps = trained(asked.model, turns, train_cpu.STEPS - 1 if asked.quick else train_cpu.STEPS)
+        print(json.dumps(steps), flush=True)
+    write_result("gemma3_270m", command=command, threads=torch.get_num_threads(),
                  turns=turns, read_gigabytes_per_second=round(read_rate() / 1e9, 1), tokens=LINE.tokens,
                  rows=LINE.rows, rank=RANK, labelled=train_cpu.LABELLED, prompt=PROMPT, new_tokens=new,
                  training=steps, answering=answers)  # fmt: skip
