@@ -58,7 +58,7 @@ def gemma3_270m(result: dict[str, Any]) -> Rows:
             speed = part["tokens_per_second"]
             share = f"{memory['ours'] / memory[other]:.2f}" if part is training else ""
             rates = [f"{speed[arm]:,.1f}" for arm in ("ours", other)]
-            rows.append([f"{what}: `{other}`", *rates, f"{over['median']:.2f}x", share])
+            rows.append([f"{what}: {other}", *rates, f"{over['median']:.2f}x", share])
     return rows
 
 
