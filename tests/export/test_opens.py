@@ -33,8 +33,8 @@ with open(os.path.join(sys.argv[2], "opened.json"), "w") as file:
     json.dump(found, file)
 """
 # Of safetensors the header, and all of it once more for the fingerprint that the contract is held to. transformers
-# opens the two files of a tokenizer twice.
-TWICE = {"model.safetensors", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+# opens the two files of a tokenizer twice, and config.json after it was seen how the family's files name weights.
+TWICE = {"config.json", "model.safetensors", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.slow  # a process of its own
