@@ -203,14 +203,20 @@ def test_the_original_file_has_our_distributions(
 def test_ids_are_the_same_by_our_file_the_original_and_tokenizer_json(
     gemma3_tokenizer: Path, gemma3_270m: Path, gemma3_270m_gguf: Path, ask: Ask, tmp_path: Path
 ) -> None:
-    """Of the corpus, but for runs of U+2581 and `</s>`, which llama.cpp takes for the end of an answer by its text."""
+    """Of the corpus, but for runs of U+2581 and `</s>`, which llama.cpp takes for the end of an answer by its text; and
+    with the original for texts that spell a control token: 15 of them, `<start_of_image>` for one, are text in it.
+    """
     texts, tokenizer = lines(), load_tokenizer(str(gemma3_tokenizer))
+    spelled = tokenizer.all_special_tokens + [
+        str(one) for one in tokenizer.added_tokens_decoder.values() if one.special
+    ]
     trained = ContentEncoder(tokenizer).encode_many(texts)
     ours = ask(exported(gemma3_270m, tmp_path / "x.gguf", "bf16"), llama_child, texts=texts)
     original = ask(gemma3_270m_gguf, llama_child, texts=texts)
-    for found in (ours, original):
+    for found, left_out in ((ours, [STRIKE_END]), (original, [STRIKE_END, *spelled])):
         different = [text for text, *ids in zip(texts, trained, found["ids"], strict=True) if ids[0] != ids[1]]
-        assert [text for text in different if not has_sign_run(text) and STRIKE_END not in text] == []
+        known = [text for text in different if has_sign_run(text) or any(name in text for name in left_out)]
+        assert sorted(set(different) - set(known)) == []
     assert (ours["add_bos"], ours["bos"], ours["eos"], ours["eot"]) == (True, 2, 1, 106)
     assert ours["ends"] == {"1": "<eos>", "106": "<end_of_turn>", "212": STRIKE_END}
     modelfile = (tmp_path / "Modelfile").read_text()
