@@ -28,7 +28,7 @@ _OURS = re.compile(r"\^?model\\?\.(?=layers|embed_tokens)")
 def native_key(name: str) -> str | None:
     """The name of an adapter's tensor here; None for one that changes another model of the folder."""
     inner = name.removeprefix(PREFIX)
-    for composite in _composites() if inner != name else ():
+    for composite in COMPOSITES.values() if inner != name else ():
         native = composite.native(inner)
         if native is None:
             return None
@@ -39,7 +39,7 @@ def native_key(name: str) -> str | None:
 
 def key_mapping() -> dict[str, str]:
     """The same as PEFT takes it, for names without its own prefix."""
-    return {pattern: name for composite in _composites() for pattern, name in composite.key_mapping.items()}
+    return {pattern: name for composite in COMPOSITES.values() for pattern, name in composite.key_mapping.items()}
 
 
 def native_config(config: Any, names: Callable[[], Iterable[str]]) -> Any:
@@ -77,10 +77,6 @@ def rename_folder(folder: Path, composite: Composite) -> None:
     if fields.get("modules_to_save"):
         fields["modules_to_save"] = _whole(fields["modules_to_save"], tensors)
     write_json(folder / ADAPTER_CONFIG, fields)
-
-
-def _composites() -> list[Composite]:
-    return [family.composite for family in COMPOSITES.values() if family.composite is not None]
 
 
 def _outward(name: str, composite: Composite) -> str:

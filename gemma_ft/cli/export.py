@@ -5,13 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from gemma_ft.cli.merge import Graft
 from gemma_ft.cli.start import check_model
 from gemma_ft.export.form_names import FormName, GgufType
 from gemma_ft.system.paths import given_path
-
-Graft = Annotated[
-    bool, typer.Option("--graft", help="Back into the multimodal folder that the base is, its vision tower as it was.")
-]
 
 
 def export(

@@ -220,8 +220,7 @@ def _add_hyperparameters(gguf: ModuleType, writer: Any, config: PreTrainedConfig
 
 def hyperparameters(config: PreTrainedConfig) -> dict[str, Any]:
     """What a file says of the numbers of a config, by key."""
-    gguf, known = gguf_library(), FAMILIES[config.model_type].gguf
-    assert known is not None
+    gguf, known = gguf_library(), known_to_llama_cpp(config)
     writer = gguf.GGUFWriter(None, known.architecture)
     _add_hyperparameters(gguf, writer, config)
     return {key: stored.value for key, stored in writer.kv_data[0].items() if key.startswith(f"{known.architecture}.")}

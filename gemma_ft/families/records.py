@@ -176,7 +176,7 @@ GEMMA_3 = Family(
 )  # fmt: skip
 
 FAMILIES = {family.model_type: family for family in (GEMMA_1, GEMMA_2, GEMMA_3, VAULTGEMMA)}
-COMPOSITES = {family.composite.model_type: family for family in FAMILIES.values() if family.composite is not None}
+COMPOSITES = {one.model_type: one for one in (family.composite for family in FAMILIES.values()) if one is not None}
 CHATS = tuple({family.chat.jinja: family.chat for family in FAMILIES.values()}.values())
 PRESETS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.sizes.items()}
 PUBLISHED = tuple(name for name, preset in PRESETS.items() if preset.parameters is not None)
@@ -191,9 +191,11 @@ def family_of(model_type: object) -> Family | None:
 
 def text_fields(fields: Fields) -> Fields:
     """What a config.json says of its text model: `text_config` in a folder of several models, else all of it."""
-    family = COMPOSITES.get(str(fields.get("model_type")))
-    text = fields.get("text_config", {}) if family is not None else None
-    return {**text, "model_type": family.model_type} if family is not None and isinstance(text, Mapping) else fields
+    composite = COMPOSITES.get(str(fields.get("model_type")))
+    text = fields.get("text_config", {})
+    if composite is None or not isinstance(text, Mapping):
+        return fields
+    return {**text, "model_type": next(key for key, family in FAMILIES.items() if family.composite is composite)}
 
 
 def known_families(word: Literal["and", "or"], families: Iterable[Family] = FAMILIES.values()) -> str:

@@ -118,8 +118,7 @@ def family_in(folder: Path) -> Family | None:
 
 def composite_in(folder: Path) -> Composite | None:
     """Of which kind a folder of several models is; None for a text model alone, and what cannot be read."""
-    family = COMPOSITES.get(str(_said(folder).get("model_type")))
-    return family.composite if family is not None else None
+    return COMPOSITES.get(str(_said(folder).get("model_type")))
 
 
 def _fields(folder: Path) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from gemma_ft.families.records import COMPOSITES
 
 def other_parts() -> Iterator[str]:
     """Regular expressions of the names of tensors that belong to other models of a folder: they are never read."""
-    for family in COMPOSITES.values():
-        assert family.composite is not None
-        yield from (f"^{re.escape(part)}" for part in family.composite.parts)
+    for composite in COMPOSITES.values():
+        yield from (f"^{re.escape(part)}" for part in composite.parts)
 
 
 def refuse_unfitting(name: Any, info: Mapping[str, Any]) -> None:

@@ -147,10 +147,10 @@ def _planned(file: GgufFile, family: Family, config: PreTrainedConfig, where: st
     }
     planned = []
     for name, shape in wanted.items():
-        stored = file.tensors.get(names.get_name(name, try_suffixes=(".weight",)))
+        called = names.get_name(name, try_suffixes=(".weight",))
+        stored = file.tensors.get(called)
         if stored is None:
-            lost = names.get_name(name, try_suffixes=(".weight",))
-            raise UserError(f"{file.path}: has no tensor {lost} ({name}); fetch it again, or convert the model again")
+            raise UserError(f"{file.path}: has no tensor {called} ({name}); fetch it again, or convert the model again")
         if stored.shape != shape:
             raise UserError(
                 f"{file.path}: {stored.name} is {list(stored.shape)}, {where} asks for {list(shape)}; "
