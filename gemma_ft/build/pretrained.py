@@ -27,10 +27,10 @@ from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import environment, hardware
-from gemma_ft.system.environment import HUGE_PAGE
 from gemma_ft.system.hub import hub_reason
 
 # What transformers, huggingface_hub and safetensors raise for files, names, access and configs that are not right.
+CACHE_LINE = 64  # bytes
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 
 
@@ -95,10 +95,15 @@ def _renamed(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _move_into_huge_pages(model: Any) -> None:
-    """Take weights out of the file that they are mapped from, whose pages are small, one at a time."""
-    for weight in model.parameters():
-        if type(weight) is torch.nn.Parameter and weight.nbytes >= HUGE_PAGE and weight.data_ptr() % HUGE_PAGE:
-            weight.data = weight.data.clone()
+    """Take the weights out of the file that they are mapped from, whose pages are small, one at a time into one piece
+    of memory: small weights have no huge pages of their own, and large ones end in small pages.
+    """
+    weights = [one for one in model.parameters() if type(one) is torch.nn.Parameter and one.device.type == "cpu"]
+    sizes = [-(-one.nbytes // CACHE_LINE) * CACHE_LINE for one in weights]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)  # of which only what is written takes memory
+    for weight, place in zip(weights, memory.split(sizes), strict=True):
+        moved = place[: weight.nbytes].view(weight.dtype).view(weight.shape)
+        weight.data = moved.copy_(weight.data)
 
 
 def load_model(

@@ -102,9 +102,6 @@ def keep_compiled() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-HUGE_PAGE = 2**21  # bytes
-
-
 def ask_for_huge_pages() -> None:
     """Have torch take what has 2 MiB and more in huge pages, where Linux gives them to who asks: a model that answers
     reads all of its weights for each token, and through far fewer pages. To be said before torch is imported, by

@@ -42,7 +42,7 @@ struct Shape {
     float eps, scale, cap;
 };
 
-constexpr i64 HEADS = 4;  // that share a reading of their keys
+constexpr i64 HEADS = 4;  // that share a reading of their keys, at most
 
 template <class T> class Decoder {
   public:
@@ -184,9 +184,12 @@ template <class T> class Decoder {
             std::copy_n(values.data() + unit * s.H, s.H, static_cast<T*>(l.values) + place);
         }
 #pragma omp barrier
-        const i64 group = s.N / s.K, parts = (group + HEADS - 1) / HEADS;
+        const i64 group = s.N / s.K;
+        i64 share = HEADS;  // heads that read keys together: fewer where threads would wait
+        while (share > 1 && s.B * s.K * ((group + share - 1) / share) < own.threads) share /= 2;
+        const i64 parts = (group + share - 1) / share;
         for (i64 unit = own.begin(s.B * s.K * parts, 1); unit < own.end(s.B * s.K * parts, 1); ++unit) {
-            const i64 pair = unit / parts, first = unit % parts * HEADS, count = std::min(group - first, i64(HEADS));
+            const i64 pair = unit / parts, first = unit % parts * share, count = std::min(group - first, share);
             const i64 b = pair / s.K, at = (pair * group + first) * s.H, seen = std::min(starts[b] + 1, l.limit);
             for (i64 head = 0; head < count * s.H; head += s.H)
                 turn(l, l.query_norm, queries.data() + at + head, b, own.query.data() + head, own);
@@ -217,7 +220,7 @@ template <class T> class Decoder {
         std::fill_n(sums, count * s.H, 0.0f);
         for (i64 at = 0; at < seen; ++at) {
             const T* from = value + at * s.H;
-            for (i64 i = 0; i < s.H; i += 32) __builtin_prefetch(from + AHEAD * s.H + i);
+            for (i64 i = 0; i < s.H; i += 32) __builtin_prefetch(from + AHEAD / i64(sizeof(T)) + i);
             for (i64 head = 0; head < count; ++head) {
                 const float weight = scores[head * stride + at];
                 float* sum = sums + head * s.H;

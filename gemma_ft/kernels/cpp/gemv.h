@@ -13,11 +13,10 @@ constexpr bool WIDE_VECTORS = true;
 constexpr bool WIDE_VECTORS = false;
 #endif
 constexpr int AT_ONCE = 8;  // rows of x that share a reading of w
-constexpr i64 AHEAD = 4;    // rows of w that are asked for early: what the processor foresees ends with a page
-constexpr i64 PAGE = 4096;  // bytes that are asked for early of a row that is read by itself
-// Up to so many rows of x, rows of w are read one after the other: memory is read twice as fast in one stream as in two,
-// which pay where arithmetic is the limit.
-constexpr int ONE_STREAM = 2;
+// How far ahead memory is asked for, in bytes: what the processor foresees ends with a page. It is asked for in the order
+// in which it lies, though two rows are read side by side (one would wait for its own sums): some processors read
+// memory twice as fast in one stream as in two.
+constexpr i64 AHEAD = 6144;
 
 // The sums of two rows of w with M rows of x: each in one order, however many there are, so that a sequence's answer does
 // not depend on its neighbours.
@@ -57,44 +56,28 @@ template <class T> struct Stored {
     const T* w;
     i64 I;
 #ifdef __AVX512BW__
-    // 32 numbers; what lies `ahead` of them is asked for
-    static void widen(const T* from, i64 ahead, __m512 (&to)[2]) {
+    static void widen(const T* from, __m512 (&to)[2]) {  // 32 numbers
         if constexpr (sizeof(T) == 2) {
             const __m512i pairs = _mm512_loadu_si512(from);
-            __builtin_prefetch(from + ahead);
             to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
             to[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
         } else {
             to[0] = _mm512_loadu_ps(from), to[1] = _mm512_loadu_ps(from + 16);
         }
     }
-    // the sums of one row, in the order in which `two` has them
-    template <int M> void one(const T* row, const float* x, __m512 (&to)[M]) const {
-        __m512 sum[M] = {};
-        for (i64 i = 0; i < I; i += 32) {
-            __m512 numbers[2];
-            widen(row + i, PAGE / i64(sizeof(T)), numbers);
-#pragma GCC unroll 2
-            for (int m = 0; m < M; ++m)
-                for (int half = 0; half < 2; ++half)
-                    sum[m] = _mm512_fmadd_ps(numbers[half], _mm512_loadu_ps(x + m * I + i + 16 * half), sum[m]);
-        }
-        for (int m = 0; m < M; ++m) to[m] = sum[m];
-    }
 #endif
     template <int M> Sums<M> two(i64 at, const float* x) const {
         const T* rows[2] = {w + at * I, w + (at + 1) * I};
         Sums<M> sums;
 #ifdef __AVX512BW__
-        if constexpr (M <= ONE_STREAM) {
-            one<M>(rows[0], x, sums.sum[0]);
-            one<M>(rows[1], x, sums.sum[1]);
-        } else {
-            for (i64 i = 0; i < I; i += 32) {
-                __m512 numbers[2][2];
-                for (int r = 0; r < 2; ++r) widen(rows[r] + i, AHEAD * I, numbers[r]);
-                sums.add(numbers, x + i, I);
-            }
+        constexpr i64 READ = 2 * 32 * sizeof(T);  // bytes at a time
+        const char* soon = reinterpret_cast<const char*>(rows[0]) + AHEAD;
+        for (i64 i = 0; i < I; i += 32) {
+            __m512 numbers[2][2];
+            for (int r = 0; r < 2; ++r) widen(rows[r] + i, numbers[r]);
+            for (i64 line = 0; line < READ; line += 64) __builtin_prefetch(soon + line);
+            soon += READ;
+            sums.add(numbers, x + i, I);
         }
 #else
         float numbers[PART];
