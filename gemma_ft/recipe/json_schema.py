@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gemma_ft.recipe.objectives import KINDS
 from gemma_ft.recipe.schema import Quantize, Recipe
 
 
@@ -23,4 +24,6 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = {"extends": parent, **schema["properties"]}
     kinds = Quantize.model_json_schema()["properties"]["kind"]["enum"]
     schema["properties"]["quantize"]["anyOf"].insert(0, {"enum": kinds})
+    objective = schema["properties"]["objective"]
+    objective["anyOf"] = [{"enum": list(KINDS)}, {"oneOf": objective.pop("oneOf")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from gemma_ft.errors import RecipeError
+from gemma_ft.recipe.objectives import Preference, train_defaults
 from gemma_ft.recipe.problems import COMMAND_LINE, Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
 from gemma_ft.recipe.schema import Quantize, Recipe, Source
 from gemma_ft.recipe.validate import annotation_at, takes_text, unknown_key, validate
@@ -22,6 +23,8 @@ from gemma_ft.system.shipped import locate_recipe, shipped_recipes
 
 MAX_BYTES = 256 * 1024
 SOURCES = (("data", "train"), ("data", "eval"))  # what may be a path alone, to which an override adds keys
+OBJECTIVE: KeyPath = ("objective",)
+SHORTHANDS = ("quantize", "objective")  # blocks that may be their kind alone
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     document = _read_with_parents(file)
     for text in overrides:
         _override(document, text)
+    told = _take_defaults(document)
     recipe, notes = _settle(validate(document))
-    return LoadedRecipe(recipe, notes, file)
+    return LoadedRecipe(recipe, (*told, *notes), file)
 
 
 def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
@@ -55,12 +59,27 @@ def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """
     document = Document(value=dict(mapping))
     _expand_shorthand(document)
+    _take_defaults(document)
     return _settle(validate(document))[0]
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML text with every setting of a recipe, which `load_recipe` reads back to an equal one."""
     return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _take_defaults(document: Document) -> tuple[str, ...]:
+    """What the kind of objective takes by default where the recipe does not say it, put into the document; told."""
+    values = document.value
+    block, train = values.get("objective"), values.get("train", {})
+    kind = block.get("kind") if isinstance(block, dict) else None
+    if not isinstance(kind, str) or not isinstance(train, dict):
+        return ()
+    taken = {key: value for key, value in train_defaults(kind, values.get("strategy")).items() if key not in train}
+    if taken:
+        values["train"] = {**train, **taken}
+    told = ", ".join(f"{key} {value:g}" for key, value in taken.items())
+    return (f"objective {kind}: {told} (train has no other)",) if taken else ()
 
 
 def _settle(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -77,6 +96,10 @@ def _settle(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if recipe.data.eval is not None and recipe.data.eval_fraction > 0:
         changes["data"] = recipe.data.model_copy(update={"eval_fraction": 0.0})
         notes.append("data.eval_fraction: ignored, data.eval names the held-out rows")
+    adapter = changes.get("adapter", recipe.adapter)
+    if isinstance(recipe.objective, Preference) and not recipe.objective.dropout and adapter and adapter.dropout:
+        changes["adapter"] = adapter.model_copy(update={"dropout": 0.0})
+        notes.append(f"adapter.dropout: off, as objective {recipe.objective.kind} asks; objective.dropout: true keeps it")
     return recipe.model_copy(update=changes), tuple(notes)
 
 
@@ -173,6 +196,8 @@ def _merge(document: Document, over: Document) -> None:
     def lay(values: dict[str, Any], others: dict[str, Any], path: KeyPath) -> None:
         for key, other in others.items():
             here = (*path, key)
+            if here == OBJECTIVE:
+                _forget_other_kind(document, other)
             if isinstance(other, dict) and isinstance(values.get(key), dict):
                 lay(values[key], other, here)
                 continue
@@ -194,6 +219,18 @@ def _merge(document: Document, over: Document) -> None:
         document.marks[()] = over.marks[()]
 
 
+def _forget_other_kind(document: Document, over: Any) -> None:
+    """Takes keys out of the objective of a file where another kind is laid over it: they are of its own kind. What the
+    command line said stays.
+    """
+    block, kind = document.value.get("objective"), over.get("kind") if isinstance(over, dict) else None
+    if not isinstance(block, dict) or kind in (None, block.get("kind")):
+        return
+    for key in list(block):
+        if document.marks.get((*OBJECTIVE, key), Mark("")).label != COMMAND_LINE:
+            _remove(document, (*OBJECTIVE, key))
+
+
 def _remove(document: Document, path: KeyPath) -> None:
     """The key taken out; nothing happens when it is not set."""
     block = document.value
@@ -211,11 +248,12 @@ def _forget_marks(document: Document, path: KeyPath) -> None:
 
 def _expand_shorthand(document: Document) -> None:
     """`quantize: int8` written out as `quantize: {kind: int8}`."""
-    kind = document.value.get("quantize")
-    if isinstance(kind, str):
-        document.value["quantize"] = {"kind": kind}
-        if mark := document.marks.get(("quantize",)):
-            document.marks[("quantize", "kind")] = mark
+    for block in SHORTHANDS:
+        kind = document.value.get(block)
+        if isinstance(kind, str):
+            document.value[block] = {"kind": kind}
+            if mark := document.marks.get((block,)):
+                document.marks[(block, "kind")] = mark
 
 
 def _no_such_recipe(text: str) -> str:

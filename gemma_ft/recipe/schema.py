@@ -6,32 +6,15 @@ Unknown keys, wrong types and values out of range are refused (validate.py), nev
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from gemma_ft.errors import UserError
 from gemma_ft.families.chat_template import SystemPolicy
 from gemma_ft.families.family import LINEARS
 from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.format_names import format_names
-from gemma_ft.system.paths import expanded
+from gemma_ft.recipe.objectives import Objective, SupervisedFineTuning, check_objective
+from gemma_ft.recipe.section import Batch, Location, Name, Rows, Section, Share, Steps, Text, rule
 
-
-def _expanded(text: str) -> str:
-    try:
-        return expanded(text)
-    except UserError as error:
-        raise rule(str(error)) from error
-
-
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-EXPANDED = AfterValidator(_expanded)
-Location = Annotated[Text, EXPANDED]  # a path, or a name on the hub
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-Steps = Annotated[int, Field(ge=1, le=100_000_000)]
-Rows = Annotated[int, Field(ge=0, le=10_000_000)]
-Batch = Annotated[int, Field(ge=1, le=65_536)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight"]
 if TYPE_CHECKING:
     Format: TypeAlias = str
@@ -39,12 +22,6 @@ if TYPE_CHECKING:
     Preset: TypeAlias = str
 else:  # words that have their home elsewhere
     Format, Linear, Preset = Literal["auto", *format_names()], Literal[LINEARS], Literal[tuple(PRESETS)]
-
-
-class Section(BaseModel):
-    """A block of a recipe: frozen, no unknown key, no coercion, defaults checked like given values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Source(Section):
@@ -176,6 +153,9 @@ class Adapter(Section):
     rslora: bool = Field(False, description="Rank-stabilised scale")
     dora: bool = Field(False, description="Train the magnitude of each weight row as well (DoRA)")
     init: Literal["default", "gaussian"] = Field("default", description="Initial factor A; factor B starts at zero")
+    start: Location | None = Field(
+        None, description="Run or adapter folder that training goes on from; rank, alpha and the rest are then its own"
+    )
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -274,6 +254,7 @@ class Recipe(Section):
     strategy: Literal["full", "lora", "qlora"] = Field(
         description="full: all weights; lora: an adapter; qlora: an adapter over quantized weights"
     )
+    objective: Objective = Field(SupervisedFineTuning(), description="What is minimized; kind decides on its other keys")
     data: Data
     model: Model
     quantize: Quantize | None = Field(None, description="qlora only; not set: nf4")
@@ -286,10 +267,13 @@ class Recipe(Section):
     @field_validator("train")
     @classmethod
     def _an_end(cls, train: Train, info: ValidationInfo) -> Train:
-        data = info.data.get("data")
+        data, objective = info.data.get("data"), info.data.get("objective")
         if data is not None and data.streaming and train.max_steps is None:
             raise rule("data.streaming: the rows are not counted, so that an epoch has no end; set train.max_steps",
                        key="train.max_steps")  # fmt: skip
+        if data is not None and objective is not None and {"strategy", "adapter"} <= info.data.keys():
+            adapter = info.data["adapter"]
+            check_objective(objective, info.data["strategy"], adapter and adapter.start, data)
         return train
 
     @field_validator("checkpoint")
@@ -313,8 +297,3 @@ class Recipe(Section):
             raise rule("magnitudes cannot be computed over int8 weights; set quantize: nf4, or dora: false",
                        key="adapter.dora")  # fmt: skip
         return adapter
-
-
-def rule(text: str, *, key: str | None = None, got: Any = None) -> PydanticCustomError:
-    """A broken rule as a pydantic error: `{got}` shows the value, `key` names another key as the one at fault."""
-    return PydanticCustomError("rule", "{text}", {"text": text.replace("{got}", repr(got)), "key": key or ""})

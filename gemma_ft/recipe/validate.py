@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from gemma_ft.recipe.objectives import KINDS
 from gemma_ft.recipe.problems import Fault, KeyPath, Mark, did_you_mean, dotted, refuse, shown
-from gemma_ft.recipe.schema import EXPANDED, Location, Recipe
+from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.section import EXPANDED, Location
 from gemma_ft.recipe.yaml_marks import Document
 from gemma_ft.system.redact import ACCESS_TOKEN
 
@@ -60,11 +62,11 @@ def annotation_at(path: KeyPath) -> Any:
     """The type the schema gives to a key, None for a key it does not have."""
     here: Any = Recipe
     for part in path:
-        section = _section(here)
+        fields = {key: field for section in _sections(here) for key, field in section.model_fields.items()}
         if isinstance(part, int):
             continue  # one of a list: its section is found as the list's is
-        if section is not None and part in section.model_fields:
-            here = section.model_fields[str(part)].annotation
+        if part in fields:
+            here = fields[str(part)].annotation
         elif (names := _mapping(here)) is not None:
             here = typing.get_args(names)[1]
         else:
@@ -85,8 +87,8 @@ def location_keys(section: type[BaseModel] = Recipe) -> frozenset[str]:
     for key, field in section.model_fields.items():
         if EXPANDED in field.metadata or Location in typing.get_args(field.annotation):
             found.add(key)
-        below = _section(field.annotation)
-        found |= location_keys(below) if below is not None else set()
+        for below in _sections(field.annotation):
+            found |= location_keys(below)
     return frozenset(found)
 
 
@@ -106,11 +108,8 @@ def unknown_key(path: KeyPath) -> str:
 
 def _keys(path: KeyPath) -> list[str]:
     """The keys that a block may have; at the top, `extends` too, which the loader handles."""
-    annotation = annotation_at(path)
-    section = _section(annotation)
-    if section is None:
-        return []
-    return list(section.model_fields) + ([] if path else ["extends"])
+    found = [key for section in _sections(annotation_at(path)) for key in section.model_fields]
+    return list(dict.fromkeys(found)) + ([] if path else ["extends"])
 
 
 def _mapping(annotation: Any) -> Any:
@@ -118,11 +117,11 @@ def _mapping(annotation: Any) -> Any:
     return next((one for one in (annotation, *typing.get_args(annotation)) if typing.get_origin(one) is dict), None)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The block in an annotation such as `Adapter | None`, or `list[Source]`."""
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks in an annotation such as `Adapter | None`, `list[Source]`, or one of several kinds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in typing.get_args(annotation) if (found := _section(part)) is not None), None)
+        return [annotation]
+    return [found for part in typing.get_args(annotation) for found in _sections(part)]
 
 
 def _fault(detail: ErrorDetails, document: Document) -> Fault | None:
@@ -132,12 +131,29 @@ def _fault(detail: ErrorDetails, document: Document) -> Fault | None:
         if any(str(part).startswith("literal[") for part in path):
             return None
         path = path[:2] + tuple(part for part in path[2:] if isinstance(part, int))
+    elif path[:1] == ("objective",) and len(path) > 2:  # a block of one kind, which stands in the location
+        kind, path = str(path[1]), (path[0], *path[2:])
+        if detail["type"] == "extra_forbidden":
+            return Fault(_mark(path, document), dotted(path), _key_of_another(kind, str(path[-1])))
     elif "columns" in path:
         path = path[: path.index("columns") + 2]  # what follows says whether it is the key or the value
     if detail["type"] == "rule":
         key = detail["ctx"]["key"]
         path = tuple(key.split(".")) if key else path
     return Fault(_mark(path, document), dotted(path), _text(detail, path))
+
+
+def _key_of_another(kind: str, word: str) -> str:
+    """What to say about a key that a kind of objective does not have."""
+    own = [key for key in KINDS[kind].model_fields if key != "kind"]
+    others = [name for name, section in KINDS.items() if word in section.model_fields]
+    if others:
+        return f"{kind} has no such key ({', '.join(others)} {'has' if len(others) == 1 else 'have'}); " + _has(own, kind)
+    return f"unknown key{did_you_mean(word, own) or '; ' + _has(own, kind)}"
+
+
+def _has(keys: list[str], kind: str) -> str:
+    return f"{kind} has {', '.join(keys) or 'none'}"
 
 
 def _mark(path: KeyPath, document: Document) -> Mark:
@@ -162,6 +178,10 @@ def _text(detail: ErrorDetails, path: KeyPath) -> str:
         return f"{BOUNDS[kind].format(**context)}, got {shown(value)}"
     if kind in EXPECTED:
         return f"expected {EXPECTED[kind]}, got {shown(value)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = value.get("kind") if isinstance(value, dict) else value
+        what = f"expected one of {', '.join(KINDS)}"
+        return f"kind: {what}, got {shown(given)}" if isinstance(value, dict) else f"{what}, got {shown(value)}"
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", str(context["expected"]))
         near = did_you_mean(value, words) if isinstance(value, str) else ""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gemma_ft.data.conversation import Conversation, Item, PlainText, Turn, order_fault
+from gemma_ft.data.conversation import Conversation, Item, Pair, PlainText, Turn, order_fault
 from gemma_ft.data.encode.chat_format import ChatFormat, System, gemma_format
 from gemma_ft.data.encode.template import chat_of, unmarked
 from gemma_ft.data.encode.tokenizer import ContentEncoder, ControlIds
@@ -106,24 +106,26 @@ class ChatEncoder:
         """
         return hashlib.sha256(unmarked(self.format.template).encode()).hexdigest()
 
-    def content_hash(self, item: Item) -> bytes:
+    def content_hash(self, item: Item | Pair) -> bytes:
         """SHA-256 of what an item says to a model, whatever its place: turns as they are encoded, the system turn dealt
-        with by the policy, without outer white space. Raises: DataError as `encode`.
+        with by the policy, without outer white space. Of answers that are preferred or not it is that of their prompt,
+        so that a prompt stays on one side of a split. Raises: DataError as `encode`.
         """
-        said: Any = (
-            item.text
-            if isinstance(item, PlainText)
-            else [[turn.role, turn.content] for turn in self.fold(item.turns, item.where)]
-        )
+        if isinstance(item, PlainText):
+            said: Any = item.text
+        else:
+            turns = item.prompt if isinstance(item, Pair) else item.turns if item.label is None else item.turns[:-1]
+            said = [[turn.role, turn.content] for turn in self.fold(turns, item.where)]
         return hashlib.sha256(json.dumps(said).encode()).digest()
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids and labels of a whole conversation. Raises: DataError for a system turn under the policy "error"."""
         return self.encode_many([conversation])[0]
 
-    def refuses(self, item: Item) -> str | None:
+    def refuses(self, item: Item | Pair) -> str | None:
         """Why an item cannot be encoded under the system policy, or None."""
-        has_system = isinstance(item, Conversation) and item.turns[0].role == "system"
+        turns = item.prompt if isinstance(item, Pair) else item.turns if isinstance(item, Conversation) else ()
+        has_system = bool(turns) and turns[0].role == "system"
         return SYSTEM_REFUSED if has_system and self.system_policy == "error" else None
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[Encoded]:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy
 import pyarrow as pa
 
-from gemma_ft.data.conversation import Conversation, Item, PlainText
+from gemma_ft.data.conversation import Conversation, Item, Pair, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder, Encoded
 from gemma_ft.data.read.rendered import rendered_as, spelled_end
 from gemma_ft.system.limits import IGNORE
+from gemma_ft.system.row_kind import RowKind
 
 COUNTS = ("tokens", "trained", "terminators", "left_out", "system", "chat")
 SCHEMA = pa.schema(
@@ -29,6 +30,13 @@ SCHEMA = pa.schema(
         ("weight", pa.float64()),  # in the loss
         ("remarks", pa.int32()),  # number of its set of remarks, which stand in the schema's metadata
         *((name, pa.int32()) for name in COUNTS),
+    ]
+)
+
+PREFERENCES = pa.schema(  # of documents that are preferred or not, in further columns
+    [
+        ("side", pa.int8()),  # 1: the chosen half of a pair, or an answer that is called good; 0: the other
+        ("margin", pa.float64()),  # of a pair, 0 where the data has none
     ]
 )
 
@@ -66,18 +74,42 @@ def table_of(
     """Items in their order, encoded whole; empty ones are left out and counted in the schema's metadata, in which the
     (offset, reason) of each bad row stands as well, and what is remarked of the items.
 
-    Nothing is trained of an item whose weight is 0.
+    Nothing is trained of an item whose weight is 0. Of what is labelled the side is told as well.
 
     Raises: DataError for a system turn under the policy "error".
     """
-    kept = without_empty(items)
+    return _table(items, offsets, encoder, bad)
+
+
+def table_of_pairs(
+    pairs: Sequence[Pair], offsets: Sequence[int], encoder: ChatEncoder, bad: Sequence[tuple[int, str]] = ()
+) -> pa.Table:
+    """As `table_of`: two documents of each pair, the chosen half and the rejected one behind it, none of which is
+    empty; their content is that of the prompt.
+    """
+    items = [half for pair in pairs for half in pair.halves]
+    twice = [offset for offset in offsets for _ in range(2)]
+    return _table(items, twice, encoder, bad, [pair for pair in pairs for _ in range(2)])
+
+
+def _table(
+    items: Sequence[Item],
+    offsets: Sequence[int],
+    encoder: ChatEncoder,
+    bad: Sequence[tuple[int, str]],
+    pairs: Sequence[Pair] = (),
+) -> pa.Table:
+    """pairs: of which pair each of the items is a half."""
+    kept = list(range(len(items))) if pairs else without_empty(items)
+    sides = [one.label for one in items if isinstance(one, Conversation) and one.label is not None]
+    fields = [*SCHEMA, *(PREFERENCES if sides or pairs else ())]
     chats = {number: items[number] for number in kept if isinstance(items[number], Conversation)}
     texts = {number: items[number] for number in kept if number not in chats}
     encoded: dict[int, Encoded] = dict(
         zip(chats, encoder.encode_many(list(chats.values())), strict=True)  # type: ignore[arg-type]
     )
     encoded |= zip(texts, encoder.encode_documents(list(texts.values())), strict=True)  # type: ignore[arg-type]
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    columns: dict[str, list[Any]] = {field.name: [] for field in fields}
     remarks: dict[tuple[Remark, ...], int] = {(): 0}
     for number in kept:
         one, chat, weight = encoded[number], chats.get(number), items[number].weight
@@ -89,16 +121,21 @@ def table_of(
         made = remarks_of(items[number])
         made = made if made in remarks or len(remarks) < REMARK_SETS else OTHERS
         columns["remarks"].append(remarks.setdefault(made, len(remarks)))
-        columns["content"].append(encoder.content_hash(items[number]))
+        columns["content"].append(encoder.content_hash(pairs[number] if pairs else items[number]))
         columns["tokens"].append(len(one.input_ids))
         columns["trained"].append(len(labels) - labels.count(IGNORE))
         columns["terminators"].append(labels.count(encoder.control.end_of_turn))
         columns["left_out"].append(chat.left_out if isinstance(chat, Conversation) else 0)
         columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
         columns["chat"].append(int(chat is not None))
-    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+        if "side" in columns:
+            columns["side"].append(int(chat is not None and bool(chat.label)) if not pairs else 1 - number % 2)
+            columns["margin"].append((pairs[number].margin or 0.0) if pairs else 0.0)
+    arrays = [pa.array(columns[field.name], field.type) for field in fields]
     told = {"items": len(items), "bad": bad, "remarks": list(remarks)}
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"told": json.dumps(told)}))
+    told |= {"rows": "pairs" if pairs else "labelled"} if "side" in columns else {}
+    schema = pa.schema(fields).with_metadata({"told": json.dumps(told)})
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 @dataclass(frozen=True)
@@ -112,6 +149,12 @@ class Part:
     def items(self) -> int:
         """Items that were read for it, the empty ones among them."""
         return int(self._told["items"])
+
+    @property
+    def rows(self) -> RowKind:
+        """What its rows are: of pairs each has two documents."""
+        kind: RowKind = self._told.get("rows", "answers")
+        return kind
 
     @property
     def bad(self) -> list[tuple[str, str]]:
@@ -164,6 +207,8 @@ class Documents:
         self.parts = [part for part in parts if len(part.table)]
         self.items = sum(part.items for part in parts)
         self._starts = [0, *numpy.cumsum([len(part.table) for part in self.parts]).tolist()]
+        self.rows: RowKind = self.parts[0].rows if self.parts else "answers"
+        assert all(part.rows == self.rows for part in self.parts), "rows are read for one objective"
 
     @classmethod
     def of(cls, items: Sequence[Item], encoder: ChatEncoder) -> Documents:
@@ -188,8 +233,14 @@ class Documents:
         """Of every document, in the loss: float64 [documents]."""
         return self._joined("weight", numpy.float64)
 
+    def preferences(self) -> tuple[Any, Any]:
+        """The side of each document, int64 [documents], and the margin of its pair, float64 [documents]; where rows are
+        pairs or labelled.
+        """
+        return self._joined("side", numpy.int64), self._joined("margin", numpy.float64)
+
     def contents(self) -> list[bytes]:
-        """The content hash of each document."""
+        """The content hash of each document; of pairs and labelled answers that of the prompt."""
         return [one for part in self.parts for one in part.table.column("content").to_pylist()]
 
     def remarks(self, chosen: Any) -> Counter[Remark]:

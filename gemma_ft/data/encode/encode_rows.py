@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.data.encode.documents import table_of
+from gemma_ft.data.encode.documents import table_of, table_of_pairs
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.parse_rows import parse_row
@@ -53,6 +53,10 @@ def encoded_chunk(reading: Reading, chunk: Chunk) -> pa.Table:
     """The documents of a chunk, its bad rows with their reasons."""
     bad = BadRows()
     found = reading.items(chunk.at_origin(), bad)
-    offsets = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
-    table = table_of([item for _, item in found], [offset for offset, _ in found], reading.encoder, offsets)
-    return table.combine_chunks()
+    reasons = [(int(where.removeprefix(":")), reason) for where, reason in bad.rows]
+    items, offsets = [item for _, item in found], [offset for offset, _ in found]
+    pairs = [item for item in items if isinstance(item, Pair)]
+    if pairs:
+        return table_of_pairs(pairs, offsets, reading.encoder, reasons).combine_chunks()
+    rest = [item for item in items if not isinstance(item, Pair)]
+    return table_of(rest, offsets, reading.encoder, reasons).combine_chunks()

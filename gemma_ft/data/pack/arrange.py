@@ -13,6 +13,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import COUNTS, Documents
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
 from gemma_ft.data.pack.packing import best_fit_decreasing
+from gemma_ft.data.pack.preferences import arrange_preferences
 from gemma_ft.data.pack.stats import DataStats
 from gemma_ft.data.pack.text_windows import windows
 from gemma_ft.data.read.bad_rows import BadRows
@@ -80,6 +81,12 @@ def arrange(
     stats.untrained = int((count["trained"] == 0).sum())
     for (kind, what), number in documents.remarks(chosen).items():
         getattr(stats, kind)[what] = number
+    if documents.rows != "answers":
+        stats.rows = len(chosen) // (2 if documents.rows == "pairs" else 1) + empty
+        compared = arrange_preferences(
+            documents, encoder, max_seq_len=max_seq_len, too_long=too_long, chosen=chosen, stats=stats
+        )
+        return _counted(compared, stats, encoder, refuse=refuse, chats=True)
     whole = (count["tokens"] <= max_seq_len) & (count["trained"] > 0)
     long = (count["tokens"] > max_seq_len) & (count["trained"] > 0)
     stats.trained_tokens = int(count["trained"][whole].sum())
@@ -96,17 +103,24 @@ def arrange(
     ]
     pieces = numpy.concatenate([pieces, *(numpy.array(one, numpy.int64).reshape(-1, 3) for one in cut)])
     pieces = pieces[numpy.lexsort((pieces[:, 1], pieces[:, 0]))]
-    if refuse:
-        if not len(pieces):
-            raise DataError(untrainable(stats, max_seq_len))
-        refuse_without_ends(stats, encoder, chats=bool(count["chat"].any()))
     lengths = piece_tokens(pieces).tolist()
     rows = best_fit_decreasing(lengths, max_seq_len) if packing else [[index] for index in range(len(pieces))]
-    weights = documents.weights()[pieces[:, 0]]
+    examples = Examples(documents, pieces, rows, encoder.control.bos, weighted=weighted)
+    return _counted(examples, stats, encoder, refuse=refuse, chats=bool(count["chat"].any()))
+
+
+def _counted(examples: Examples, stats: DataStats, encoder: ChatEncoder, *, refuse: bool, chats: bool) -> Prepared:
+    """Examples with the counts of what is in them. Raises: DataError, to `refuse`, as `arrange`."""
+    pieces = examples.pieces
+    if refuse:
+        if not len(pieces):
+            raise DataError(untrainable(stats, stats.max_seq_len))
+        refuse_without_ends(stats, encoder, chats=chats)
+    weights = examples.documents.weights()[pieces[:, 0]]
     if len(pieces):
         stats.weights = float(weights.min()), float(weights.max())
-    stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(rows), sum(lengths)
-    return Prepared(Examples(documents, pieces, rows, encoder.control.bos, weighted=weighted), stats)
+    stats.documents, stats.packed_rows, stats.tokens = len(pieces), len(examples), int(piece_tokens(pieces).sum())
+    return Prepared(examples, stats)
 
 
 def _policy(too_long: TooLong, chat: int) -> str:
