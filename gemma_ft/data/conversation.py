@@ -1,8 +1,10 @@
-"""What rows become: conversations of turns, or plain documents. No tokenizer is known here."""
+"""What rows become: conversations of turns, pairs of them, or plain documents. No tokenizer is known here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from gemma_ft.system.row_kind import RowKind as RowKind
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -23,7 +25,7 @@ class Conversation:
 
     `left_out` counts turns of the row that are not here (a leading answer, a trailing question; see
     formats/sharegpt.py). `weight`: of each of its trained tokens in the loss. `unread`: the row's fields that are in
-    none of this.
+    none of this. `label`: of an unpaired preference, whether its answer is a good one.
     """
 
     where: str
@@ -31,6 +33,31 @@ class Conversation:
     left_out: int = 0
     weight: float = 1.0
     unread: tuple[str, ...] = ()
+    label: bool | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and two ways on from it, of which `chosen` is the better.
+
+    `prompt`: [system,] user, assistant, ..., user; no answer in it is trained. `chosen`, `rejected`: assistant, then
+    user and assistant in turn. `margin`: by how much it is better, where the row says so. `weight`: of the pair in the
+    loss. `unread`: as of a Conversation.
+    """
+
+    where: str
+    prompt: tuple[Turn, ...]
+    chosen: tuple[Turn, ...]
+    rejected: tuple[Turn, ...]
+    margin: float | None = None
+    weight: float = 1.0
+    unread: tuple[str, ...] = ()
+
+    @property
+    def halves(self) -> tuple[Conversation, Conversation]:
+        """The chosen and the rejected conversation, whole; `unread` is told with the first alone."""
+        first = Conversation(self.where, self.prompt + self.chosen, weight=self.weight, unread=self.unread)
+        return first, Conversation(self.where, self.prompt + self.rejected, weight=self.weight)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
-from gemma_ft.data.conversation import Item, Pair
+from gemma_ft.data.conversation import Pair, RowKind
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import table_of, table_of_pairs
 from gemma_ft.data.read.bad_rows import BadRows
@@ -22,25 +23,28 @@ LAYOUT = 7  # of encoded rows, and of how a format reads one: a cache finds none
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become items, and items tokens."""
+    """How rows become items, and items tokens. `rows`: which items are wanted of them."""
 
     format: str
     columns: Mapping[str, str]
     encoder: ChatEncoder
+    rows: RowKind = "answers"
 
     def key(self, chunk: Chunk) -> str:
         """SHA-256 (hex) of all that decides what a chunk becomes."""
         encoder = self.encoder
         decides = [LAYOUT, chunk.digest, self.format, sorted(self.columns.items()), encoder.content.sha256,
                    encoder.template_hash, encoder.system_policy, encoder.trained_turns]  # fmt: skip
+        if self.rows != "answers":
+            decides.append(self.rows)
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-    def items(self, chunk: Chunk, bad: BadRows) -> list[tuple[int, Item]]:
-        """(offset of its row, item) of all that a chunk holds."""
-        found: list[tuple[int, Item]] = []
+    def items(self, chunk: Chunk, bad: BadRows) -> list[tuple[int, Any]]:
+        """(offset of its row, item) of all that a chunk holds: an Item, or a Pair where rows are pairs."""
+        found: list[tuple[int, Any]] = []
         for offset, fields in chunk.rows(bad):
             row = Row(chunk.where(offset), fields)
-            for item in parse_row(row, self.format, self.columns, bad, chat=self.encoder.chat):
+            for item in parse_row(row, self.format, self.columns, bad, chat=self.encoder.chat, rows=self.rows):
                 why = self.encoder.refuses(item)
                 if why is not None:
                     bad.add(row.where, why)

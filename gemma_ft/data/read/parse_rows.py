@@ -6,21 +6,30 @@ answer means, the row is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Conversation, Item, Pair, RowKind
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import FieldError, fill_weight
 from gemma_ft.data.read.detect import check_format, detect_format
 from gemma_ft.data.read.fields import Fields, says_something
-from gemma_ft.data.read.row_format import Columns, formats
+from gemma_ft.data.read.pairs import unpaired
+from gemma_ft.data.read.row_format import Columns, Format, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import refuse_media, refuse_tool_calls
+from gemma_ft.errors import DataError
 from gemma_ft.families.chat_template import TURNS, ChatTemplate
 
 VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
+
+KINDLESS = {
+    "pairs": "rows of the format {name} have one answer, and this objective compares two; give rows with prompt, "
+    "chosen and rejected, or set objective.kind: kto for answers with a label",
+    "labelled": "rows of the format {name} have no label, and no pair to take one from; give rows with prompt, "
+    "completion and label (true or false)",
+}
 
 
 def parse_rows(
@@ -45,15 +54,47 @@ def parse_rows(
     return items
 
 
+@overload
 def parse_row(
-    row: Row, format: str, columns: Columns, bad: BadRows, *, trained: bool = True, chat: ChatTemplate = TURNS
-) -> list[Item]:
+    row: Row, format: str, columns: Columns, bad: BadRows, *,
+    trained: bool = True, chat: ChatTemplate = TURNS, rows: Literal["answers", "labelled"] = "answers",
+) -> list[Item]: ...  # fmt: skip
+
+
+@overload
+def parse_row(
+    row: Row, format: str, columns: Columns, bad: BadRows, *,
+    trained: bool = True, chat: ChatTemplate = TURNS, rows: Literal["pairs"],
+) -> list[Pair]: ...  # fmt: skip
+
+
+@overload
+def parse_row(
+    row: Row, format: str, columns: Columns, bad: BadRows, *,
+    trained: bool = True, chat: ChatTemplate = TURNS, rows: RowKind,
+) -> list[Item] | list[Pair]: ...  # fmt: skip
+
+
+def parse_row(
+    row: Row,
+    format: str,
+    columns: Columns,
+    bad: BadRows,
+    *,
+    trained: bool = True,
+    chat: ChatTemplate = TURNS,
+    rows: RowKind = "answers",
+) -> list[Item] | list[Pair]:
     """What one row of a format that is known becomes; nothing, and a line in `bad`, where it is none of that format.
-    `trained`, `chat`: as of `parse_rows`.
+    `trained`, `chat`: as of `parse_rows`. `rows`: what is wanted of it: its answers (Item), its pairs (Pair), or
+    answers with a verdict (Conversation with a label; the halves of a pair are two).
+
+    Raises: DataError where rows of the format are not of the wanted kind.
     """
     fields, known = Fields(row.fields, chat), formats()[format]
+    read = _reader(known, format, rows)
     try:
-        items = known.parse(row.where, fields, columns)
+        items: Any = read(row.where, fields, columns)
         changes: dict[str, Any] = {}
         if "weight" in columns:
             changes["weight"] = fill_weight(columns["weight"], fields)
@@ -65,6 +106,24 @@ def parse_row(
     except FieldError as fault:
         bad.add(row.where, str(fault))
         return []
+
+
+def _reader(known: Format, name: str, rows: RowKind) -> Callable[[str, Fields, Columns], Sequence[Item | Pair]]:
+    """What makes items of the wanted kind out of a row. Raises: DataError where the format has none of that kind."""
+    if rows == "answers":
+        return known.parse
+    if rows == "pairs" and known.pairs is not None:
+        return known.pairs
+    if rows == "labelled" and known.labelled is not None:
+        return known.labelled
+    if rows == "labelled" and known.pairs is not None:
+        pairs = known.pairs
+        return lambda where, fields, columns: _halves(pairs(where, fields, columns))
+    raise DataError(f"data.format: {KINDLESS[rows].format(name=name)}")
+
+
+def _halves(pairs: Sequence[Pair]) -> list[Conversation]:
+    return [half for pair in pairs for half in unpaired(pair)]
 
 
 def _told(fields: Fields, unread: tuple[str, ...]) -> tuple[str, ...]:

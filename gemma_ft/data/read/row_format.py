@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_ft.data.conversation import Conversation, Item, Turn, order_fault, text_fault
+from gemma_ft.data.conversation import Conversation, Item, Pair, Turn, order_fault, text_fault
 from gemma_ft.data.read import formats as folder
 from gemma_ft.data.read.columns import BESIDE, FieldError, fill, fill_text, fill_value
 from gemma_ft.data.read.fields import Fields
@@ -41,6 +41,8 @@ class Format:
     fits: Callable[[RowFields, Columns], bool] = lambda row, columns: True
     answer_field: Callable[[RowFields], str | None] = lambda row: None
     documents: bool = False
+    pairs: Callable[[str, Fields, Columns], list[Pair]] | None = None
+    labelled: Callable[[str, Fields, Columns], list[Conversation]] | None = None
 
 
 @functools.cache

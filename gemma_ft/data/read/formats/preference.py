@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Item, Pair, Turn
 from gemma_ft.data.read.columns import FieldError
 from gemma_ft.data.read.fields import Fields
+from gemma_ft.data.read.pairs import pair_of, split_head
 from gemma_ft.data.read.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 from gemma_ft.data.read.turns import asked, said
 
@@ -13,6 +14,24 @@ PLACE = 6
 
 def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
     """The prompt with its chosen answer; the rejected one is held to the same rules, and not trained."""
+    prompt, chosen, rejected = _parts(fields, columns)
+    if prompt and [turn.content.strip() for turn in chosen] == [turn.content.strip() for turn in rejected]:
+        raise FieldError("'chosen' and 'rejected' are the same answer")
+    system = system_of(fields, columns)
+    chats = [conversation(where, after(system, prompt + turns)) for turns in (chosen, rejected)]
+    return list(chats[:1])
+
+
+def pairs(where: str, fields: Fields, columns: Columns) -> list[Pair]:
+    """The two answers behind their prompt, which of two whole chats is what they have in common."""
+    prompt, chosen, rejected = _parts(fields, columns)
+    if not prompt:
+        prompt, chosen, rejected = split_head(chosen, rejected)
+    return [pair_of(where, after(system_of(fields, columns), prompt), chosen, rejected)]
+
+
+def _parts(fields: Fields, columns: Columns) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    """(prompt, chosen, rejected); of two whole chats the prompt is empty."""
     chosen, rejected = (said(*part_of(fields, columns, key), "assistant", fields) for key in ("chosen", "rejected"))
     if chosen[0].role == "assistant":
         if "prompt" not in columns and "prompt" not in fields:
@@ -20,16 +39,12 @@ def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
                 f"no field 'prompt'; the row has {', '.join(map(str, fields))}; map it with data.columns.prompt, or "
                 "give whole chats, as lists of turns, in 'chosen' and 'rejected'"
             )
-        prompt = asked(said(*part_of(fields, columns, "prompt"), "user", fields))
-        if [turn.content.strip() for turn in chosen] == [turn.content.strip() for turn in rejected]:
-            raise FieldError("'chosen' and 'rejected' are the same answer")
-    else:  # whole chats; a prompt beside them is often their first question
-        prompt, beside = [], fields.look("prompt")
-        if isinstance(beside, str) and any(turn.content.strip() == beside.strip() for turn in chosen):
-            fields.get("prompt")
-    system = system_of(fields, columns)
-    chats = [conversation(where, after(system, prompt + turns)) for turns in (chosen, rejected)]
-    return list(chats[:1])
+        return asked(said(*part_of(fields, columns, "prompt"), "user", fields)), chosen, rejected
+    # whole chats; a prompt beside them is often their first question
+    beside = fields.look("prompt")
+    if isinstance(beside, str) and any(turn.content.strip() == beside.strip() for turn in chosen):
+        fields.get("prompt")
+    return [], chosen, rejected
 
 
 def has_both(row: RowFields) -> bool:
@@ -42,4 +57,5 @@ FORMAT = Format(
     parse=parse,
     columns=frozenset(("prompt", "chosen", "rejected")),
     fits=lambda row, columns: has_both(row),
+    pairs=pairs,
 )
