@@ -10,7 +10,7 @@ import numpy
 
 from gemma_ft.build.sources import Described, Progress, ReadSource, chunks_of, described, items_of, read_source
 from gemma_ft.build.stream import streamed_examples
-from gemma_ft.data.conversation import Conversation, Item, PlainText
+from gemma_ft.data.conversation import Conversation, Item, Pair, PlainText
 from gemma_ft.data.encode.cache import items_at
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
@@ -44,7 +44,7 @@ class BuiltData:
     encoder: ChatEncoder
     train: Prepared  # of what is streamed the first block
     held_out: Prepared | None
-    held_out_items: Sequence[Item]
+    held_out_items: Sequence[Item | Pair]
     train_source: str
     train_format: str  # the format of the training rows, and why; of several sources a line each
     eval_source: str | None
@@ -80,7 +80,9 @@ def build_data(
     skipped = BadRows()
     if data.streaming:
         return _streamed(recipe, encoder, skipped)
-    sources = [read_source(source, data, encoder, skipped, progress) for source in data.train]
+    sources = [
+        read_source(source, data, encoder, skipped, progress, rows=recipe.objective.rows) for source in data.train
+    ]
     documents, chosen, held_out = _parted(recipe, sources, encoder, skipped)
     train = arrange(
         documents, encoder, max_seq_len=data.max_seq_len, packing=data.packing, too_long=data.too_long, chosen=chosen
@@ -91,8 +93,9 @@ def build_data(
     seen = {contents[number] for number in numpy.unique(chosen).tolist()} if held_out.items else set()
     overlap = sum(encoder.content_hash(item) in seen for item in held_out.items)
     if overlap and recipe.eval.overlap == "error":
+        what = "are training rows too" if documents.rows == "answers" else "have the prompts of training rows"
         raise DataError(
-            f"data.eval: {overlap:,} held-out rows of {len(held_out.items):,} are training rows too, and their scores "
+            f"data.eval: {overlap:,} held-out rows of {len(held_out.items):,} {what}, and their scores "
             "would mean little; take them out of data.train, or set eval.overlap: allow"
         )
     return BuiltData(
@@ -111,7 +114,7 @@ def build_data(
 def _streamed(recipe: Recipe, encoder: ChatEncoder, skipped: BadRows) -> BuiltData:
     """As `build_data`, of rows that are read while they are trained on."""
     data = recipe.data
-    how = [described(source, data, encoder) for source in data.train]
+    how = [described(source, data, encoder, rows=recipe.objective.rows) for source in data.train]
     held_out = _given(data, how[0], skipped)
     examples = streamed_examples(recipe, how, held_out.items)
     skipped.extend(examples.first.bad)
@@ -143,9 +146,15 @@ def _refuse_idle_weights(recipe: Recipe, train: Prepared) -> None:
         )
 
 
-def conversations(items: Sequence[Item]) -> list[Conversation]:
+def conversations(items: Sequence[Item | Pair]) -> list[Conversation]:
     """The conversations among items: those that can be answered by generation."""
-    return [item for item in items if isinstance(item, Conversation)]
+    return [item for item in good_answers(items) if isinstance(item, Conversation)]
+
+
+def good_answers(items: Sequence[Item | Pair]) -> list[Item]:
+    """Items to be answered or scored as they are: of a pair its chosen half, and none that is called a bad one."""
+    whole = [item.halves[0] if isinstance(item, Pair) else item for item in items]
+    return [item for item in whole if not (isinstance(item, Conversation) and item.label is False)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class HeldOut:
     """Held-out items, and where they came from."""
 
     source: str | None
-    items: Sequence[Item]
+    items: Sequence[Item | Pair]
 
 
 def _given(data: Data, train: Described, skipped: BadRows) -> HeldOut:
@@ -184,6 +193,8 @@ def _parted(
         out = chosen_by_hash(documents, numpy.concatenate(numbers), data.eval_fraction, recipe.seed)
         held = HeldOut(share, _held_items(sources, starts, out))
         numbers = [numpy.setdiff1d(one, out) for one in numbers]
+    if documents.rows == "pairs":  # a pair is meant by its first document
+        numbers = [one[one % 2 == 0] for one in numbers]
     repeats = [one.source.repeats for one in sources]
     if sources[0].source.weight is not None:
         empty = next((one for one, found in zip(sources, numbers, strict=True) if not len(found)), None)
@@ -201,9 +212,9 @@ def _parted(
     return documents, numpy.concatenate(chosen), held
 
 
-def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[Item]:
+def _held_items(sources: Sequence[ReadSource], starts: Any, out: Any) -> list[Item | Pair]:
     """The items of some documents, read again where they lie."""
-    found: list[Item] = []
+    found: list[Item | Pair] = []
     for one, start, end in zip(sources, starts[:-1], starts[1:], strict=True):
         wanted = out[(out >= start) & (out < end)] - start
         found += items_at(chunks_of(one.source), one.reading, one.documents, wanted.tolist()) if len(wanted) else []

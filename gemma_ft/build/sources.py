@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gemma_ft.build.located import located_rows
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.encode.cache import Cache
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import Documents
@@ -19,8 +19,10 @@ from gemma_ft.data.read.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.schema import Data, Source
 from gemma_ft.system import environment, hardware
+from gemma_ft.system.row_kind import RowKind
 
 Progress = Callable[[int], None]
+DOCUMENTS_OF: dict[RowKind, int] = {"answers": 1, "labelled": 1, "pairs": 2}  # of a row
 
 
 def chunks_of(source: Source, *, streaming: bool = False) -> Iterator[Chunk]:
@@ -45,8 +47,10 @@ class Described:
         return f"{self.reading.format}: {self.why}"
 
 
-def described(source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None) -> Described:
-    """How a source is read. `train`: of the first training source, for one that is held out: `data.format` and
+def described(
+    source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None, *, rows: RowKind = "answers"
+) -> Described:
+    """How a source is read. `rows`: what the objective learns from. `train`: of the first training source, for one that is held out: `data.format` and
     `data.columns` describe data.train, and hold here where rows have the same fields; otherwise (training rows were
     replaced on the command line, say) the format is detected.
 
@@ -54,18 +58,18 @@ def described(source: Source, data: Data, encoder: ChatEncoder, train: Described
     """
     if train is None:
         check_format(*_named(source, data))
-    rows = _first_rows(source, streaming=data.streaming and train is None)
-    fields = frozenset(rows[0].fields)
+    first = _first_rows(source, streaming=data.streaming and train is None)
+    fields = frozenset(first[0].fields)
     if train is not None and source.format is None and source.columns is None and fields != train.fields:
         source = source.model_copy(update={"format": "auto", "columns": {}})
     form, columns = _named(source, data)
     why = "named in the recipe"
     if form == "auto":
-        form, why = detect_format(rows, columns)
+        form, why = detect_format(first, columns)
     check_format(form, columns)
     files = find_files(located_rows(source.path), source.split)
     splits = f"; {files.told}" if files is not None and files.told else ""
-    return Described(source, Reading(form, columns, encoder), why + splits, fields)
+    return Described(source, Reading(form, columns, encoder, rows), why + splits, fields)
 
 
 def _named(source: Source, data: Data) -> tuple[str, dict[str, str]]:
@@ -99,30 +103,38 @@ class ReadSource:
 
     @property
     def count(self) -> int:
-        """min(its documents, max_rows)."""
-        return min(len(self.documents), self.source.max_rows or len(self.documents))
+        """min(its documents, max_rows); a pair of them is a row."""
+        most = (self.source.max_rows or len(self.documents)) * DOCUMENTS_OF[self.reading.rows]
+        return min(len(self.documents), most)
 
 
 def read_source(
-    source: Source, data: Data, encoder: ChatEncoder, skipped: BadRows, progress: Progress = lambda documents: None
+    source: Source,
+    data: Data,
+    encoder: ChatEncoder,
+    skipped: BadRows,
+    progress: Progress = lambda documents: None,
+    *,
+    rows: RowKind = "answers",
 ) -> ReadSource:
     """The rows of a source, encoded. Bad ones are told, or left out and added to `skipped`, as the recipe says.
 
     Raises: DataError.
     """
-    found = described(source, data, encoder)
-    bad, more = BadRows(), {"limit": source.max_rows} if source.max_rows else {}
+    found = described(source, data, encoder, rows=rows)
+    each = DOCUMENTS_OF[rows]
+    bad, more = BadRows(), {"limit": source.max_rows * each} if source.max_rows else {}
     cache = Cache(environment.cache_folder(), hardware.processors())
     documents = cache.documents(chunks_of(source), found.reading, bad, progress=progress, **more)
-    _settle(bad, documents.items + bad.count, data, skipped)
+    _settle(bad, documents.items // each + bad.count, data, skipped)
     return ReadSource(found, documents)
 
 
-def items_of(source: Source, data: Data, train: Described, skipped: BadRows) -> list[Item]:
+def items_of(source: Source, data: Data, train: Described, skipped: BadRows) -> list[Item | Pair]:
     """The rows of a held-out source as items. `train`: how the first training source is read."""
     bad = BadRows()
-    reading = described(source, data, train.reading.encoder, train).reading
-    items: list[Item] = []
+    reading = described(source, data, train.reading.encoder, train, rows=train.reading.rows).reading
+    items: list[Item | Pair] = []
     for chunk in chunks_of(source):
         items += [item for _, item in reading.items(chunk, bad)]
         if source.max_rows is not None and len(items) >= source.max_rows:

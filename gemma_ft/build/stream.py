@@ -6,15 +6,17 @@ import functools
 from collections.abc import Sequence
 
 from gemma_ft.build.located import located_rows
-from gemma_ft.build.sources import Described, chunks_of
-from gemma_ft.data.conversation import Item
+from gemma_ft.build.sources import DOCUMENTS_OF, Described, chunks_of
+from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.pack.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.pack.streamed import StreamedExamples
 from gemma_ft.data.read.files import files_at, find_files
 from gemma_ft.recipe.schema import Recipe, Source
 
 
-def streamed_examples(recipe: Recipe, described: Sequence[Described], held_out: Sequence[Item]) -> StreamedExamples:
+def streamed_examples(
+    recipe: Recipe, described: Sequence[Described], held_out: Sequence[Item | Pair]
+) -> StreamedExamples:
     """The examples of a run over streamed rows, of which the first block is read. `described`: how each source is read.
     Training rows that are held-out rows too are left out, unless eval.overlap allows them.
 
@@ -54,7 +56,7 @@ def _stream_source(source: Source, how: Described, rate: float) -> StreamSource:
         name=source.path,
         chunks=functools.partial(chunks_of, source, streaming=True),
         reading=how.reading,
-        most=source.max_rows,
+        most=source.max_rows and source.max_rows * DOCUMENTS_OF[how.reading.rows],
         repeats=source.repeats,
         rate=rate,
         endless=source.weight is not None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gemma_ft.build.data import BuiltData, build_data
+from gemma_ft.build.data import BuiltData, build_data, good_answers
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.evaluate import statistics
 from gemma_ft.evaluate.harness import Tasks
@@ -211,7 +211,7 @@ def _prepare(compared: ModelsToCompare, options: EvalOptions, observer: Observer
             + ("" if recipe.data.streaming else ", or data.eval_fraction to a share of data.train such as 0.1")
         )
     settings["data"] = data.eval_source
-    items = data.held_out_items[: recipe.eval.max_rows]
+    items = good_answers(data.held_out_items[: recipe.eval.max_rows])
     shape = {name: settings[name] for name in ("max_seq_len", "window", "stride")}
     pieces = pieces_of(items, data.encoder, **shape) if items else None
     questions, too_long = questions_of(

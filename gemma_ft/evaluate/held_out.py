@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build.data import conversations
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.infer.generate import generate_answers
 
@@ -83,7 +83,7 @@ def held_out_loss(
 
 
 def questions_of(
-    items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, limit: int | None = None
+    items: Sequence[Item | Pair], encoder: ChatEncoder, *, max_seq_len: int, limit: int | None = None
 ) -> tuple[list[Question], int]:
     """The first `limit` held-out conversations to be answered (None: all), and how many before them were passed over
     because their question does not fit max_seq_len, as in the held-out loss.

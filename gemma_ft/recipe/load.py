@@ -99,7 +99,9 @@ def _settle(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     adapter = changes.get("adapter", recipe.adapter)
     if isinstance(recipe.objective, Preference) and not recipe.objective.dropout and adapter and adapter.dropout:
         changes["adapter"] = adapter.model_copy(update={"dropout": 0.0})
-        notes.append(f"adapter.dropout: off, as objective {recipe.objective.kind} asks; objective.dropout: true keeps it")
+        notes.append(
+            f"adapter.dropout: off, as objective {recipe.objective.kind} asks; objective.dropout: true keeps it"
+        )
     return recipe.model_copy(update=changes), tuple(notes)
 
 

@@ -116,7 +116,9 @@ def reference_kind(objective: SupervisedFineTuning | Preference, strategy: str, 
     if wanted in ("adapter_off", "start") and strategy == "full":
         raise rule(f"{wanted}: strategy full has no adapter; use precomputed", key=key)
     if wanted == "adapter_off" and start is not None:
-        raise rule("adapter_off is the base, and training goes on from adapter.start; use start, or precomputed", key=key)
+        raise rule(
+            "adapter_off is the base, and training goes on from adapter.start; use start, or precomputed", key=key
+        )
     if wanted == "start" and start is None:
         raise rule("start is the adapter that adapter.start names, and there is none; use adapter_off", key=key)
     return wanted

@@ -254,7 +254,9 @@ class Recipe(Section):
     strategy: Literal["full", "lora", "qlora"] = Field(
         description="full: all weights; lora: an adapter; qlora: an adapter over quantized weights"
     )
-    objective: Objective = Field(SupervisedFineTuning(), description="What is minimized; kind decides on its other keys")
+    objective: Objective = Field(
+        SupervisedFineTuning(), description="What is minimized; kind decides on its other keys"
+    )
     data: Data
     model: Model
     quantize: Quantize | None = Field(None, description="qlora only; not set: nf4")

@@ -148,7 +148,9 @@ def _key_of_another(kind: str, word: str) -> str:
     own = [key for key in KINDS[kind].model_fields if key != "kind"]
     others = [name for name, section in KINDS.items() if word in section.model_fields]
     if others:
-        return f"{kind} has no such key ({', '.join(others)} {'has' if len(others) == 1 else 'have'}); " + _has(own, kind)
+        return f"{kind} has no such key ({', '.join(others)} {'has' if len(others) == 1 else 'have'}); " + _has(
+            own, kind
+        )
     return f"unknown key{did_you_mean(word, own) or '; ' + _has(own, kind)}"
 
 

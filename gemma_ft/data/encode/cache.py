@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from gemma_ft.data.conversation import Item
+from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.encode.documents import Documents, Part, without_empty
 from gemma_ft.data.encode.encode_rows import Reading, encoded_chunk
 from gemma_ft.data.read.bad_rows import BadRows
@@ -127,21 +127,26 @@ class Cache:
         return chunk, table
 
 
-def items_at(chunks: Iterable[Chunk], reading: Reading, documents: Documents, wanted: Iterable[int]) -> list[Item]:
-    """The items that some documents were made from, in their order; `chunks`: those of the documents, read again."""
+def items_at(
+    chunks: Iterable[Chunk], reading: Reading, documents: Documents, wanted: Iterable[int]
+) -> list[Item | Pair]:
+    """The items that some documents were made from, in their order, a pair once; `chunks`: those of the documents, read
+    again.
+    """
+    each = 2 if documents.rows == "pairs" else 1
     rows: dict[int, list[int]] = {}
     for part, row in map(documents.place, wanted):
         rows.setdefault(part, []).append(row)
-    found: list[Item] = []
+    found: list[Item | Pair] = []
     part = 0
     for chunk in chunks:
         if part > max(rows, default=-1):
             break
         read = [item for _, item in reading.items(chunk, BadRows())]
-        kept = without_empty(read)
+        kept = list(range(len(read))) if each == 2 else without_empty(read)
         if not kept:  # such a chunk is no part
             continue
-        found += [read[kept[row]] for row in rows.get(part, ())]
+        found += [read[kept[row]] for row in dict.fromkeys(row // each for row in rows.get(part, ()))]
         part += 1
     return found
 

@@ -129,7 +129,9 @@ def _table(
         columns["system"].append(int(isinstance(chat, Conversation) and chat.turns[0].role == "system"))
         columns["chat"].append(int(chat is not None))
         if "side" in columns:
-            columns["side"].append(int(chat is not None and bool(chat.label)) if not pairs else 1 - number % 2)
+            columns["side"].append(
+                1 - number % 2 if pairs else int(isinstance(chat, Conversation) and bool(chat.label))
+            )
             columns["margin"].append((pairs[number].margin or 0.0) if pairs else 0.0)
     arrays = [pa.array(columns[field.name], field.type) for field in fields]
     told = {"items": len(items), "bad": bad, "remarks": list(remarks)}
@@ -211,9 +213,13 @@ class Documents:
         assert all(part.rows == self.rows for part in self.parts), "rows are read for one objective"
 
     @classmethod
-    def of(cls, items: Sequence[Item], encoder: ChatEncoder) -> Documents:
+    def of(cls, items: Sequence[Item | Pair], encoder: ChatEncoder) -> Documents:
         """Items in memory. Raises: DataError as `table_of`."""
-        return cls([Part(table_of(items, range(len(items)), encoder), lambda number: items[number].where)])
+        pairs = [item for item in items if isinstance(item, Pair)]
+        table = table_of_pairs(pairs, range(len(pairs)), encoder) if pairs else table_of(
+            [item for item in items if not isinstance(item, Pair)], range(len(items)), encoder
+        )  # fmt: skip
+        return cls([Part(table, lambda number: items[number].where)])
 
     @classmethod
     def joined(cls, several: Sequence[Documents]) -> Documents:

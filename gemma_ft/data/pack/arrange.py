@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy
 
-from gemma_ft.data.conversation import Item, PlainText
+from gemma_ft.data.conversation import Item, Pair, PlainText
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.documents import COUNTS, Documents
 from gemma_ft.data.pack.examples import Example, Examples, piece_tokens
@@ -37,7 +37,7 @@ class Prepared:
 
 
 def prepare(
-    items: Sequence[Item], encoder: ChatEncoder, *, max_seq_len: int, packing: bool, too_long: TooLong = "auto"
+    items: Sequence[Item | Pair], encoder: ChatEncoder, *, max_seq_len: int, packing: bool, too_long: TooLong = "auto"
 ) -> Prepared:
     """As `arrange`, of items in memory. Raises: DataError, also for refused system turns."""
     bad = BadRows()
@@ -82,7 +82,6 @@ def arrange(
     for (kind, what), number in documents.remarks(chosen).items():
         getattr(stats, kind)[what] = number
     if documents.rows != "answers":
-        stats.rows = len(chosen) // (2 if documents.rows == "pairs" else 1) + empty
         compared = arrange_preferences(
             documents, encoder, max_seq_len=max_seq_len, too_long=too_long, chosen=chosen, stats=stats
         )

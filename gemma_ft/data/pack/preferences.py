@@ -67,6 +67,7 @@ def arrange_preferences(
     pairs = documents.rows == "pairs"
     if pairs:
         chosen = chosen[documents.preferences()[0][chosen] == 1]
+        stats.rows = len(chosen)
     halves = numpy.stack([chosen, chosen + 1], axis=1) if pairs else chosen[:, None]  # [rows, documents of each]
     count = {name: documents.column(name)[halves] for name in COUNTS}
     longest, trained = count["tokens"].max(axis=1, initial=0), count["trained"].min(axis=1, initial=2**31)
