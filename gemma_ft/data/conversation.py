@@ -6,6 +6,7 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+RowKind = Literal["answers", "pairs", "labelled"]  # of answers alone; of a better and a worse one; of one and a verdict
 
 
 @dataclass(frozen=True)
