@@ -70,18 +70,19 @@ import torch
 from gemma_ft.train.objectives.registry import build_objective, objective_names
 from gemma_ft.train.step import token_weights
 
-objective, labels = build_objective("unlikely"), torch.tensor([[5, 6, -100]])
-value, weights = token_weights(objective, torch.tensor([[0.0, 0.5, 0.0]]).log().clamp(min=-9), {"labels": labels})
-print(json.dumps([objective_names(), objective.divisor({"labels": labels}), float(value), weights.tolist()]))
+objective, batch = build_objective("unlikely"), {"labels": torch.tensor([[5, 6, -100]])}
+logprobs = torch.tensor([[0.0, 0.5, 0.0]]).log().clamp(min=-9)
+value, weights = token_weights(objective, logprobs, batch, torch.ones(1))
+print(json.dumps([objective_names(), objective.divisors(batch), float(value), weights.tolist()]))
 """
 
 
 @pytest.mark.slow
 def test_the_objective(tmp_path: Path) -> None:
     """-log(1 - 1/2) = log 2, with a weight of -p / (1 - p) = -1."""
-    names, divisor, value, weights = shown(done("objective", tmp_path), OBJECTIVE)
+    names, divisors, value, weights = shown(done("objective", tmp_path), OBJECTIVE)
     assert {"sft", "unlikely"} <= set(names)
-    assert (divisor, value) == (1.0, pytest.approx(0.693147, rel=1e-5))
+    assert (divisors, value) == ([1.0], pytest.approx(0.693147, rel=1e-5))
     assert weights == [[0.0, pytest.approx(-1.0), 0.0]]
 
 
