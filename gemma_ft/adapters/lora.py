@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+REFERENCE = "reference"  # the name of a frozen adapter that the trained one is compared with
+
+
 def add_adapter(
     model: PreTrainedModel,
     *,
@@ -62,6 +65,23 @@ def add_adapter(
         rows.requires_grad_(True)
     trainables_in_float32(wrapped)
     return wrapped
+
+
+@contextlib.contextmanager
+def reference_on(model: Any) -> Iterator[None]:
+    """The adapter REFERENCE instead of the trained one while this is open; every parameter requires a gradient as it
+    did before, then and afterwards.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(REFERENCE)
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        model.set_adapter("default")
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
@@ -115,7 +135,8 @@ def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
 
     `weights`: the model's own by name, where it has no more than slices of them.
     """
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
+    options: dict[str, Any] = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=weights, **options)
     rows = rows_of(model)
     if rows is not None:
         trained = rows.weight if weights is None else weights[weight_name(model, rows)]

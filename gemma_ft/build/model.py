@@ -13,10 +13,12 @@ from gemma_ft.build.inputs import FRESH, weights_source
 from gemma_ft.build.located import Source, pinned
 from gemma_ft.build.new_tokens import begin_rows, tokens_beyond
 from gemma_ft.build.pretrained import load_base
+from gemma_ft.build.start_adapter import put_start
 from gemma_ft.errors import UserError
 from gemma_ft.families.records import PRESETS
 from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.recipe.objectives import reference_kind
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 
@@ -66,9 +68,14 @@ def build_model(
         raise UserError(
             "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
         )
+    if recipe.adapter.start is not None:
+        if added:
+            raise UserError("model.added_tokens: training goes on from adapter.start, which has none; take them out")
+        compared = reference_kind(recipe.objective, recipe.strategy, recipe.adapter.start) == "start"
+        return put_start(model, recipe.adapter, source, compared=compared), source
     return add_adapter(
         model,
-        **recipe.adapter.model_dump(),
+        **recipe.adapter.model_dump(exclude={"start"}),
         base=source.name,
         revision=source.revision,
     ), source

@@ -184,9 +184,12 @@ def _tokenizer_in(folder: Path, contract: Contract | None, revision: str | None 
     return tokenizers.load_tokenizer(str(folder), revision=revision, trained_sha256=trained)
 
 
-def put_adapter(model: Any, adapter: AdapterFiles, *, name: str = "default") -> Any:
-    """`model`, which may have others already, with the adapter `name` on it, in eval mode. Raises: UserError when any
-    tensor of it is damaged, missing, or has no place: PEFT would go on without it.
+def put_adapter(
+    model: Any, adapter: AdapterFiles, *, name: str = "default", dropout: float | None = None, training: bool = False
+) -> Any:
+    """`model`, which may have others already, with the adapter `name` on it, in eval mode, or in that of `training`,
+    with `dropout` in front of it, where that is given (None: none in training, else its own). Raises: UserError when
+    any tensor of it is damaged, missing, or has no place: PEFT would go on without it.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -199,6 +202,8 @@ def put_adapter(model: Any, adapter: AdapterFiles, *, name: str = "default") -> 
     if fault is not None:
         raise UserError(f"{folder}: {fault}")
     take_rows(native, adapter.weights, config, folder)
+    if training:
+        config.lora_dropout = dropout or 0.0
     config = with_fused_layers(config)
     mapping: dict[str, Any] = {"key_mapping": key_mapping()} if adapter.renamed else {}
     try:

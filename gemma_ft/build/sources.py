@@ -50,7 +50,9 @@ class Described:
 def described(
     source: Source, data: Data, encoder: ChatEncoder, train: Described | None = None, *, rows: RowKind = "answers"
 ) -> Described:
-    """How a source is read. `rows`: what the objective learns from. `train`: of the first training source, for one that is held out: `data.format` and
+    """How a source is read. `rows`: what the objective learns from.
+
+    `train`: of the first training source, for one that is held out: `data.format` and
     `data.columns` describe data.train, and hold here where rows have the same fields; otherwise (training rows were
     replaced on the command line, say) the format is detected.
 

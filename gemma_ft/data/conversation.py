@@ -8,7 +8,6 @@ from gemma_ft.system.row_kind import RowKind as RowKind
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-RowKind = Literal["answers", "pairs", "labelled"]  # of answers alone; of a better and a worse one; of one and a verdict
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ class Score:
     loss: float | None
     exact_match: float | None
     answers: list[str]
+    more: Mapping[str, float | None] = field(default_factory=dict)  # the objective's own figures
 
     def figures(self) -> dict[str, float | None]:
-        """The two numbers, as they stand in summary.json."""
-        return {"loss": self.loss, "exact_match": self.exact_match}
+        """The numbers, as they stand in summary.json."""
+        return {"loss": self.loss, "exact_match": self.exact_match, **self.more}
 
 
 @torch.no_grad()

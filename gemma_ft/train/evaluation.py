@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gemma_ft.build.data import BuiltData
 from gemma_ft.evaluate.forgetting import ForgettingSet, forgetting_losses
-from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, held_out_loss, questions_of
+from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, questions_of
 from gemma_ft.recipe.schema import Eval
 from gemma_ft.train.distributed import World
 from gemma_ft.train.fsdp import gathered_root
+from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.progress import Progress
 
 Figures = dict[str, float | None]
@@ -39,23 +39,23 @@ class Scorer:
     progress: Progress
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     world: World
+    answers: bool = True  # False: the model gives scores, and is not asked
 
     def __post_init__(self) -> None:
-        most = max(self.settings.generate_rows, self.settings.samples)
+        most = max(self.settings.generate_rows, self.settings.samples) if self.answers else 0
         found, _ = questions_of(self.data.held_out_items, self.data.encoder, max_seq_len=self.max_seq_len, limit=most)
         self.questions: list[Question] = found
 
-    def score(self, batches: Iterable[dict[str, Tensor]]) -> Score:
+    def score(self, held_out: HeldOutScore) -> Score:
         """Held-out loss and exact match of the model as it is now, with its answers: at least those to be sampled."""
         if self.data.held_out is None:
             return Score(None, None, [])
-        loss = held_out_loss(self.model, batches, autocast=self.autocast, sum_over_ranks=self.world.sum)
         asked = self.questions[: self.settings.generate_rows]
         with self.autocast(), gathered_root(self.model):
             share, answers = exact_match(self.model, self.tokenizer, asked, **self._limits)
         if self.settings.samples > self.settings.generate_rows:
             answers = self.sampled_answers()
-        return Score(loss, share, answers)
+        return Score(held_out.loss, share, answers, held_out.figures)
 
     def sampled_answers(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
         """Greedy answers to the first `eval.samples` questions. Where ranks compute one model together they all say

@@ -10,6 +10,7 @@ from gemma_ft.errors import NonFiniteError
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.system import hardware
 from gemma_ft.train.evaluation import Figures
+from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.progress import Listener
 from gemma_ft.train.run_context import TrainingLoop
 
@@ -29,9 +30,10 @@ def listener_of(loop: TrainingLoop) -> Listener:
             log.step(figures)
         _show(loop, figures)
 
-    def on_eval(step: int, loss: float | None) -> None:
-        loop.eval_loss = loss
-        figures: Figures = {"eval_loss": loss, **loop.scorer.compared(loss)}
+    def on_eval(step: int, score: HeldOutScore) -> None:
+        loop.eval_loss = score.loss
+        shown = {f"eval_{name}": value for name, value in score.figures.items()}
+        figures: Figures = {"eval_loss": score.loss, **shown, **loop.scorer.compared(score.loss)}
         log.evaluation(step, figures)
         if step < context.total:  # the last answers are those of the model that is saved
             answers = loop.scorer.sampled_answers(loop.trainer.stop_now)

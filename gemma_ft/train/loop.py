@@ -9,24 +9,29 @@ import torch
 
 from gemma_ft.data.encode.tokenizer_model import note_of_pieces
 from gemma_ft.data.pack.collate import Collator
+from gemma_ft.data.pack.collate_preferences import PreferenceCollator
 from gemma_ft.errors import DataError, Stopped, UserError
 from gemma_ft.evaluate.held_out import Score
 from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.load import names_of
+from gemma_ft.recipe.objectives import reference_kind
+from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.system.files import as_json, check_space, replace_text
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
 from gemma_ft.train.checkpoint_state import bytes_of, load_state, load_weights
 from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
 from gemma_ft.train.evaluation import Scorer
+from gemma_ft.train.held_out_objective import held_out_score
 from gemma_ft.train.listener import listener_of, log_samples
-from gemma_ft.train.objectives.registry import build_objective
+from gemma_ft.train.objectives.registry import Objective, build_objective
 from gemma_ft.train.oom import fit_micro_batch, recover
 from gemma_ft.train.progress import Progress
+from gemma_ft.train.reference import Reference
 from gemma_ft.train.result import base_fingerprint, round_weights, save_result
 from gemma_ft.train.run_context import RunContext, TrainingLoop
 from gemma_ft.train.run_log import RunLog
-from gemma_ft.train.sampler import TrainingData
+from gemma_ft.train.sampler import Collate, TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
 from gemma_ft.train.summary import TrainedRun, summary_of
 from gemma_ft.train.trackers import build_trackers
@@ -69,6 +74,7 @@ def build_loop(context: RunContext) -> TrainingLoop:
         progress=progress,
         autocast=trainer.autocast_context,
         world=world,
+        answers=not trainer.objective.scores,
     )
     loop = TrainingLoop(context, progress, RunLog(context.run, world.main, context.observer.say), trainer, scorer)
     trainer.listener = listener_of(loop)
@@ -78,15 +84,17 @@ def build_loop(context: RunContext) -> TrainingLoop:
 def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
     recipe, data = context.recipe, context.data
     held_out = data.held_out.examples if data.held_out else None
+    start = recipe.adapter.start if recipe.adapter is not None else None
     multiple = multiple_for(context.checkpointing.run.device, packing=recipe.data.packing)
     return GemmaTrainer(
         context.model,
         training_arguments(
             recipe, context.run.checkpoints, context.total, context.batch, context.world, evaluates=held_out is not None
         ),
-        data=TrainingData(data.examples, held_out, Collator(data.encoder.control.pad, multiple=multiple)),
+        data=TrainingData(data.examples, held_out, collator_of(recipe, data.encoder.control.pad, multiple)),
         batch=context.batch,
-        objective=build_objective("sft"),
+        objective=objective_of(recipe),
+        reference=Reference(reference_kind(recipe.objective, recipe.strategy, start)),
         options=TrainerOptions.of(recipe),
         tokenizer=context.tokenizer,
         world=context.world,
@@ -95,6 +103,20 @@ def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
         progress=progress,
         checkpointing=context.checkpointing,
     )
+
+
+def collator_of(recipe: Recipe, pad_id: int, multiple: int) -> Collate:
+    """What makes a batch of a recipe's examples."""
+    if recipe.objective.rows == "answers":
+        return Collator(pad_id, multiple=multiple)
+    budget = recipe.data.max_seq_len if recipe.data.packing else None
+    return PreferenceCollator(pad_id, multiple=multiple, budget=budget)
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """What a recipe says is minimized."""
+    settings = recipe.objective.model_dump(exclude={"kind", "dropout", "reference"})
+    return build_objective(recipe.objective.kind, **settings)
 
 
 def take_up(loop: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
@@ -176,7 +198,7 @@ def _clear_the_way(loop: TrainingLoop) -> None:
 
 
 def _score(loop: TrainingLoop) -> Score:
-    return loop.scorer.score(loop.trainer.held_out_batches())
+    return loop.scorer.score(held_out_score(loop.trainer))
 
 
 def _score_before(loop: TrainingLoop) -> None:

@@ -12,6 +12,7 @@ from gemma_ft.data.pack.examples import Example
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
+from gemma_ft.train.micro_batch import divisors_of, micro_batch_loss, prepared
 
 CURES = "set train.gradient_checkpointing=true, lower data.max_seq_len, or --launch fsdp2"
 
@@ -103,9 +104,13 @@ def _compute(trainer: Any, rows: list[Example]) -> None:
     model = trainer.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     reserve = torch.empty((2 + (trainer.world.size > 1)) * trained, dtype=torch.uint8, device=trainer.args.device)
-    inputs = {name: tensor.to(trainer.args.device) for name, tensor in trainer.data.collate(rows).items()}
     model.train()
-    with trainer.autocast_context():
-        loss = model(**inputs, use_cache=False).loss
-    loss.backward()
+    batch, device, autocast = trainer.data.collate(rows), trainer.args.device, trainer.autocast_context
+    if trainer.objective.needs_baseline:
+        batch["kl_baseline"] = torch.zeros((), dtype=torch.float64)
+    inputs = prepared(model, batch, trainer.objective, trainer.reference, device, autocast)
+    divisors = divisors_of(trainer.objective, [batch], list).to(device)
+    with autocast():
+        found = micro_batch_loss(model, inputs, trainer.objective, divisors)
+    found.loss.backward()
     del reserve

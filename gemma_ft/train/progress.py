@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_ft.train.held_out_objective import HeldOutScore
+
 
 @dataclass
 class Progress:
@@ -25,5 +27,5 @@ class Listener:
     """
 
     on_step: Callable[[dict[str, Any]], None] = lambda figures: None
-    on_eval: Callable[[int, float | None], None] = lambda step, loss: None
+    on_eval: Callable[[int, HeldOutScore], None] = lambda step, score: None
     on_fault: Callable[[str], None] = lambda line: None

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from gemma_ft.train.distributed import World
 from gemma_ft.train.fsdp import gradients_deferred, whole
-from gemma_ft.train.objectives.registry import Objective
+from gemma_ft.train.kl_baseline import kl_baseline
+from gemma_ft.train.micro_batch import MicroBatch, divisors_of, means_of, micro_batch_loss, prepared, summed
+from gemma_ft.train.objectives.registry import Figures, Objective
+from gemma_ft.train.reference import Reference
 from gemma_ft.train.sampler import Batch, Collate, Example, StepRows, collated
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels")  # the rest is the objective's
 
 
 @dataclass
@@ -32,6 +33,7 @@ class StepParts:
     model: Any  # as DDP or FSDP2 wraps it
     optimizer: Any
     objective: Objective
+    reference: Reference
     examples: Sequence[Example]
     rows: StepRows
     collate: Collate
@@ -53,15 +55,17 @@ class StepFigures:
     learning_rate: float
     tokens: int  # of the input, without padding and blank rows
     finite: bool  # where not, the update was left out
+    shown: dict[str, float | None] = field(default_factory=dict)  # the objective's own figures
 
 
 def optimizer_step(parts: StepParts) -> StepFigures:
     """Train on the rows of a step. All ranks call it."""
     rows = parts.rows.micro_batches(parts.step)
     batches = [collated(parts.examples, some, parts.collate, parts.pad_id) for some in rows]
-    divisors = _divisors(parts, batches)
+    divisors = divisors_of(parts.objective, batches, parts.world.sum).to(parts.device)
     parts.computing = True
-    loss, tokens = _accumulate_gradients(parts, batches, divisors)
+    of_step = {"kl_baseline": _baseline(parts)} if parts.objective.needs_baseline else {}
+    loss, tokens, figures = _accumulate_gradients(parts, [{**batch, **of_step} for batch in batches], divisors)
     parts.computing = False
     norm = _clip_gradients(parts)
     finite = not parts.world.any(not (math.isfinite(norm) and math.isfinite(loss)))
@@ -70,87 +74,47 @@ def optimizer_step(parts: StepParts) -> StepFigures:
         parts.optimizer.step()
     parts.model.zero_grad()
     loss, counted = parts.world.sum([loss, tokens])
-    return StepFigures(loss, norm, learning_rate, round(counted), finite)
+    shown = means_of(figures, parts.world.sum) if figures else {}
+    return StepFigures(loss, norm, learning_rate, round(counted), finite, shown)
 
 
-def _divisors(parts: StepParts, batches: Sequence[Batch]) -> Tensor:
-    """What each term of the step's loss is divided by, once: what the objective counts in all micro-batches of all
-    ranks, [terms].
-    """
-    own = [sum(of_term) for of_term in zip(*map(parts.objective.divisors, batches), strict=True)]
-    counted = [count or 1.0 for count in parts.world.sum(own)]
-    return torch.tensor(counted, dtype=torch.float64, device=parts.device)
+def _baseline(parts: StepParts) -> Tensor:
+    """Of all rows of the step together."""
+    parts.model.train()
+    examples = [parts.examples[row] for row in parts.rows.rows_of_step(parts.step)]
+    return kl_baseline(
+        parts.model, examples, parts.reference, collate=parts.collate, pad_id=parts.pad_id, world=parts.world,
+        size=parts.rows.plan.micro_batch_size, device=parts.device, autocast=parts.autocast,
+    )  # fmt: skip
 
 
-def _accumulate_gradients(parts: StepParts, batches: Sequence[Batch], divisors: Tensor) -> tuple[float, float]:
+def _accumulate_gradients(parts: StepParts, batches: Sequence[Batch], divisors: Tensor) -> tuple[float, float, Figures]:
     """Forward and backward over this rank's micro-batches; gradients of ranks are summed in the last one's backward.
-    Returns this rank's parts of the loss and of the count of tokens.
+    Returns this rank's parts of the loss, of the count of tokens, and of the objective's figures.
 
     What dropout draws is a function of the seed, the step and the micro-batch, as one rank counts them: the same after
     a resume, and on any number of ranks.
     """
     loss, tokens = torch.zeros((), device=parts.device), torch.zeros((), device=parts.device, dtype=torch.int64)
+    figures: list[Figures] = []
     for number, batch in enumerate(batches):
         torch.manual_seed(_mixed(parts.seed, parts.step, number * parts.world.size + parts.world.rank))
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else gradients_deferred(parts.model):
-            value, count = forward_backward(parts, batch, divisors)
-        loss, tokens = loss + value, tokens + count
-    return float(loss), float(tokens)
+            found, count = forward_backward(parts, batch, divisors)
+        loss, tokens = loss + found.value, tokens + count
+        figures.append(found.figures)
+    return float(loss), float(tokens), summed(figures)
 
 
-def forward_backward(parts: StepParts, batch: Batch, divisors: Tensor) -> tuple[Tensor, Tensor]:
-    """One micro-batch: its gradients are added to those that are there. Returns its parts of loss and tokens."""
-    inputs = {name: tensor.to(parts.device) for name, tensor in batch.items()}
+def forward_backward(parts: StepParts, batch: Batch, divisors: Tensor) -> tuple[MicroBatch, Tensor]:
+    """One micro-batch: its gradients are added to those that are there. Returns what it came to, and its tokens."""
     parts.model.train()
+    inputs = prepared(parts.model, batch, parts.objective, parts.reference, parts.device, parts.autocast)
     with parts.autocast():
-        loss, value = micro_batch_loss(parts.model, inputs, parts.objective, divisors)
-    (loss * parts.world.size).backward()  # gradients are averaged over ranks, and are to be summed
-    return value, (inputs["document_ids"] >= 0).sum()
-
-
-def micro_batch_loss(model: Any, inputs: Batch, objective: Objective, divisors: Tensor) -> tuple[Tensor, Tensor]:
-    """(a loss to call backward on, the value of the objective for the log) of one micro-batch, its terms over the
-    divisors [terms].
-
-    grad objective = Σ_t (∂objective / ∂log p[t]) · grad log p[t], and the head's loss is Σ_t w[t] · (−log p[t]):
-    with w[t] = −∂objective / ∂log p[t], of either sign, both have one gradient. Where the objective needs no
-    log-probabilities it has one term, and the head's loss is its value as well: its weights go in undivided. Else the
-    head gives them first, without a gradient, and each term is divided in the weights.
-    """
-    labels, values = inputs["labels"], []
-    once = torch.ones_like(divisors)
-    within, after = (divisors, once[0]) if objective.needs_logprobs else (once, divisors[0])
-
-    def weights(logprobs: Tensor) -> Tensor:
-        value, found = token_weights(objective, logprobs, inputs, within)
-        values.append(value)
-        return found
-
-    given = weights if objective.needs_logprobs else weights(torch.zeros_like(labels, dtype=torch.float32))
-    known = {name: tensor for name, tensor in inputs.items() if name in MODEL_INPUTS}
-    # num_items_in_batch: what GemmaForCausalLM._loss divides by, under transformers' name
-    outputs = model(**{**known, "loss_weights": given}, use_cache=False, num_items_in_batch=after)
-    value = values[0] if objective.needs_logprobs else outputs.loss
-    return outputs.loss, value.detach()
-
-
-def token_weights(objective: Objective, logprobs: Tensor, inputs: Batch, divisors: Tensor) -> tuple[Tensor, Tensor]:
-    """(the objective's value, minus its derivative by each log-probability [B, T]), its terms over the divisors
-    [terms], both detached.
-    """
-    with torch.enable_grad(), torch.autocast(logprobs.device.type, enabled=False):
-        logprobs = logprobs.detach().requires_grad_()
-        value = _divided(objective(logprobs, inputs), divisors)
-        if not value.requires_grad:  # it has no term: a blank row
-            return value, torch.zeros_like(logprobs)
-        (slope,) = torch.autograd.grad(value, logprobs)
-    return value.detach(), -slope
-
-
-def _divided(terms: Sequence[Tensor], divisors: Tensor) -> Tensor:
-    """Each term over its divisor, summed."""
-    return torch.stack([term / divisor for term, divisor in zip(terms, divisors, strict=True)]).sum()
+        found = micro_batch_loss(parts.model, inputs, parts.objective, divisors)
+    (found.loss * parts.world.size).backward()  # gradients are averaged over ranks, and are to be summed
+    return found, (inputs["document_ids"] >= 0).sum()
 
 
 def _clip_gradients(parts: StepParts) -> float:

@@ -26,15 +26,16 @@ from gemma_ft.adapters.lora import restore_trainables, trainables_in_float32
 from gemma_ft.adapters.trainable_tokens import native_of
 from gemma_ft.build.located import Source
 from gemma_ft.errors import DiskError, UserError
-from gemma_ft.evaluate.held_out import held_out_loss
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.checkpoint_state import load_optimizer, load_weights
 from gemma_ft.train.distributed import World
 from gemma_ft.train.fsdp import shard
+from gemma_ft.train.held_out_objective import held_out_score
 from gemma_ft.train.lr_schedule import learning_rate_factor
 from gemma_ft.train.objectives.registry import Objective
 from gemma_ft.train.progress import Listener, Progress
+from gemma_ft.train.reference import Reference
 from gemma_ft.train.sampler import Batch, StepRows, TrainingData, held_out_batches
 from gemma_ft.train.saving import commit_checkpoint
 from gemma_ft.train.settings import TrainerOptions
@@ -56,6 +57,7 @@ class GemmaTrainer(SFTTrainer):
         data: TrainingData,
         batch: BatchPlan,
         objective: Objective,
+        reference: Reference,
         options: TrainerOptions,
         tokenizer: PreTrainedTokenizerBase,
         world: World,
@@ -65,7 +67,8 @@ class GemmaTrainer(SFTTrainer):
         listener: Listener | None = None,
         checkpointing: Checkpointing | None = None,
     ) -> None:
-        self.data, self.batch, self.objective, self.options = data, batch, objective, options
+        self.data, self.batch, self.options = data, batch, options
+        self.objective, self.reference = objective, reference
         self.world, self.stop, self.progress = world, stop, progress
         self.listener = listener or Listener()
         self.checkpointing = checkpointing  # the plan, where the caller has one
@@ -132,6 +135,7 @@ class GemmaTrainer(SFTTrainer):
             model=model,
             optimizer=self.optimizer,
             objective=self.objective,
+            reference=self.reference,
             examples=self.data.train,
             rows=self._rows,
             collate=self.data.collate,
@@ -209,6 +213,7 @@ class GemmaTrainer(SFTTrainer):
                 "grad_norm": figures.grad_norm,
                 "tokens": progress.tokens,
                 "tokens_per_second": figures.tokens / seconds,
+                **figures.shown,
             }
         )
 
@@ -233,17 +238,11 @@ class GemmaTrainer(SFTTrainer):
         """
         step, best = self.state.global_step, False
         self.world.enter(f"evaluation after step {step}")
-        loss = held_out_loss(
-            self.model,
-            self.held_out_batches(),
-            autocast=self.autocast_context,
-            sum_over_ranks=self.world.sum,
-            stop=self.stop_now,
-        )
+        score = held_out_score(self, self.stop_now)
         if not self.stopped:
-            self.listener.on_eval(step, loss)
-            best = self._note_best(loss)
-        metrics = {} if loss is None else {f"{metric_key_prefix}_loss": loss}
+            self.listener.on_eval(step, score)
+            best = self._note_best(score.loss)
+        metrics = {} if score.loss is None else {f"{metric_key_prefix}_loss": score.loss}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_save |= best
         return metrics

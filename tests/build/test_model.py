@@ -43,7 +43,8 @@ def on_meta(recipe: Recipe) -> Any:
             model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=options)
         if recipe.adapter is None:
             return model
-        return add_adapter(model, **recipe.adapter.model_dump(), base="google/some-gemma", revision="abc")
+        settings = recipe.adapter.model_dump(exclude={"start"})
+        return add_adapter(model, **settings, base="google/some-gemma", revision="abc")
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "qlora"])

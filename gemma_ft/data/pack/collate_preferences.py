@@ -1,5 +1,5 @@
-"""Pairs and labelled answers as one batch: each answer is a document of its own, in a sequence of its own or packed with
-others, and numbered, so that what an objective asks of an answer does not depend on where it lies.
+"""Pairs and labelled answers as one batch: each answer is a document of its own, in a sequence of its own or packed
+with others, and numbered, so that what an objective asks of an answer does not depend on where it lies.
 
 Letters: B sequences, T tokens, A answers, P pairs.
 """
