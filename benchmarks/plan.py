@@ -32,8 +32,9 @@ from benchmarks.shared.record import PUBLISHED, ROOT, commit, processor, write_r
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32_000}  # fmt: skip
-# what an arm's model has instead of its preset's sizes
-FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES}
+# what an arm's model has instead of its preset's sizes; Gemma 3 270M is as it is published
+FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES, "gemma-3-270m": {},
+            "vaultgemma-1b": {**SIZES, "layer_types": ["full_attention"] * 8}}  # fmt: skip
 WITHIN = 0.10
 STEPS = 2
 FIRST_STEP = 24 * 2**20  # what libraries set up in a first training step, measured with a model of next to nothing
@@ -56,6 +57,7 @@ class Arm:
 
 
 NF4 = {"strategy": "qlora", "quantize": "nf4"}
+G3 = {"preset": "gemma-3-270m"}
 ARMS = {
     "lora": Arm(),
     "lora, half of the layers": Arm(checkpointed=4),
@@ -74,6 +76,14 @@ ARMS = {
     "generate": Arm("generate", rows=4, tokens=1024),
     "generate, nf4": Arm("generate", rows=4, tokens=1024, **NF4),
     "merge": Arm("merge"),
+    "lora, VaultGemma": Arm(tokens=512, preset="vaultgemma-1b"),
+    "lora, Gemma 3 270M": Arm(**G3, tokens=1024),
+    "lora, Gemma 3 270M, half of the layers": Arm(**G3, tokens=1024, checkpointed=9),
+    "lora, Gemma 3 270M, in blocks": Arm(**G3, tokens=512, attention="blockwise"),
+    "nf4, Gemma 3 270M": Arm(**G3, **NF4, tokens=512),
+    "full, Gemma 3 270M": Arm(**G3, strategy="full", tokens=256),
+    "evaluate, Gemma 3 270M": Arm("evaluate", **G3, tokens=512, rows=2),
+    "generate, Gemma 3 270M": Arm("generate", **G3, tokens=512, rows=4),
 }
 
 
@@ -89,8 +99,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.attn_softcap, device="cpu"), own_kernels=True,
-        widened=widened, eval_rows=arm.rows, new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.attn_softcap, windows=any(shape.windows), device="cpu"),
+        own_kernels=True, widened=widened, eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}
