@@ -5,7 +5,7 @@ Gemmas on a CPU, each in its own process, to benchmarks/results/plan.json.
     .venv/bin/python -m benchmarks.plan NAME ...     some of them; nothing is written
     .venv/bin/python -m benchmarks.plan --add NAME ...    some of them, put beside what was measured before
 
-Each arm says at which commit, with which versions and on what processor it was measured.
+Each arm says at which commit, with which versions, on what processor and with how many threads it was measured.
 
 A process's peak resident memory is compared, above what it held before it had a model: that is the planner's overhead.
 The C library is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are measured and not
@@ -79,7 +79,6 @@ ARMS = {
     "lora, VaultGemma": Arm(tokens=512, preset="vaultgemma-1b"),
     "lora, Gemma 3 270M": Arm(**G3, tokens=1024),
     "lora, Gemma 3 270M, half of the layers": Arm(**G3, tokens=1024, checkpointed=9),
-    "lora, Gemma 3 270M, in blocks": Arm(**G3, tokens=512, attention="blockwise"),
     "nf4, Gemma 3 270M": Arm(**G3, **NF4, tokens=512),
     "full, Gemma 3 270M": Arm(**G3, strategy="full", tokens=256),
     "evaluate, Gemma 3 270M": Arm("evaluate", **G3, tokens=512, rows=2),
@@ -254,6 +253,7 @@ def main(names: list[str], *, add: bool = False) -> int:
     from gemma_ft.system.environment import versions
 
     found: dict[str, Any] = {}
+    former = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))["arms"] if add else {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as place:
         for preset in {ARMS[name].preset for name in names or ARMS}:
@@ -266,18 +266,22 @@ def main(names: list[str], *, add: bool = False) -> int:
             found[name] = {
                 "planned": sum(plan.values()), "measured": measured["peak"], "error": round(error, 3),
                 "before": measured["before"], "loaded": measured["load"], "parts": plan, "widened": widens(),
-                "commit": commit(), "processor": processor(), "versions": versions(),
+                "threads": torch.get_num_threads(), "commit": commit(), "processor": processor(),
+                "versions": versions(),
             }  # fmt: skip
             shown = ", ".join(f"{key} {size / 2**20:.0f}" for key, size in plan.items())
             sizes = f"{sum(plan.values()) / 2**20:6.0f} planned {measured['peak'] / 2**20:6.0f} measured"
             print(f"{name:34} {sizes} MiB {error:+6.1%}  ({shown}; loaded {measured['load'] / 2**20:.0f})", flush=True)
-    if not names or add:
-        former = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))["arms"] if add else {}
-        measured = {**former, **found}
-        write_result("plan", command="python -m benchmarks.plan", sizes=SIZES, threads=torch.get_num_threads(),
-                     grid={name: asdict(arm) for name, arm in ARMS.items()},
-                     arms={name: measured[name] for name in ARMS if name in measured})  # fmt: skip
+            if not names or add:
+                written({**former, **found})
     return int(any(abs(one["error"]) > WITHIN for one in found.values()))
+
+
+def written(measured: dict[str, Any]) -> None:
+    """The result file, after each arm: what was measured is not lost with what comes after it."""
+    write_result("plan", command="python -m benchmarks.plan", sizes=SIZES,
+                 grid={name: asdict(arm) for name, arm in ARMS.items()},
+                 arms={name: measured[name] for name in ARMS if name in measured})  # fmt: skip
 
 
 if __name__ == "__main__":
