@@ -5,7 +5,7 @@ Gemmas on a CPU, each in its own process, to benchmarks/results/plan.json.
     .venv/bin/python -m benchmarks.plan NAME ...     some of them; nothing is written
     .venv/bin/python -m benchmarks.plan --add NAME ...    some of them, put beside what was measured before
 
-Each arm says at which commit, with which versions and on what processor it was measured.
+Each arm says at which commit, with which versions, on what processor and with how many threads it was measured.
 
 A process's peak resident memory is compared, above what it held before it had a model: that is the planner's overhead.
 The C library is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are measured and not
@@ -32,8 +32,9 @@ from benchmarks.shared.record import PUBLISHED, ROOT, commit, processor, write_r
 
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 32_000}  # fmt: skip
-# what an arm's model has instead of its preset's sizes
-FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES}
+# what an arm's model has instead of its preset's sizes; Gemma 3 270M is as it is published
+FAMILIES = {"gemma-2-2b": {**SIZES, "sliding_window": 1024}, "gemma-2b": SIZES, "gemma-3-270m": {},
+            "vaultgemma-1b": {**SIZES, "layer_types": ["full_attention"] * 8}}  # fmt: skip
 WITHIN = 0.10
 STEPS = 2
 FIRST_STEP = 24 * 2**20  # what libraries set up in a first training step, measured with a model of next to nothing
@@ -56,6 +57,7 @@ class Arm:
 
 
 NF4 = {"strategy": "qlora", "quantize": "nf4"}
+G3 = {"preset": "gemma-3-270m"}
 ARMS = {
     "lora": Arm(),
     "lora, half of the layers": Arm(checkpointed=4),
@@ -74,6 +76,13 @@ ARMS = {
     "generate": Arm("generate", rows=4, tokens=1024),
     "generate, nf4": Arm("generate", rows=4, tokens=1024, **NF4),
     "merge": Arm("merge"),
+    "lora, VaultGemma": Arm(tokens=512, preset="vaultgemma-1b"),
+    "lora, Gemma 3 270M": Arm(**G3, tokens=1024),
+    "lora, Gemma 3 270M, half of the layers": Arm(**G3, tokens=1024, checkpointed=9),
+    "nf4, Gemma 3 270M": Arm(**G3, **NF4, tokens=512),
+    "full, Gemma 3 270M": Arm(**G3, strategy="full", tokens=256),
+    "evaluate, Gemma 3 270M": Arm("evaluate", **G3, tokens=512, rows=2),
+    "generate, Gemma 3 270M": Arm("generate", **G3, tokens=512, rows=4),
 }
 
 
@@ -89,8 +98,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
     run = Run(
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
-        attention=attention_of(arm.attention, softcap=shape.attn_softcap, device="cpu"), own_kernels=True,
-        widened=widened, eval_rows=arm.rows, new_tokens=16,
+        attention=attention_of(arm.attention, softcap=shape.attn_softcap, windows=any(shape.windows), device="cpu"),
+        own_kernels=True, widened=widened, eval_rows=arm.rows, new_tokens=16,
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}
@@ -244,6 +253,7 @@ def main(names: list[str], *, add: bool = False) -> int:
     from gemma_ft.system.environment import versions
 
     found: dict[str, Any] = {}
+    former = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))["arms"] if add else {}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as place:
         for preset in {ARMS[name].preset for name in names or ARMS}:
@@ -256,18 +266,22 @@ def main(names: list[str], *, add: bool = False) -> int:
             found[name] = {
                 "planned": sum(plan.values()), "measured": measured["peak"], "error": round(error, 3),
                 "before": measured["before"], "loaded": measured["load"], "parts": plan, "widened": widens(),
-                "commit": commit(), "processor": processor(), "versions": versions(),
+                "threads": torch.get_num_threads(), "commit": commit(), "processor": processor(),
+                "versions": versions(),
             }  # fmt: skip
             shown = ", ".join(f"{key} {size / 2**20:.0f}" for key, size in plan.items())
             sizes = f"{sum(plan.values()) / 2**20:6.0f} planned {measured['peak'] / 2**20:6.0f} measured"
             print(f"{name:34} {sizes} MiB {error:+6.1%}  ({shown}; loaded {measured['load'] / 2**20:.0f})", flush=True)
-    if not names or add:
-        former = json.loads((PUBLISHED / "plan.json").read_text(encoding="utf-8"))["arms"] if add else {}
-        measured = {**former, **found}
-        write_result("plan", command="python -m benchmarks.plan", sizes=SIZES, threads=torch.get_num_threads(),
-                     grid={name: asdict(arm) for name, arm in ARMS.items()},
-                     arms={name: measured[name] for name in ARMS if name in measured})  # fmt: skip
+            if not names or add:
+                written({**former, **found})
     return int(any(abs(one["error"]) > WITHIN for one in found.values()))
+
+
+def written(measured: dict[str, Any]) -> None:
+    """The result file, after each arm: what was measured is not lost with what comes after it."""
+    write_result("plan", command="python -m benchmarks.plan", sizes=SIZES,
+                 grid={name: asdict(arm) for name, arm in ARMS.items()},
+                 arms={name: measured[name] for name in ARMS if name in measured})  # fmt: skip
 
 
 if __name__ == "__main__":

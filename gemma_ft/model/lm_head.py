@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemma_ft.kernels.cross_entropy import capped, fused_cross_entropy
 from gemma_ft.kernels.matmul import times, times_transposed
-from gemma_ft.system.limits import CHUNK_BYTES, CPU_BYTES, CPU_ROWS, IGNORE
+from gemma_ft.system.limits import CHUNK_BYTES, CPU_BYTES, CPU_ROWS, IGNORE, ROWS_NUMBERS
 
 # What multiplies the loss of each token, [B, T], of either sign; a function gives it for the labels' log-probabilities.
 TokenWeights = Tensor | Callable[[Tensor], Tensor] | None
@@ -177,6 +177,13 @@ def _chunk_rows(words: int, device: torch.device) -> int:
     return min(most, max(CPU_ROWS, CPU_BYTES // (4 * words))) if device.type == "cpu" else most
 
 
+def _add_wide(total: Tensor, narrow: Tensor) -> None:
+    """total += narrow, [V, D]; on a CPU in pieces, for torch makes a wide copy there of all that it is to add."""
+    rows = max(1, ROWS_NUMBERS // total.shape[1]) if total.is_cpu else len(total)
+    for into, piece in zip(total.split(rows), narrow.split(rows), strict=True):
+        into += piece
+
+
 def _head_loss(loss_sum: Tensor, correct: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
     count = torch.full((), len(targets), device=targets.device)
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
@@ -213,6 +220,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             raw = _raw_logits(part, head, more)
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
             losses, hits, grad = fused_cross_entropy(raw, target, each, softcap, with_grad=with_grad)
+            del raw  # and grad below: bound still, they would live beside the next chunk's logits
             loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
             correct += hits.sum()
             if grad is None:
@@ -224,9 +232,10 @@ class _FusedHeadLoss(torch.autograd.Function):
                 if more is not None:
                     into += grad[:, known:] @ more
             if grad_weight is not None:
-                grad_weight += grad[:, :known].T @ part
+                _add_wide(grad_weight, grad[:, :known].T @ part)
             if grad_added is not None:
                 grad_added += grad[:, known:].T @ part
+            del grad
         ctx.save_for_backward(grad_rows, grad_weight, grad_added)
         ctx.dtypes = rows.dtype, weight.dtype, None if added is None else added.dtype
         ctx.mark_non_differentiable(correct)

@@ -34,15 +34,20 @@ def train_phase(run: Run) -> Phase:
 
 
 def train_moments(run: Run) -> list[Phase]:
-    """A step's moments: at the head, forward being over; a layer's backward, first and last; the optimizer.
+    """A step's moments: at the head, forward being over; a layer's backward, first and last; the embedding's; the
+    optimizer.
 
-    Gradients of a first micro-batch are there while a second one is computed.
+    Gradients of a first micro-batch are there while a second one is computed. A trained embedding has two gradients in
+    a pass, the head's and its own: autograd holds the first until the second is there, and adds their sum to what
+    former micro-batches left.
     """
     always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
     always |= _products(parts.widened(run, run.micro_batch_size * run.tokens))
     gradients, kept = parts.gradients(run), parts.activations(run)
     former = gradients if run.accumulation_steps > 1 else 0
-    begun = max(former, WIDE * run.shape.embedding) if run.full else gradients
+    embedding = WIDE * run.shape.embedding if run.full else 0
+    waiting = embedding if former and run.ranks.cut == 1 else 0  # else of `gradients`, where it takes no place yet
+    begun = max(former + waiting, embedding) if run.full else gradients
     copies = parts.narrow_copies(run)
     alive = copies * (run.shape.layers - run.checkpointed) // run.shape.layers
 
@@ -53,7 +58,8 @@ def train_moments(run: Run) -> list[Phase]:
     return [
         at(former, kept + copies, parts.head(run)),
         at(begun, kept + alive + parts.workspace(run)),
-        at(gradients, parts.recomputed(run) + parts.workspace(run)),
+        at(gradients + waiting, parts.recomputed(run) + parts.workspace(run)),
+        at(gradients + waiting + embedding, 0),
         at(gradients, 0),
     ]
 

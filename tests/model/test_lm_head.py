@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_ft.model.lm_head import HeadLoss, fused_head_loss, softcapped
@@ -48,6 +49,29 @@ class Recorder(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+class Alive(TorchDispatchMode):
+    """Counts the tensors with a row of logits for each of a chunk that live at once, and the numbers of the largest
+    narrow tensor that is added to a wide one.
+    """
+
+    most = 0
+    narrow = 0
+
+    def __init__(self, chunk_rows: int) -> None:
+        super().__init__()
+        self.shape, self.chunks = (chunk_rows, WORDS), list[StorageWeakRef]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape == self.shape:
+            self.chunks = [one for one in self.chunks if not one.expired()] + [StorageWeakRef(result.untyped_storage())]
+            self.most = max(self.most, len(self.chunks))
+        added = args[1] if func is torch.ops.aten.add_.Tensor else None
+        if isinstance(added, Tensor) and added.dtype != args[0].dtype:
+            self.narrow = max(self.narrow, added.numel())
         return result
 
 
@@ -194,6 +218,28 @@ def test_bf16_gradients_are_accumulated_in_float32() -> None:
     grads = torch.autograd.grad(found.loss_sum, (small_hidden, small_weight))
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16]
     assert (grads[1] - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_logits_of_one_chunk_live_at_a_time(trained_head: bool, grad: bool) -> None:
+    hidden, weight, labels = inputs()
+    with torch.set_grad_enabled(grad), Alive(3) as seen:
+        fused_head_loss(hidden, weight if trained_head else weight.detach(), labels, softcap=None, chunk_rows=3)
+    assert seen.most == 1
+
+
+def test_what_a_chunk_adds_to_the_heads_gradient_is_made_wide_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU makes a wide copy of all that it adds to a wide tensor: one of the whole head beside its gradient."""
+    hidden, weight, labels = inputs()
+    narrow = [hidden.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()]
+    whole = torch.autograd.grad(fused_head_loss(*narrow, labels, softcap=30.0, chunk_rows=3).loss_sum, narrow)
+    monkeypatch.setattr("gemma_ft.model.lm_head.ROWS_NUMBERS", 5 * WIDTH)
+    with Alive(3) as seen:
+        found = fused_head_loss(*narrow, labels, softcap=30.0, chunk_rows=3)
+    assert seen.narrow == 5 * WIDTH
+    for one, two in zip(torch.autograd.grad(found.loss_sum, narrow), whole, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("shape", [FIRST, SECOND])
