@@ -22,8 +22,13 @@ import torch
 from benchmarks.shared.record import write_result
 
 CAPABILITIES = (80, 86, 90, 100)
-WIDTHS = {"gemma-2b": 2048, "gemma-2-2b, gemma-2-9b": 3584, "gemma-2-27b": 4608}
+WIDTHS = {"gemma-2b": 2048, "gemma-2-2b, gemma-2-9b": 3584, "gemma-2-27b": 4608, "gemma-3-270m": 640,
+          "gemma-3-27b": 5376}  # fmt: skip
+HEADS = {"heads of 256": 256, "heads of 128": 128}  # Gemma 3's norms of queries and keys, which add no residual
 NUMBERS = {"bf16": "*bf16", "float32": "*fp32"}
+# head dim, query heads to a key head, whether there is a cap
+DECODED = (("gemma-2b", 256, 8, True), ("gemma-2-2b", 256, 2, True), ("gemma-2-27b", 128, 2, True),
+           ("gemma-3-270m", 256, 4, False), ("gemma-3-27b", 128, 2, False))  # fmt: skip
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
@@ -51,17 +56,18 @@ def kernels(numbers: str) -> Iterator[Kernel]:
     yield Kernel("geglu forward", geglu._forward, forward, {"BLOCK": geglu.BLOCK})
     backward = dict.fromkeys(("upstream", "gate", "up", "grad_gate", "grad_up"), numbers) | flat
     yield Kernel("geglu backward", geglu._backward, backward, {"BLOCK": geglu.BLOCK})
-    for name, width in WIDTHS.items():
+    for name, width in (WIDTHS | HEADS).items():
         block = triton.next_power_of_2(width)
         rows = {"x": numbers, "weight": numbers, "rstd": "*fp32", "size": "i32"}
         given = {**rows, "residual": numbers, "out": numbers, "eps": "fp32"}
-        known, warps = {"BLOCK": block}, rms_norm.warps(block)
-        yield Kernel(f"norm + residual, {name}", rms_norm._forward, given, {"ADDS": True, **known}, warps)
+        known, warps, adds = {"BLOCK": block}, rms_norm.warps(block), name not in HEADS
+        called = f"norm{' + residual' if adds else ''}, {name}"
+        yield Kernel(called, rms_norm._forward, given, {"ADDS": adds, **known}, warps)
         given = {**rows, "upstream": numbers, "grad": numbers}
         yield Kernel(f"norm backward, {name}", rms_norm._backward, given, known, warps)
     strides = {f"{what}_{axis}": "i32" for what in ("x", "out") for axis in ("b", "head", "t")} | {"angles_b": "i32"}
     angles = {"x": numbers, "out": numbers, "cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
-    for heads, half in ((8, 128), (16, 128), (32, 64)):
+    for heads, half in ((4, 128), (8, 128), (16, 128), (32, 64)):
         given = {**angles, **strides, "heads": "i32", "tokens": "i32", "half": "i32"}
         yield Kernel(f"rotary, {heads} heads of {2 * half}", rotary._turn, given, {"HEADS": heads, "HALF": half})
     given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1"}
@@ -101,8 +107,8 @@ def _of_decoding(numbers: str) -> Iterator[Kernel]:
     parts = {**dict.fromkeys(("tops", "totals", "sums"), "*fp32"), "held": "*i64", "spans": "i32"}
     strides = ("q_b", "q_head", "k_b", "k_head", "k_place", "v_b", "v_head", "v_place")
     given = dict.fromkeys(("query", "keys", "values"), numbers) | dict.fromkeys(strides, "i32") | parts
-    for name, width, heads in (("gemma-2b", 256, 8), ("gemma-2-2b", 256, 2), ("gemma-2-27b", 128, 2)):
-        known = {"CAPS": True, "HEADS": heads, "GROUP": decode_attention.GROUP, "H": width,
+    for name, width, heads, caps in DECODED:
+        known = {"CAPS": caps, "HEADS": heads, "GROUP": decode_attention.GROUP, "H": width,
                  "SPAN": decode_attention.SPAN, "STEP": step, "STAGES": stages}  # fmt: skip
         yield Kernel(f"one query, {name}", decode_attention._spans, given | {"scale": "fp32", "cap": "fp32"}, known,
                      warps, even=strides)  # fmt: skip

@@ -87,7 +87,7 @@ BREAKS = (
         "embedding_scale",
         "torch.tensor(self.embedding_dim**0.5, dtype=dtype)",
         "torch.tensor(self.embedding_dim**0.5)",
-        "test_fault_04_the_embedding_scale_is_rounded_to_the_activation_dtype",
+        "test_fault_04_d17_the_embedding_scale_is_rounded_to_the_activation_dtype",
     ),
     Break(
         "rotary_halves",

@@ -14,9 +14,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from gemma_ft.adapters.quantize import Kind, make_empty, quantization_config
 from gemma_ft.build.located import Source
-from gemma_ft.build.pretrained import checked_folder
-from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights
-from gemma_ft.build.weights import WeightFiles
+from gemma_ft.build.pretrained import checked_weights
+from gemma_ft.build.text_weights import check_fits
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
@@ -37,15 +36,12 @@ def empty_base(
     """
     if quantize == "int8":
         raise UserError("quantize.kind: int8 weights cannot be sharded; use nf4, or --launch ddp")
-    folder = checked_folder(source)
-    config = read_config(folder)
+    files = checked_weights(source)
+    config = read_config(files.folder)
     config.dtype, config._attn_implementation = dtype, attention
     with torch.device("meta"):
         model = GemmaForCausalLM(config).to(dtype)
-    if has_other_names(folder):
-        check_fits(model_weights(folder), model, source.name)
-    else:
-        _check_files(model, model_weights(folder), source)
+    check_fits(files, model, source.name)
     if quantize is not None:
         quantizer = AutoHfQuantizer.from_config(
             quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype), pre_quantized=False
@@ -62,7 +58,7 @@ def empty_base(
             module.register_parameter(name, nn.Parameter(one, requires_grad=quantize is None))
     model.tie_weights()
     keep_trainable(model)
-    generation = read_generation_config(folder)
+    generation = read_generation_config(files.folder)
     if generation is not None:
         model.generation_config = generation
     model.name_or_path = source.name
@@ -77,14 +73,3 @@ def is_empty(parameter: Tensor) -> bool:
 def base_name(name: str) -> str:
     """The name that a parameter has in the base's files: without what PEFT puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _check_files(model: Any, files: WeightFiles, source: Source) -> None:
-    """Raises: UserError for the first tensor that is missing from the files, or has another shape."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in wanted.items():
-        if name not in files.names:
-            raise UserError(f"{source.name}: has no tensor {name}; its config.json is another model's")
-        if files.info(name).shape != shape:
-            found = list(files.info(name).shape)
-            raise UserError(f"{source.name}: {name} is {found}, its config.json asks for {list(shape)}")

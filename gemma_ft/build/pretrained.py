@@ -20,6 +20,7 @@ from gemma_ft.build.located import Source, adapter_in, check_is_model, folder_of
 from gemma_ft.build.new_tokens import take_rows
 from gemma_ft.build.place import AdapterFiles, Place, place_of
 from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights, unread
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode import tokenizer as tokenizers
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
@@ -51,17 +52,17 @@ def load_base(
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else hardware.default_device()
-    folder = checked_folder(source)
+    files = checked_weights(source)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
     if quantize is not None:
         options["quantization_config"] = quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype)
     try:
-        if has_other_names(folder):
-            model = _renamed(folder, options)
+        if has_other_names(files.folder):
+            model = _renamed(files, options)
         else:
-            model = GemmaForCausalLM.from_pretrained(str(folder), **options)
+            model = GemmaForCausalLM.from_pretrained(str(files.folder), **options)
     except UserError:
         raise
     except (*LOAD_ERRORS, ImportError) as error:
@@ -77,11 +78,11 @@ def load_base(
     return model
 
 
-def _renamed(folder: Path, options: dict[str, Any]) -> Any:
+def _renamed(files: WeightFiles, options: dict[str, Any]) -> Any:
     """The model of a folder whose files may call its tensors otherwise, or hold other models too: transformers' loader
     is given those of the text model alone, under our names.
     """
-    config, files = read_config(folder), model_weights(folder)
+    folder, config = files.folder, read_config(files.folder)
     config.name_or_path = str(folder)
     if getattr(config, "quantization_config", None) is None:  # else there are more tensors than the config tells
         with torch.device("meta"):
@@ -240,9 +241,9 @@ def _check_base_stays(model: Any, adapter: AdapterFiles) -> None:
             )
 
 
-def checked_folder(source: Source) -> Path:
-    """The folder of a model. Raises: UserError where its weights are no whole safetensors, an adapter lies in it, or
-    its generation_config.json is damaged.
+def checked_weights(source: Source) -> WeightFiles:
+    """The weights of the text model in a source's folder, their headers read once. Raises: UserError where they are no
+    whole safetensors, an adapter lies in the folder, or its generation_config.json is damaged.
     """
     folder = folder_of(source)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -251,6 +252,6 @@ def checked_folder(source: Source) -> Path:
             f"{source.name}: an adapter lies in this model folder and would be put on unasked; "
             "move it to its own folder"
         )
-    model_weights(folder)
+    files = model_weights(folder)
     read_generation_config(folder)
-    return folder
+    return files

@@ -24,7 +24,8 @@ from gemma_ft.errors import UserError
 from gemma_ft.export.adapter_folder import vllm_notes, write_adapter
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import chat_notes
-from gemma_ft.export.gguf_file import gguf_library, plan_gguf, write_gguf
+from gemma_ft.export.gguf_file import plan_gguf, write_gguf
+from gemma_ft.export.gguf_reader import gguf_library
 from gemma_ft.export.gguf_tokenizer import read_vocabulary, token_count
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder
 from gemma_ft.export.merge.merged import MergedWeights, merged_weights

@@ -5,7 +5,6 @@ at a time.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_chat import add_chat
 from gemma_ft.export.gguf_check import check_for_llama_cpp, known_to_llama_cpp
+from gemma_ft.export.gguf_reader import gguf_library, read_gguf
 from gemma_ft.export.gguf_tokenizer import GgufVocabulary, add_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.families.records import FAMILIES
@@ -65,14 +65,6 @@ class GgufPlan:
     def bytes(self) -> int:
         """What its tensors weigh."""
         return sum(tensor.bytes for tensor in self.tensors)
-
-
-def gguf_library() -> ModuleType:
-    """The gguf package. Raises: UserError when it is not installed."""
-    try:
-        return importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise UserError("--to gguf needs the package gguf; install it with: pip install 'gemma-ft[gguf]'") from error
 
 
 def plan_gguf(weights: MergedWeights, kind: GgufType, *, tokens: int | None = None) -> GgufPlan:
@@ -164,10 +156,15 @@ def write_gguf(
 
 
 def verify_gguf(path: Path, tensors: list[GgufTensor]) -> None:
-    """Open a file that was just written and find every tensor in it, whole. A difference is a fault of ours."""
-    reader = gguf_library().GGUFReader(str(path))
-    found = {tensor.name: (tuple(int(n) for n in reversed(tensor.shape)), tensor.n_bytes) for tensor in reader.tensors}
-    assert found == {tensor.name: (tensor.shape, tensor.bytes) for tensor in tensors}, f"{path}: not as planned"
+    """Open a file that was just written and find every tensor in it, whole and of its type. A difference is a fault of
+    ours.
+    """
+    try:
+        found = {one.name: (one.shape, one.type, one.bytes) for one in read_gguf(path).tensors.values()}
+    except UserError as error:
+        raise AssertionError(str(error)) from error  # its cure is for files that came from elsewhere
+    planned = {tensor.name: (tensor.shape, tensor.stored.upper(), tensor.bytes) for tensor in tensors}
+    assert found == planned, f"{path}: not as planned"
 
 
 def _add_general(

@@ -17,7 +17,7 @@ from gemma_ft.__main__ import main
 from gemma_ft.build.inputs import build_tokenizer, weights_source
 from gemma_ft.build.located import Source, model_source
 from gemma_ft.build.place import place_of
-from gemma_ft.build.pretrained import checked_folder, load_model, load_tokenizer
+from gemma_ft.build.pretrained import checked_weights, load_model, load_tokenizer
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.recipe.load import load_recipe
@@ -142,7 +142,7 @@ def test_an_adapter_or_a_run_as_weights_is_to_be_merged_first(here: Path) -> Non
     )
     assert weights("full") == "model.weights: full: a run; give the model in it, full/model"
     adapter = Source(str(here / "run" / "adapter"), None)  # as one from the hub, which is a folder when it is here
-    assert line(checked_folder, adapter).endswith(f"(gemma-ft merge {adapter.name} --out DIR) and give DIR")
+    assert line(checked_weights, adapter).endswith(f"(gemma-ft merge {adapter.name} --out DIR) and give DIR")
     (here / "on").mkdir()
     (here / "on" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "run/adapter"})
@@ -159,7 +159,7 @@ def test_what_is_a_model_is_taken_as_before(here: Path) -> None:
     (here / "both").mkdir()
     for name in ("config.json", "adapter_config.json"):
         (here / "both" / name).write_text("{}")
-    assert line(checked_folder, model_source("both")).endswith("move it to its own folder")
+    assert line(checked_weights, model_source("both")).endswith("move it to its own folder")
     assert line(model_source, "nowhere/at/all") == f"nowhere/at/all: no such folder; {MODEL}"
     assert model_source("google/gemma-2-2b") == Source("google/gemma-2-2b", None)
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemma_ft.build import weights as weights_module
 from gemma_ft.build.empty_weights import empty_base
 from gemma_ft.build.located import Source
 from gemma_ft.build.place import BaseFiles
@@ -23,8 +24,10 @@ from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.build.text_weights import model_weights, others_fingerprint, others_told
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
+from gemma_ft.families.records import PRESETS
+from gemma_ft.model.gemma import GemmaForCausalLM
 from tests.multimodal import index_of, reference, rewrite, save_multimodal
-from tests.parity.amplified import relative
+from tests.parity.amplified import amplify, relative
 
 Weights = dict[str, Tensor]
 IDS = torch.randint(8, 300, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -139,6 +142,45 @@ def test_what_does_not_fit_is_refused_before_any_tensor_is_read(
         with pytest.raises(UserError) as raised:
             build()
         assert str(raised.value) == f"{folder}: {message}"
+
+
+UNFITTING: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "missing": (without("model.norm.weight"), "missing keys in the weights: model.norm.weight"),
+    "unknown": (having(model__router__weight=torch.zeros(2)), "unexpected keys in the weights: model.router.weight"),
+    "another shape": (
+        having(model__norm__weight=torch.zeros(3)),
+        "mismatched keys in the weights: model.norm.weight is [3], config.json asks for [64]",
+    ),
+    "another head": (
+        lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] * 2},
+        BROKEN["another head"][1],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFITTING)
+def test_of_a_text_model_alone_slices_are_refused_in_the_loader_s_words(case: str, tmp_path: Path) -> None:
+    """A Gemma 2, whose files have no other names, loaded whole by transformers or to be cut over ranks."""
+    change, message = UNFITTING[case]
+    model = GemmaForCausalLM(PRESETS["gemma-tiny"].config(vocab_size=101, hidden_size=64, num_hidden_layers=2))
+    amplify(model)
+    model.save_pretrained(str(tmp_path))
+    empty_base(Source(str(tmp_path), None), dtype=torch.float32)
+    rewrite(tmp_path, change)
+    for build in (lambda: loaded(tmp_path), lambda: empty_base(Source(str(tmp_path), None), dtype=torch.float32)):
+        with pytest.raises(UserError) as raised:
+            build()
+        assert str(raised.value) == f"{tmp_path}: {message}"
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_headers_are_read_once(quantize: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    header = weights_module._header
+    monkeypatch.setattr(weights_module, "_header", lambda path: read.append(path) or header(path))
+    loaded(folder, quantize=quantize)
+    empty_base(Source(str(folder), None), dtype=torch.bfloat16, quantize=quantize)
+    assert read == [folder / "model.safetensors"] * 2
 
 
 def test_another_prefix_beside_it_is_no_second_model(folder: Path) -> None:

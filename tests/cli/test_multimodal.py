@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +14,19 @@ from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.cli.app import main
+from gemma_ft.export.gguf_reader import read_gguf
 from gemma_ft.families.records import PRESETS
 from gemma_ft.infer.session import open_session
 from gemma_ft.model.config import read_config
+from gemma_ft.serve.limits import Limits
 from tests.export.tuned import names_in, same_bytes
 from tests.multimodal import reference, save_multimodal
 from tests.parity.amplified import relative
+from tests.serve.conftest import serving
 
 IDS = torch.randint(8, 300, (1, 40), generator=torch.Generator().manual_seed(0))
 SIZE = "gemma-3-4b"
+QUESTION, TOKENS = "photo shoot, 17:05, 35 minutes, Wednesday, with Yusuf", 4
 
 
 @pytest.fixture
@@ -112,6 +118,66 @@ def test_a_graft_is_a_base_again_and_a_full_run_of_it_goes_back(
     own = tensors(tmp_path / "full" / "model")
     assert all(same_bytes(after[f"language_model.{name}"], one) for name, one in own.items())
     assert train(tmp_path / "graft", tmp_path / "again", "adapter.rank=2", "train.max_steps=1") == 0
+
+
+def asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a verb that answers writes to stdout."""
+    capsys.readouterr()
+    assert main([*words, "--max-tokens", str(TOKENS)]) == 0, words
+    return capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_every_verb_gives_a_run_s_answer(
+    kind: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """generate, chat and the server, at once and streamed, in the numbers and over the weights of training."""
+    strategy = ["strategy=lora", "~quantize"] if kind == "none" else ["strategy=qlora", f"quantize.kind={kind}"]
+    run = tmp_path / "run"
+    assert train(base, run, *strategy, "adapter.rank=2", "train.max_steps=6") == 0
+    answer = asked(["generate", str(run), "--prompt", QUESTION], capsys)
+    assert answer
+    assert answer != asked(["generate", str(base), "--prompt", QUESTION], capsys), "it was tuned"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    assert asked(["chat", str(run)], capsys) == answer
+    chat = {"model": "run", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": TOKENS}
+    with serving(open_session(run, max_batch=2), Limits(max_batch=2)) as served:
+        whole = json.loads(served.ask("POST", "/v1/chat/completions", chat).content)["choices"][0]
+        lines = served.ask("POST", "/v1/chat/completions", {**chat, "stream": True}).content.decode().split("\n\n")
+    assert (whole["message"]["content"].strip(), whole["finish_reason"]) == (answer, "length")
+    parts = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+    assert "".join(part["delta"].get("content", "") for part in parts) == whole["message"]["content"]
+    assert main(["eval", str(run), "--rows", "2", "--out", f"{tmp_path}/eval.json"]) == 0
+    assert list(json.loads((tmp_path / "eval.json").read_text())["models"]) == ["base", "adapter", "merged"]
+    assert main(["report", str(run), "--out", f"{tmp_path}/report.html"]) == 0
+    assert SIZE in (tmp_path / "report.html").read_text()
+
+
+def test_its_text_goes_into_a_gguf_file_and_back(base: Path, tmp_path: Path) -> None:
+    """Tuned and merged, in float32: what comes back is bit for bit what was merged, by the config of either folder."""
+    pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
+    run, merged, file = tmp_path / "run", tmp_path / "merged", tmp_path / "x.gguf"
+    assert train(base, run, "strategy=lora", "~quantize", "adapter.rank=2", "train.max_steps=1") == 0
+    assert main(["merge", str(run), "--out", str(merged), "--prompts", "2"]) == 0
+    for source, out in ((merged, file), (run, tmp_path / "y.gguf")):
+        assert main(["export", str(source), "--to", "gguf", "--gguf-type", "f32", "--out", str(out)]) == 0
+    expected = tensors(merged)
+    assert not any("vision" in name or "projector" in name for name in expected)
+    for name, config in (("by_base", base), ("by_merged", merged)):
+        words = ["import", str(file), "--config", str(config / "config.json"), "--out", str(tmp_path / name)]
+        assert main(words) == 0
+        found = tensors(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert all(same_bytes(one, expected[key].float()) for key, one in found.items())
+        assert read_config(tmp_path / name).layer_types == read_config(base).layer_types
+    again = tmp_path / "z.gguf"
+    assert main(["export", f"{tmp_path}/by_base", "--to", "gguf", "--gguf-type", "f32", "--out", str(again)]) == 0
+    first, second = (read_gguf(each) for each in (file, again))
+    assert len(first.tensors) == len(expected)
+    for name, one in first.tensors.items():
+        other = second.tensors[name]
+        assert one.type == other.type == "F32"
+        assert bytes(first.data[one.start :][: one.bytes]) == bytes(second.data[other.start :][: other.bytes]), name
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +23,9 @@ from gemma_ft.errors import UserError
 from gemma_ft.export import gguf_file
 from gemma_ft.export.form_names import GgufType
 from gemma_ft.export.gguf_check import check_for_llama_cpp
-from gemma_ft.export.gguf_file import plan_gguf, write_gguf
+from gemma_ft.export.gguf_file import plan_gguf, verify_gguf, write_gguf
 from gemma_ft.export.gguf_pieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from gemma_ft.export.gguf_reader import gguf_library
 from gemma_ft.export.gguf_tokenizer import read_vocabulary
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.families.chat_template import TURNS
@@ -263,8 +265,30 @@ def test_more_tokens_than_rows_are_refused() -> None:
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError) as error:
-        gguf_file.gguf_library()
+        gguf_library()
     assert str(error.value) == "--to gguf needs the package gguf; install it with: pip install 'gemma-ft[gguf]'"
+
+
+def test_a_written_file_is_held_against_its_plan(tmp_path: Path) -> None:
+    """A tensor too many, one of another shape, name or type, and a file cut short: nothing for a user to fetch."""
+    out = tmp_path / "x.gguf"
+    write(Path(TINY), out, "bf16")
+    tensors = plan_gguf(MergedWeights(place_of(TINY), []), "bf16").tensors
+    verify_gguf(out, tensors)
+    first = tensors[0]
+    assert len(first.shape) == 2
+    for wrong in (
+        [],
+        [replace(first, name="blk.9.x")],
+        [replace(first, shape=first.shape[::-1])],
+        [replace(first, stored="f16")],  # of as many bytes
+        [replace(first, bytes=first.bytes // 2)],
+    ):
+        with pytest.raises(AssertionError, match="not as planned"):
+            verify_gguf(out, [*wrong, *tensors[1:]])
+    out.write_bytes(out.read_bytes()[:-32])
+    with pytest.raises(AssertionError, match="cut short"):
+        verify_gguf(out, tensors)
 
 
 def test_bf16_weights_are_stored_as_they_are(tmp_path: Path) -> None:

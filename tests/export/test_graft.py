@@ -182,6 +182,7 @@ def test_the_card_says_what_was_tuned(folders: Folders) -> None:
     export_model(str(folders.adapter), options)
     card = (folders.root / "graft" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card
+    assert "tags:\n- gemma3\n- gemma-ft\n" in card, "as its config.json says"
     assert "Its text model was tuned; its vision tower and all other files are the base's, byte for byte." in card
     assert "As its own chat template writes them." in card
     assert str(folders.root) not in card + (folders.root / "graft" / "merge.json").read_text()

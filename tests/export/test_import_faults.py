@@ -17,8 +17,8 @@ import pytest
 from gemma_ft.errors import DiskError, UserError
 from gemma_ft.export import hf_folder
 from gemma_ft.export.gguf_import import import_gguf as import_module
-from gemma_ft.export.gguf_import.gguf_reader import read_gguf
 from gemma_ft.export.gguf_import.import_gguf import import_gguf, plan_import
+from gemma_ft.export.gguf_reader import read_gguf
 from tests.export.files_to_import import exported, rewritten
 from tests.export.tuned import TINY, names_in, save_base
 

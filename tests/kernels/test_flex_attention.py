@@ -14,6 +14,7 @@ from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.kernels.flex_attention import block_mask, flex_attention
 from gemma_ft.model import attention
 from gemma_ft.model.attention import BACKENDS, AttentionMask, first_visible, visible_keys
+from tests.parity.amplified import SECOND, THIRD, ours, relative, token_rows
 
 TOKENS, WIDTH = 150, 16  # more than one block of a mask, and no multiple of one
 HEADS = 4
@@ -87,6 +88,45 @@ def test_the_backend_takes_it_where_it_serves_and_runs_of_keys_are_seen(monkeypa
     one = [parts[0][:, :, -1:], *parts[1:]]
     BACKENDS["blockwise"](*one, AttentionMask(lambda: mask[:, :, -1:]), **options)
     assert calls == [6]
+
+
+PASSES: dict[str, dict[str, Tensor]] = {
+    "alone": {},
+    "padded": {"attention_mask": (torch.arange(TOKENS) >= torch.tensor([[0], [7]])).long()},
+    "packed": {"document_ids": torch.cat((documents([70, 30, 50]), documents([1, 140, 9])))},
+}
+
+
+@pytest.mark.parametrize("given", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize("shape", ["gemma-3-270m", "gemma-3-4b", THIRD, SECOND])
+def test_a_model_with_two_kinds_of_layers_makes_two_masks(
+    shape: str, given: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole models: norms of queries and keys, two RoPE bases, one mask of blocks for each kind of layer in a pass."""
+    window, kinds = 40, ["sliding_attention", "full_attention"] * 2
+    options = {"sliding_window": window, "num_hidden_layers": 4, "layer_types": kinds}
+    flex, eager = (ours(shape, attn_implementation=name, **options) for name in ("blockwise", "eager"))
+    ids, real = token_rows(2, TOKENS), given.get("attention_mask", torch.ones(2, TOKENS)).bool()
+    masks: list[Any] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any) -> Tensor:
+        masks.append(mask)
+        return flex_attention(query, key, value, mask, **how)
+
+    monkeypatch.setattr(module, "serves", lambda query, *_: query.shape[2] > 1)
+    monkeypatch.setattr(module, "flex_attention", attend)
+    with torch.no_grad():
+        found, expected = (one(ids, **given, use_cache=False).logits[real] for one in (flex, eager))
+    assert relative(found, expected) < 1e-4
+    assert [one is masks[0] for one in masks] == [one is not masks[1] for one in masks] == [True, False] * 2
+    batch, head = torch.tensor(0), torch.tensor(0)
+    seen = [[bool(mask.mask_mod(batch, head, torch.tensor(60), torch.tensor(key))) for key in range(61)]
+            for mask in masks[:2]]  # fmt: skip
+    assert [row.count(True) for row in seen] == [window, 61]
+    for wrong in ({"sliding_window": window + 1}, {"layer_types": kinds[::-1]}):
+        with torch.no_grad():
+            other = ours(shape, attn_implementation="eager", **{**options, **wrong})(ids, **given).logits[real]
+        assert relative(other, expected) > 1e-3, wrong
 
 
 def test_it_serves_what_is_trained_and_what_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

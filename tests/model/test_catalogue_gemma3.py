@@ -19,11 +19,11 @@ from gemma_ft.kernels.attention import eager_attention
 from gemma_ft.model.attention import AttentionMask
 from gemma_ft.model.config import GemmaNumerics
 from gemma_ft.model.gemma import GemmaForCausalLM
-from gemma_ft.model.layers import GemmaMLP, GemmaRMSNorm, GemmaScaledEmbedding, layer_angles
+from gemma_ft.model.layers import GemmaMLP, GemmaRMSNorm, layer_angles
 from tests.model.test_faults_attention import influence, spied
+from tests.parity.amplified import GEMMA_3 as SIZES
 from tests.parity.amplified import SHRINK, THIRD, TOKENS, VAULT, WINDOW, ours, relative, tiny_config, token_rows
 
-SCALES = {"gemma-3-270m": 25.25, "gemma-3-1b": 34.0, "gemma-3-4b": 50.5, "gemma-3-12b": 62.0, "gemma-3-27b": 73.5}
 KINDS = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
@@ -90,26 +90,13 @@ def test_d15_a_cap_on_attention_is_refused_and_one_on_logits_is_applied() -> Non
 
 def test_d16_the_table_is_as_long_as_the_config_says() -> None:
     """262,208 rows where a folder holds a vision tower, 262,144 where not, whatever a tokenizer counts."""
-    rows = {name: PRESETS[name].fields["vocab_size"] for name in SCALES}
+    rows = {name: PRESETS[name].fields["vocab_size"] for name in SIZES}
     assert rows == dict.fromkeys(("gemma-3-270m", "gemma-3-1b"), 262_144) | dict.fromkeys(
         ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"), 262_208
     )
     model = ours(THIRD, vocab_size=107)
     assert model.get_input_embeddings().num_embeddings == 107
     assert model(token_rows()).logits.shape[-1] == 107
-
-
-@pytest.mark.parametrize("preset", SCALES)
-def test_d17_the_embedding_scale_is_rounded_to_the_dtype_of_the_weights(preset: str) -> None:
-    width = PRESETS[preset].fields["hidden_size"]
-    embedding, ids = GemmaScaledEmbedding(1, width), torch.zeros(1, 1, dtype=torch.long)
-    weight = torch.randn(width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    embedding.weight.data[0] = weight
-    assert torch.equal(embedding(ids)[0, 0], weight.float() * width**0.5)
-    expected = (weight.float() * SCALES[preset]).bfloat16()
-    assert torch.equal(embedding.bfloat16()(ids)[0, 0], expected)
-    assert not torch.equal((weight.float() * width**0.5).bfloat16(), expected), "unrounded it would be another"
-    assert torch.equal(embedding.float()(ids)[0, 0], weight.float() * width**0.5), "not what it was rounded to before"
 
 
 @pytest.mark.parametrize("window", [512, 9])
@@ -146,7 +133,7 @@ def test_r11_sliding_layers_keep_their_window_when_a_mask_is_given(cached: bool)
     assert moved == [place > TOKENS - 1 - WINDOW for place in range(TOKENS)]
 
 
-@pytest.mark.parametrize("preset", SCALES)
+@pytest.mark.parametrize("preset", SIZES)
 def test_r14_the_factor_of_8_is_of_full_layers_alone_and_of_long_sizes_alone(preset: str) -> None:
     """Angles of position 1000 against arithmetic on Python's own floats, in each layer."""
     layers = GemmaNumerics.from_config(PRESETS[preset].config()).layers
@@ -163,8 +150,8 @@ def test_r14_the_factor_of_8_is_of_full_layers_alone_and_of_long_sizes_alone(pre
 
 
 def test_r15_27b_scales_queries_by_168_and_not_by_its_head_dim(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {name: GemmaNumerics.from_config(PRESETS[name].config()).query_scale ** -2 for name in SCALES}
-    assert found == pytest.approx(dict.fromkeys(SCALES, 256) | {"gemma-3-27b": 168}, rel=1e-12)
+    found = {name: GemmaNumerics.from_config(PRESETS[name].config()).query_scale ** -2 for name in SIZES}
+    assert found == pytest.approx(dict.fromkeys(SIZES, 256) | {"gemma-3-27b": 168}, rel=1e-12)
     assert PRESETS["gemma-3-27b"].fields["head_dim"] == 128
     for shape, scalar in (("gemma-3-4b", 256 // SHRINK), (THIRD, 168 // SHRINK)):
         asked = spied(monkeypatch, ours(shape))
@@ -253,7 +240,7 @@ def test_queries_and_keys_are_normalized_head_by_head_and_then_turned() -> None:
     assert relative(attended(model, x, v=lambda one, weight: rms(one) * (1 + weight)), found) > 1e-3
 
 
-@pytest.mark.parametrize("preset", [*SCALES, VAULT])
+@pytest.mark.parametrize("preset", [*SIZES, VAULT])
 def test_the_full_layers_of_each_size(preset: str) -> None:
     """Traps 3 and 4: every sixth, counted from 1; the last layer may have a window. VaultGemma has none at all."""
     layers, window = PRESETS[preset].fields["num_hidden_layers"], PRESETS[preset].fields.get("sliding_window")

@@ -23,11 +23,13 @@ from gemma_ft.model.layers import GemmaMLP, GemmaRMSNorm, GemmaScaledEmbedding, 
 from gemma_ft.model.lm_head import softcapped
 from tests.parity.amplified import FIRST, SECOND, masked_labels, ours, relative, tiny_config, token_rows
 
-ROUNDED = {"gemma-2b": 45.25, "gemma-7b": 55.5, "gemma-2-2b": 48.0, "gemma-2-9b": 59.75, "gemma-2-27b": 68.0}
+ROUNDED = {"gemma-2b": 45.25, "gemma-7b": 55.5, "gemma-2-2b": 48.0, "gemma-2-9b": 59.75, "gemma-2-27b": 68.0,
+           "gemma-3-270m": 25.25, "gemma-3-1b": 34.0, "gemma-3-4b": 50.5, "gemma-3-12b": 62.0,
+           "gemma-3-27b": 73.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", ROUNDED)
-def test_fault_04_the_embedding_scale_is_rounded_to_the_activation_dtype(preset: str) -> None:
+def test_fault_04_d17_the_embedding_scale_is_rounded_to_the_activation_dtype(preset: str) -> None:
     width = PRESETS[preset].fields["hidden_size"]
     embedding, ids = GemmaScaledEmbedding(1, width), torch.zeros(1, 1, dtype=torch.long)
     weight = torch.randn(width, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -39,6 +41,7 @@ def test_fault_04_the_embedding_scale_is_rounded_to_the_activation_dtype(preset:
         assert torch.equal(embedding(ids)[0, 0], expected)
     assert torch.equal(embedding.bfloat16()(ids)[0, 0], expected)
     assert torch.equal(unrounded.bfloat16(), expected) == (width == 2304), "48 is exact, the others would be seen"
+    assert torch.equal(embedding.float()(ids)[0, 0], unrounded), "not what it was rounded to before"
 
 
 @pytest.mark.parametrize("shape", [FIRST, SECOND])

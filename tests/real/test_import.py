@@ -12,8 +12,8 @@ import torch
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode.tokenizer import ContentEncoder, load_tokenizer
 from gemma_ft.export.export import ExportOptions, export_model
-from gemma_ft.export.gguf_import.gguf_reader import read_gguf
 from gemma_ft.export.gguf_import.import_gguf import import_gguf
+from gemma_ft.export.gguf_reader import read_gguf
 from gemma_ft.families.records import PRESETS
 from tests.real.corpus import has_sign_run, lines
 

@@ -81,7 +81,9 @@ class Card:
         on_hub = {name for name in (source.path.partition(":")[0] for source in sources) if _is_hub_data(name)}
         if on_hub:
             found["datasets"] = sorted(on_hub)
-        tags = [self.config.model_type, "gemma-ft", *([recipe.strategy] if recipe is not None else [])]
+        composite = FAMILIES[self.config.model_type].composite if self.graft else None
+        kind = composite.model_type if composite is not None else self.config.model_type
+        tags = [kind, "gemma-ft", *([recipe.strategy] if recipe is not None else [])]
         return {**found, "tags": tags}
 
     def _opening(self) -> str:

@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from gemma_ft.build.weights import EMBEDDING
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.export.gguf_file import hyperparameters
-from gemma_ft.export.gguf_import.gguf_reader import GgufFile
+from gemma_ft.export.gguf_reader import GgufFile
 from gemma_ft.families.family import Family
 from gemma_ft.families.records import FAMILIES, text_fields
 from gemma_ft.model.config import GemmaNumerics, read_config

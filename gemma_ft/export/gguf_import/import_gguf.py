@@ -17,9 +17,9 @@ from gemma_ft.errors import UserError
 from gemma_ft.export.card.license import GEMMA_NOTICE, POLICY_URL, is_tiny
 from gemma_ft.export.gguf_file import CONTRACT_KEY
 from gemma_ft.export.gguf_import.config_of_file import FoundConfig, config_of, family_of_file
-from gemma_ft.export.gguf_import.gguf_reader import GgufFile, read_gguf
 from gemma_ft.export.gguf_import.tokenizer_of_file import FileTokenizer, tokenizer_of_file
 from gemma_ft.export.gguf_import.weights_of_file import FileWeights, weights_of_file
+from gemma_ft.export.gguf_reader import GgufFile, read_gguf
 from gemma_ft.export.hf_folder import check_free, check_out, commit_model_folder
 from gemma_ft.export.metadata import CARD, NOTICE
 from gemma_ft.families.family import Family

@@ -18,8 +18,8 @@ from gemma_ft.data.encode.tokenizer import add_tokens
 from gemma_ft.data.encode.tokenizer_facts import SPACE_SIGN, is_text_token
 from gemma_ft.data.encode.tokenizer_model import Piece, settings_of
 from gemma_ft.errors import UserError
-from gemma_ft.export.gguf_import.gguf_reader import GgufFile
 from gemma_ft.export.gguf_pieces import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from gemma_ft.export.gguf_reader import GgufFile
 from gemma_ft.families.family import Family
 
 KEY = "tokenizer.ggml."

@@ -18,8 +18,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.build.weights import HEAD, WeightFiles, sharded
 from gemma_ft.errors import UserError
-from gemma_ft.export.gguf_file import ELEMENTS_AT_ONCE, gguf_library
-from gemma_ft.export.gguf_import.gguf_reader import GgufFile, StoredTensor
+from gemma_ft.export.gguf_file import ELEMENTS_AT_ONCE
+from gemma_ft.export.gguf_reader import GgufFile, StoredTensor, gguf_library
 from gemma_ft.families.family import Family
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.system.limits import MAX_SHARD_BYTES

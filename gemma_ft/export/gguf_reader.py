@@ -6,17 +6,18 @@ Source: ggml docs/gguf.md. The gguf package's own reader follows whatever counts
 
 from __future__ import annotations
 
+import importlib
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 
 from gemma_ft.errors import UserError
-from gemma_ft.export.gguf_file import gguf_library
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -60,6 +61,14 @@ class GgufFile:
         for first in range(0, rows, step):
             block = np.ascontiguousarray(raw[first : first + step])
             yield gguf.quants.dequantize(block, gguf.GGMLQuantizationType[tensor.type]).reshape(-1, columns)
+
+
+def gguf_library() -> ModuleType:
+    """The gguf package. Raises: UserError when it is not installed."""
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise UserError("--to gguf needs the package gguf; install it with: pip install 'gemma-ft[gguf]'") from error
 
 
 def read_gguf(path: Path) -> GgufFile:
