@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gemma_ft.kernels.gemv import are_few, gemv
-from gemma_ft.kernels.matmul import times_transposed
+from gemma_ft.kernels.matmul import times, times_transposed
 from gemma_ft.kernels.nf4 import dequantize_nf4_for_now, nf4_product
 
 
@@ -25,6 +26,27 @@ def frozen_product(rows: Tensor, weight: Tensor, state: Any | None) -> Tensor:
     if weight.dtype == rows.dtype and are_few(rows, len(rows)):
         return gemv(rows, weight)
     return times_transposed(rows, weight.to(rows.dtype))
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.state = state
+        return frozen_product(x, weight, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return times(upstream, plain(weight, ctx.state, upstream.dtype)), None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, state: Any | None) -> Tensor:
+    """x [..., I] -> [..., O]: `frozen_product`, with the gradient of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Frozen.apply(rows, weight, state)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 def plain(weight: Tensor, state: Any | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
+from gemma_ft.adapters.fused_lora import lora_or_base, lora_parts, only_adapter
 from gemma_ft.kernels.fused_decode import LinearParts
 from gemma_ft.system import environment
 
@@ -31,8 +31,7 @@ class FusedLinear(Linear):
         name = only_adapter(self, x, args, kwargs)
         if name is None or self.base_layer.weight.dtype != x.dtype:
             return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return fused_lora(x, self.base_layer.weight, None, a, b, self.scaling[name])
+        return lora_or_base(self, name, x, None)
 
     def linear_parts(self) -> LinearParts | None:
         """See `lora_parts`."""

@@ -2,8 +2,9 @@
 
 PEFT casts x to the adapter's float32, multiplies there and keeps the cast input for backward; here all products are in
 x's dtype, as autocast has them, and x itself is all that is kept beside x Aᵀ. The layers are PEFT's in every other way:
-names, files, merging, disabling. Where a layer is not plain LoRA (dropout, DoRA, bias, several adapters, merged, int8)
-PEFT's own forward runs.
+names, files, merging, disabling. Switched off, the product with the frozen weight stays the one that it was, to the
+bit: a base is what its fresh adapter is. Where a layer is not plain LoRA (dropout, DoRA, bias, several adapters,
+merged, int8) PEFT's own forward runs.
 
 Letters: M rows, I input and O output features, R rank.
 """
@@ -16,28 +17,46 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemma_ft.adapters.frozen_linear import frozen_product, plain
+from gemma_ft.adapters.frozen_linear import frozen_linear, frozen_product, plain
 from gemma_ft.kernels.add_lora import add_lora_reference, lora_implementation, scaled_product
 from gemma_ft.kernels.fused_decode import LinearParts
 from gemma_ft.kernels.gemv import unhooked
 from gemma_ft.kernels.matmul import times, transposed_times
 
 
-def fused_lora(x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def fused_lora(
+    x: Tensor,
+    weight: Tensor,
+    state: Any | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    training: bool = False,
+) -> Tensor:
     """x [..., I] -> [..., O] in x.dtype. `weight` [O, I], or NF4 bytes with bitsandbytes' QuantState; it is frozen.
-    lora_a [R, I] and lora_b [O, R] in any dtype; their gradients have it.
+    lora_a [R, I] and lora_b [O, R] in any dtype; their gradients have it. `training`: compute as if a gradient was
+    asked for, also of an adapter that has none.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _FusedLora.apply(rows, weight, state, lora_a, lora_b, scaling)
+    out: Tensor = _FusedLora.apply(rows, weight, state, lora_a, lora_b, scaling, training)
     return out.view(*x.shape[:-1], lora_b.shape[0])  # out here: a view that a function returns cannot be written to
 
 
 class _FusedLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state: Any | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        state: Any | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        training: bool,
     ) -> Tensor:
-        if not any(ctx.needs_input_grad) and (chosen := lora_implementation(x, lora_a, lora_b)).name != "torch":
+        answers = not (training or any(ctx.needs_input_grad))
+        if answers and (chosen := lora_implementation(x, lora_a, lora_b)).name != "torch":
             x = x.contiguous()
             out = frozen_product(x, weight, state)
             chosen.run(x, lora_a, lora_b, scaling, out)
@@ -62,13 +81,22 @@ class _FusedLora(torch.autograd.Function):
             grad_a = transposed_times(grad_low, x, ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
             grad_b = transposed_times(upstream, low, ctx.dtypes[1])
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def lora_or_base(layer: Any, name: str, x: Tensor, state: Any | None) -> Tensor:
+    """What a layer of PEFT's whose one adapter is `name` makes of x [..., I]; without it where adapters are off."""
+    weight = layer.base_layer.weight
+    if layer.disable_adapters:
+        return frozen_linear(x, weight, state)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return fused_lora(x, weight, state, a, b, layer.scaling[name], training=layer.training)
 
 
 def only_adapter(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The name of a layer's one adapter, where the layer computes what `fused_lora` does; else None."""
+    """The name of a layer's one adapter, on or off, where the layer computes what `fused_lora` does; else None."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1:
+    if args or kwargs or layer.merged or len(active) != 1:
         return None
     (name,) = active
     base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]

@@ -10,7 +10,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from gemma_ft.adapters.frozen_linear import state_of
-from gemma_ft.adapters.fused_lora import fused_lora, lora_parts, only_adapter
+from gemma_ft.adapters.fused_lora import lora_or_base, lora_parts, only_adapter
 from gemma_ft.kernels.fused_decode import LinearParts
 
 
@@ -24,8 +24,7 @@ class FusedLinear4bit(Linear4bit):
             return super().forward(x, *args, **kwargs)
         if base.compute_dtype is not None and base.compute_dtype != x.dtype:
             return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return fused_lora(x, base.weight, state, a, b, self.scaling[name])
+        return lora_or_base(self, name, x, state)
 
     def linear_parts(self) -> LinearParts | None:
         """See `lora_parts`."""

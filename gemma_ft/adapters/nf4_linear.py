@@ -7,27 +7,11 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from gemma_ft.adapters.frozen_linear import frozen_product, plain, state_of
+from gemma_ft.adapters.frozen_linear import frozen_linear, state_of
 from gemma_ft.errors import UserError
 from gemma_ft.kernels.fused_decode import LinearParts
-from gemma_ft.kernels.matmul import times
 from gemma_ft.kernels.nf4 import nf4_implementation
-
-
-class _Frozen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.state = state
-        return frozen_product(x, weight, state)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return times(upstream, plain(weight, ctx.state, upstream.dtype)), None, None
 
 
 class UnpackedLinear4bit(Linear4bit):
@@ -46,9 +30,7 @@ class UnpackedLinear4bit(Linear4bit):
         if self.bias is not None or self.compute_dtype not in (None, state.dtype):
             found: Tensor = super().forward(x)
             return found
-        rows = x.to(state.dtype).reshape(-1, x.shape[-1])
-        out: Tensor = _Frozen.apply(rows, self.weight, state)
-        return out.view(*x.shape[:-1], state.shape[0]).to(x.dtype)
+        return frozen_linear(x.to(state.dtype), self.weight, state).to(x.dtype)
 
     def linear_parts(self) -> LinearParts | None:
         """The layer as a model that decodes takes it; None where `forward` is bitsandbytes' own."""

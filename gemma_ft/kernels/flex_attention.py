@@ -183,10 +183,13 @@ def serves(query: Tensor, *_: Tensor | None) -> bool:
     """Whether a query [B, N, T, H] meets its keys in it: where it runs, and where compiling for T is worth it."""
     if not query.is_cuda or query.shape[2] == 1 or query.dtype not in DTYPES:  # float64 is for laws
         return False
-    batch, heads, tokens, width = query.shape
-    if not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES:
-        return False  # a prompt, read in pieces: written out sooner than compiled for its length
-    return reason_against(query.device, width, query.dtype) is None
+    return reason_against(query.device, query.shape[3], query.dtype) is None
+
+
+def is_short(query: Tensor) -> bool:
+    """Whether a query [B, N, T, H] is a prompt, read in pieces: written out sooner than compiled for its length."""
+    batch, heads, tokens, _ = query.shape
+    return query.is_cuda and not torch.is_grad_enabled() and batch * heads * tokens**2 <= FEW_SCORES
 
 
 def verdict(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[bool, str]:

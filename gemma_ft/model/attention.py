@@ -17,7 +17,7 @@ from torch import Tensor
 from gemma_ft.errors import UserError
 from gemma_ft.kernels.attention import NO_CAP, eager_attention, sdpa_attention
 from gemma_ft.kernels.backend import implementation_of
-from gemma_ft.kernels.flex_attention import block_mask
+from gemma_ft.kernels.flex_attention import block_mask, is_short
 
 Attend = Callable[..., Tensor]
 
@@ -149,12 +149,13 @@ def visible_keys(
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, **options: Any) -> Tensor:
     """Blocks where queries see runs of keys, on a GPU by FlexAttention; a single query by itself; else every score
-    written out, or on a GPU without a cap SDPA.
+    written out, or on a GPU without a cap SDPA. In training mode the choice is the same with a gradient and without.
     """
-    dropout_p = options.pop("dropout_p", 0.0)
+    dropout_p, training = options.pop("dropout_p", 0.0), options.pop("training", False)
     single, whole = query.shape[2] == 1, query.shape[2] == key.shape[2]
     operation = "decode_attention" if single else "attention"
-    chosen = implementation_of(operation, query, key, value, fits=(single or whole) and not dropout_p)
+    fits = (single or whole) and not dropout_p and (training or single or not is_short(query))
+    chosen = implementation_of(operation, query, key, value, fits=fits)
     match operation, chosen.name:
         case "decode_attention", "cpu":
             seen = None if visible.everything else visible.mask
@@ -174,7 +175,9 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask
 def _masked(attend: Attend) -> Attend:
     """A backend that takes a mask."""
 
-    def attended(query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, **options: Any) -> Tensor:
+    def attended(
+        query: Tensor, key: Tensor, value: Tensor, visible: AttentionMask, *, training: bool = False, **options: Any
+    ) -> Tensor:
         return attend(query, key, value, visible.mask, **options)
 
     return attended

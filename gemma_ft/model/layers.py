@@ -148,6 +148,7 @@ class GemmaAttention(nn.Module):
             scale=self.numerics.query_scale,
             softcap=self.numerics.attn_softcap,
             dropout_p=(self.config.attention_dropout or 0.0) if self.training else 0.0,
+            training=self.training,
         )
         return linear(self.o_proj, out.transpose(1, 2).reshape(batch, tokens, -1))
 

@@ -1,5 +1,6 @@
 """Linear layers of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient; and
-how it stays one that can be trained.
+how it stays one that can be trained. In training mode a layer computes the same with a gradient and without, to the
+bit: what a policy is compared with is a pass of the same weights without one.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def keep_trainable(model: nn.Module) -> int:
 
 
 def _serves(layer: Any, x: Tensor) -> bool:
-    """Whether a plain layer's weight is in the dtype of x, and no gradient is asked for."""
-    if not is_plain(layer):
+    """Whether a plain layer's weight is in the dtype of x, and the layer only answers."""
+    if not is_plain(layer) or layer.training:
         return False
     weight = layer.weight
     asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

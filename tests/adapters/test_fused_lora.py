@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from gemma_ft.adapters import fused_layers as module
+from gemma_ft.adapters import fused_lora as module
 from gemma_ft.adapters.fused_layers import FusedLinear, with_fused_layers
 
 IN, OUT, RANK = 64, 128, 4
@@ -84,7 +84,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Calls of the fused function are counted."""
     seen: list[int] = []
     real = module.fused_lora
-    monkeypatch.setattr(module, "fused_lora", lambda *given: (seen.append(1), real(*given))[1])
+    monkeypatch.setattr(module, "fused_lora", lambda *given, **more: (seen.append(1), real(*given, **more))[1])
     return seen
 
 

@@ -138,9 +138,10 @@ def test_it_serves_what_is_trained_and_what_is_long(monkeypatch: pytest.MonkeyPa
     assert module.serves(query(64))
     assert not module.serves(query(1))
     assert not module.serves(query(64, torch.float64))
+    assert not module.is_short(query(64)), "a gradient is asked for"
     with torch.no_grad():
-        assert not module.serves(query(512)), "a prompt would wait for what is compiled for its length"
-        assert module.serves(query(4096))
+        assert module.is_short(query(512)), "a prompt would wait for what is compiled for its length"
+        assert not module.is_short(query(4096))
 
 
 def test_a_batch_has_a_row_of_the_mask_each(monkeypatch: pytest.MonkeyPatch) -> None:
