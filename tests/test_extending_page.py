@@ -68,7 +68,7 @@ OBJECTIVE = """
 import json
 import torch
 from gemma_ft.train.objectives.registry import build_objective, objective_names
-from gemma_ft.train.step import token_weights
+from gemma_ft.train.micro_batch import token_weights
 
 objective, batch = build_objective("unlikely"), {"labels": torch.tensor([[5, 6, -100]])}
 logprobs = torch.tensor([[0.0, 0.5, 0.0]]).log().clamp(min=-9)

@@ -20,11 +20,11 @@ from gemma_ft.build.model import build_model
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.micro_batch import micro_batch_loss, token_weights
 from gemma_ft.train.objectives.registry import NO_OBJECTIVES, Batch, Objective, build_objective, objective_names
 from gemma_ft.train.objectives.sft import SupervisedFineTuning
 from gemma_ft.train.progress import Listener
 from gemma_ft.train.sampler import StepRows
-from gemma_ft.train.step import micro_batch_loss, token_weights
 from tests.train.test_trainer import make_trainer
 
 RecipeFor = Callable[..., LoadedRecipe]
@@ -131,9 +131,9 @@ def through_the_seam(model: Any, batches: Sequence[Any], objective: Objective) -
     model.zero_grad()
     divisors, value = summed_divisors(objective, batches), 0.0
     for batch in batches:
-        loss, found = micro_batch_loss(model.train(), batch, objective, divisors)
-        loss.backward()
-        value += float(found)
+        found = micro_batch_loss(model.train(), batch, objective, divisors)
+        found.loss.backward()
+        value += float(found.value)
     return value, gradients(model)
 
 
