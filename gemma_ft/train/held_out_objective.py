@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.evaluate.held_out import held_out_loss
-from gemma_ft.train.kl_baseline import kl_baseline
+from gemma_ft.train.kl_baseline import HELD_OUT, kl_baseline
 from gemma_ft.train.micro_batch import Autocast, means_of, prepared, summed
 from gemma_ft.train.objectives.registry import Figures, Objective
 from gemma_ft.train.reference import Reference, known_to_model
@@ -58,7 +58,7 @@ def held_out_objective(
             break
         inputs = {**prepared(model, batch, objective, reference, device, autocast), **of_all}
         with autocast():
-            given = _given(model, inputs, objective)
+            given = given_to_objective(model, inputs, objective)
         values.append([float(term) for term in objective(given, inputs)])
         divisors.append(objective.divisors(inputs))
         figures.append(objective.figures(given, inputs))
@@ -90,7 +90,7 @@ def held_out_score(trainer: Any, stop: Callable[[], bool] = lambda: False) -> He
         size = trainer.args.per_device_eval_batch_size
         found = kl_baseline(
             model, rows[:], trainer.reference, collate=collate, pad_id=pad_id, size=size, world=world, device=device,
-            autocast=autocast,
+            autocast=autocast, step=HELD_OUT,
         )  # fmt: skip
         return {"kl_baseline": found}
 
@@ -100,8 +100,9 @@ def held_out_score(trainer: Any, stop: Callable[[], bool] = lambda: False) -> He
     )  # fmt: skip
 
 
-def _given(model: Any, inputs: Batch, objective: Objective) -> Tensor:
-    """What an objective is a function of: log-probabilities [B, T], or rewards [A]."""
+@torch.no_grad()
+def given_to_objective(model: Any, inputs: Batch, objective: Objective) -> Tensor:
+    """What an objective is a function of, of the model in its mode: log-probabilities [B, T], or rewards [A]."""
     if objective.scores:
         rewards: Tensor = model(**known_to_model(inputs), answer_ids=inputs["answer_ids"], use_cache=False).rewards
         return rewards.double()

@@ -19,6 +19,8 @@ from gemma_ft.train.micro_batch import Autocast
 from gemma_ft.train.reference import Reference, answer_logprobs
 from gemma_ft.train.sampler import Collate, Example, collated, dealt
 
+HELD_OUT = -1  # in place of a step's number
+
 
 @torch.no_grad()
 def kl_baseline(
@@ -32,18 +34,23 @@ def kl_baseline(
     world: World,
     device: torch.device,
     autocast: Autocast,
+    step: int,
 ) -> Tensor:
     """z = max(0, mean of log p - log q over some rows, each prompt with the answer of the next row), a scalar in
     float64. examples: those of all ranks, of which each computes its part, `size` at a time; z does not depend on it.
-    All ranks call it.
+    step: whose rows they are, or HELD_OUT. All ranks call it.
     """
-    asked = mismatched(examples)
+    asked, known = mismatched(examples), reference.mismatched.get(step)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for numbers in dealt(range(len(asked)), size, blank=len(asked), rank=world.rank, ranks=world.size):
         batch = collated(asked, numbers, collate, pad_id)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         with autocast():
-            total += (answer_logprobs(model, inputs) - reference.logprobs(model, inputs)).sum()
+            own = answer_logprobs(model, inputs)
+            if known is None:
+                total += (own - reference.logprobs(model, inputs)).sum()
+            else:
+                total += own.sum() - sum(float(known[number]) for number in numbers if number < len(asked))
     (whole,) = world.sum([float(total)])
     return torch.tensor(max(0.0, whole / len(asked)), dtype=torch.float64, device=device)
 

@@ -33,6 +33,7 @@ from gemma_ft.train.run_context import RunContext, TrainingLoop
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.sampler import Collate, TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
+from gemma_ft.train.start import prepare_objective
 from gemma_ft.train.summary import TrainedRun, summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer
@@ -157,6 +158,7 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
         if world.main:
             _clear_the_way(loop)
     try:
+        prepare_objective(loop, begins=checkpoint is None)
         if checkpoint is None:
             _score_before(loop)
         _train(loop, checkpoint)

@@ -7,7 +7,7 @@ Letters: B sequences of a micro-batch, T tokens, A answers.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ LIVE = ("adapter_off", "start")
 @dataclass(frozen=True)
 class Reference:
     """`kind`: as recipe.objectives.reference_kind names it; of none, and where batches bring their log-probabilities,
-    nothing is computed here.
+    nothing is computed here. `mismatched`: what was computed before of KTO's mismatched answers, by step: float64 [A].
     """
 
     kind: str = "none"
+    mismatched: dict[int, Any] = field(default_factory=dict)
 
     @property
     def live(self) -> bool:

@@ -85,6 +85,7 @@ def _baseline(parts: StepParts) -> Tensor:
     return kl_baseline(
         parts.model, examples, parts.reference, collate=parts.collate, pad_id=parts.pad_id, world=parts.world,
         size=parts.rows.plan.micro_batch_size, device=parts.device, autocast=parts.autocast,
+        step=parts.step,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def summary_of(
     """
     before = dict(progress.extra["before"])
     answers = before.pop("answers")
+    proof = progress.extra.get("zero_proof")
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -46,6 +47,7 @@ def summary_of(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "peak_bytes": hardware.peak_memory_bytes(),
         "train_loss": progress.last_loss,  # of the last optimizer step
+        **({"zero_proof": proof} if proof is not None else {}),
         "eval_before": before,
         "eval_after": after.figures(),
         **compared,

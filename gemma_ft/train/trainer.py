@@ -113,16 +113,17 @@ class GemmaTrainer(SFTTrainer):
         Trainer's own sampler draws its order from the global random state, which a resume cannot replay, and accelerate
         deals rows twice where they do not go round.
         """
-        examples = self.data.train
-        self._rows = StepRows(
-            len(examples),
-            self.batch,
-            seed=None if examples.streamed else self.args.seed,
-            rank=self.world.rank,
-            tokens=examples.lengths,
-        )
+        self._rows = self.step_rows()
         steps: Any = range(self._rows.steps_per_epoch)
         return DataLoader(steps, collate_fn=tuple)
+
+    def step_rows(self) -> StepRows:
+        """The rows of each step, and this rank's micro-batches of them."""
+        examples, seed = self.data.train, self.args.seed
+        return StepRows(
+            len(examples), self.batch, seed=None if examples.streamed else seed, rank=self.world.rank,
+            tokens=examples.lengths,
+        )  # fmt: skip
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """A whole optimizer step, the update included: Trainer, whose accumulation is 1, then finds no gradients and

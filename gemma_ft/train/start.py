@@ -1,0 +1,83 @@
+"""What an objective needs before the first step: the reference's log-probabilities where they are computed once, and
+the proof that the run starts at its reference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemma_ft.build.located import adapter_in, located
+from gemma_ft.build.place import AdapterFiles, place_of
+from gemma_ft.build.pretrained import load_model
+from gemma_ft.data.pack.preferences import PreferenceExamples
+from gemma_ft.errors import UserError
+from gemma_ft.model.config import numerics_hash
+from gemma_ft.system import environment, hardware
+from gemma_ft.train.precompute import precompute
+from gemma_ft.train.reference import LIVE
+from gemma_ft.train.result import base_fingerprint
+from gemma_ft.train.run_context import TrainingLoop
+from gemma_ft.train.zero_proof import zero_proof
+
+HERE = "precomputed"  # by the model of the run, as it is before training
+
+
+def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
+    """`begins`: the run has no step yet, and is proven to start right. All ranks call it. Raises: UserError."""
+    trainer, context = loop.trainer, loop.context
+    kind = trainer.reference.kind
+    if kind not in ("none", *LIVE):
+        with context.world.phase("the reference"):
+            _compute(loop, kind)
+    if not begins or trainer.objective.rows == "answers":
+        return
+    with context.world.phase("the proof of the start"):
+        proof = zero_proof(trainer)
+    told = proof.told() if proof else "none: there is no reference" if kind == "none" else f"none: compared with {kind}"
+    context.observer.say(f"  start      {told}")
+    if proof is not None:
+        loop.progress.extra["zero_proof"] = proof.as_dict()
+
+
+def _compute(loop: TrainingLoop, kind: str) -> None:
+    context, trainer, recipe = loop.context, loop.trainer, loop.context.recipe
+    dtype = recipe.train.precision
+    shared = [hardware.default_device().type, dtype, environment.own_kernels_wanted()]
+    found = [one for one in (trainer.data.train, trainer.data.held_out) if isinstance(one, PreferenceExamples)]
+    count = sum(len(one.pieces) for one in found)
+    with context.observer.job("reference answers", count) as job:
+        if kind == HERE:
+            model, identity = trainer.model, _identity(loop)
+        else:
+            if context.world.layout == "fsdp2":
+                raise UserError(f"objective.reference: {kind} is whole on each device; use --launch ddp")
+            place = place_of(kind)
+            place.check()
+            model = load_model(kind, dtype=hardware.dtype_by_name(dtype), quantize="auto")
+            identity = [place.of_base.weights.fingerprint(), place.of_adapter.hash if place.of_adapter else None]
+            _same_tokens(loop, kind, model)
+        precompute(trainer, model, [kind == HERE, *identity, *shared], advance=job.advance)
+
+
+def _identity(loop: TrainingLoop) -> list[Any]:
+    """What decides the model of the run as it is before training."""
+    context, recipe = loop.context, loop.context.recipe
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    found = adapter_in(Path(located(start))) if start is not None else None
+    return [
+        recipe.strategy,
+        base_fingerprint(context.source) or f"fresh {recipe.seed}",
+        AdapterFiles(found).hash if found is not None else None,
+        recipe.quantize.model_dump() if recipe.quantize is not None else None,
+        numerics_hash(context.model.config),
+        context.model.config._attn_implementation,
+    ]
+
+
+def _same_tokens(loop: TrainingLoop, name: str, model: Any) -> None:
+    """Raises: UserError where a reference has fewer rows than there are tokens."""
+    tokens = len(loop.context.tokenizer)
+    if model.config.vocab_size < tokens:
+        raise UserError(f"objective.reference: {name} has {model.config.vocab_size} rows for {tokens} tokens; name a "
+                        "model with the same tokenizer")  # fmt: skip
