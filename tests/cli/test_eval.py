@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,18 @@ import pytest
 from gemma_ft.cli.app import main
 
 
-def test_a_bare_recipe_from_any_directory(tmp_path: Path) -> None:
+def test_a_bare_recipe_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["eval", "sft_tiny", "strategy=lora", f"output_dir={tmp_path / 'no'}", "--rows", "2", "--out", "e.json"]
-    run = subprocess.run([sys.executable, "-m", "gemma_ft", *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.splitlines() == [
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
         "held out: data/scheduling_eval.jsonl: 2 rows scored, 2 answered", "  base: loss", "  base: answers"
     ]  # fmt: skip
-    assert run.stdout.startswith("Held-out rows and tasks")
-    assert run.stdout.endswith("results: e.json\n")
+    assert captured.out.startswith("Held-out rows and tasks")
+    assert captured.out.endswith("results: e.json\n")
     results = json.loads((tmp_path / "e.json").read_text())
     assert (list(results["models"]), results["source"]) == (["base"], "sft_tiny")
 

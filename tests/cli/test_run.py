@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_ft.cli.app import main
+
 QUICK = [
     "strategy=lora",
     "data.max_seq_len=128",
@@ -36,7 +38,17 @@ def run(arguments: Sequence[str], cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_run_from_any_directory_then_again_then_resumed(tmp_path: Path) -> None:
+def told(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """The same of `main` in this process: what libraries a process begins with is not looked at."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_run_from_any_directory_then_again_then_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Shipped recipes, data and weights are found from elsewhere; nothing but the run is said."""
     code, out, err = run(["train", "recipes/sft_tiny.yaml", "output_dir=out", *QUICK], tmp_path)
     assert (code, err) == (0, "")
@@ -44,12 +56,13 @@ def test_a_run_from_any_directory_then_again_then_resumed(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
     base = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(base).is_absolute()
-    code, _, err = run(["train", "sft_tiny", "output_dir=out", *QUICK], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = told(["train", "sft_tiny", "output_dir=out", *QUICK], capsys)
     assert code == 2
     assert err == (
         "out: already holds a run; use --resume to go on with it, --overwrite to start again, or another output_dir\n"
     )
-    code, out, err = run(["train", "sft_tiny", "output_dir=out", *QUICK, "--resume"], tmp_path)
+    code, out, err = told(["train", "sft_tiny", "output_dir=out", *QUICK, "--resume"], capsys)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "out: already finished, 2 steps; nothing to do"
 
@@ -73,10 +86,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in out
 
 
-def test_bad_rows_are_told_and_nothing_is_written(tmp_path: Path) -> None:
+def test_bad_rows_are_told_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"prompt": f"q{n}", "completion": None if n % 2 else "a"} for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = run(["train", "sft_tiny", "data.train=rows.jsonl", "output_dir=out", *QUICK], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = told(["train", "sft_tiny", "data.train=rows.jsonl", "output_dir=out", *QUICK], capsys)
     assert code == 2
     lines = err.splitlines()
     assert lines[0].startswith("rows.jsonl:2: ")
@@ -89,9 +105,12 @@ def test_bad_rows_are_told_and_nothing_is_written(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["train", "sft_tiny", "train.learning_rat=1"], "command line: train.learning_rat: unknown key; did you mean"),
-        (["train", "sft_tiny", "model.weights=./nowhere"], "model.weights: ./nowhere: no such folder; name a folder"),
+        pytest.param(
+            ["train", "sft_tiny", "model.weights=./nowhere"], "model.weights: ./nowhere: no such folder; name a folder",
+            marks=pytest.mark.slow,
+        ),
     ],
-)
+)  # fmt: skip
 def test_user_errors_are_one_line_with_exit_code_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
     code, _, err = run(arguments, tmp_path)
     assert code == 2

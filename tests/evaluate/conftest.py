@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import socket
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -21,7 +19,7 @@ from gemma_ft.families.chat_template import TURNS
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.system import environment
 from gemma_ft.system.shipped import shipped_root
-from gemma_ft.ui.training import train_and_show
+from gemma_ft.train.run import train_recipe
 
 Run = Callable[..., Path]
 
@@ -53,7 +51,7 @@ def trained(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         if strategy not in made:
             made[strategy] = tmp_path_factory.mktemp("runs") / strategy
             loaded = load_recipe("sft_tiny", overrides(rows, made[strategy], f"strategy={strategy}"))
-            assert train_and_show(loaded, console=Console(file=io.StringIO())) == 0
+            assert train_recipe(loaded) == 0
         return made[strategy]
 
     return make

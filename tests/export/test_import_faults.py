@@ -201,21 +201,24 @@ def test_a_file_cut_anywhere_is_refused(tiny: Path, header: int, tmp_path: Path)
         assert refusal(tmp_path / "x.gguf", tmp_path).endswith(AGAIN), cut
 
 
-def test_damaged_bytes_of_a_header_are_a_line_or_nothing(tiny: Path, header: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "times"), [(20261130, 60), pytest.param(20261201, 250, marks=pytest.mark.slow)])
+def test_damaged_bytes_of_a_header_are_a_line_or_nothing(
+    tiny: Path, header: int, tmp_path: Path, seed: int, times: int
+) -> None:
     """Of the counts and numbers, not the texts of tokens: one bit in any place."""
-    chance = random.Random(20261130)
+    chance = random.Random(seed)
     whole = tiny.read_bytes()
     lists = (whole.index(TOKENS.encode()), whole.index(b"tokenizer.ggml.bos"))
     places = [place for place in range(4, header) if not lists[0] + 60 < place < lists[1]]
     passed = 0
-    for _ in range(250):
+    for _ in range(times):
         content = bytearray(whole)
         content[chance.choice(places)] ^= 1 << chance.randrange(8)
         (tmp_path / "x.gguf").write_bytes(content)
         with contextlib.suppress(UserError):
             plan_import(tmp_path / "x.gguf", tmp_path / "out")
             passed += 1
-    assert passed < 200
+    assert passed < 0.8 * times
 
 
 def test_numbers_that_are_none_are_refused_and_nothing_is_left(tiny: Path, header: int, tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def by_transformers(model: Any, prompt: list[int], new: int = NEW, **options: An
     return out[0, len(prompt) :].tolist()
 
 
+@cache
+def answers_of_transformers(shape: str) -> list[list[int]]:
+    """One for each of the prompts, each shorter by a token than the one before."""
+    stock = lively_reference(shape)
+    return [by_transformers(stock, prompt, NEW - i) for i, prompt in enumerate(prompts())]
+
+
 @pytest.mark.parametrize("prefill_tokens", [512, 5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_transformers(shape: str, prefill_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,9 +92,8 @@ def test_greedy_tokens_equal_transformers(shape: str, prefill_tokens: int, monke
     engine = Engine(model_of(shape), stop_ids=(), max_batch=4)
     tickets = [engine.submit(Request(prompt, NEW - i)) for i, prompt in enumerate(prompts())]
     heard = run(engine)
-    stock = lively_reference(shape)
-    for i, (ticket, prompt) in enumerate(zip(tickets, prompts(), strict=True)):
-        assert heard.ids[ticket] == by_transformers(stock, prompt, NEW - i)
+    for ticket, expected in zip(tickets, answers_of_transformers(shape), strict=True):
+        assert heard.ids[ticket] == expected
         assert heard.finish[ticket] == "length"
 
 
@@ -97,7 +103,7 @@ def test_rows_that_no_token_has_are_never_said() -> None:
     samplings = [Sampling(), Sampling(temperature=1.5, seed=3), Sampling(repetition_penalty=1.4), DRAWN]
     said: dict[int | None, list[int]] = {}
     for most in (None, known):
-        engine = Engine(model_of(SECOND), stop_ids=(), max_batch=2, known_tokens=most)
+        engine = Engine(model_of(SECOND), stop_ids=(), max_batch=8, known_tokens=most)
         tickets = [engine.submit(Request(prompt, NEW, one)) for prompt in prompts() for one in samplings]
         heard = run(engine)
         said[most] = [token for ticket in tickets for token in heard.ids[ticket]]
@@ -165,7 +171,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(shape: str) -> N
         assert heard.ids[ticket] == alone(model, request) == alone(model, request)
     first, twin, *_ = tickets
     assert heard.ids[first] == heard.ids[twin]
-    assert len({tuple(alone(model, Request(prompts()[0], NEW, draw))) for draw in draws}) == 5
+    assert len({tuple(alone(model, Request(prompts()[0], NEW, draw))) for draw in draws[1:]}) == 5
 
 
 @pytest.mark.parametrize("shape", [FIRST, SECOND])

@@ -66,7 +66,9 @@ def test_the_ring_of_a_local_layer_holds_exactly_its_window() -> None:
     assert cache.nbytes() == 2 * sum(places) * heads * width * 8
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize(
+    "cut", [cut if i % 2 else pytest.param(cut, marks=pytest.mark.slow) for i, cut in enumerate(CUTS)], ids=str
+)
 def test_a_ring_equals_a_full_cache(cut: list[int]) -> None:
     model, ids = ours(SECOND, dtype=torch.float64), token_rows(1, TOKENS)[0]
     ring, full = (in_pieces(model, cache_for(model, full=full), ids, cut) for full in (False, True))

@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_bitsandbytes(blocksize: int, nested: bool, dty
     assert torch.equal(multiplied(x, packed, state, device), weight.T[picked])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_product_is_as_near_to_the_truth_as_torch_s(
@@ -206,7 +206,7 @@ def drawn_rings(
 
 
 @pytest.mark.parametrize(("softcap", "times"), [(None, 0.3), (50.0, 0.3), (50.0, LARGE)])
-@pytest.mark.parametrize("heads", [(4, 2), (8, 1), (1, 1)])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1), pytest.param((1, 1), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_is_as_near_to_the_truth_as_torch_s(
     dtype: torch.dtype,

@@ -109,13 +109,14 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_reference(name: str, device: 
         assert error(one, true) <= 1.05 * error(other, true)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("name", CASES)
-def test_the_upstream_gradient_counts(name: str, scale: float, device: str) -> None:
+def test_the_upstream_gradient_counts(name: str, device: str) -> None:
     op, _, inputs = CASES[name]
-    whole, part = (run(op, inputs, torch.float32, times, device) for times in (1.0, scale))
-    for one, other in zip(whole[1:], part[1:], strict=True):
-        assert torch.equal(one * scale, other)
+    whole = run(op, inputs, torch.float32, 1.0, device)
+    for scale in (1.0, 0.25, 0.0):
+        part = run(op, inputs, torch.float32, scale, device)
+        for one, other in zip(whole[1:], part[1:], strict=True):
+            assert torch.equal(one * scale, other), scale
 
 
 def test_an_input_may_be_used_twice(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from gemma_ft.families.records import PRESETS
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.recipe.load import LoadedRecipe, load_recipe
 from gemma_ft.system import environment
-from gemma_ft.ui.training import train_and_show
+from gemma_ft.train.run import train_recipe
+from gemma_ft.train.summary import TrainedRun
+from gemma_ft.ui.progress import STEPS, ConsoleObserver
+from gemma_ft.ui.training import show_summary, train_and_show
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,43 +69,60 @@ def recipe_for(small_gemma: Path, rows: Path, tmp_path: Path) -> Callable[..., L
     """The shipped tiny recipe on the small model and rows, with further overrides."""
 
     def make(*overrides: str, out: str = "run") -> LoadedRecipe:
-        return load_recipe(
-            ROOT / "recipes" / "sft_tiny.yaml",
-            [
-                f"output_dir={tmp_path / out}",
-                f"data.train={rows}",
-                f"data.eval={rows}",
-                "eval.overlap=allow",
-                "data.max_seq_len=48",
-                "data.packing=false",
-                f"model.weights={small_gemma}",
-                "train.max_steps=4",
-                "train.epochs=1",
-                "train.global_batch_size=4",
-                "train.micro_batch_size=2",
-                "eval.generate_rows=0",
-                "eval.every_steps=null",
-                "eval.samples=0",
-                "eval.canary=null",
-                "checkpoint.every_steps=null",
-                "adapter.rank=4",
-                *overrides,
-            ],
-        )
+        return small_recipe(small_gemma, rows, tmp_path / out, *overrides)
 
     return make
 
 
+def small_recipe(weights: Path, rows: Path, out: Path, *overrides: str) -> LoadedRecipe:
+    """The shipped tiny recipe on a model and rows, short and without what is measured beside it."""
+    return load_recipe(
+        ROOT / "recipes" / "sft_tiny.yaml",
+        [
+            f"output_dir={out}",
+            f"data.train={rows}",
+            f"data.eval={rows}",
+            "eval.overlap=allow",
+            "data.max_seq_len=48",
+            "data.packing=false",
+            f"model.weights={weights}",
+            "train.max_steps=4",
+            "train.epochs=1",
+            "train.global_batch_size=4",
+            "train.micro_batch_size=2",
+            "eval.generate_rows=0",
+            "eval.every_steps=null",
+            "eval.samples=0",
+            "eval.canary=null",
+            "checkpoint.every_steps=null",
+            "adapter.rank=4",
+            *overrides,
+        ],
+    )
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run a recipe in this process, quietly; returns the lines of its metrics.jsonl."""
+    """Run a recipe in this process, quietly; returns the lines of its metrics.jsonl. Its page, which costs as much as
+    such a run does, is only made where `page` asks for it.
+    """
 
-    def run(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
+    def run(
+        loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, page: bool = False
+    ) -> list[dict[str, Any]]:
         with (tmp_path / "console.txt").open("a", encoding="utf-8") as sink:
-            assert (
-                train_and_show(loaded, resume=resume, overwrite=overwrite, console=Console(file=sink, width=120)) == 0
-            )
+            console = Console(file=sink, width=120)
+            if page:
+                assert train_and_show(loaded, resume=resume, overwrite=overwrite, console=console) == 0
+            else:
+                observer = ConsoleObserver(console, line=STEPS, stays=True)
+                show = partial(_shown_without_page, console)
+                assert train_recipe(loaded, resume=resume, overwrite=overwrite, observer=observer, finish=show) == 0
         metrics = Path(loaded.recipe.output_dir) / "metrics.jsonl"
         return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
     return run
+
+
+def _shown_without_page(console: Console, trained: TrainedRun) -> None:
+    show_summary(console, trained.summary, trained.run, None)

@@ -90,7 +90,9 @@ def test_the_choice_is_told_in_a_line(recipe_for: RecipeFor, monkeypatch: pytest
     assert asked.describe().startswith("all 6 layers recompute their activations, as the recipe says; ")
 
 
-@pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("false", "true"), pytest.param("true", "false", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_may_have_another_choice(before: str, after: str, recipe_for: RecipeFor, train: Train) -> None:
     """And is the run that was not interrupted, bit for bit."""
     same = ["strategy=lora", "train.schedule=constant"]

@@ -27,7 +27,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     ("overrides", "weights"),
     [
         (["quantize=nf4", "adapter.dropout=0.2"], "adapter/adapter_model.safetensors"),
-        (["strategy=full"], "model/model.safetensors"),
+        pytest.param(["strategy=full"], "model/model.safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_with_and_without(
@@ -44,7 +44,7 @@ def test_training_is_the_same_with_and_without(
 
 def test_what_is_written_on_the_way(recipe_for: RecipeFor, train: Train, tmp_path: Path, rows: Path) -> None:
     loaded = recipe_for("strategy=lora", *WATCHED, "train.max_steps=5")
-    train(loaded)
+    train(loaded, page=True)
     out = Path(loaded.recipe.output_dir)
     summary = json.loads((out / "summary.json").read_text())
     evals = lines(out / "evals.jsonl")
@@ -85,7 +85,8 @@ def test_a_resumed_run_writes_the_same(
         file.write(json.dumps({"step": 3, "prompt": "of a run that went further"}) + '\n{"step": 9, "pro')
     train(broken, resume=True)
     (tmp_path / "broken" / "summary.json").unlink()
-    train(broken, resume=True)  # as if killed after its last step: scored again, and nothing stands there twice
+    # as if killed after its last step: scored again, and nothing stands there twice
+    train(broken, resume=True, page=True)
     for name in ("evals.jsonl", "samples.jsonl"):
         assert lines(tmp_path / "whole" / name) == lines(tmp_path / "broken" / name), name
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "broken"))
@@ -94,7 +95,7 @@ def test_a_resumed_run_writes_the_same(
     assert one["forgetting"] is not None
     page = tmp_path / "broken" / "report.html"
     page.write_text("mine now")
-    train(broken, resume=True)  # already finished: nothing is written again
+    train(broken, resume=True, page=True)  # already finished: nothing is written again
     assert page.read_text() == "mine now"
 
 
@@ -117,7 +118,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
 
     monkeypatch.setattr("gemma_ft.ui.training.write_report", broken)
     monkeypatch.setattr("gemma_ft.train.summary.forgetting_note", lambda *_: "forgetting: much")
-    train(recipe_for("strategy=lora", "train.max_steps=1"))
+    train(recipe_for("strategy=lora", "train.max_steps=1"), page=True)
     said = (tmp_path / "console.txt").read_text()
     assert "report.html could not be made (ZeroDivisionError: no ink); the run is complete\n" in said
     assert "  warning  forgetting: much\n" in said
@@ -131,7 +132,7 @@ def test_overwrite_removes_what_these_wrote(recipe_for: RecipeFor, train: Train,
     train(recipe_for("strategy=lora", *WATCHED, "train.max_steps=1"))
     for name in ("eval.json", "merge.json"):
         (out / name).write_text("{}")
-    train(recipe_for("strategy=lora", "train.max_steps=1"), overwrite=True)
+    train(recipe_for("strategy=lora", "train.max_steps=1"), overwrite=True, page=True)
     assert sorted(path.name for path in out.iterdir()) == [
         ".lock", "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "summary.json"
     ]  # fmt: skip

@@ -22,6 +22,8 @@ from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.infer.session import open_session
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.run import train_recipe
+from tests.train.conftest import small_recipe
 
 RecipeFor = Callable[..., LoadedRecipe]
 Train = Callable[..., list[dict[str, Any]]]
@@ -45,11 +47,19 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
     return put
 
 
+@pytest.fixture(scope="module")
+def trained(small_gemma: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    loaded = small_recipe(small_gemma, rows, out, "train.max_steps=1", "quantize.double_quant=false")
+    assert train_recipe(loaded) == 0
+    return out
+
+
 @pytest.fixture
-def run(recipe_for: RecipeFor, train: Train) -> Path:
-    loaded = recipe_for("train.max_steps=1", "quantize.double_quant=false")
-    train(loaded)
-    return Path(loaded.recipe.output_dir)
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, for tests to damage."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_a_run_an_adapter_a_folder_and_a_hub_id(run: Path, small_gemma: Path) -> None:

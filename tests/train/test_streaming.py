@@ -40,8 +40,15 @@ def figures(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
-@pytest.mark.parametrize("steps", [3, 5])
+@pytest.mark.parametrize(
+    ("steps", "packing"),
+    [
+        (5, "false"),
+        (3, "true"),
+        pytest.param(3, "false", marks=pytest.mark.slow),
+        pytest.param(5, "true", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_equals_uninterrupted(
     recipe_for: RecipeFor, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, steps: int
 ) -> None:

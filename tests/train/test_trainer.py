@@ -88,7 +88,7 @@ def test_no_pickle_is_ever_written(
         raise AssertionError("torch.save was called")
 
     monkeypatch.setattr(torch, "save", refused)
-    train(recipe_for("checkpoint.every_steps=2"))
+    train(recipe_for("checkpoint.every_steps=2"), page=True)
     train(recipe_for("strategy=full", out="full"))
     written = {path.suffix for path in tmp_path.rglob("*") if path.is_file() and "console" not in path.name}
     assert written == {"", ".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".model", ".html"}
