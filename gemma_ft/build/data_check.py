@@ -96,9 +96,12 @@ def row_sources(recipe: Recipe) -> list[RowSource]:
     """The sources of a recipe as the data room takes them. Raises: UserError and its children."""
     data = recipe.data
     encoder = ChatEncoder(build_tokenizer(recipe), data.system, data.trained_turns)
-    found: list[tuple[Side, Source, Described]] = [("train", one, described(one, data, encoder)) for one in data.train]
+    rows = recipe.objective.rows
+    found: list[tuple[Side, Source, Described]] = [
+        ("train", one, described(one, data, encoder, rows=rows)) for one in data.train
+    ]
     held_out = data.eval or ()
-    found += [("eval", one, described(one, data, encoder, found[0][2])) for one in held_out]
+    found += [("eval", one, described(one, data, encoder, found[0][2], rows=rows)) for one in held_out]
     return [
         RowSource(side, source.path, partial(chunks_of, source), one.reading, one.why) for side, source, one in found
     ]
@@ -106,5 +109,7 @@ def row_sources(recipe: Recipe) -> list[RowSource]:
 
 def _severities(recipe: Recipe) -> dict[str, Severity]:
     """What weighs otherwise because the recipe says how it is dealt with."""
-    weighed: dict[str, Severity] = {"overlap": "note"} if recipe.eval.overlap == "allow" else {}
+    weighed: dict[str, Severity] = (
+        {"overlap": "note", "prompt_overlap": "note"} if recipe.eval.overlap == "allow" else {}
+    )
     return weighed | {"too_long": "error"} if recipe.data.too_long == "error" else weighed

@@ -67,7 +67,7 @@ def described(
     form, columns = _named(source, data)
     why = "named in the recipe"
     if form == "auto":
-        form, why = detect_format(first, columns)
+        form, why = detect_format(first, columns, rows)
     check_format(form, columns)
     files = find_files(located_rows(source.path), source.split)
     splits = f"; {files.told}" if files is not None and files.told else ""

@@ -15,7 +15,9 @@ from gemma_ft.recipe.format_names import format_names
 from gemma_ft.recipe.objectives import Objective, SupervisedFineTuning, check_objective
 from gemma_ft.recipe.section import Batch, Location, Name, Rows, Section, Share, Steps, Text, rule
 
-Column = Literal["prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight"]
+Column = Literal[
+    "prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight", "label", "margin"
+]  # fmt: skip
 if TYPE_CHECKING:
     Format: TypeAlias = str
     Linear: TypeAlias = str
@@ -72,7 +74,7 @@ class Data(Section):
     eval_fraction: Share = Field(0.0, description="Share of train held out by content hash when eval is not set")
     format: Format = Field("auto", description="How a row is read; auto detects it from the columns")
     columns: dict[Column, Text] = Field(
-        {}, description='Maps other column names: {prompt: "{question}"}; weight: in the loss'
+        {}, description='Maps other column names: {prompt: "{question}"}; weight: in the loss; label: good or bad'
     )
     trained_turns: Literal["all", "last"] = Field("all", description="Answers of a chat that are trained")
     on_bad_row: Literal["error", "skip"] = Field(

@@ -51,6 +51,8 @@ def show_report(report: Report, console: Console) -> None:
         _say(console, f"{source.side:5}  {source.name}: {told}")
         if source.unread:
             _say(console, f"       {unread_line(source.unread)}")
+    for line in report.preferences.describe() if report.preferences else ():
+        _say(console, line)
     found = report.findings.all()
     if found:
         table = Table("severity", "rows", "what, and what to do", "where")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Column, Table
@@ -27,6 +27,7 @@ STYLES = {
 }
 BRACKETS = {"trained": "⟦⟧", "control, trained": "⟦⟧", "truncated": "⟨⟩"}  # where there are no colours
 BOUNDARY = "──"
+WIDE = 100  # columns from which on the two halves of a pair stand side by side
 FAULTS_SHOWN = 5
 SOURCES_SHOWN = 20
 HEAD_TOKENS, TAIL_TOKENS = 400, 100
@@ -54,9 +55,13 @@ def show(preview: Preview, console: Console | None = None) -> None:
     console.print(_legend(marks))
     for example in preview.shown:
         console.print(Rule(Text(example.title, style="bold cyan"), align="left", style="cyan"))
-        for document in example.documents:
-            console.print(Text(f"{BOUNDARY} {document.title}", style="cyan"))
-            console.print(Padding(_document(document, preview.encoder, marks), (0, 0, 1, 2)))
+        beside = example.paired and console.width >= WIDE
+        for document in example.documents[:1] if beside else example.documents:
+            console.print(_headed(document, preview.encoder, marks))
+        if beside:
+            halves = Table.grid(Column(ratio=1), Column(ratio=1), padding=(0, 2, 0, 0), expand=True)
+            halves.add_row(*(_headed(half, preview.encoder, marks) for half in example.documents[1:]))
+            console.print(halves)
         if example.others:
             console.print(Text(f"... and {example.others} more in this example", style="cyan"))
     console.print(Rule(style="cyan"))
@@ -96,6 +101,12 @@ def _coloured(tokens: Iterable[Token], marks: bool) -> Text:
         result.append(token.text, style=STYLES[token.kind][number % 2])
     result.rstrip()
     return result.append(inside[1:])
+
+
+def _headed(document: ShownDocument, encoder: ChatEncoder, marks: bool) -> Group:
+    """A document under its title."""
+    title = Text(f"{BOUNDARY} {document.title}", style="cyan")
+    return Group(title, Padding(_document(document, encoder, marks), (0, 0, 1, 2)))
 
 
 def _document(document: ShownDocument, encoder: ChatEncoder, marks: bool) -> Text:

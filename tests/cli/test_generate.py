@@ -145,7 +145,8 @@ def test_escape_codes_never_reach_a_terminal(
         (["--input", "rows.jsonl", "--output", "o.jsonl", "--column", "text={body}"],
          "\n".join(f"rows.jsonl:{n}: no field 'body'; the row has question" for n in range(1, 6))),
         (["--input", "rows.jsonl", "--output", "o.jsonl", "--column", "say={body}"],
-         "--column: unknown key 'say'; use prompt, completion, system, messages, text, chosen, rejected, weight"),
+         "--column: unknown key 'say'; use prompt, completion, system, messages, text, chosen, rejected, "
+         "weight, label, margin"),
         (["--input", "rows.jsonl", "--output", "o.jsonl", "--format", "chatml"],
          "--format: unknown format 'chatml'; use auto, messages, sharegpt, alpaca, prompt_completion, text, "
          "preference"),

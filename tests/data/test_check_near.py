@@ -2,7 +2,7 @@
 
 import random
 
-from gemma_ft.data.check.near_duplicates import ALIKE, NearTexts, Pair
+from gemma_ft.data.check.near_duplicates import ALIKE, NearPair, NearTexts
 
 WORDS = [f"word{number}" for number in range(500)]
 
@@ -11,7 +11,7 @@ def text_of(words: int, seed: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
-def pairs_of(texts: list[str]) -> list[Pair]:
+def pairs_of(texts: list[str]) -> list[NearPair]:
     near = NearTexts()
     for number, text in enumerate(texts):
         near.add(number, text)

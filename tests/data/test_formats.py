@@ -270,12 +270,13 @@ def test_columns(columns: dict[str, str], fields: dict[str, Any], expected: list
         (
             {"promt": "{q}"},
             "data.columns: unknown key 'promt'; use prompt, completion, system, messages, text, chosen, rejected, "
-            "weight",
+            "weight, label, margin",
         ),
         (
             {"prompt": "{q}", "text": "{q}"},
             "data.columns: got prompt, text, which are of different formats; give prompt and completion, or messages, "
-            "or text, or prompt, chosen and rejected (weight goes with all, system with all but text)",
+            "or text, or prompt, chosen and rejected (weight goes with all, system, label and margin with all "
+            "but text)",
         ),
         (
             {"prompt": "{q}"},

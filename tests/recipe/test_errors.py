@@ -89,7 +89,7 @@ checkpoint: {keep: 2, keep: 3}
         ("train..x=3", "expected key=value or ~key, got 'train..x=3'"),
         ("extends=sft_2b", "extends: only a recipe file can name its parent"),
         ("data.columns.propmt={x}", "data.columns.propmt: expected one of prompt, completion, system, messages, text, "
-         "chosen, rejected, weight, got 'propmt'; did you mean 'prompt'?"),
+         "chosen, rejected, weight, label, margin, got 'propmt'; did you mean 'prompt'?"),
         ("data.train=", "data.train: expected a path, a block of keys, or a list of them, got nothing"),
         ('data.train=""', "data.train.0.path: must not be empty"),
         ("logging.run_name=a/b", "logging.run_name: expected 1 to 64 letters, digits, '.', '_' or '-', got 'a/b'"),

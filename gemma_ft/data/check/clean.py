@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,22 +46,23 @@ def copy_clean(
     Raises: DataError when a source cannot be read to its end, or nothing of it is left.
     """
     copies = [Copy(source, name) for source, name in zip(sources, _names(sources), strict=True)]
-    held_out: dict[bytes, int] = {}
+    held_out: set[bytes] = set()
     with (folder / CHANGES).open("w", encoding="utf-8", errors="backslashreplace") as changes:
 
         def change(where: str, what: str, why: str) -> None:
             line = json.dumps({"where": where, "what": what, "why": why}, ensure_ascii=False)
             changes.write(f"{line}\n")
 
-        seen: dict[str, dict[bytes, int]] = {"eval": held_out, "train": {}}
-        for side in seen:
-            places = Places()
+        for side in ("eval", "train"):
+            places, seen = Places(), dict[bytes, int]()
             for copy in copies:
                 if copy.source.side != side:
                     continue
-                known = _Known(seen[side], held_out if side == "train" else {}, places)
+                known = _Known(seen, held_out if side == "train" else frozenset(), places)
                 with (folder / copy.name).open("wb") as file:
-                    _copy(copy, file, known, change, progress)
+                    for apart in _copy(copy, file, known, change, progress):
+                        if side == "eval":
+                            held_out.update(apart)
                 if not copy.kept:
                     raise DataError(f"{copy.source.name}: no row of it would be left; gemma-ft data check says why")
     return copies
@@ -69,23 +70,28 @@ def copy_clean(
 
 @dataclass(frozen=True)
 class _Known:
-    """The items of rows that were copied before, and of those that are held out."""
+    """The items of rows that were copied before, and what is held out."""
 
     seen: dict[bytes, int]
-    held_out: dict[bytes, int]
+    held_out: Set[bytes]
     places: Places
 
-    def fault(self, row: CheckedRow, digests: Sequence[bytes]) -> tuple[str, str] | None:
-        """(in a word, in more of them) why a row is left out, or None."""
+    def fault(self, row: CheckedRow, digests: Sequence[bytes], apart: Sequence[bytes]) -> tuple[str, str] | None:
+        """(in a word, in more of them) why a row is left out, or None. `apart`: as of CheckedRow."""
         if any("replacement_character" in damage(text) for text in row.texts()):
             return DAMAGED, "holds U+FFFD, the sign for a character that was lost"
-        if any(digest in self.held_out for digest in digests):
-            return HELD_OUT, "it is held out for evaluation as well"
+        if any(digest in self.held_out for digest in apart):
+            what = "it is" if apart == digests else "its prompt is"
+            return HELD_OUT, f"{what} held out for evaluation as well"
         first = repeats(digests, self.seen)
         return None if first is None else (REPEATED, f"repeats {self.places.where(first)}")
 
 
-def _copy(copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: Callable[[int], None]) -> None:
+def _copy(
+    copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: Callable[[int], None]
+) -> Iterator[list[bytes]]:
+    """Yields of each row that is copied what may not be both trained and held out."""
+
     def bad_row(where: str, reason: str) -> None:
         bad.add(where)
         change(where, "row left out", reason)
@@ -103,8 +109,8 @@ def _copy(copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: C
             where = chunk.where(row.offset)
             if where in bad:  # one of its items could not be read
                 continue
-            digests = row.digests(copy.source.reading.encoder)
-            fault = known.fault(row, digests)
+            digests, apart = (of(copy.source.reading.encoder) for of in (row.digests, row.apart))
+            fault = known.fault(row, digests, apart)
             if fault is not None:
                 copy.left_out[fault[0]] += 1
                 change(where, "row left out", fault[1])
@@ -114,6 +120,7 @@ def _copy(copy: Copy, file: BinaryIO, known: _Known, change: Change, progress: C
             number = known.places.add(row.offset)
             for digest in digests:
                 known.seen.setdefault(digest, number)
+            yield apart
         if bad:
             copy.left_out[BAD] += len(bad)
         copy.rows += len(bad | {chunk.where(row.offset) for row in rows})

@@ -24,6 +24,7 @@ FIX = "gemma-ft data fix leaves them out"
 KINDS = (
     Kind("bad_row", "error", "bad rows", f"mend them; {FIX}"),
     Kind("overlap", "error", "held-out rows that are training rows too", f"{FIX} of the training rows"),
+    Kind("prompt_overlap", "error", "held-out rows with the prompt of a training row", f"{FIX} of the training rows"),
     Kind("near_overlap", "warning", "held-out rows nearly the same as a training row", "scores on them are flattered"),
     Kind("duplicate", "warning", "rows that repeat another exactly", FIX),
     Kind("empty", "warning", "rows with an empty question, answer or text", "they are not trained on"),
@@ -31,6 +32,7 @@ KINDS = (
     Kind("rendered", "warning", "rows that spell a chat template as text", "give them as messages: [{role, content}]"),
     Kind("ends", "warning", "rows that end in a token's name", "take it off; an end is trained without it"),
     Kind("repeated_answer", "warning", "rows with an answer that many others have", "a model learns to say it always"),
+    Kind("contradiction", "warning", "rows whose answers another row judges the other way", "take one of them out"),
     Kind("too_long", "warning", "rows longer than data.max_seq_len", "raise it, or shorten them"),
     Kind("answer_past", "warning", "rows whose answer begins past data.max_seq_len", "raise it; they are not trained"),
     Kind("replacement_character", "warning", "rows with U+FFFD, the sign for a character that was lost", FIX),
@@ -44,6 +46,8 @@ KINDS = (
     Kind("email", "note", "rows with an e-mail address", "a model can learn it by heart"),
     Kind("strike_through", "note", "rows with </s>", "in a GGUF llama.cpp ends an answer at it; take it out"),
     Kind("near_duplicate", "note", "rows nearly the same as an earlier one", "are all of them needed?"),
+    Kind("equal_prompt", "note", "rows with the prompt of an earlier one", "they stay on one side of a split"),
+    Kind("near_halves", "note", "rows whose better answer is nearly the worse one", "little is learned from them"),
     Kind("other_script", "note", "rows in another script than most", "are they meant?"),
     Kind("extreme_share", "note", "rows of which hardly any, or nearly every, token is trained", "are they meant?"),
 )

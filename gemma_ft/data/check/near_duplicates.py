@@ -27,7 +27,7 @@ FEWEST_SAMPLED = 20
 WORD = re.compile(r"\w+|[^\w\s.,;:!?\"'()’“”]")  # signs count, punctuation does not: 2+2 is not 2-2
 
 
-class Pair(NamedTuple):
+class NearPair(NamedTuple):
     """Two keys, in the order in which they were added, and how alike their texts are: 0 to 1, by estimate."""
 
     earlier: int
@@ -59,7 +59,7 @@ class NearTexts:
         else:
             self._sign(key, elements)
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[NearPair]:
         """Pairs that are at least ALIKE, sorted. Of many alike not every pair is there, but each but the first has an
         earlier one.
         """
@@ -67,13 +67,13 @@ class NearTexts:
         if len(self._keys) < 2:
             return []
         signatures = numpy.stack(self._signatures)
-        found: list[Pair] = []
+        found: list[NearPair] = []
         candidates = _candidates(signatures)
         for start in range(0, len(candidates), AT_ONCE):
             one, two = candidates[start : start + AT_ONCE].T
             alike = (signatures[one] == signatures[two]).mean(axis=1)
             for number in numpy.flatnonzero(alike >= ALIKE).tolist():
-                found.append(Pair(self._keys[one[number]], self._keys[two[number]], float(alike[number])))
+                found.append(NearPair(self._keys[one[number]], self._keys[two[number]], float(alike[number])))
         return sorted(found)
 
     def _settle(self) -> None:
@@ -96,6 +96,15 @@ class NearTexts:
             signed.update_batch(kept[start : start + AT_ONCE].tolist())
         self._keys.append(key)
         self._signatures.append(signed.digest())
+
+
+def likeness(one: str, other: str) -> float:
+    """How alike two texts are: the Jaccard index of their sets, 0 to 1; 0 for sets that are too small."""
+    first, second = _elements(one), _elements(other)
+    if min(len(first), len(second)) < FEWEST:
+        return 0.0
+    shared = len(numpy.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
 
 
 def _elements(text: str) -> Any:

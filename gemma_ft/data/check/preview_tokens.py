@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -63,13 +63,15 @@ class ShownDocument:
     after: Cut | None
     weight: float  # in the loss
     asked: bool  # for by name
+    name: str = ""  # of a preference: prompt, chosen, rejected; a good or a bad answer
+    margin: float = 0.0  # of a pair
 
     @property
     def title(self) -> str:
         """Number, place and size."""
         cut = sum(one.tokens for one in (self.before, self.after) if one)
-        facts = [f"document {self.number}", self.where, f"{len(self.ids):,} tokens", self.piece]
-        facts += [f"weight {self.weight:g}" if self.weight != 1 else ""]
+        facts = [self.name or f"document {self.number}", self.where, f"{len(self.ids):,} tokens", self.piece]
+        facts += [f"weight {self.weight:g}" if self.weight != 1 else "", f"margin {self.margin:g}" * bool(self.margin)]
         facts += [f"{cut:,} truncated" if cut else "", "◀ asked for" if self.asked else ""]
         return " · ".join(filter(None, facts))
 
@@ -84,6 +86,7 @@ class ShownExample:
     trained: int
     documents: Sequence[ShownDocument]
     others: int  # documents that are not shown
+    paired: bool = False  # the documents are a prompt and two ways on from it
 
     @property
     def title(self) -> str:
@@ -99,14 +102,44 @@ def shown_example(examples: Examples, row: int, asked: Collection[int] = ()) -> 
     others = [place for place in range(len(pieces)) if place not in set(wanted)]
     places = sorted(wanted + others[: max(0, DOCUMENTS_SHOWN - len(wanted))])
     trained = int(trained_between(examples.documents, pieces).sum())
+    documents = [_document(examples, place + 1, pieces[place], asked=place in wanted) for place in places]
+    rows = examples.documents.rows
+    if rows != "answers":
+        sides, margins = (values[pieces[places, 0]].tolist() for values in examples.documents.preferences())
+        documents = _judged(documents, sides) if rows == "labelled" else _halves(documents, margins[0])
     return ShownExample(
         number=row + 1,
         of=len(examples),
         tokens=int(examples.lengths[row]),
         trained=trained,
-        documents=[_document(examples, place + 1, pieces[place], asked=place in wanted) for place in places],
+        documents=documents,
         others=len(pieces) - len(places),
+        paired=rows == "pairs",
     )
+
+
+def _judged(documents: Sequence[ShownDocument], sides: Sequence[int]) -> list[ShownDocument]:
+    named = ("a bad answer", "a good answer")
+    return [replace(one, name=named[side]) for one, side in zip(documents, sides, strict=True)]
+
+
+def _halves(documents: Sequence[ShownDocument], margin: float) -> list[ShownDocument]:
+    """(prompt, chosen, rejected) of the two documents of a pair: what they have in common is shown once."""
+    chosen, rejected = documents
+    untrained = [next((at for at, one in enumerate(half.labels) if one != IGNORE), 0) for half in documents]
+    shared = min(untrained)
+    if chosen.ids[:shared] != rejected.ids[:shared]:
+        shared = next(at for at in range(shared) if chosen.ids[at] != rejected.ids[at])
+    prompt = replace(
+        chosen, name="prompt", ids=chosen.ids[:shared], labels=chosen.labels[:shared], after=None, margin=margin
+    )
+    rest = [
+        replace(
+            half, name=name, ids=half.ids[shared:], labels=half.labels[shared:], before=None, weight=1.0, asked=False
+        )
+        for name, half in (("chosen", chosen), ("rejected", rejected))
+    ]
+    return [prompt, *rest]
 
 
 def tokens_of(ids: Sequence[int], labels: Sequence[int], encoder: ChatEncoder) -> Iterator[Token]:

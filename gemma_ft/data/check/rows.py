@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from gemma_ft.data.conversation import Item, texts_of
+from gemma_ft.data.conversation import Conversation, Item, Pair, texts_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.encode_rows import Reading
 from gemma_ft.data.read.bad_rows import BadRows
@@ -33,15 +34,48 @@ class CheckedRow:
     """One row that is whole: its offset in the chunk, and what it became."""
 
     offset: int
-    items: Sequence[Item]
+    items: Sequence[Item | Pair]
+
+    @property
+    def said(self) -> list[Item]:
+        """Its items, of a pair its two halves."""
+        return [one for item in self.items for one in (item.halves if isinstance(item, Pair) else (item,))]
 
     def digests(self, encoder: ChatEncoder) -> list[bytes]:
-        """The content hash of each item."""
-        return [encoder.content_hash(item) for item in self.items]
+        """A hash of all that each item says."""
+        return [_digest(item, encoder) for item in self.items]
+
+    def prompts(self, encoder: ChatEncoder) -> list[bytes]:
+        """The hashes of the prompts of answers that are preferred or not; of other items none."""
+        asked = [item for item in self.items if isinstance(item, Pair) or getattr(item, "label", None) is not None]
+        return list(dict.fromkeys(encoder.content_hash(item) for item in asked))
+
+    def apart(self, encoder: ChatEncoder) -> list[bytes]:
+        """The hashes of what may not be both trained and held out: prompts of preferences, other items whole."""
+        return self.prompts(encoder) or self.digests(encoder)
+
+    def verdicts(self, encoder: ChatEncoder) -> list[tuple[bytes, bool]]:
+        """(a hash of the answers that are judged, in an order of their own, how they are judged) of each preference."""
+        found = []
+        for item in self.items:
+            if isinstance(item, Pair):
+                good, bad = (encoder.content_hash(half) for half in item.halves)
+                found.append((min(good, bad) + max(good, bad), good < bad))
+            elif isinstance(item, Conversation) and item.label is not None:
+                found.append((encoder.content_hash(replace(item, label=None)), item.label))
+        return found
 
     def texts(self) -> list[str]:
         """All that it says."""
-        return [text for item in self.items for text in texts_of(item)]
+        return [text for item in self.said for text in texts_of(item)]
+
+
+def _digest(item: Item | Pair, encoder: ChatEncoder) -> bytes:
+    if isinstance(item, Pair):
+        return hashlib.sha256(b"".join(encoder.content_hash(half) for half in item.halves)).digest()
+    if isinstance(item, Conversation) and item.label is not None:
+        return hashlib.sha256(encoder.content_hash(replace(item, label=None)) + bytes([item.label])).digest()
+    return encoder.content_hash(item)
 
 
 def rows_in(chunk: Chunk, reading: Reading, bad: BadRows) -> list[CheckedRow]:

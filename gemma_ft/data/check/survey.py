@@ -12,10 +12,11 @@ import numpy
 
 from gemma_ft.data.check.anomalies import damage, script
 from gemma_ft.data.check.findings import Findings, Severity
-from gemma_ft.data.check.near_duplicates import NearTexts, Pair
+from gemma_ft.data.check.near_duplicates import NearPair, NearTexts
+from gemma_ft.data.check.preferences import PreferenceFacts, PreferenceLook
 from gemma_ft.data.check.rows import CheckedRow, CountedBadRows, Places, RowSource, repeats, rows_in
-from gemma_ft.data.conversation import Conversation, Item
-from gemma_ft.data.encode.documents import remarks_of, table_of, without_empty
+from gemma_ft.data.conversation import Conversation, Item, Pair
+from gemma_ft.data.encode.documents import remarks_of, table_of, table_of_pairs, without_empty
 from gemma_ft.data.pack.arrange import TooLong
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.data.read.rendered import is_custom
@@ -54,12 +55,14 @@ class Report:
     sources: Sequence[SourceFacts]
     scripts: Mapping[str, int]  # rows by script
     findings: Findings
+    preferences: PreferenceFacts | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a report file."""
         bad = [str(place) for place in self.findings["bad_row"].places]
         sources = [asdict(source) for source in self.sources]
-        return {"severity": self.findings.worst(), "max_seq_len": self.max_seq_len, "sources": sources,
+        compared = {} if self.preferences is None else {"preferences": asdict(self.preferences)}
+        return {"severity": self.findings.worst(), "max_seq_len": self.max_seq_len, "sources": sources, **compared,
                 "scripts": dict(self.scripts), "findings": self.findings.as_list(), "bad_rows": bad}  # fmt: skip
 
 
@@ -96,6 +99,7 @@ class _Look:
             findings["bad_row"].severity = "warning"
         self.facts: list[SourceFacts] = []
         self.places, self.near = Places(), NearTexts()
+        self.preferences = PreferenceLook(findings, self.places)
         self.first_held_out: int | None = None
         self.seen: dict[str, dict[bytes, int]] = {"train": {}, "eval": {}}
         self.answers: dict[bytes, int] = {}  # digest of a text -> its number
@@ -134,7 +138,7 @@ class _Look:
         counts = numpy.bincount(numpy.array(self.scripts, numpy.uint8), minlength=len(names) + 1)[1:].tolist()
         scripts = dict(sorted(zip(names, counts, strict=True), key=lambda pair: -pair[1]))
         self._other_scripts(scripts)
-        return Report(self.max_seq_len, self.facts, scripts, self.findings)
+        return Report(self.max_seq_len, self.facts, scripts, self.findings, self.preferences.facts())
 
     def _row(self, source: RowSource, chunk: Chunk, row: CheckedRow) -> None:
         where = chunk.where(row.offset)
@@ -142,19 +146,35 @@ class _Look:
         texts = row.texts()
         for kind in dict.fromkeys(kind for text in texts for kind in (*damage(text), *secret_kinds(text))):
             self.findings.add(kind, where)
-        if len(without_empty(row.items)) < len(row.items):
+        if len(without_empty(row.said)) < len(row.said):
             self.findings.add("empty", where)
-        said = "\n".join(map(_without_system, row.items))
+        said = "\n".join(map(_without_system, row.said))
         self._script(said)
-        if self._is_new(source, row, number, where):
+        if source.reading.rows != "answers":
+            self._preference(source, row, number, where)
+        elif self._is_new(source, row, number, where):
             self.near.add(number, said)
             if source.side == "train":
                 self._answers(row, number)
 
+    def _preference(self, source: RowSource, row: CheckedRow, number: int, where: str) -> None:
+        """As `_row` ends, of pairs and labelled answers: what two rows may have in common is their prompt."""
+        self.preferences.count(source, row)
+        digests, seen = row.digests(source.reading.encoder), self.seen[source.side]
+        first = repeats(digests, seen)
+        for digest in digests:
+            seen.setdefault(digest, number)
+        if first is not None:
+            self.findings.add("duplicate", where, twin=self.places.where(first))
+        elif self.preferences.row(source, row, number, where):
+            self.near.add(number, "\n".join(map(_prompt, row.items)))
+        if first is None and source.side == "train":
+            self._answers(row, number)
+
     def _remarks(self, where: str, row: CheckedRow, facts: SourceFacts) -> None:
         """Unread fields and templates that are spelled out, once for a row, whatever number of items it has."""
         made: dict[str, list[str]] = {}
-        for kind, what in dict.fromkeys(remark for item in row.items for remark in remarks_of(item)):
+        for kind, what in dict.fromkeys(remark for item in row.said for remark in remarks_of(item)):
             made.setdefault(kind, []).append(what)
         for kind, whats in made.items():
             self.findings.add(kind, where, ", ".join(whats))
@@ -183,7 +203,9 @@ class _Look:
         self.scripts.append(self.script_names.index(name))
 
     def _answers(self, row: CheckedRow, number: int) -> None:
-        turns = [turn for item in row.items if isinstance(item, Conversation) for turn in item.turns]
+        items = [item.halves[0] if isinstance(item, Pair) else item for item in row.items]  # a worse one is no matter
+        chats = [item for item in items if isinstance(item, Conversation) and item.label is not False]
+        turns = [turn for chat in chats for turn in chat.turns]
         answers = {turn.content.strip() for turn in turns if turn.role == "assistant"}
         for answer in answers:
             if len(answer.split()) >= SHORT_ANSWER:
@@ -196,8 +218,7 @@ class _Look:
         found: dict[tuple[str, int], str] = {}  # once for a row, whatever number of items it has
         for start in range(0, len(rows), ENCODED_AT_ONCE):  # all of a chunk would take more than a GB
             items = [(row.offset, item) for row in rows[start : start + ENCODED_AT_ONCE] for item in row.items]
-            table = table_of([item for _, item in items], [offset for offset, _ in items], source.reading.encoder)
-            self._measure(table, found, facts)
+            self._measure(_table(items, source), found, facts)
         for (kind, offset), detail in found.items():
             self.findings.add(kind, chunk.where(offset), detail)
 
@@ -209,6 +230,9 @@ class _Look:
         facts.tokens += int(tokens.sum())
         facts.trained_tokens += int(trained.sum())
         limit = self.max_seq_len
+        if "side" in table.column_names:
+            self._compared(table, found, facts)
+            return
         split = self.too_long == "split" or (self.too_long == "auto" and chat == 0)  # nothing of them is lost
         for item in numpy.flatnonzero((tokens > limit) & ~numpy.asarray(split)).tolist():
             labels = table.column("labels")[item].values.to_numpy()[:limit]
@@ -218,6 +242,17 @@ class _Look:
         share = trained / tokens
         for item in numpy.flatnonzero((chat > 0) & (abs(share - 0.5) > 0.5 - EXTREME_SHARE)).tolist():
             found.setdefault(("extreme_share", int(offsets[item])), f"{share[item]:.1%} of {tokens[item]:,} tokens")
+
+    def _compared(self, table: Any, found: dict[tuple[str, int], str], facts: SourceFacts) -> None:
+        """As `_measure`, of preferences: an answer that is too long takes its row with it."""
+        tokens, trained, sides, offsets = (
+            table.column(name).chunk(0).to_numpy() for name in ("tokens", "trained", "side", "offset")
+        )
+        if facts.side == "train":
+            self.preferences.measured(sides, trained)
+        for item in numpy.flatnonzero(tokens > self.max_seq_len).tolist():
+            which = "" if self.preferences.kind == "labelled" else ("rejected ", "chosen ")[int(sides[item])]
+            found.setdefault(("too_long", int(offsets[item])), f"{which}{tokens[item]:,} tokens")
 
     def _repeated_answers(self) -> None:
         """The answer that most rows give comes first; a row that gives several of them is one row."""
@@ -232,7 +267,7 @@ class _Look:
 
     def _near(self) -> None:
         held_out = len(self.places) if self.first_held_out is None else self.first_held_out
-        best: dict[tuple[int, str], Pair] = {}
+        best: dict[tuple[int, str], NearPair] = {}
         for pair in self.near.pairs():
             kind = "near_overlap" if pair.earlier < held_out <= pair.later else "near_duplicate"
             known = best.get((pair.later, kind))
@@ -250,6 +285,19 @@ class _Look:
             name = self.script_names[number]
             if name not in (None, main):
                 self.findings.add("other_script", self.places.where(row), f"{name} in a {main} data set")
+
+
+def _table(found: Sequence[tuple[int, Any]], source: RowSource) -> Any:
+    """The documents of items, each with the offset of its row."""
+    items, offsets = [item for _, item in found], [offset for offset, _ in found]
+    make: Any = table_of_pairs if source.reading.rows == "pairs" else table_of
+    return make(items, offsets, source.reading.encoder)
+
+
+def _prompt(item: Any) -> str:
+    """What a preference asks, without its system turn."""
+    turns = item.prompt if isinstance(item, Pair) else item.turns[:-1]
+    return "\n".join(turn.content for turn in turns if turn.role != "system")
 
 
 def _without_system(item: Item) -> str:

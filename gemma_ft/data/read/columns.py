@@ -8,9 +8,14 @@ from typing import Any
 from gemma_ft.data.conversation import kind_of, text_fault
 from gemma_ft.errors import DataError
 
-COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight")
-BESIDE = {"system", "weight"}  # keys that say nothing of a row's format
-EXAMPLES = {"messages": "dialog", "weight": "score"}  # of what such a field may be called
+COLUMN_KEYS = ("prompt", "completion", "system", "messages", "text", "chosen", "rejected", "weight", "label", "margin")
+BESIDE = {"system", "weight", "label", "margin"}  # keys that say nothing of a row's format
+EXAMPLES = {
+    "messages": "dialog",
+    "weight": "score",
+    "label": "good",
+    "margin": "gap",
+}  # of what such a field may be called
 LEAST_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 # "{{" and "}}" stand for braces. str.format is not used: it would give a template access to Python attributes.
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from gemma_ft.data.conversation import kind_of
+from gemma_ft.data.conversation import RowKind, kind_of
 from gemma_ft.data.read.columns import BESIDE, COLUMN_KEYS, check_templates
 from gemma_ft.data.read.row_format import LIST_FIELDS, Columns, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import TOOL_ROLES, TURN_ROLES
+from gemma_ft.data.read.verdicts import verdict_name
 from gemma_ft.errors import DataError
 
 SAMPLED_ROWS = 100
@@ -20,10 +21,11 @@ SINGLE_ROLES = {*TURN_ROLES, *TOOL_ROLES, "prompter", "bot", "ai"}
 Fields = Mapping[str, Any]
 
 
-def detect_format(rows: Sequence[Row], columns: Columns | None = None) -> tuple[str, str]:
-    """(format, one-line reason) for these rows: what most of the first rows have, or what `columns` names.
+def detect_format(rows: Sequence[Row], columns: Columns | None = None, kind: RowKind = "answers") -> tuple[str, str]:
+    """(format, one-line reason) for these rows: what most of the first rows have, or what `columns` names. `kind`: what
+    is wanted of them.
 
-    Raises: DataError when no format fits, or more than one does.
+    Raises: DataError when no format fits, or more than one does, or none of the wanted kind.
     """
     columns = columns or {}
     _check_columns(columns)
@@ -31,15 +33,17 @@ def detect_format(rows: Sequence[Row], columns: Columns | None = None) -> tuple[
         raise DataError("no rows to tell a format from")
     source, sample = rows[0].where.rpartition(":")[0], rows[:SAMPLED_ROWS]
     if set(columns) - BESIDE:
-        return _named(sample, columns)
+        return _named(sample, columns, kind)
     votes: dict[tuple[str, str], int] = {}
     for row in sample:
-        for reading in _readings(row.fields):
+        for reading in _readings(row.fields, columns, kind):
             votes[reading] = votes.get(reading, 0) + 1
+    if not votes and kind != "answers":
+        raise DataError(f"{source}: {_without_kind(sample[0].fields, columns, kind)}")
     fitting = [reading for reading, count in votes.items() if 2 * count >= len(sample)] or list(votes)
     single = [row.fields for row in sample if _single_message(row.fields)]
     if len(fitting) == 1 and (not formats()[fitting[0][0]].documents or 2 * len(single) < len(sample)):
-        return fitting[0][0], f"the rows have {fitting[0][1]}"
+        return fitting[0][0], f"the rows have {fitting[0][1]}{_of_labels(fitting[0][0], sample, columns, kind)}"
     if len(fitting) <= 1:
         raise DataError(f"{source}: {_reason_against(single[0] if fitting else rows[0].fields)}")
     both = " and ".join(f"{name} ({why})" for name, why in fitting)
@@ -72,19 +76,22 @@ def _check_columns(columns: Columns) -> None:
         texts = _listed(_ordered({key for known in formats().values() if known.documents for key in known.columns}))
         raise DataError(
             f"data.columns: got {', '.join(sorted(columns))}, which are of different formats; give "
-            f"{', or '.join(together)} (weight goes with all, system with all but {texts})"
+            f"{', or '.join(together)} (weight goes with all, system, label and margin with all but {texts})"
         )
     plain = [known for known in formats().values() if known.documents and keys and keys <= known.columns]
-    if plain and "system" in columns:
+    turned = next((key for key in COLUMN_KEYS if key in BESIDE & set(columns) - {"weight"}), None)
+    if plain and turned:
         raise DataError(
-            f"data.columns: system does not go with {_listed(_ordered(keys))}; a plain document has no turns"
+            f"data.columns: {turned} does not go with {_listed(_ordered(keys))}; a plain document has no turns"
         )
 
 
-def _named(sample: Sequence[Row], columns: Columns) -> tuple[str, str]:
+def _named(sample: Sequence[Row], columns: Columns, kind: RowKind) -> tuple[str, str]:
     """The format that `columns` name; of several, the one that most rows fit, of equals the one with most columns."""
     keys = set(columns) - BESIDE
     named = {name: known for name, known in formats().items() if keys <= known.columns}
+    if kind == "pairs":
+        named = {name: known for name, known in named.items() if known.pairs is not None} or named
     first = sorted(named, key=lambda name: -len(named[name].columns))
     name = max(first, key=lambda name: sum(named[name].fits(row.fields, columns) for row in sample))
     alike = [one for one in named.values() if one.columns == named[name].columns]
@@ -92,12 +99,53 @@ def _named(sample: Sequence[Row], columns: Columns) -> tuple[str, str]:
     return name, f"data.columns names {_listed(_ordered(keys))}{turns}"
 
 
-def _readings(fields: Fields) -> list[tuple[str, str]]:
-    """Every (format, fields that say so) this row could be read as: lists of turns first, documents last."""
-    named = [(known, name, why) for name, known in formats().items() for why in known.readings(fields)]
+def _readings(fields: Fields, columns: Columns, kind: RowKind) -> list[tuple[str, str]]:
+    """Every (format, fields that say so) this row could be read as: lists of turns first, documents last. As rows with
+    a label only where it has one, else by its pairs.
+    """
+    judged = kind == "labelled" and verdict_name(fields, columns) is not None
+    named = []
+    for name, known in formats().items():
+        if kind == "answers" or (judged and known.labelled is not None):
+            named += [(known, name, why) for why in known.readings(fields)]
+    if kind == "pairs" or (kind == "labelled" and not named):
+        named = [(known, name, why) for name, known in formats().items() for why in known.pair_readings(fields)]
     lists = {name: place for place, name in enumerate(LIST_FIELDS)}
     named.sort(key=lambda one: (one[0].documents, lists.get(one[2], len(lists))))
     return [(name, why) for _, name, why in named]
+
+
+def _of_labels(format: str, sample: Sequence[Row], columns: Columns, kind: RowKind) -> str:
+    """What is told of where labels come from."""
+    if kind != "labelled":
+        return ""
+    if formats()[format].pairs is not None:
+        return "; each pair becomes two answers, a good and a bad one"
+    name = next(filter(None, (verdict_name(row.fields, columns) for row in sample)), "label")
+    values = [row.fields.get(name.strip(" {}")) for row in sample]
+    as_numbers = any(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return f", and {name}, in which 1 is a good answer and 0 a bad one" if as_numbers else f", and {name}"
+
+
+def _without_kind(fields: Fields, columns: Columns, kind: RowKind) -> str:
+    """Why rows of another kind cannot be learned from, and what to do."""
+    answers = _readings(fields, columns, "answers")
+    if kind == "pairs" and _readings(fields, columns, "labelled"):
+        return (
+            f"the rows have {answers[0][1]} and a label, and this objective compares two answers to one prompt; set "
+            "objective.kind: kto, or give rows with prompt, chosen and rejected"
+        )
+    if not answers:
+        return _reason_against(fields)
+    if kind == "pairs":
+        return (
+            f"the rows have {answers[0][1]}, one answer each, and this objective compares two; give rows with prompt, "
+            "chosen and rejected, or set objective.kind: sft"
+        )
+    return (
+        f"the rows have {answers[0][1]}, and nothing that says whether an answer is a good one; give each a label, "
+        "true or false, or name its field with data.columns.label"
+    )
 
 
 def _ordered(keys: Collection[str]) -> list[str]:

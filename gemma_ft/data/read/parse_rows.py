@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from gemma_ft.data.conversation import Conversation, Item, Pair, RowKind
+from gemma_ft.data.conversation import Item, Pair, RowKind
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.columns import FieldError, fill_weight
 from gemma_ft.data.read.detect import check_format, detect_format
@@ -19,10 +19,9 @@ from gemma_ft.data.read.pairs import unpaired
 from gemma_ft.data.read.row_format import Columns, Format, formats
 from gemma_ft.data.read.sources import Row
 from gemma_ft.data.read.turns import refuse_media, refuse_tool_calls
+from gemma_ft.data.read.verdicts import VERDICTS, verdict
 from gemma_ft.errors import DataError
 from gemma_ft.families.chat_template import TURNS, ChatTemplate
-
-VERDICTS = ("label", "kto_tag")  # of unpaired preferences: whether the answer is a good one
 
 KINDLESS = {
     "pairs": "rows of the format {name} have one answer, and this objective compares two; give rows with prompt, "
@@ -98,10 +97,15 @@ def parse_row(
         changes: dict[str, Any] = {}
         if "weight" in columns:
             changes["weight"] = fill_weight(columns["weight"], fields)
+        if rows == "answers" and trained and "label" in columns and not known.documents:
+            _refuse_false(verdict(fields, columns), columns["label"])
         if unread := fields.unread():
             if not known.documents:
                 refuse_media({name: fields.look(name) for name in unread})
-            changes["unread"] = unread if known.documents or not trained else _told(fields, unread)
+            told = unread if known.documents or not trained else _told(fields, unread, rows)
+            changes["unread"] = told
+        if rows != "answers" and changes.pop("unread", ()):  # told once of a row
+            items[0] = replace(items[0], unread=told)
         return [replace(item, **changes) for item in items] if changes else items
     except FieldError as fault:
         bad.add(row.where, str(fault))
@@ -118,24 +122,27 @@ def _reader(known: Format, name: str, rows: RowKind) -> Callable[[str, Fields, C
         return known.labelled
     if rows == "labelled" and known.pairs is not None:
         pairs = known.pairs
-        return lambda where, fields, columns: _halves(pairs(where, fields, columns))
+        return lambda where, fields, columns: unpaired(pairs(where, fields, columns))
     raise DataError(f"data.format: {KINDLESS[rows].format(name=name)}")
 
 
-def _halves(pairs: Sequence[Pair]) -> list[Conversation]:
-    return [half for pair in pairs for half in unpaired(pair)]
-
-
-def _told(fields: Fields, unread: tuple[str, ...]) -> tuple[str, ...]:
+def _told(fields: Fields, unread: tuple[str, ...], rows: RowKind) -> tuple[str, ...]:
     """What is to be told of the fields of a chat that were not read. Raises: FieldError for one without which the
     answer means something else.
     """
     refuse_tool_calls({name: fields.look(name) for name in unread})
+    if rows != "answers":
+        return unread
     if "rejected" in unread and not says_something(fields.look("chosen")):
         raise FieldError("has 'rejected', and no 'chosen'; name that with data.columns.chosen, or take 'rejected' out")
     for name in VERDICTS:
-        if name in unread and str(fields.look(name)).lower() == "false":
-            raise FieldError(
-                f"{name!r} is false: the answer is a bad one, and would be trained as a good one; take such rows out"
-            )
+        if name in unread:
+            _refuse_false(str(fields.look(name)).lower() != "false", name)
     return tuple(name for name in unread if name not in VERDICTS or str(fields.look(name)).lower() != "true")
+
+
+def _refuse_false(good: bool, name: str) -> None:
+    if not good:
+        raise FieldError(
+            f"{name!r} is false: the answer is a bad one, and would be trained as a good one; take such rows out"
+        )

@@ -42,6 +42,7 @@ class Format:
     answer_field: Callable[[RowFields], str | None] = lambda row: None
     documents: bool = False
     pairs: Callable[[str, Fields, Columns], list[Pair]] | None = None
+    pair_readings: Callable[[RowFields], list[str]] = lambda row: []
     labelled: Callable[[str, Fields, Columns], list[Conversation]] | None = None
 
 

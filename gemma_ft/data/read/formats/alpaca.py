@@ -9,6 +9,7 @@ from gemma_ft.data.conversation import Item, Turn, kind_of
 from gemma_ft.data.read.columns import FieldError
 from gemma_ft.data.read.fields import Fields, telling
 from gemma_ft.data.read.row_format import Columns, Format, RowFields, conversation, system_of, text_in
+from gemma_ft.data.read.verdicts import labelled
 
 PLACE = 3
 
@@ -44,4 +45,4 @@ def answer_field(row: RowFields) -> str | None:
     return "output" if "instruction" in row and "instances" not in row else None
 
 
-FORMAT = Format(readings=readings, parse=parse, answer_field=answer_field)
+FORMAT = Format(readings=readings, parse=parse, answer_field=answer_field, labelled=labelled(parse, last=True))

@@ -6,6 +6,7 @@ from gemma_ft.data.conversation import Item
 from gemma_ft.data.read.fields import Fields
 from gemma_ft.data.read.row_format import Columns, Format, conversation, dialog, list_fits, list_readings
 from gemma_ft.data.read.turns import SPEAKERS
+from gemma_ft.data.read.verdicts import labelled
 
 PLACE = 1
 KEYS = SPEAKERS[0]
@@ -21,4 +22,5 @@ FORMAT = Format(
     parse=parse,
     columns=frozenset(("messages",)),
     fits=lambda row, columns: list_fits(row, columns, KEYS),
+    labelled=labelled(parse, last=True),
 )

@@ -1,9 +1,13 @@
-"""prompt, chosen, rejected, or two whole chats: chosen, rejected. The chosen one is trained."""
+"""prompt, chosen, rejected, or two whole chats: chosen, rejected. The chosen one is trained.
+
+Where pairs are wanted, also other ways to hold answers that were compared (compared.py).
+"""
 
 from __future__ import annotations
 
 from gemma_ft.data.conversation import Item, Pair, Turn
 from gemma_ft.data.read.columns import FieldError
+from gemma_ft.data.read.compared import check_beside, compared, compared_fields
 from gemma_ft.data.read.fields import Fields
 from gemma_ft.data.read.pairs import pair_of, split_head
 from gemma_ft.data.read.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
@@ -23,11 +27,19 @@ def parse(where: str, fields: Fields, columns: Columns) -> list[Item]:
 
 
 def pairs(where: str, fields: Fields, columns: Columns) -> list[Pair]:
-    """The two answers behind their prompt, which of two whole chats is what they have in common."""
-    prompt, chosen, rejected = _parts(fields, columns)
-    if not prompt:
-        prompt, chosen, rejected = split_head(chosen, rejected)
-    return [pair_of(where, after(system_of(fields, columns), prompt), chosen, rejected)]
+    """The better answer with each worse one, behind their prompt; of whole chats it is what they have in common."""
+    found = compared(fields, columns)
+    made = []
+    for name, turns, margin in found.worse:
+        names = (found.better[0], name)
+        if found.prompt is None:
+            prompt, better, worse = split_head(found.better[1], turns, names)
+            check_beside(fields, columns, prompt, names)
+        else:
+            prompt, better, worse = found.prompt, found.better[1], turns
+        prompt = after(system_of(fields, columns), prompt)
+        made.append(pair_of(where, prompt, better, worse, margin=margin, names=names))
+    return made
 
 
 def _parts(fields: Fields, columns: Columns) -> tuple[list[Turn], list[Turn], list[Turn]]:
@@ -58,4 +70,5 @@ FORMAT = Format(
     columns=frozenset(("prompt", "chosen", "rejected")),
     fits=lambda row, columns: has_both(row),
     pairs=pairs,
+    pair_readings=lambda row: list(filter(None, [compared_fields(row)])),
 )

@@ -8,6 +8,7 @@ from gemma_ft.data.conversation import Item
 from gemma_ft.data.read.fields import Fields
 from gemma_ft.data.read.row_format import Columns, Format, RowFields, after, conversation, part_of, system_of
 from gemma_ft.data.read.turns import asked, said
+from gemma_ft.data.read.verdicts import labelled
 
 PLACE = 4
 PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -36,4 +37,5 @@ FORMAT = Format(
     columns=frozenset(PAIRS[0]),
     fits=lambda row, columns: not ("chosen" in row and "rejected" in row),  # those have a prompt too
     answer_field=answer_field,
+    labelled=labelled(parse, last=False),
 )
