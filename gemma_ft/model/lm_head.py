@@ -58,15 +58,23 @@ def fused_head_loss(
     made of `fused_token_logprobs`; rows whose label is -100 are never projected. Logits exist for `chunk_rows`
     rows at a time (default: as many as fit CHUNK_BYTES), are capped in float32 or wider, and their gradient is taken at
     once, so that nothing of size V is kept for backward when the head is frozen (a trained head keeps its own gradient,
-    [V, D]).
+    [V, D]). Where weights are made of log-probabilities, a frozen head gives those and each row's gradient in one pass,
+    and a weight multiplies what is there; a trained one, whose gradient is a sum over rows, takes a second pass.
     """
     chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
-    if not (loss_weights is None or isinstance(loss_weights, Tensor)):
-        logprobs = fused_token_logprobs(hidden, weight, labels, softcap=softcap, added=added, chunk_rows=chunk_rows)
-        loss_weights = loss_weights(logprobs)
-    rows, targets, each = _labelled(hidden, labels, loss_weights)
+    rows, targets = _labelled(hidden, labels)
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
+    if callable(loss_weights):
+        trained = weight.requires_grad or (added is not None and added.requires_grad)
+        with_grad = rows.requires_grad and not trained
+        scored = _scored(rows, weight, added, targets, softcap, chunk_rows, with_grad=with_grad)
+        each = _weights_of(labels, loss_weights(_in_place(labels, scored.losses)))
+        if not trained:
+            loss_sum = _WeightedLoss.apply(rows, scored.losses, scored.gradients, each, chunk_rows)
+            return _head_loss(loss_sum, scored.correct, targets, each)
+    else:
+        each = _weights_of(labels, loss_weights)
     loss_sum, correct = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
     return _head_loss(loss_sum, correct, targets, each)
 
@@ -84,14 +92,9 @@ def fused_token_logprobs(
     """Hidden states [B, T, D] and labels [B, T] -> log p of the label at t given what is before it, [B, T] in float32
     or wider, 0 where the label is -100; without gradients. The logits are those of `fused_head_loss`, to the bit.
     """
-    rows, targets, _ = _labelled(hidden, labels, None)
+    rows, targets = _labelled(hidden, labels)
     chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
-    head, more = weight.to(rows.dtype), None if added is None else added.to(rows.dtype)
-    losses = [
-        fused_cross_entropy(_raw_logits(part, head, more), target, None, softcap, with_grad=False)[0]
-        for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
-    ]
-    return _in_place(labels, losses)
+    return _in_place(labels, _scored(rows, weight, added, targets, softcap, chunk_rows, with_grad=False).losses)
 
 
 @torch.no_grad()
@@ -99,14 +102,14 @@ def layered_token_logprobs(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, words: int, chunk_rows: int | None = None
 ) -> Tensor:
     """As `fused_token_logprobs`, for the heads of `layered_head_loss`, whose next pass draws the same dropout."""
-    rows, targets, _ = _labelled(hidden, labels, None)
+    rows, targets = _labelled(hidden, labels)
     chunk_rows = chunk_rows or _chunk_rows(words, rows.device)
     with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
         losses = [
             cross_entropy(logits(part), target, reduction="none")
             for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
         ]
-    return _in_place(labels, losses)
+    return _in_place(labels, torch.cat(losses))
 
 
 def layered_head_loss(
@@ -124,10 +127,9 @@ def layered_head_loss(
     time here too, and are made once more for backward.
     """
     chunk_rows = chunk_rows or _chunk_rows(words, hidden.device)
-    if not (loss_weights is None or isinstance(loss_weights, Tensor)):
-        logprobs = layered_token_logprobs(logits, hidden, labels, words=words, chunk_rows=chunk_rows)
-        loss_weights = loss_weights(logprobs)
-    rows, targets, each = _labelled(hidden, labels, loss_weights)
+    if callable(loss_weights):
+        loss_weights = loss_weights(layered_token_logprobs(logits, hidden, labels, words=words, chunk_rows=chunk_rows))
+    (rows, targets), each = _labelled(hidden, labels), _weights_of(labels, loss_weights)
 
     def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         found, target = logits(rows), targets[start : start + chunk_rows]
@@ -148,21 +150,64 @@ def layered_head_loss(
     return _head_loss(sums, correct, targets, each)
 
 
-def _labelled(hidden: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows [M, D] whose next token is labelled, those labels [M], and their loss weights [M]."""
-    targets = labels[:, 1:].reshape(-1)
+def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows [M, D] whose next token is labelled, and those labels [M]."""
+    targets = labels[:, 1:]
     labelled = targets != IGNORE
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[labelled]
-    each = None if loss_weights is None else loss_weights[:, 1:].reshape(-1)[labelled]
-    return rows, targets[labelled], each
+    return hidden[:, :-1][labelled], targets[labelled]
 
 
-def _in_place(labels: Tensor, losses: list[Tensor]) -> Tensor:
-    """Losses of the labelled rows, chunk by chunk -> their negatives where the labels are, [B, T]; 0 elsewhere."""
-    of_all = torch.cat(losses)
-    found = torch.zeros(labels.shape, dtype=of_all.dtype, device=labels.device)
-    found[:, 1:][labels[:, 1:] != IGNORE] = -of_all
+def _weights_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor | None:
+    """The loss weights [M] of the labelled tokens, of those of all [B, T]."""
+    return None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE]
+
+
+def _in_place(labels: Tensor, losses: Tensor) -> Tensor:
+    """Losses [M] of the labelled rows -> their negatives where the labels are, [B, T]; 0 elsewhere."""
+    found = torch.zeros(labels.shape, dtype=losses.dtype, device=labels.device)
+    found[:, 1:][labels[:, 1:] != IGNORE] = -losses
     return found
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What a frozen head says of M labelled rows."""
+
+    losses: Tensor  # -log p of each label [M], float32 or wider
+    correct: Tensor  # rows whose most likely token is the label, int64
+    gradients: Tensor | None  # of each row's own loss by the row, [M, D] in the rows' dtype; None where nobody asks
+
+
+@torch.no_grad()
+def _scored(
+    rows: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    chunk_rows: int,
+    *,
+    with_grad: bool,
+) -> _Scored:
+    head, more = weight.to(rows.dtype), None if added is None else added.to(rows.dtype)
+    losses = torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    correct = torch.zeros((), dtype=torch.int64, device=rows.device)
+    gradients = torch.empty_like(rows) if with_grad else None
+    for start in range(0, len(rows), chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        raw = _raw_logits(rows[chunk], head, more)
+        losses[chunk], hits, grad = fused_cross_entropy(raw, targets[chunk], None, softcap, with_grad=with_grad)
+        correct += hits.sum()
+        if gradients is not None and grad is not None:
+            _write_row_gradients(gradients[chunk], grad.to(rows.dtype), head, more)
+    return _Scored(losses, correct, gradients)
+
+
+def _write_row_gradients(into: Tensor, grad: Tensor, head: Tensor, added: Tensor | None) -> None:
+    """Gradients of logits [m, V + A] -> those of their rows, written into [m, D]."""
+    into.copy_(times(grad[:, : len(head)], head))
+    if added is not None:
+        into += grad[:, len(head) :] @ added
 
 
 def _raw_logits(part: Tensor, head: Tensor, added: Tensor | None) -> Tensor:
@@ -187,6 +232,29 @@ def _add_wide(total: Tensor, narrow: Tensor) -> None:
 def _head_loss(loss_sum: Tensor, correct: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
     count = torch.full((), len(targets), device=targets.device)
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """(rows [M, D], their losses [M] and gradients [M, D], loss weights [M]) -> the weighted sum. The weight and what
+    comes from above multiply a gradient in one rounding.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, losses: Tensor, gradients: Tensor | None, each: Tensor, chunk_rows: int
+    ) -> Tensor:
+        ctx.save_for_backward(gradients, each)
+        loss_sum = torch.zeros((), dtype=losses.dtype, device=losses.device)
+        for some, weights in zip(losses.split(chunk_rows), each.to(losses.dtype).split(chunk_rows), strict=True):
+            loss_sum += (some * weights).sum()  # in the order of `_FusedHeadLoss`
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, each = ctx.saved_tensors
+        scales = each.to(upstream.dtype) * upstream  # [M]
+        return torch.mul(gradients, scales[:, None], out=torch.empty_like(gradients)), None, None, None, None
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -227,10 +295,7 @@ class _FusedHeadLoss(torch.autograd.Function):
                 continue
             grad = grad.to(rows.dtype)  # autocast may have made narrower logits
             if grad_rows is not None:
-                into = grad_rows[start : start + chunk_rows]
-                into.copy_(times(grad[:, :known], head))
-                if more is not None:
-                    into += grad[:, known:] @ more
+                _write_row_gradients(grad_rows[start : start + chunk_rows], grad, head, more)
             if grad_weight is not None:
                 _add_wide(grad_weight, grad[:, :known].T @ part)
             if grad_added is not None:

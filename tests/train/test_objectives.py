@@ -185,8 +185,8 @@ def test_only_an_objective_that_needs_them_has_log_probabilities_computed(
     calls: list[int] = []
     from gemma_ft.model import lm_head
 
-    original = lm_head.fused_token_logprobs
-    monkeypatch.setattr(lm_head, "fused_token_logprobs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = lm_head._scored
+    monkeypatch.setattr(lm_head, "_scored", lambda *a, **k: calls.append(1) or original(*a, **k))
     through_the_seam(model, [Collator(0)(examples[:2])], SupervisedFineTuning())
     assert calls == []
     through_the_seam(model, [Collator(0)(examples[:2])], Explicit())
