@@ -24,7 +24,8 @@ from gemma_ft.data.encode import tokenizer as tokenizers
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.model.config import read_config, read_generation_config
-from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.loading import FLOAT16_OVERFLOWS
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import environment, hardware
 from gemma_ft.system.hub import hub_reason

@@ -141,7 +141,8 @@ class Family:
     pre_mlp_norm: the name of the norm before the MLP. qk_norms: queries and keys are normalized, each head by itself.
     query_scale: the config field whose square root divides the queries. ropes: of each type of layer, where config.json
     does not say; several types: config.json says it for each. rope_types: those that are computed. license: the hub's
-    id, and a link. gguf: None where llama.cpp does not know it.
+    id, and a link. gguf: None where llama.cpp does not know it. classifier: transformers' class for a reward model of it;
+    None where it has none.
     """
 
     label: str
@@ -162,6 +163,7 @@ class Family:
     ropes: Mapping[LayerType, Rope] = field(default_factory=lambda: {"full_attention": Rope()})
     rope_types: tuple[str, ...] = ("default",)
     composite: Composite | None = None
+    classifier: str | None = None
 
     @property
     def norms(self) -> int:
