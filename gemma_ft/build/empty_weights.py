@@ -15,12 +15,15 @@ from transformers.quantizers import AutoHfQuantizer
 from gemma_ft.adapters.quantize import Kind, make_empty, quantization_config
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import checked_folder
+from gemma_ft.build.reward import refuse_reward_base
 from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import read_config, read_generation_config
+from gemma_ft.model.config_file import is_reward_model
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable
+from gemma_ft.model.reward import HEAD_WEIGHT, GemmaForSequenceClassification, RewardHead, check_one_label
 
 
 def empty_base(
@@ -30,8 +33,10 @@ def empty_base(
     quantize: Kind | None = None,
     double_quant: bool = True,
     attention: str | None = None,
+    reward: bool = False,
 ) -> Any:
     """The model that `pretrained.load_base` would load, empty: shapes, dtypes and layers are its, values are missing.
+    Of a reward model the head has values: it is loaded, or zero.
 
     Raises: UserError as load_base, for int8, which cannot be cut, and for files that do not hold this model.
     """
@@ -40,8 +45,12 @@ def empty_base(
     folder = checked_folder(source)
     config = read_config(folder)
     config.dtype, config._attn_implementation = dtype, attention
+    if reward:
+        check_one_label(config, source.name)
+    else:
+        refuse_reward_base(folder, source.name)
     with torch.device("meta"):
-        model = GemmaForCausalLM(config).to(dtype)
+        model = (GemmaForSequenceClassification if reward else GemmaForCausalLM)(config).to(dtype)
     if has_other_names(folder):
         check_fits(model_weights(folder), model, source.name)
     else:
@@ -53,7 +62,11 @@ def empty_base(
         model.hf_quantizer = quantizer
         quantizer.preprocess_model(model, device_map={"": torch.device("cpu")})
         quantizer.postprocess_model(model)
+    if reward:
+        model.score = _filled_head(model, model_weights(folder))
     for module in model.modules():
+        if isinstance(module, RewardHead):
+            continue
         if quantize is not None and hasattr(module, "quant_storage"):
             make_empty(module)
             continue
@@ -69,6 +82,15 @@ def empty_base(
     return model
 
 
+def _filled_head(model: Any, files: WeightFiles) -> RewardHead:
+    """The head of a reward model, small enough for every rank to have whole, in float32."""
+    head = RewardHead(model.config.hidden_size)
+    if HEAD_WEIGHT in files.names:
+        with torch.no_grad():
+            head.weight.copy_(files.tensor(HEAD_WEIGHT))
+    return head
+
+
 def is_empty(parameter: Tensor) -> bool:
     """Whether a parameter has a shape and no values of its own."""
     return parameter.numel() > 1 and not any(parameter.stride())
@@ -82,6 +104,8 @@ def base_name(name: str) -> str:
 def _check_files(model: Any, files: WeightFiles, source: Source) -> None:
     """Raises: UserError for the first tensor that is missing from the files, or has another shape."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if HEAD_WEIGHT not in files.names and not is_reward_model(files.folder):
+        wanted.pop(HEAD_WEIGHT, None)
     for name, shape in wanted.items():
         if name not in files.names:
             raise UserError(f"{source.name}: has no tensor {name}; its config.json is another model's")

@@ -84,7 +84,7 @@ def generate(
     for_rows |= {"--overwrite": overwrite, "--batch-size": batch_size}
     _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
     options.check_texts(system, stop)
-    check_model(model, adapter)
+    check_model(model, adapter, answers=True)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
     from gemma_ft.system.environment import quiet_libraries

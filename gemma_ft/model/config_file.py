@@ -113,7 +113,7 @@ def check_size(folder: Path, preset: str, name: str) -> None:
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Whether the config.json of a folder is a reward model's: it has a head that gives a number, and none for tokens."""
+    """Whether the config.json of a folder is a reward model's: its head gives a number, and no token."""
     return names_reward_model(_said(folder).get("architectures"))
 
 

@@ -16,14 +16,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
+from gemma_ft.families.family import REWARD_HEAD
 from gemma_ft.families.records import family_of
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.config_file import names_reward_model
 from gemma_ft.model.gemma import GemmaModel, GemmaPreTrainedModel
 from gemma_ft.model.loading import HUB_KEYS, load_whole
 
-HEAD_MODULE = "score"  # transformers' name
-HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
+HEAD_WEIGHT = f"{REWARD_HEAD}.weight"
 
 
 class RewardHead(nn.Linear):
@@ -50,7 +50,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
     dtype that is loaded.
     """
 
-    _keep_in_fp32_modules_strict = {HEAD_MODULE}  # noqa: RUF012 (transformers' own attribute)
+    _keep_in_fp32_modules_strict = {REWARD_HEAD}  # noqa: RUF012 (transformers' own attribute)
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         *GemmaPreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^lm_head\.",  # of the folder that it begins with
@@ -82,6 +82,9 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         loader = super(GemmaForSequenceClassification, _face(config, cls)).from_pretrained
         fresh = () if known else (HEAD_WEIGHT,)
         model, info = load_whole(loader, name_or_path, *args, config=config, fresh=fresh, **kwargs)
+        model.score.to(
+            torch.promote_types(model.score.weight.dtype, torch.float32)
+        )  # a fresh one has the others' dtype
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -104,8 +107,8 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Token ids [B, T] -> rewards as `logits`: [A, 1] of the answers that `answer_ids` [B, T] number (-1: no part of
-        any), each read at its last token; without them [B, 1], read at the last real token of each sequence by
+        """Token ids [B, T] -> rewards as `logits`: [A, 1] of the answers that `answer_ids` [B, T] number (-1: part of
+        none), each read at its last token; without them [B, 1], read at the last real token of each sequence by
         `attention_mask`, at either side of which the padding may be. attention_mask, position_ids, document_ids: as
         GemmaForCausalLM.forward has them. `labels` are of tokens, and no loss is made of them here.
         """
@@ -202,6 +205,7 @@ def _face(
     face = default if family is None else _FACES[family.model_type]
     if not issubclass(face, default):
         raise UserError(
-            f"config.json: a {face.__name__}, not a {default.__name__}; use GemmaForSequenceClassification for any Gemma"
+            f"config.json: a {face.__name__}, not a {default.__name__}; use GemmaForSequenceClassification for any of "
+            "them"
         )
     return face
