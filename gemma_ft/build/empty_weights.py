@@ -76,7 +76,7 @@ def empty_base(
     model.tie_weights()
     keep_trainable(model)
     generation = read_generation_config(folder)
-    if generation is not None:
+    if generation is not None and not reward:
         model.generation_config = generation
     model.name_or_path = source.name
     return model

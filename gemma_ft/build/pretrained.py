@@ -99,7 +99,8 @@ def _renamed(folder: Path, model_class: Any, options: dict[str, Any]) -> Any:
     with unread(files) as tensors:
         model = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
     model.name_or_path = str(folder)
-    model.generation_config = read_generation_config(folder) or model.generation_config
+    if model.can_generate():
+        model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from gemma_ft.adapters.class_names import PREFIX
@@ -37,3 +38,12 @@ def check_reward_head(place: Place) -> None:
         raise UserError(
             f"{adapter.folder}: its head gives {rows} numbers, a classifier's; a reward model gives one (num_labels 1)"
         )
+
+
+def refuse_reward_form(name: str, form: str, *, graft: bool) -> None:
+    """Raises: UserError for a form of an export, or a merge, that has no place for the head of a reward model."""
+    cure = f"--to hf keeps it, and gemma-ft score {shlex.quote(name)} --input ROWS --output FILE scores rows"
+    if form == "gguf":
+        raise UserError(f"{name}: a reward model, and a GGUF file has no place for its head; {cure}")
+    if graft:
+        raise UserError(f"{name}: a reward model, and a multimodal folder has no place for its head; leave --graft out")

@@ -197,6 +197,11 @@ _FACES = {
 }
 
 
+def reward_architecture(model_type: str) -> str:
+    """What the config.json of a reward model of a family says under `architectures`."""
+    return _FACES[model_type].__name__
+
+
 def _face(
     config: PreTrainedConfig | None, default: type[GemmaForSequenceClassification]
 ) -> type[GemmaForSequenceClassification]:
