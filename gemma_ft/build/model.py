@@ -25,20 +25,20 @@ from gemma_ft.system import hardware
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, empty: bool = False, reward: bool = False
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, empty: bool = False
 ) -> tuple[Any, Source | None]:
     """The recipe's model, on its device, ready to train (adapter on, or every weight trainable), and where it came from
     (None for fresh weights).
 
     Frozen weights have the recipe's precision, or are quantized; what is trained is float32. `empty`: the base without
-    its values (gemma_ft.build.empty_weights), for ranks that will each hold a slice. `reward`: a reward model, whose
-    head is float32 and trained, and zero where it begins with a language model.
+    its values (gemma_ft.build.empty_weights), for ranks that will each hold a slice. Of the objective `reward` it is a
+    reward model, whose head is float32 and trained, and zero where it begins with a language model.
     """
     torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
     precision = hardware.dtype_by_name(recipe.train.precision)
     dtype = torch.float32 if recipe.strategy == "full" else precision
     attention = None if recipe.model.attention == "auto" else recipe.model.attention
-    source = None
+    source, reward = None, recipe.objective.kind == "reward"
     if recipe.model.weights == FRESH:
         if recipe.strategy != "full":
             raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
@@ -72,6 +72,11 @@ def build_model(
     if empty and recipe.adapter.dora:
         raise UserError(
             "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
+        )
+    if recipe.adapter.start is not None and reward:
+        raise UserError(
+            f"adapter.start: {recipe.adapter.start}: a reward model begins with a whole model; merge the adapter "
+            "(gemma-ft merge), and set model.weights to the result"
         )
     if recipe.adapter.start is not None:
         if added:

@@ -5,6 +5,7 @@ Letters: B sequences, T tokens, D hidden, A answers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from gemma_ft.model.gemma import GemmaModel, GemmaPreTrainedModel
 from gemma_ft.model.loading import HUB_KEYS, load_whole
 
 HEAD_WEIGHT = f"{REWARD_HEAD}.weight"
+
+
+@dataclass
+class RewardOutput(SequenceClassifierOutputWithPast):
+    """transformers' output, its `logits` [A, 1] also as `rewards` [A]."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """One number for each answer."""
+        assert self.logits is not None
+        return self.logits[:, 0]
 
 
 class RewardHead(nn.Linear):
@@ -106,7 +118,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         answer_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> RewardOutput:
         """Token ids [B, T] -> rewards as `logits`: [A, 1] of the answers that `answer_ids` [B, T] number (-1: part of
         none), each read at its last token; without them [B, 1], read at the last real token of each sequence by
         `attention_mask`, at either side of which the padding may be. attention_mask, position_ids, document_ids: as
@@ -125,7 +137,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         hidden = outputs.last_hidden_state
         if answer_ids is None:
             answer_ids = _sequence_ids(hidden, attention_mask)
-        return SequenceClassifierOutputWithPast(None, self.rewards(hidden, answer_ids)[:, None])
+        return RewardOutput(None, self.rewards(hidden, answer_ids)[:, None])
 
     def rewards(self, hidden: Tensor, answer_ids: Tensor) -> Tensor:
         """Final hidden states [B, T, D] and the number of each token's answer [B, T] (-1: none) -> the reward of each
