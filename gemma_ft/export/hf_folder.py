@@ -133,7 +133,7 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def reward_fields(place: Place, control: ControlIds) -> dict[str, Any]:
-    """What the config.json of a reward model says beside its base's: by its pad id transformers finds the last token."""
+    """What config.json says of a reward model beside its base's: transformers finds the last token by the pad id."""
     name = reward_architecture(place.of_base.config.model_type)
     return {
         "architectures": [name],
