@@ -64,7 +64,8 @@ STARTS: dict[Any, str | None] = {
     **dict.fromkeys(("corda", "lora_ga", "olora", "pissa", "pissa_niter_[number of iters]"), _CONVERT),
     "loftq": "save the base that it left as a folder, and the adapter with init_lora_weights: true; merge them there",
 }
-TASKS = ("CAUSAL_LM", None)
+REWARD_TASK = "SEQ_CLS"  # of which PEFT saves the head with the adapter
+TASKS = ("CAUSAL_LM", REWARD_TASK, None)
 
 
 def type_fault(kind: str) -> str | None:
@@ -85,8 +86,17 @@ def lora_fault(config: Any) -> str | None:
         return f"init_lora_weights {start!r} is not known here; {_CONVERT}"
     if STARTS[row] is not None:
         return f"init_lora_weights {start!r} rewrote the base; {STARTS[row]}"
-    task = getattr(config.task_type, "value", config.task_type)
-    return None if task in TASKS else f"task_type {task} is not supported; only adapters for CAUSAL_LM are"
+    task = _task(config)
+    return None if task in TASKS else f"task_type {task} is not supported; only adapters for CAUSAL_LM and SEQ_CLS are"
+
+
+def scores(config: Any) -> bool:
+    """Whether an adapter makes a reward model, by PEFT's config of it."""
+    return bool(_task(config) == REWARD_TASK)
+
+
+def _task(config: Any) -> Any:
+    return getattr(config.task_type, "value", config.task_type)
 
 
 # PEFT's layers over quantized weights lack them.

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gemma_ft.adapters.kinds import REWARD_TASK
 from gemma_ft.adapters.trainable_tokens import add_to_folder, indices, rows_of, weight_name
+from gemma_ft.families.family import REWARD_HEAD
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,12 +34,14 @@ def add_adapter(
     init: str,
     base: str,
     revision: str | None,
+    reward: bool = False,
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter whose output equals the base's (B = 0), all of its weights in float32.
 
     `targets`: "all-linear" (every linear layer but the head) or module names. `base` and `revision` are written to
     adapter_config.json: a hub id with its commit, or an absolute folder, so that stock PEFT finds the base again. The
-    rows of added tokens are trained with it.
+    rows of added tokens are trained with it. `reward`: `model` is a reward model, whose head is trained and saved as it
+    is.
     """
     from peft import LoraConfig, get_peft_model  # seconds, which verbs without an adapter need not wait for
 
@@ -51,7 +55,7 @@ def add_adapter(
         use_rslora=rslora,
         use_dora=dora,
         init_lora_weights=True if init == "default" else init,
-        task_type="CAUSAL_LM",
+        task_type=REWARD_TASK if reward else "CAUSAL_LM",
     )
     wrapped = get_peft_model(model, with_fused_layers(config))
     active = wrapped.peft_config["default"]
@@ -59,6 +63,8 @@ def add_adapter(
     active.target_modules = sorted(
         active.target_modules
     )  # a set has another order in each process, and so would the file
+    if reward:
+        active.modules_to_save = [REWARD_HEAD]  # PEFT has other classes' names in it, and this one
     rows = rows_of(wrapped)
     if rows is not None:  # said after PEFT has wrapped the model, so that it adds no layer of its own for them
         active.trainable_token_indices = indices(rows.first, len(rows.weight))

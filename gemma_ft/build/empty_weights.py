@@ -15,11 +15,14 @@ from transformers.quantizers import AutoHfQuantizer
 from gemma_ft.adapters.quantize import Kind, make_empty, quantization_config
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import checked_weights
+from gemma_ft.build.reward import refuse_reward_base
 from gemma_ft.build.text_weights import check_fits
+from gemma_ft.build.weights import WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import read_config, read_generation_config
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import keep_trainable
+from gemma_ft.model.reward import HEAD_WEIGHT, GemmaForSequenceClassification, RewardHead, check_one_label
 
 
 def empty_base(
@@ -29,8 +32,10 @@ def empty_base(
     quantize: Kind | None = None,
     double_quant: bool = True,
     attention: str | None = None,
+    reward: bool = False,
 ) -> Any:
     """The model that `pretrained.load_base` would load, empty: shapes, dtypes and layers are its, values are missing.
+    Of a reward model the head has values: it is loaded, or zero.
 
     Raises: UserError as load_base, for int8, which cannot be cut, and for files that do not hold this model.
     """
@@ -39,8 +44,12 @@ def empty_base(
     files = checked_weights(source)
     config = read_config(files.folder)
     config.dtype, config._attn_implementation = dtype, attention
+    if reward:
+        check_one_label(config, source.name)
+    else:
+        refuse_reward_base(files.folder, source.name)
     with torch.device("meta"):
-        model = GemmaForCausalLM(config).to(dtype)
+        model = (GemmaForSequenceClassification if reward else GemmaForCausalLM)(config).to(dtype)
     check_fits(files, model, source.name)
     if quantize is not None:
         quantizer = AutoHfQuantizer.from_config(
@@ -49,7 +58,11 @@ def empty_base(
         model.hf_quantizer = quantizer
         quantizer.preprocess_model(model, device_map={"": torch.device("cpu")})
         quantizer.postprocess_model(model)
+    if reward:
+        model.score = _filled_head(model, files)
     for module in model.modules():
+        if isinstance(module, RewardHead):
+            continue
         if quantize is not None and hasattr(module, "quant_storage"):
             make_empty(module)
             continue
@@ -59,10 +72,19 @@ def empty_base(
     model.tie_weights()
     keep_trainable(model)
     generation = read_generation_config(files.folder)
-    if generation is not None:
+    if generation is not None and not reward:
         model.generation_config = generation
     model.name_or_path = source.name
     return model
+
+
+def _filled_head(model: Any, files: WeightFiles) -> RewardHead:
+    """The head of a reward model, small enough for every rank to have whole, in float32."""
+    head = RewardHead(model.config.hidden_size)
+    if HEAD_WEIGHT in files.names:
+        with torch.no_grad():
+            head.weight.copy_(files.tensor(HEAD_WEIGHT))
+    return head
 
 
 def is_empty(parameter: Tensor) -> bool:

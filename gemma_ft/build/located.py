@@ -5,15 +5,17 @@ Nothing here needs torch or transformers: rows are looked at without them.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REWARD_TASK
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import DataError, UserError
+from gemma_ft.model.config_file import is_reward_model
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.hub import snapshot
 from gemma_ft.system.paths import expanded
@@ -94,6 +96,26 @@ def model_in(run: Path) -> Path | None:
     """The folder of the fully tuned model that a run stands for, or None."""
     folder = RunFiles(run).model
     return folder if (folder / "config.json").is_file() else None
+
+
+def is_reward(folder: Path) -> bool:
+    """Whether a run, adapter or model folder is a reward model's, as far as its small files tell."""
+    adapter = adapter_in(folder)
+    if adapter is None:
+        return is_reward_model(model_in(folder) or folder)
+    try:
+        said = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        return isinstance(said, dict) and said.get("task_type") == REWARD_TASK
+    except (OSError, ValueError, RecursionError):  # told where it is opened
+        return False
+
+
+def refuse_reward(name: str | Path) -> NoReturn:
+    """Raises: UserError that says what a reward model does where text is wanted of it."""
+    raise UserError(
+        f"{name}: a reward model, which gives an answer a number and writes none; "
+        f"gemma-ft score {shlex.quote(str(name))} --input ROWS --output FILE"
+    )
 
 
 def taken_for_folder(file: Path) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from gemma_ft.adapters.adapter_config import adapter_config, read_fields
 from gemma_ft.adapters.class_names import PREFIX, native_config, native_key
-from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, scores
 from gemma_ft.adapters.quantize import Kind
 from gemma_ft.build.contract import CONTRACT, Contract, adapter_hash
 from gemma_ft.build.located import (
@@ -31,7 +31,9 @@ from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import config_in, numerics_hash
+from gemma_ft.model.config_file import is_reward_model
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.reward import GemmaForSequenceClassification
 from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.schema import Recipe
@@ -68,10 +70,15 @@ class BaseFiles:
         return config_in(self.folder)
 
     @cached_property
-    def empty_model(self) -> GemmaForCausalLM:
-        """A model of that config without any memory: names and shapes."""
+    def empty_model(self) -> GemmaForCausalLM | GemmaForSequenceClassification:
+        """A model of that config without any memory: names and shapes. Of a reward model's folder it is one."""
         with torch.device("meta"):
-            return GemmaForCausalLM(self.config)
+            return GemmaForSequenceClassification(self.config) if self.reward else GemmaForCausalLM(self.config)
+
+    @cached_property
+    def reward(self) -> bool:
+        """Whether it is a reward model."""
+        return is_reward_model(self.folder)
 
     def unlike(self, contract: Contract | None) -> str | None:
         """The fingerprint of this base where it is not the one that `contract` names; None where it is, or where no
@@ -170,6 +177,12 @@ class Place:
     def trained_over(self) -> Kind | None:
         """How the frozen weights were stored while the adapter was trained."""
         return self.contract.quantize if self.contract is not None and self.adapter is not None else None
+
+    @property
+    def reward(self) -> bool:
+        """Whether it is a reward model: a number for an answer, and no text."""
+        adapter = self.of_adapter
+        return (adapter is not None and scores(adapter.config)) or self.of_base.reward
 
     @cached_property
     def run(self) -> RunFiles | None:

@@ -19,13 +19,16 @@ from gemma_ft.build.contract import Contract
 from gemma_ft.build.located import Source, adapter_in, check_is_model, folder_of, located, refuse_file
 from gemma_ft.build.new_tokens import take_rows
 from gemma_ft.build.place import AdapterFiles, Place, place_of
+from gemma_ft.build.reward import check_reward_head, refuse_reward_base
 from gemma_ft.build.text_weights import check_fits, has_other_names, model_weights, unread
 from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode import tokenizer as tokenizers
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.model.config import read_config, read_generation_config
-from gemma_ft.model.gemma import FLOAT16_OVERFLOWS, GemmaForCausalLM
+from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.loading import FLOAT16_OVERFLOWS
+from gemma_ft.model.reward import GemmaForSequenceClassification, check_one_label
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import environment, hardware
 from gemma_ft.system.hub import hub_reason
@@ -44,15 +47,19 @@ def load_base(
     attention: str | None = None,
     device: torch.device | str | None = None,
     trainable: bool = True,
+    reward: bool = False,
 ) -> Any:
     """A model from a folder or hub id, frozen weights quantized on the way in when asked.
 
     `trainable`: False for a model that is only asked: 4-bit weights may then be packed for speed, after which a
-    backward is refused.
+    backward is refused. `reward`: a reward model, whose head is zero where the folder is a language model's.
     Raises: UserError in one line: not a Gemma, weights that do not fit, gated, not reachable.
     """
     device = torch.device(device) if device is not None else hardware.default_device()
     files = checked_weights(source)
+    if not reward:
+        refuse_reward_base(files.folder, source.name)
+    model_class = GemmaForSequenceClassification if reward else GemmaForCausalLM
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -60,9 +67,9 @@ def load_base(
         options["quantization_config"] = quantization_config(quantize, double_quant=double_quant, compute_dtype=dtype)
     try:
         if has_other_names(files.folder):
-            model = _renamed(files, options)
+            model = _renamed(files, model_class, options)
         else:
-            model = GemmaForCausalLM.from_pretrained(str(files.folder), **options)
+            model = model_class.from_pretrained(str(files.folder), **options)
     except UserError:
         raise
     except (*LOAD_ERRORS, ImportError) as error:
@@ -78,20 +85,23 @@ def load_base(
     return model
 
 
-def _renamed(files: WeightFiles, options: dict[str, Any]) -> Any:
+def _renamed(files: WeightFiles, model_class: Any, options: dict[str, Any]) -> Any:
     """The model of a folder whose files may call its tensors otherwise, or hold other models too: transformers' loader
     is given those of the text model alone, under our names.
     """
     folder, config = files.folder, read_config(files.folder)
+    if model_class is GemmaForSequenceClassification:
+        check_one_label(config, folder)
     config.name_or_path = str(folder)
     if getattr(config, "quantization_config", None) is None:  # else there are more tensors than the config tells
         with torch.device("meta"):
-            empty = GemmaForCausalLM(config)
+            empty = model_class(config)
         check_fits(files, empty, str(folder))
     with unread(files) as tensors:
-        model = GemmaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **options)
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
     model.name_or_path = str(folder)
-    model.generation_config = read_generation_config(folder) or model.generation_config
+    if model.can_generate():
+        model.generation_config = read_generation_config(folder) or model.generation_config
     return model
 
 
@@ -139,6 +149,8 @@ def model_at(
     fault = quantized_fault(adapter.config, kind) if adapter is not None else None
     if fault is not None:
         raise UserError(f"{place.adapter}/{ADAPTER_CONFIG}: {fault}")
+    if place.reward:
+        check_reward_head(place)
     double_quant = place.contract is None or place.adapter is None or place.contract.double_quant
     model = load_base(
         place.base,
@@ -147,6 +159,7 @@ def model_at(
         double_quant=double_quant,
         device=device,
         trainable=False,
+        reward=place.reward,
     )
     if adapter is not None:
         _check_base_stays(model, adapter)

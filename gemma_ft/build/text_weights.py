@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
 from gemma_ft.errors import UserError
-from gemma_ft.model.config_file import composite_in, family_in
+from gemma_ft.model.config_file import composite_in, family_in, is_reward_model
 from gemma_ft.model.loading import refuse_unfitting, refuse_untied
+from gemma_ft.model.reward import HEAD_WEIGHT
 from gemma_ft.system.units import byte_size
 
 _BUFFER = "rotary_emb.inv_freq"  # in some older folders
@@ -68,9 +69,12 @@ def others_fingerprint(folder: Path) -> str | None:
 
 def check_fits(files: WeightFiles, model: Any, name: str) -> None:
     """Raises: UserError, in the words of the loader and before any tensor is read, where the files of `name` do not
-    hold just the weights of `model`; for a head that is not the embedding, after it was read a block at a time.
+    hold just the weights of `model`; for a head that is not the embedding, after it was read a block at a time. The
+    head of a reward model may be missing from those of a language model.
     """
     wanted = {key: tuple(weight.shape) for key, weight in model.state_dict().items() if key != HEAD}
+    if HEAD_WEIGHT not in files.names and not is_reward_model(files.folder):
+        wanted.pop(HEAD_WEIGHT, None)
     found = {key: files.info(key).shape for key in files.names if key != HEAD and _BUFFER not in key}
     sizes = [(key, torch.Size(found[key]), torch.Size(wanted[key])) for key in sorted(found.keys() & wanted.keys())]
     info = {

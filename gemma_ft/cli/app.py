@@ -29,6 +29,7 @@ from gemma_ft.cli import (
     recipes,
     report,
     schema,
+    score,
     serve,
     train,
 )
@@ -125,6 +126,7 @@ def build_app() -> typer.Typer:
     app.command("export")(export.export)
     app.command("import")(import_.import_)
     app.command("generate")(generate.generate)
+    app.command("score")(score.score)
     app.command("chat")(chat.chat)
     app.command("serve")(serve.serve)
     app.command("report")(report.report)

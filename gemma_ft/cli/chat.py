@@ -40,7 +40,7 @@ def chat(
     first fault ends them.
     """
     options.check_texts(system, stop)
-    check_model(model, adapter)
+    check_model(model, adapter, answers=True)
     from gemma_ft.system.environment import quiet_libraries
 
     quiet_libraries(answering=True)

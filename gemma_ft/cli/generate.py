@@ -43,13 +43,6 @@ Seed = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", metavar="N", min=1, help="Rows answered at once; without it: 8.")
 ]
-Format = Annotated[
-    str | None, typer.Option("--format", metavar="NAME", help="Format of the rows, where it cannot be told.")
-]
-Column = Annotated[
-    list[str] | None,
-    typer.Option("--column", metavar="KEY=TEMPLATE", help="Where rows hold what, as in prompt='{question}'."),
-]
 
 
 def generate(
@@ -68,8 +61,8 @@ def generate(
     seed: Seed = None,
     stop: options.Stop = None,
     batch_size: BatchSize = None,
-    format: Format = None,
-    column: Column = None,
+    format: options.Format = None,
+    column: options.Column = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --output again.")] = False,
     adapter: options.Adapter = None,
     dtype: options.Dtype = None,
@@ -84,7 +77,7 @@ def generate(
     for_rows |= {"--overwrite": overwrite, "--batch-size": batch_size}
     _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
     options.check_texts(system, stop)
-    check_model(model, adapter)
+    check_model(model, adapter, answers=True)
     if raw and system:
         raise UserError("--system and --raw: plain text has no system turn; give one of them")
     from gemma_ft.system.environment import quiet_libraries
@@ -97,7 +90,9 @@ def generate(
     _tell_idle(sampling)
     if prompt is None and seed is None:
         sampling = replace(sampling, seed=0)  # a file of answers can be made again
-    batch = BatchOptions(max_tokens, sampling, stop or (), system, raw, format or "auto", _columns(column or ()))
+    batch = BatchOptions(
+        max_tokens, sampling, stop or (), system, raw, format or "auto", options.columns_of(column or ())
+    )
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
@@ -129,16 +124,6 @@ def _tell_idle(sampling: Sampling) -> None:
     if sampling.greedy and idle:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
         _tell(f"note: {names} change{'s' if len(idle) == 1 else ''} nothing at temperature 0")
-
-
-def _columns(given: Sequence[str]) -> dict[str, str]:
-    columns = {}
-    for text in given:
-        key, equals, template = text.partition("=")
-        if not equals:
-            raise UserError(f"--column {text}: expected KEY=TEMPLATE, such as prompt='{{question}}'")
-        columns[key.strip()] = template
-    return columns
 
 
 def _prompt_text(prompt: str, raw: bool) -> str:

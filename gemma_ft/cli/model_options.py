@@ -51,6 +51,13 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End the answer before this text; may be given several times."),
 ]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="NAME", help="Format of the rows, where it cannot be told.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=TEMPLATE", help="Where rows hold what, as in prompt='{question}'."),
+]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="System text before the first question.")
 ]  # fmt: skip
@@ -79,6 +86,17 @@ def dtype_of(name: DtypeName | None) -> torch.dtype | None:
     from gemma_ft.system.hardware import dtype_by_name
 
     return None if name is None else dtype_by_name(name)
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """What --column says, by key. Raises: UserError."""
+    columns = {}
+    for text in given:
+        key, equals, template = text.partition("=")
+        if not equals:
+            raise UserError(f"--column {text}: expected KEY=TEMPLATE, such as prompt='{{question}}'")
+        columns[key.strip()] = template
+    return columns
 
 
 def check_texts(system: str | None, stop: Sequence[str] | None) -> None:

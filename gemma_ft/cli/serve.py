@@ -38,7 +38,7 @@ def serve(
     from gemma_ft.serve.address import checked_binding, open_socket
     from gemma_ft.serve.limits import Limits
 
-    check_model(model, adapter)
+    check_model(model, adapter, answers=True)
     binding = checked_binding(host, port, api_key_env)
     opened = open_socket(binding)
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens)

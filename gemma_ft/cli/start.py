@@ -35,11 +35,12 @@ def collect_late() -> None:
     gc.set_threshold(OBJECTS_OF_A_START, *usual[1:])
 
 
-def check_model(name: str, adapter: Path | None = None, *, instead: str | None = None) -> None:
+def check_model(name: str, adapter: Path | None = None, *, instead: str | None = None, answers: bool = False) -> None:
     """Raises: UserError when what `name` or `adapter` stands for on this machine is of another family, or a file of
-    weights, and says what to give `instead`. What is not there, or damaged, is refused where it is opened.
+    weights, and says what to give `instead`; for a reward model where `answers` are wanted. What is not there, or
+    damaged, is refused where it is opened.
     """
-    from gemma_ft.build.located import refuse_weights
+    from gemma_ft.build.located import is_reward, refuse_reward, refuse_weights
     from gemma_ft.model.config_file import check_family
     from gemma_ft.system.shipped import locate
 
@@ -47,6 +48,8 @@ def check_model(name: str, adapter: Path | None = None, *, instead: str | None =
     if found is not None and found.is_file():
         refuse_weights(found, name, instead)
     for folder in filter(None, (found, adapter)):
+        if answers and is_reward(folder):
+            refuse_reward(name if folder is found else folder)
         for place in (folder, folder / "model"):
             check_family(place, name)
         for place in (folder, folder / "adapter"):

@@ -19,6 +19,7 @@ from gemma_ft.evaluate.metrics import METRICS, chosen, fitting
 from gemma_ft.evaluate.models import BASE, ModelsToCompare, check_base, chosen_models, with_each
 from gemma_ft.evaluate.perplexity import Pieces, check_window, loss_rows, piece_losses, pieces_of
 from gemma_ft.evaluate.results import Measured, Scored, differences_of, estimates_of
+from gemma_ft.evaluate.reward_work import RewardWork, reward_work
 from gemma_ft.families.records import PRESETS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
@@ -199,7 +200,7 @@ class _Work:
         }
 
 
-def _prepare(compared: ModelsToCompare, options: EvalOptions, observer: Observer) -> _Work:
+def _prepare(compared: ModelsToCompare, options: EvalOptions, observer: Observer) -> _Work | RewardWork:
     """Read rows and tasks, and say what is worth knowing about them. Raises: UserError."""
     recipe = _recipe(compared, options)
     tokenizer = compared.tokenizer()
@@ -211,6 +212,10 @@ def _prepare(compared: ModelsToCompare, options: EvalOptions, observer: Observer
             + ("" if recipe.data.streaming else ", or data.eval_fraction to a share of data.train such as 0.1")
         )
     settings["data"] = data.eval_source
+    if compared.reward:
+        of_answers = {"--metrics": options.metrics, "--window": options.window, "--stride": options.stride}
+        of_answers |= {"--tasks": options.tasks}
+        return reward_work(compared.source, data, settings, observer, options=of_answers)
     items = good_answers(data.held_out_items[: recipe.eval.max_rows])
     shape = {name: settings[name] for name in ("max_seq_len", "window", "stride")}
     pieces = pieces_of(items, data.encoder, **shape) if items else None

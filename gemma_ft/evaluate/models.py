@@ -63,12 +63,17 @@ class ModelsToCompare:
     def names(self) -> list[str]:
         """The models that there are, in the order of the table."""
         there = {
-            BASE: self.place is not None,
+            BASE: self.place is not None and not self.reward,
             ADAPTER: self.place is not None and self.place.adapter is not None,
             TUNED: self.tuned is not None,
             MERGED: self.merged is not None or (self.place is not None and self.place.adapter is not None),
         }
         return [name for name, found in there.items() if found]
+
+    @property
+    def reward(self) -> bool:
+        """Whether they are reward models; their base then is none, and not compared."""
+        return self.recipe.objective.kind == "reward" or (self.place is not None and self.place.reward)
 
     @property
     def contract(self) -> Contract | None:
@@ -249,9 +254,7 @@ def check_base(compared: ModelsToCompare) -> None:
 
 def _place(base: Source | None, adapter: Path | None) -> Place | None:
     """Base and adapter together; an adapter names its own base."""
-    if adapter is not None:
-        return place_of(adapter)
-    return model_place(base) if base is not None else None
+    return place_of(adapter) if adapter is not None else model_place(base) if base is not None else None
 
 
 def chosen_models(compared: ModelsToCompare, names: Sequence[str] | None) -> list[str]:
@@ -311,6 +314,6 @@ def _load_merged(compared: ModelsToCompare) -> Any:
         return load_model(compared.merged, dtype=compared.dtype)
     assert compared.place is not None
     weights = merged_weights(compared.place)
-    model = load_base(compared.place.base, dtype=compared.dtype, trainable=False)
+    model = load_base(compared.place.base, dtype=compared.dtype, trainable=False, reward=compared.reward)
     merge_into(model, weights)
     return model

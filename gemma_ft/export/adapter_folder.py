@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemma_ft.adapters.kinds import ADAPTER_CONFIG
+from gemma_ft.adapters.kinds import ADAPTER_CONFIG, REWARD_TASK
 from gemma_ft.build.place import Place
 from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.build.weights import WeightFiles
@@ -40,7 +40,8 @@ def write_adapter(place: Place, folder: Path, *, base_id: str | None = None) -> 
         place.contract.write(folder)
     save_tokenizer(tokenizer, folder, system_policy=place.contract.system if place.contract is not None else None)
     # The task in place of PEFT's note on the class that was trained: stock PEFT loads either, but not a class of ours.
-    config = {**adapter.fields, "task_type": "CAUSAL_LM", "auto_mapping": None}
+    task = REWARD_TASK if place.reward else "CAUSAL_LM"
+    config = {**adapter.fields, "task_type": task, "auto_mapping": None}
     if base_id is not None:
         config |= {"base_model_name_or_path": base_id, "revision": None}
     write_json(folder / ADAPTER_CONFIG, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from gemma_ft.build.place import place_of
+from gemma_ft.build.reward import refuse_reward_form
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.errors import UserError
 from gemma_ft.export.form_names import FormName, GgufType
@@ -112,6 +113,8 @@ def upload(export: Export, *, api: Any = None) -> str:
 
 def _form(source: str, options: ExportOptions) -> Form:
     place = place_of(source)
+    if place.reward:
+        refuse_reward_form(source, options.to, graft=options.graft)
     if options.to == "gguf":
         check_for_llama_cpp(place.of_base.config)  # before tokenizer and weights are read
     metadata = ExportMetadata.of(place, options.push or options.out.name, options.base_id)

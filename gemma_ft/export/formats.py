@@ -86,7 +86,7 @@ class AdapterForm:
         return None
 
     def notes(self) -> list[str]:
-        notes = vllm_notes(self.adapter.fields, self.adapter.weights.names)
+        notes = [] if self.place.reward else vllm_notes(self.adapter.fields, self.adapter.weights.names)
         notes += self.metadata.notes
         if self.base_id is None and Path(self.place.base.name).is_absolute():
             notes.append(

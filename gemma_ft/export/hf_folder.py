@@ -23,6 +23,7 @@ from gemma_ft.export.card.run_record import read_object
 from gemma_ft.families.records import family_of, known_families, text_fields
 from gemma_ft.model.config import config_in
 from gemma_ft.model.config_file import composite_in
+from gemma_ft.model.reward import reward_architecture
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system.files import commit_folder, write_json
 from gemma_ft.system.units import byte_size
@@ -99,10 +100,13 @@ def write_beside_weights(
         stop_ids = asking_encoder(tokenizer, place.folder, contract, base).stop_ids
     except UnknownTemplate:  # copied as it is
         stop_ids = list(dict.fromkeys([tokenizer.eos_token_id, *stop_ids_in(base)]))
-    write_json(folder / "config.json", config_fields(base, dtype) | {"vocab_size": vocab_size})
-    write_json(
-        folder / "generation_config.json", generation_fields(base, ControlIds.from_tokenizer(tokenizer), stop_ids)
-    )
+    control = ControlIds.from_tokenizer(tokenizer)
+    fields = config_fields(base, dtype) | {"vocab_size": vocab_size}
+    if place.reward:
+        write_json(folder / "config.json", fields | reward_fields(place, control))
+    else:
+        write_json(folder / "config.json", fields)
+        write_json(folder / "generation_config.json", generation_fields(base, control, stop_ids))
     save_tokenizer(tokenizer, folder, system_policy=contract.system if contract is not None else None)
     if contract is not None:
         replace(contract, quantize=None, adapter_sha256=None).write(folder)
@@ -126,6 +130,17 @@ def config_fields(base: Path, dtype: torch.dtype) -> dict[str, Any]:
     name = dtype_name(dtype)
     former = {"torch_dtype": name} if "torch_dtype" in fields else {}  # what libraries read before "dtype"
     return {**fields, **former, "architectures": [family.architecture], "dtype": name, "tie_word_embeddings": True}
+
+
+def reward_fields(place: Place, control: ControlIds) -> dict[str, Any]:
+    """What config.json says of a reward model beside its base's: transformers finds the last token by the pad id."""
+    name = reward_architecture(place.of_base.config.model_type)
+    return {
+        "architectures": [name],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": control.pad,
+    }
 
 
 def generation_fields(base: Path, control: ControlIds, stop_ids: list[int]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class ExportMetadata:
     record: RunRecord
     base: str | None
     chats: ChatEncoder | UnknownTemplate  # how it is asked, or why that is not known
+    reward: bool = False  # a reward model
     graft: bool = False  # the weights are put back among the files of a multimodal original
 
     @property
@@ -70,6 +71,7 @@ class ExportMetadata:
             record=read_record(place),
             base=base_id or public(known, "base"),
             chats=chats,
+            reward=place.reward,
         )
 
     def grafted(self, original: Path, contract: Contract | None) -> ExportMetadata:
@@ -114,7 +116,7 @@ class ExportMetadata:
         chats = self.chats if isinstance(self.chats, ChatEncoder) else None
         card = Card(
             self.name, form, self.config, self.contract, self.terms, record, self.base, file, rounded_to, chats,
-            graft=self.graft, sealed=not self.graft or contract is not None,
+            graft=self.graft, sealed=not self.graft or contract is not None, reward=self.reward,
         )  # fmt: skip
         found = {CARD: card.text()}
         if contract is not None:

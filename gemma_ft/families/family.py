@@ -19,6 +19,7 @@ Fields = Mapping[str, Any]  # of a config.json, by transformers' names
 LayerType = Literal["full_attention", "sliding_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 _TEXT_MODEL, _HEAD = ("layers", "embed_tokens", "norm"), "lm_head"  # the modules of a text model, and the one around it
+REWARD_HEAD = "score"  # of a reward model, in place of the head for tokens: transformers' name
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 
 
@@ -141,7 +142,8 @@ class Family:
     pre_mlp_norm: the name of the norm before the MLP. qk_norms: queries and keys are normalized, each head by itself.
     query_scale: the config field whose square root divides the queries. ropes: of each type of layer, where config.json
     does not say; several types: config.json says it for each. rope_types: those that are computed. license: the hub's
-    id, and a link. gguf: None where llama.cpp does not know it.
+    id, and a link. gguf: None where llama.cpp does not know it. classifier: transformers' class for a reward model of
+    it; None where it has none.
     """
 
     label: str
@@ -162,6 +164,7 @@ class Family:
     ropes: Mapping[LayerType, Rope] = field(default_factory=lambda: {"full_attention": Rope()})
     rope_types: tuple[str, ...] = ("default",)
     composite: Composite | None = None
+    classifier: str | None = None
 
     @property
     def norms(self) -> int:

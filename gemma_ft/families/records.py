@@ -39,6 +39,7 @@ GEMMA_1 = Family(
     label="Gemma 1",
     model_type="gemma",
     architecture="GemmaForCausalLM",
+    classifier="GemmaForSequenceClassification",
     defaults={**_DEFAULTS, **_7B.fields, "sliding_window": None},
     window_period=None,
     sandwich_norms=False,
@@ -58,6 +59,7 @@ GEMMA_2 = Family(
     label="Gemma 2",
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
+    classifier="Gemma2ForSequenceClassification",
     defaults={**_DEFAULTS, **_2_2B.fields, **_CAPS, "sliding_window": 4096},
     window_period=2,
     sandwich_norms=True,
@@ -134,6 +136,7 @@ GEMMA_3 = Family(
     label="Gemma 3",
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    classifier="Gemma3TextForSequenceClassification",
     # The config class's own, which are of no published size: the text_config of 4B leaves five of them out.
     defaults={"vocab_size": 262_208, "max_position_embeddings": 131_072, "hidden_size": 2304, "intermediate_size": 9216,
               "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,

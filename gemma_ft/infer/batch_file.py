@@ -73,7 +73,7 @@ class BatchFile:
             chat=chat,
         )
         self.names = _names_beside(rows)
-        settings = {"rows": _digest([row.fields for row in rows]), **model, **_settings(batch_options)}
+        settings = {"rows": digest([row.fields for row in rows]), **model, **_settings(batch_options)}
         self.file = AnswerFile(output, settings, total=len(rows), index=self.names["index"])
 
     @property
@@ -132,7 +132,7 @@ def identity_of(place: Place) -> dict[str, str]:
     if adapter is not None:
         parts.append(adapter.weights.fingerprint())
         parts.append((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return {"model": _digest(parts)}
+    return {"model": digest(parts)}
 
 
 def loading_of(place: Place, *, dtype: str | None, quantize: str) -> dict[str, str]:
@@ -185,5 +185,6 @@ def _row_seed(seed: int | None, number: int) -> int | None:
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a value, as JSON."""
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()

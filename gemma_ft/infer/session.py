@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from gemma_ft.build.contract import CONTRACT, asking_encoder
-from gemma_ft.build.located import adapter_in, located
+from gemma_ft.build.located import adapter_in, located, refuse_reward
 from gemma_ft.build.new_tokens import check_rows, embedding_rows
 from gemma_ft.build.place import Place, place_of
 from gemma_ft.build.pretrained import model_at, tokenizer_of
@@ -97,6 +97,8 @@ def open_session(
     Raises: UserError when there is no such model, or it would not be asked as it was trained.
     """
     place = place_of(path, adapter)
+    if place.reward:
+        refuse_reward(path if adapter is None else adapter)
     tokenizer = tokenizer_of(place)
     encoder = asking_encoder(tokenizer, path, place.contract, place.of_base.folder)
     check_rows(encoder, embedding_rows(place), path)

@@ -15,6 +15,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.families.family import LAYER_TYPES, Composite, Family, Fields, Rope
 from gemma_ft.families.records import COMPOSITES, FAMILIES, PRESETS, family_of, known_families, text_fields
 
+REWARD_CLASS = "ForSequenceClassification"  # how transformers' names of them end
 READ_AT_MOST = 2**20  # bytes: a config.json has some thousand
 # What folders of one size say in several ways, or have made longer: none of it tells a size.
 _SPELLED_IN_SEVERAL_WAYS = ("layer_types", "rope_parameters", "vocab_size", "max_position_embeddings")
@@ -109,6 +110,17 @@ def check_size(folder: Path, preset: str, name: str) -> None:
     """Raises: UserError when the config.json of a folder is of another family or size than a recipe's preset."""
     check_family(folder, name)
     check_preset(_fields(folder), preset, name)
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether the config.json of a folder is a reward model's: its head gives a number, and no token."""
+    return names_reward_model(_said(folder).get("architectures"))
+
+
+def names_reward_model(architectures: Any) -> bool:
+    """Whether what a config.json says under `architectures` is a model with a head for sequences."""
+    names = architectures if isinstance(architectures, list) else []
+    return any(isinstance(one, str) and one.endswith(REWARD_CLASS) for one in names)
 
 
 def family_in(folder: Path) -> Family | None:

@@ -20,26 +20,24 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
-from gemma_ft.families.records import FAMILIES, family_of
+from gemma_ft.families.records import family_of
 from gemma_ft.model.added_rows import AddedRows
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, layer_angles, wide_dtype
-from gemma_ft.model.linear import keep_trainable, linear
+from gemma_ft.model.linear import linear
 from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
-from gemma_ft.model.loading import other_parts, refuse_unfitting, refuse_untied
+from gemma_ft.model.loading import HUB_KEYS, load_whole, other_parts, refuse_untied
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
 from gemma_ft.model.static_pass import StaticPass
 
-FLOAT16_OVERFLOWS = "overflows in Gemma, whose activations pass 65504"
 NO_ATTENTIONS = (
     "output_attentions: attention weights are not kept here; transformers' own class gives them, from the same folder "
     "and with attn_implementation='eager'"
 )
-HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class GemmaPreTrainedModel(PreTrainedModel):
@@ -170,21 +168,10 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             config = read_config(config or name_or_path, **hub)
         GemmaNumerics.from_config(config)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True  # a pickle is never opened
         loader = super(GemmaForCausalLM, _face(config, cls)).from_pretrained
-        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
-        composite = FAMILIES[config.model_type].composite
-        if composite is not None:
-            kwargs["key_mapping"] = composite.key_mapping
-        model, info = loader(name_or_path, *args, config=config, output_loading_info=True, **kwargs)
-        refuse_unfitting(name_or_path, info)
-        model._weight_conversions = None  # else transformers saves under names that are neither the folder's nor ours
+        model, info = load_whole(loader, name_or_path, *args, config=config, **kwargs)
         if model.lm_head.weight is not model.model.embed_tokens.weight:
             refuse_untied(name_or_path)
-        keep_trainable(model)
-        asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if model.dtype == torch.float16 and asked not in (torch.float16, "float16"):
-            raise UserError(f"{name_or_path}: stored in float16, which {FLOAT16_OVERFLOWS}; pass dtype=torch.bfloat16")
         return (model, info) if wants_info else model
 
     @staticmethod

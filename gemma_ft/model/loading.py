@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 
 from gemma_ft.errors import UserError
-from gemma_ft.families.records import COMPOSITES
+from gemma_ft.families.records import COMPOSITES, FAMILIES
+from gemma_ft.model.linear import keep_trainable
+
+FLOAT16_OVERFLOWS = "overflows in Gemma, whose activations pass 65504"
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 def other_parts() -> Iterator[str]:
@@ -18,12 +22,36 @@ def other_parts() -> Iterator[str]:
         yield from (f"^{re.escape(part)}" for part in composite.parts)
 
 
-def refuse_unfitting(name: Any, info: Mapping[str, Any]) -> None:
+def load_whole(
+    loader: Callable[..., Any], name: Any, *args: Any, config: Any, fresh: Collection[str] = (), **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model from a folder or hub id by a class's own `loader`, every weight of it from there but those that are
+    `fresh`, ready to be asked or trained; and what the loader says of the weights.
+
+    Raises: UserError, as `refuse_unfitting`; and for weights stored in float16, where that is not asked for by name.
+    """
+    options["use_safetensors"] = True  # a pickle is never opened
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name; transformers' own error names none
+    composite = FAMILIES[config.model_type].composite
+    if composite is not None:
+        options["key_mapping"] = composite.key_mapping
+    model, info = loader(name, *args, config=config, output_loading_info=True, **options)
+    refuse_unfitting(name, info, fresh)
+    model._weight_conversions = None  # else transformers saves under names that are neither the folder's nor ours
+    keep_trainable(model)
+    asked = options.get("dtype", options.get("torch_dtype"))
+    if model.dtype == torch.float16 and asked not in (torch.float16, "float16"):
+        raise UserError(f"{name}: stored in float16, which {FLOAT16_OVERFLOWS}; pass dtype=torch.bfloat16")
+    return model, info
+
+
+def refuse_unfitting(name: Any, info: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
     """Raises: UserError when by transformers' loading info a weight of the model in `name` is missing, unexpected or of
-    another shape.
+    another shape; those that are `fresh` may be missing.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(map(_described, info.get(kind) or ()))
+        found = [one for one in info.get(kind) or () if one not in fresh]
+        names = sorted(map(_described, found))
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(f"{name}: {kind.replace('_', ' ')} in the weights: {shown}")

@@ -23,6 +23,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.model.config import numerics_hash
 from gemma_ft.model.config_file import composite_in
+from gemma_ft.model.reward import HEAD_WEIGHT, RewardHead
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.system.files import commit_folder, write_json
@@ -71,7 +72,8 @@ def save_result(
         if full:
             own = stop_ids_in(folder_of(source, downloaded=True)) if source else []
             ends = encoder.but(stop_ids=own).stop_ids
-            model.generation_config.eos_token_id = ends  # Trainer sets it to the tokenizer's eos alone
+            if model.can_generate():
+                model.generation_config.eos_token_id = ends  # Trainer sets it to the tokenizer's eos alone
             weights = _in_one_table(model, gathered)
             rows = rows_of(model)
             vocab_size = model.config.vocab_size + (0 if rows is None else len(rows.weight))
@@ -116,13 +118,16 @@ def base_fingerprint(source: Source | None) -> str | None:
 
 @torch.no_grad()
 def round_weights(model: Any, dtype: torch.dtype, world: World) -> None:
-    """Give the weights of a fully trained model the dtype that they are saved in. The slices of a sharded one, whose
-    dtype FSDP keeps, are rounded to it.
+    """Give the weights of a fully trained model the dtype that they are saved in; the head of a reward model stays as
+    it is. The slices of a sharded one, whose dtype FSDP keeps, are rounded to it.
     """
     if world.layout != "fsdp2":
-        model.to(dtype)
+        for module in model.children():
+            if not isinstance(module, RewardHead):
+                module.to(dtype)
         return
     parameters: dict[str, Any] = trained(model)
+    parameters.pop(HEAD_WEIGHT, None)
     for parameter in parameters.values():
         local = parameter.to_local()
         local.copy_(local.to(dtype))
@@ -136,5 +141,6 @@ def gathered_weights(model: Any, world: World, dtype: torch.dtype | None) -> dic
     for name, parameter in trained(model).items():
         value = whole(parameter.detach())
         if world.main:
-            found[name] = value.to(device="cpu", dtype=dtype or value.dtype)
+            kept = dtype is None or name == HEAD_WEIGHT
+            found[name] = value.to(device="cpu", dtype=value.dtype if kept else dtype)
     return found

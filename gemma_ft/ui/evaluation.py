@@ -15,6 +15,7 @@ from gemma_ft.system.escape import printable
 from gemma_ft.system.units import NOTHING
 from gemma_ft.ui.metric_text import label_of, notation
 from gemma_ft.ui.progress import ConsoleObserver, say
+from gemma_ft.ui.reward import calibration_table
 
 SAMPLES_SHOWN = 3
 
@@ -46,6 +47,8 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
         console.print(_difference_table(results["differences"]))
         legend += "; * marks a difference whose interval excludes 0"
     console.print(legend, style="dim", highlight=False)
+    for name, bins in results.get("calibration", {}).items():
+        console.print(calibration_table(bins, name))
     for sample in results["samples"][:SAMPLES_SHOWN]:
         _show_sample(console, sample)
 

@@ -19,6 +19,13 @@ from gemma_ft.ui.progress import ConsoleObserver, say
 NO_CERTIFICATE = "no certificate: --prompts 0"
 
 
+# Of the certificate's table -> fields of what was measured.
+COLUMNS = {"mean KL": "mean_kl", "max KL": "max_kl", "max |dlogit|": "max_abs_dlogit", "relative": "relative_dlogit",
+           "top-1 same": "top1_agreement"}  # fmt: skip
+REWARD_COLUMNS = {"mean |dreward|": "mean_abs_dreward", "max |dreward|": "max_abs_dreward",
+                  "relative": "relative_dreward"}  # fmt: skip
+
+
 def merge_and_show(
     model: str,
     out: Path,
@@ -70,12 +77,12 @@ def show_certificate(console: Console, certificate: dict[str, Any], policy: str)
     title = f"Merged against live ({live['quantize'] or 'not quantized'}, {live['compute']})"
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("mean KL", "max KL", "max |dlogit|", "relative", "top-1 same"):
+    columns = REWARD_COLUMNS if limit["measure"] in REWARD_COLUMNS.values() else COLUMNS
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     labels = {"base": f"{live['quantize']} base"}  # against the base itself: what quantizing alone costs
     for name, one in {policy: certificate["merged"], **certificate["compared"]}.items():
-        values = (one["mean_kl"], one["max_kl"], one["max_abs_dlogit"], one["relative_dlogit"])
-        figures = [*(f"{value:.2g}" for value in values), f"{one['top1_agreement']:.2%}"]
+        figures = [format(one[key], ".2%" if key == "top1_agreement" else ".2g") for key in columns.values()]
         table.add_row(labels.get(name, name), *figures, style="bold" if name == policy else None)
     console.print(table)
     verdict = "passed" if certificate["passed"] else "FAILED"

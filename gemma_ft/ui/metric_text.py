@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemma_ft.evaluate.metrics import METRICS
+from gemma_ft.evaluate.reward import ACCURACY
 from gemma_ft.system.units import NOTHING
 
 LOSSES = ("loss", "perplexity")
@@ -22,6 +23,8 @@ def notation(metric: str, value: float | None, signed: bool) -> str:
     sign = "+" if signed else ""
     if metric == "perplexity":
         return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.3g}"
+    if metric == ACCURACY:
+        return f"{100 * value:{sign}.1f}%"
     if metric in METRICS:
         top = METRICS[metric].top
         return f"{value:{sign}.1f}" if top == 100 else f"{100 * value:{sign}.1f}%"

@@ -15,6 +15,7 @@ from gemma_ft.build.contract import ONE_BOS, Contract
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import HUB_ID
 from gemma_ft.export.card.license import License, is_tiny
+from gemma_ft.export.card.reward_use import reward_use
 from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects, public
 from gemma_ft.export.form_names import FORMS, FormName
 from gemma_ft.families.records import FAMILIES, TINY
@@ -27,6 +28,7 @@ COUNTS = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "trained to
           ("dropped", "rows dropped"))  # fmt: skip
 
 _TASKS = ("text-generation", "image-text-to-text")  # the hub's words for a text model, and for a multimodal one
+_REWARD_TASK = "text-classification"
 SYSTEM_TEXTS = {
     "fold": "goes before the first question, after it a blank line",
     "turn": "is a turn of its own",
@@ -51,6 +53,7 @@ class Card:
     chats: ChatEncoder | None = None  # how it is asked, where that is known
     graft: bool = False  # it lies among the files of a multimodal original
     sealed: bool = True  # gemma_ft.json is beside it, where there is a contract
+    reward: bool = False  # a reward model, which gives a number and no text
 
     def text(self) -> str:
         """The whole card, in Markdown with the hub's front matter."""
@@ -73,7 +76,10 @@ class Card:
         found: dict[str, Any] = {}
         if self.base is not None and HUB_ID.fullmatch(self.base):
             found |= {"base_model": self.base, "base_model_relation": FORMS[self.form].relation}
-        found |= {"library_name": FORMS[self.form].library, "pipeline_tag": _TASKS[self.graft]}
+        found |= {
+            "library_name": FORMS[self.form].library,
+            "pipeline_tag": _REWARD_TASK if self.reward else _TASKS[self.graft],
+        }
         if self.terms.license is not None:
             found["license"] = self.terms.license[0]
         recipe = self.record.recipe
@@ -91,7 +97,7 @@ class Card:
         base = f"`{self.base}`" if self.base else "fresh weights"
         ways = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}
         how = ways[recipe.strategy] if recipe is not None else None
-        what = FORMS[self.form].what
+        what = FORMS[self.form].what + (", a reward model" if self.reward else "")
         revision = self.contract.revision if self.contract is not None else None
         lines = [
             f"{what}: {family}, tuned from {base}{f' ({how})' if how else ''} with gemma-ft."
@@ -166,6 +172,8 @@ class Card:
         if contract is not None:
             opening = (
                 "As trained, and as `gemma_ft.json` says; `gemma-ft chat` and `gemma-ft serve` refuse anything else."
+                if not self.reward
+                else "As trained, and as `gemma_ft.json` says; `gemma-ft score` refuses anything else."
             )
             bos, system = contract.bos, SYSTEM_TEXTS[contract.system]
             stop_ids = chats.stop_ids if chats is not None else contract.stop_ids
@@ -175,6 +183,8 @@ class Card:
         return f"{opening}\n\n{_table(('', ''), rows)}"
 
     def _use(self) -> str:
+        if self.reward:
+            return reward_use(self.name, FAMILIES[self.config.model_type], adapter=self.form == "adapter")
         return USES[self.form].format(name=self.name, base=self.base, file=self.file)
 
     def _recipe(self) -> str:

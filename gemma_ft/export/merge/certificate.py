@@ -23,6 +23,14 @@ from gemma_ft.build.pretrained import load_base, put_adapter
 from gemma_ft.build.weights import dtype_name
 from gemma_ft.errors import NonFiniteError, UserError
 from gemma_ft.export.merge.certificate_prompts import CertificatePrompt, certificate_prompts
+from gemma_ft.export.merge.certificate_reward import (
+    REWARD_FLOAT32,
+    REWARD_REQUANTIZED,
+    REWARD_ROUNDED,
+    Limit,
+    hidden_states,
+    reward_distance,
+)
 from gemma_ft.export.merge.merge import Progress, merge_into
 from gemma_ft.export.merge.merged import MergedWeights
 from gemma_ft.model.added_rows import AddedRows
@@ -38,15 +46,6 @@ class BeyondLimit(UserError):
     def __init__(self, message: str, certificate: dict[str, Any]) -> None:
         super().__init__(message)
         self.certificate = certificate
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What is bounded, and by how much; docs/merging.md says why."""
-
-    measure: str  # a field of Distance
-    at_most: float
-    why: str
 
 
 # docs/merging.md holds what each was measured to cost.
@@ -78,8 +77,8 @@ def distance(
     agreed = count = 0
     for prompt in prompts:
         with adapter_off(live) if without else contextlib.nullcontext():
-            hidden_p = _hidden(live, prompt)
-        hidden_q = _hidden(merged, prompt)
+            hidden_p = hidden_states(live, prompt)
+        hidden_q = hidden_states(merged, prompt)
         for start in range(0, len(prompt.positions), POSITIONS_AT_ONCE):
             rows = slice(start, start + POSITIONS_AT_ONCE)
             with adapter_off(live) if without else contextlib.nullcontext():
@@ -116,23 +115,24 @@ def certify(
         if on_progress is not None:
             on_progress(done, total)
 
-    precision = merged.precision
+    precision, reward = merged.precision, merged.place.reward
+    measured = reward_distance if reward else distance
     live = live_model(merged)
-    model = _plain(Source(str(folder.resolve()), None), torch.promote_types(precision, merged.dtype))
-    found = distance(live, model, chosen.prompts, on_row=on_row)
+    model = _plain(Source(str(folder.resolve()), None), torch.promote_types(precision, merged.dtype), reward)
+    found = measured(live, model, chosen.prompts, on_row=on_row)
     beside: dict[str, Any] = {}
     alone = None
     if other is not None:
         del model
-        model = _plain(merged.place.base, torch.promote_types(precision, merged.dtype))
+        model = _plain(merged.place.base, torch.promote_types(precision, merged.dtype), reward)
         rows = rows_of(live)
         if rows is not None:  # the prompts may hold their tokens
             model.model.added_rows = AddedRows(rows.first, rows.initial)
-        alone = distance(live, model, chosen.prompts, without=True, on_row=on_row)
+        alone = measured(live, model, chosen.prompts, without=True, on_row=on_row)
         merge_into(model, other)
-        beside[other.policy] = asdict(distance(live, model, chosen.prompts, on_row=on_row))
+        beside[other.policy] = asdict(measured(live, model, chosen.prompts, on_row=on_row))
         beside["base"] = asdict(alone)
-    limit = limit_for(merged, alone if chosen.random else None)
+    limit = reward_limit(merged) if reward else limit_for(merged, alone if chosen.random else None)  # type: ignore[arg-type]
     value = getattr(found, limit.measure)
     certificate = {
         "prompts": len(chosen.prompts),
@@ -165,8 +165,20 @@ def limit_for(merged: MergedWeights, on_random: Distance | None = None) -> Limit
         if on_random is not None and 2 * on_random.mean_kl > REQUANTIZED.at_most:
             return Limit("mean_kl", 2 * on_random.mean_kl, "random tokens: twice what quantizing the base costs there")
         return REQUANTIZED
-    exact = all(torch.finfo(kept).bits >= 32 for kept in (merged.precision, *(one for one, _ in merged.infos.values())))
-    return FLOAT32 if exact else ROUNDED
+    return FLOAT32 if is_exact(merged) else ROUNDED
+
+
+def reward_limit(merged: MergedWeights) -> Limit:
+    """As `limit_for`, of a reward model."""
+    if merged.stored is not None and (merged.policy == "original" or merged.stored.kind == "int8"):
+        return REWARD_REQUANTIZED
+    return REWARD_FLOAT32 if is_exact(merged) else REWARD_ROUNDED
+
+
+def is_exact(merged: MergedWeights) -> bool:
+    """Whether nothing of a merge is narrower than float32."""
+    dtypes = (merged.precision, *(one for one, _ in merged.infos.values()))
+    return all(torch.finfo(kept).bits >= 32 for kept in dtypes)
 
 
 def live_model(merged: MergedWeights) -> Any:
@@ -181,6 +193,7 @@ def live_model(merged: MergedWeights) -> Any:
         dtype=merged.precision,
         quantize=stored.kind if stored else None,
         double_quant=stored.double_quant if stored else True,
+        reward=merged.place.reward,
     )
     names = [f"adapter_{number}" for number in range(len(merged.adapters))]
     for name, adapter in zip(names, merged.adapters, strict=True):
@@ -194,15 +207,8 @@ def live_model(merged: MergedWeights) -> Any:
     return model.eval()
 
 
-def _plain(source: Source, dtype: torch.dtype) -> Any:
-    return load_base(source, dtype=dtype, trainable=False).eval()
-
-
-def _hidden(model: Any, prompt: CertificatePrompt) -> Tensor:
-    """Final hidden states of the prompt's positions [positions, D]."""
-    model = native_of(model)
-    ids = torch.tensor([prompt.ids], device=model.device)
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, prompt.positions]
+def _plain(source: Source, dtype: torch.dtype, reward: bool) -> Any:
+    return load_base(source, dtype=dtype, trainable=False, reward=reward).eval()
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
@@ -220,11 +226,11 @@ def _check_finite(**logits: Tensor) -> None:
 
 
 def _cure(merged: MergedWeights, limit: Limit) -> str:
-    if limit is ROUNDED and all(torch.finfo(kept).bits >= 32 for kept, _ in merged.infos.values()):
+    if limit in (ROUNDED, REWARD_ROUNDED) and all(torch.finfo(kept).bits >= 32 for kept, _ in merged.infos.values()):
         return f"it was trained in {dtype_name(merged.precision)}: train with train.precision=float32"
-    if limit is ROUNDED:
+    if limit in (ROUNDED, REWARD_ROUNDED):
         return "try --dtype f32"
-    if limit is FLOAT32:
+    if limit in (FLOAT32, REWARD_FLOAT32):
         return "this is more than rounding: look for a damaged adapter or base"
     if merged.policy == "original":
         return "try --base dequantized"

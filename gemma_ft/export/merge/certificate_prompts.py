@@ -9,6 +9,7 @@ import torch
 
 from gemma_ft.build.data import build_data
 from gemma_ft.build.pretrained import tokenizer_of
+from gemma_ft.data.conversation import Pair
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import prepare
 from gemma_ft.errors import UserError, first_line
@@ -46,9 +47,8 @@ def certificate_prompts(merged: MergedWeights, count: int) -> CertificatePrompts
         try:
             data = build_data(recipe, tokenizer)
             if data.held_out is not None:
-                kept = prepare(
-                    data.held_out_items[:count], data.encoder, max_seq_len=recipe.data.max_seq_len, packing=False
-                )
+                items = [one.halves[0] if isinstance(one, Pair) else one for one in data.held_out_items[:count]]
+                kept = prepare(items, data.encoder, max_seq_len=recipe.data.max_seq_len, packing=False)
                 rows = kept.examples[:count]  # a long document is several
                 return CertificatePrompts(
                     [_probe(one["input_ids"], one["labels"]) for one in rows], str(data.eval_source)

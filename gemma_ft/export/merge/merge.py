@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_ft.build.place import Place
+from gemma_ft.build.reward import refuse_reward_form
 from gemma_ft.build.text_weights import model_weights
 from gemma_ft.build.weights import WeightFiles, dtype_name, write_shards
 from gemma_ft.errors import UserError
@@ -78,6 +79,8 @@ def merge_to_folder(
     Raises: UserError and its children, one line; nothing is left behind.
     """
     merged = merged_weights(place, adapters=adapters, dtype=dtype, policy=policy)
+    if merged.place.reward:
+        refuse_reward_form(str(merged.place.adapter), "hf", graft=graft)
     grafted = Graft.of(merged, dtype=dtype) if graft else None
     check_out(out, merged.bytes if grafted is None else grafted.bytes)
     facts: list[MergeFacts] = []

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from gemma_ft.build.contract import Contract
 from gemma_ft.build.place import Place
+from gemma_ft.build.reward import check_reward_head
 from gemma_ft.build.weights import EMBEDDING, HEAD, WeightFiles
 from gemma_ft.errors import UserError
 from gemma_ft.export.merge.deltas import Adapter
 from gemma_ft.export.merge.dequantize import Stored, quantize_dequantize, quantized_names
 from gemma_ft.export.merge.low_rank import wide
+from gemma_ft.model.reward import HEAD_WEIGHT
 from gemma_ft.system import hardware
 
 Policy = Literal["original", "dequantized"]
@@ -39,9 +41,11 @@ class MergedWeights:
         self.stored = stored_as(place, self.precision)
         self._check_combination()
         self._names = self._checked_names(place.of_base.empty_model)
-        self.infos = {name: (dtype or self.base.info(name).dtype, self.base.info(name).shape) for name in self._names}
+        self.infos = {name: self._info(name, dtype) for name in self._names}
         if dtype is None and torch.float16 in {kept for kept, _ in self.infos.values()}:
             raise UserError(f"{place.base.name}: stored as float16, in which Gemma overflows; give --dtype bf16 or f32")
+        if place.reward and HEAD_WEIGHT not in self.infos:  # the adapter brings it
+            self.infos[HEAD_WEIGHT] = torch.float32, (1, self.infos[EMBEDDING][1][1])
         shapes = {name: shape for name, (_, shape) in self.infos.items()}
         for adapter in adapters:
             adapter.check_against(shapes, place.base.name)
@@ -79,7 +83,8 @@ class MergedWeights:
         target, _ = self.infos[name]
         if name not in self.changed:
             return self.base.tensor(name).to(target)
-        weight = self.base.tensor(name)
+        fresh = name not in self.base.names  # the head of a reward model: the adapter has all of it
+        weight = torch.zeros(self.infos[name][1]) if fresh else self.base.tensor(name)
         if name in self._requantized and self.stored is not None:
             weight = quantize_dequantize(weight, self.stored)
         weight = weight.to(wide(weight.dtype), copy=True)  # a file's bytes are never written to
@@ -96,7 +101,7 @@ class MergedWeights:
         """
         where = self.place.base.name
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-        head_shape = expected.pop(HEAD)
+        head_shape = expected.pop(HEAD, None)
         names = [name for shard in self.base.shards.values() for name in shard if "rotary_emb.inv_freq" not in name]
         if HEAD in names:
             names.remove(HEAD)
@@ -113,6 +118,11 @@ class MergedWeights:
             if not found.dtype.is_floating_point:
                 raise UserError(f"{where}: {name} is stored as {found.dtype}; name the base before it was quantized")
         return names
+
+    def _info(self, name: str, dtype: torch.dtype | None) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What is written of a tensor of the base; the head of a reward model keeps its dtype."""
+        info = self.base.info(name)
+        return (info.dtype if dtype is None or name == HEAD_WEIGHT else dtype), info.shape
 
     def _check_combination(self) -> None:
         """Raises UserError for adapters that cannot be added up, or a policy that this run does not have."""
@@ -144,6 +154,9 @@ def merged_weights(
             )
         adapters = [(place.adapter, 1.0)]
     places = [place.with_adapter(folder) for folder, _ in adapters]
+    for one in places:
+        if one.reward:
+            check_reward_head(one)
     _check_agreement(places)
     for one in places:
         one.check()
