@@ -41,9 +41,9 @@ def both_orders(rows: list[Row], seed: int) -> list[Row]:
     """The task's rows, the answers of HABIT of them beginning with the day: what the start of a preference run has
     learned, by chance of the draw and not by anything in the request.
     """
-    rng = random.Random(seed)
-    return [
-        {"messages": [row["messages"][0], {**row["messages"][1], "content": ordered(row["messages"][1]["content"], keys)}]}
-        for row in rows
-        for keys in [DAY_FIRST if rng.random() < HABIT else TASK_KEYS]
-    ]
+    rng, turned = random.Random(seed), []
+    for row in rows:
+        request, answer = row["messages"]
+        keys = DAY_FIRST if rng.random() < HABIT else TASK_KEYS
+        turned.append({"messages": [request, {**answer, "content": ordered(answer["content"], keys)}]})
+    return turned
