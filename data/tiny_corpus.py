@@ -1,6 +1,9 @@
-"""Writes the tiny Gemma's synthetic data: the scheduling task's two splits, the pretraining corpus, the copying probe.
+"""Writes the tiny Gemma's synthetic data: the scheduling task's two splits and the preferences on it, the pretraining
+corpus, the copying probe.
 
     python data/tiny_corpus.py task               # data/scheduling_train.jsonl and data/scheduling_eval.jsonl
+    python data/tiny_corpus.py preferences        # data/preferences_train.jsonl and data/preferences_eval.jsonl
+    python data/tiny_corpus.py orders OUT.jsonl   # the task's train rows, answers in both orders of their keys
     python data/tiny_corpus.py corpus OUT.jsonl   # the pretraining corpus (large: not kept in the repository)
     python data/tiny_corpus.py probe OUT.jsonl    # copying probe: rows whose answers can only be copied
 
@@ -10,15 +13,18 @@ The same arguments always write the same bytes.
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tiny_kinds import KINDS, Row, extract, repeat
+from tiny_preferences import both_orders, preference_rows
 from tiny_tasks import scheduling_rows
 
 HERE = Path(__file__).resolve().parent
-TASK_SEED, CORPUS_SEED, PROBE_SEED = 7, 11, 13
+TASK_SEED, CORPUS_SEED, PROBE_SEED, PREFERENCE_SEED, ORDER_SEED = 7, 11, 13, 17, 19
 TRAIN_ROWS, EVAL_ROWS, CORPUS_ROWS, PROBE_ROWS = 2000, 200, 180_000, 400
+TRAIN_PAIRS, EVAL_PAIRS = 600, 100
+SPLITS = {"task": "scheduling", "preferences": "preferences"}  # commands that write two files of a name
 
 
 def first_text(row: Row) -> str:
@@ -29,6 +35,12 @@ def first_text(row: Row) -> str:
 def task_rows() -> tuple[list[Row], list[Row]]:
     """The committed splits of the scheduling task: train and held-out."""
     return scheduling_rows(TASK_SEED, TRAIN_ROWS, EVAL_ROWS)
+
+
+def pair_rows() -> tuple[list[Row], list[Row]]:
+    """The committed splits of the preferences: train and held-out; no request of the task's splits occurs."""
+    kept_out = {first_text(row) for split in task_rows() for row in split}
+    return preference_rows(PREFERENCE_SEED, TRAIN_PAIRS, EVAL_PAIRS, kept_out)
 
 
 def corpus_rows(rows: int, seed: int = CORPUS_SEED) -> Iterator[Row]:
@@ -65,19 +77,25 @@ def write_jsonl(rows: Iterable[Row], path: Path) -> int:
 def main() -> None:
     """Command line: see the top of this file."""
     parser = argparse.ArgumentParser(description="Write the tiny Gemma's synthetic data.")
-    parser.add_argument("what", choices=("task", "corpus", "probe"))
-    parser.add_argument("out", nargs="?", type=Path, help="file to write (corpus, probe) or folder (task)")
+    parser.add_argument("what", choices=(*SPLITS, "orders", "corpus", "probe"))
+    parser.add_argument("out", nargs="?", type=Path, help="file to write, or folder (task, preferences)")
     parser.add_argument("--rows", type=int, default=CORPUS_ROWS, help="corpus rows")
     options = parser.parse_args()
-    if options.what == "task":
+    if options.what in SPLITS:
         folder = options.out or HERE
-        for rows, name in zip(task_rows(), ("scheduling_train.jsonl", "scheduling_eval.jsonl"), strict=True):
-            print(f"{folder / name}: {write_jsonl(rows, folder / name)} rows")
+        splits = task_rows() if options.what == "task" else pair_rows()
+        for rows, side in zip(splits, ("train", "eval"), strict=True):
+            path = folder / f"{SPLITS[options.what]}_{side}.jsonl"
+            print(f"{path}: {write_jsonl(rows, path)} rows")
         return
     if options.out is None:
         parser.error(f"{options.what}: name the file to write")
-    rows = corpus_rows(options.rows) if options.what == "corpus" else probe_rows()
-    print(f"{options.out}: {write_jsonl(rows, options.out)} rows")
+    single: dict[str, Callable[[], Iterable[Row]]] = {
+        "orders": lambda: both_orders(task_rows()[0], ORDER_SEED),
+        "corpus": lambda: corpus_rows(options.rows),
+        "probe": probe_rows,
+    }
+    print(f"{options.out}: {write_jsonl(single[options.what](), options.out)} rows")
 
 
 if __name__ == "__main__":

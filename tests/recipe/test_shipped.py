@@ -26,6 +26,20 @@ PRESETS = {
     "sft_gemma3_12b": "gemma-3-12b",
     "sft_gemma3_27b": "gemma-3-27b",
     "sft_tiny": "gemma-tiny",
+    "dpo_tiny": "gemma-tiny",
+    "reward_tiny": "gemma-tiny",
+    "dpo_gemma2_2b": "gemma-2-2b",
+    "dpo_gemma3_270m": "gemma-3-270m",
+    "orpo_2b": "gemma-2b",
+    "reward_gemma2_2b": "gemma-2-2b",
+}
+OBJECTIVES = {  # of those that are not supervised fine-tuning
+    "dpo_tiny": "dpo",
+    "reward_tiny": "reward",
+    "dpo_gemma2_2b": "dpo",
+    "dpo_gemma3_270m": "dpo",
+    "orpo_2b": "orpo",
+    "reward_gemma2_2b": "reward",
 }
 
 
@@ -50,6 +64,21 @@ def test_size_and_strategy_are_each_selectable(name: str, preset: str, overrides
     assert (recipe.adapter is None) == (recipe.strategy == "full")
     assert (recipe.quantize is None) == (recipe.strategy != "qlora")
     assert all(locate(source.path) for source in recipe.data.train), "a shipped recipe names data that is there"
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_a_recipe_of_preferences_is_named_after_its_objective_and_starts_from_what_is_there(path: Path) -> None:
+    recipe = load_recipe(path).recipe
+    assert recipe.objective.kind == OBJECTIVES.get(path.stem, "sft")
+    assert path.stem.startswith((recipe.objective.kind, "tiny_base"))
+    if recipe.adapter is not None and recipe.adapter.start is not None:
+        assert locate(recipe.adapter.start), "a shipped recipe starts from an adapter that is there"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo", "kto", "simpo"])
+def test_the_tiny_recipe_takes_any_objective_of_its_pairs(kind: str) -> None:
+    loaded = load_recipe("dpo_tiny", [f"objective.kind={kind}"])
+    assert (loaded.recipe.objective.kind, loaded.notes) == (kind, ())
 
 
 def test_shipped_files_are_found_from_anywhere_and_only_below_their_root(tmp_path: Path, monkeypatch) -> None:
