@@ -96,6 +96,9 @@ def _settle(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if recipe.data.eval is not None and recipe.data.eval_fraction > 0:
         changes["data"] = recipe.data.model_copy(update={"eval_fraction": 0.0})
         notes.append("data.eval_fraction: ignored, data.eval names the held-out rows")
+    if recipe.objective.kind == "reward":  # a model that scores is not asked for answers
+        unasked = {"canary": None, "generate_rows": 0, "samples": 0}
+        changes["eval"] = recipe.eval.model_copy(update=unasked)
     adapter = changes.get("adapter", recipe.adapter)
     if isinstance(recipe.objective, Preference) and not recipe.objective.dropout and adapter and adapter.dropout:
         changes["adapter"] = adapter.model_copy(update={"dropout": 0.0})
