@@ -91,8 +91,10 @@ class KahnemanTversky(_Compared):
     rows: ClassVar[RowKind] = "labelled"
     kind: Literal["kto"] = Field(description="Kahneman-Tversky optimization")
     beta: Beta = Field(0.1, description="How strongly the policy is held to the reference")
-    desirable_weight: float = Field(1.0, gt=0, le=1000, description="Of rows with label true")
-    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="Of rows with label false")
+    desirable_weight: float | None = Field(
+        None, gt=0, le=1000, description="Of rows with label true; both not set: so that neither label outweighs"
+    )
+    undesirable_weight: float | None = Field(None, gt=0, le=1000, description="Of rows with label false")
 
 
 class RewardModel(Preference):

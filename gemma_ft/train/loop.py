@@ -24,7 +24,7 @@ from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
 from gemma_ft.train.evaluation import Scorer
 from gemma_ft.train.held_out_objective import held_out_score
 from gemma_ft.train.listener import listener_of, log_samples
-from gemma_ft.train.objectives.registry import Objective, build_objective
+from gemma_ft.train.objective_settings import objective_of
 from gemma_ft.train.oom import fit_micro_batch, recover
 from gemma_ft.train.progress import Progress
 from gemma_ft.train.reference import Reference
@@ -94,7 +94,7 @@ def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
         ),
         data=TrainingData(data.examples, held_out, collator_of(recipe, data.encoder.control.pad, multiple)),
         batch=context.batch,
-        objective=objective_of(recipe),
+        objective=objective_of(recipe, data),
         reference=Reference(reference_kind(recipe.objective, recipe.strategy, start)),
         options=TrainerOptions.of(recipe),
         tokenizer=context.tokenizer,
@@ -112,12 +112,6 @@ def collator_of(recipe: Recipe, pad_id: int, multiple: int) -> Collate:
         return Collator(pad_id, multiple=multiple)
     budget = recipe.data.max_seq_len if recipe.data.packing else None
     return PreferenceCollator(pad_id, multiple=multiple, budget=budget)
-
-
-def objective_of(recipe: Recipe) -> Objective:
-    """What a recipe says is minimized."""
-    settings = recipe.objective.model_dump(exclude={"kind", "dropout", "reference"})
-    return build_objective(recipe.objective.kind, **settings)
 
 
 def take_up(loop: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
