@@ -29,6 +29,10 @@ class Preference(Section):
     needs_reference: ClassVar[bool] = False
     kind: str
     dropout: bool = Field(False, description="Whether adapter.dropout is used; it would blur what is compared")
+    judge: Location | None = Field(
+        None,
+        description="Who says how often held-out answers got better: FILE.py:function, a reward model, or a metric",
+    )
 
 
 class _Compared(Preference):

@@ -12,6 +12,7 @@ from gemma_ft.data.pack.collate import Collator
 from gemma_ft.data.pack.collate_preferences import PreferenceCollator
 from gemma_ft.errors import DataError, Stopped, UserError
 from gemma_ft.evaluate.held_out import Score
+from gemma_ft.evaluate.judge import judge_hash
 from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.load import names_of
 from gemma_ft.recipe.objectives import reference_kind
@@ -33,7 +34,7 @@ from gemma_ft.train.run_context import RunContext, TrainingLoop
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.sampler import Collate, TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
-from gemma_ft.train.start import prepare_objective
+from gemma_ft.train.start import judged, prepare_objective
 from gemma_ft.train.summary import TrainedRun, summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer
@@ -44,6 +45,7 @@ INPUTS = {
     "held_out": "the held-out rows are others",
     "tokenizer": "the tokenizer is another{pieces}",
     "base": "the base weights are others",
+    "judge": "the file of objective.judge is another",
 }
 SAMPLES_KEPT = 10
 
@@ -61,6 +63,8 @@ def build_loop(context: RunContext) -> TrainingLoop:
         "held_out": data.held_out.examples.fingerprint() if data.held_out else None,
         "base": base_fingerprint(context.source),
     }
+    judge = judge_hash(getattr(recipe.objective, "judge", None))
+    inputs |= {"judge": judge} if judge is not None else {}
     progress = Progress(extra={"inputs": inputs, "total": context.total})
     if data.streamed:
         data.streamed.waiting = lambda: _stop_waiting(context)
@@ -160,6 +164,7 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
             round_weights(context.model, hardware.dtype_by_name(recipe.train.precision), world)
         after = _score(loop)
         compared = loop.scorer.compared(after.loss)
+        won = judged(loop, after.answers)
         log.scores(progress.step, {**after.figures(), **compared})
         log_samples(loop, progress.step, after.answers)
         with world.phase("the result's save"):
@@ -169,6 +174,7 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
         summary = summary_of(
             progress, after=after, compared=compared, questions=questions, result=result.name, data=context.data
         )
+        summary |= {"win_rate": won} if won is not None else {}
         with world.phase("the summary"):
             if world.main:
                 replace_text(run.summary, as_json(summary))
@@ -200,7 +206,7 @@ def _score(loop: TrainingLoop) -> Score:
 def _score_before(loop: TrainingLoop) -> None:
     score = _score(loop)
     loop.scorer.remember_base()
-    kept = max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
+    kept = len(score.answers) if loop.judge is not None else max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
     loop.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
     loop.log.scores(0, score.figures())
     log_samples(loop, 0, score.answers)
