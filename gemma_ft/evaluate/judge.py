@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_ft.build.located import located
 from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_model
 from gemma_ft.data.encode.chat import ChatEncoder
@@ -58,9 +57,8 @@ def judge_of(named: str, encoder: ChatEncoder, *, batch_size: int) -> Judge:
         return Judge(named, _of_metric(named))
     place = place_of(named)
     if not place.reward:
-        raise UserError(
-            f"{KEY}: {named} is no reward model; name one, FILE.py:function, or one of {', '.join(METRICS)}"
-        )
+        known = ", ".join(METRICS)
+        raise UserError(f"{KEY}: {named} is no reward model; name one, FILE.py:function, or one of {known}")
     return Judge(named, _of_reward_model(named, encoder, batch_size))
 
 
@@ -75,7 +73,8 @@ def _file_of(named: str) -> Path:
 def _of_function(file: Path, name: str) -> Scores:
     """A user's function of (prompt, answer, expected), all texts -> a number. Raises: UserError."""
     spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    assert spec is not None, "a file that ends in .py can be imported"
+    assert spec.loader is not None, "and has a loader"
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -107,7 +106,6 @@ def _of_metric(name: str) -> Scores:
 
 def _of_reward_model(name: str, encoder: ChatEncoder, batch_size: int) -> Scores:
     """It is in memory while it scores."""
-    located(name)
 
     def scores(questions: Sequence[Question], answers: Sequence[str]) -> list[float]:
         model: Any = load_model(name)

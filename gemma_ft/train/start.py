@@ -63,10 +63,10 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
         context.observer.say(f"  judge      {judge.name}: {type(error).__name__}: {first_line(error)}; no win rate")
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
-    found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(*scores, lengths)}
+    found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
     context.observer.say(
-        f"  judge      {judge.name}: {found['value']:.1%} of {found['rows']} answers are better than before (ties count "
-        f"half), {found['length_controlled']:.1%} at equal lengths; mean length {found['length_before']:.0f} -> "
+        f"  judge      {judge.name}: {found['value']:.1%} of {found['rows']} answers are better than before (ties "
+        f"count half), {found['length_controlled']:.1%} at equal lengths; mean length {found['length_before']:.0f} -> "
         f"{found['length_after']:.0f} characters"
     )
     return found
