@@ -89,7 +89,7 @@ CONVERT = "rewrote the base; save it as a plain LoRA with PEFT's path_initial_mo
          "it was trained, and give the merged folder"),
         ({"use_qalora": True},
          "use_qalora is set, which is not supported: it is made for a GPTQ base; train it without"),
-        ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS is not supported; only adapters for CAUSAL_LM are"),
+        ({"task_type": "TOKEN_CLS"}, "task_type TOKEN_CLS is not supported; only adapters for CAUSAL_LM and SEQ_CLS are"),
         ({"peft_version": "0.22.0", "use_moon": True},
          "use_moon: was set by PEFT 0.22.0, 0.21.2 does not know it; install that PEFT"),
     ],
