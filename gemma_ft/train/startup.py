@@ -22,6 +22,7 @@ from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.distributed import World
+from gemma_ft.train.objective_settings import settings_of
 
 REFERENCES = {
     "none": "nothing: it has no reference",
@@ -59,7 +60,7 @@ def startup_lines(
     beside = others_told(model_weights(folder_of(source, downloaded=True))) if source is not None else None
     lines = data.train.stats.describe().splitlines()
     rows = [
-        *_objective_rows(recipe),
+        *_objective_rows(recipe, data),
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
         *([("", beside)] if beside is not None else []),
         ("attention", f"{choice.name}: {choice.reason}"),
@@ -95,13 +96,15 @@ def startup_lines(
     return rows
 
 
-def _objective_rows(recipe: Recipe) -> list[tuple[str, str]]:
+def _objective_rows(recipe: Recipe, data: BuiltData) -> list[tuple[str, str]]:
     """What is minimized, and what is compared with, of a run that learns from preferences."""
     objective = recipe.objective
     if objective.rows == "answers":
         return []
-    settings = objective.model_dump(exclude={"kind", "dropout", "reference"})
-    told = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()]
+    told = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {str(value).lower()}"
+        for name, value in settings_of(recipe, data).items()
+    ]
     start = recipe.adapter.start if recipe.adapter is not None else None
     kind = reference_kind(objective, recipe.strategy, start)
     against = REFERENCES.get(kind, f"the model in {kind}, its log-probabilities computed before training")
