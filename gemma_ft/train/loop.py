@@ -181,7 +181,7 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
     finally:
         log.close()
     if world.main:
-        context.finish(TrainedRun(run, summary))
+        context.finish(TrainedRun(run, summary, recipe.objective.rows))
     return 0
 
 

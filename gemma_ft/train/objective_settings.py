@@ -14,11 +14,16 @@ MOST = 4 / 3  # of desirable over undesirable rows, each as often as its weight 
 
 
 def objective_of(recipe: Recipe, data: BuiltData) -> Objective:
-    """What a recipe says is minimized. Raises: DataError where rows to be told apart are all of one kind."""
+    """What a recipe says is minimized. Raises: DataError, as settings_of."""
+    return build_objective(recipe.objective.kind, **settings_of(recipe, data))
+
+
+def settings_of(recipe: Recipe, data: BuiltData) -> dict[str, Any]:
+    """What an objective is built with. Raises: DataError where rows to be told apart are all of one kind."""
     settings = recipe.objective.model_dump(exclude={"kind", "dropout", "reference", "judge"})
     if isinstance(recipe.objective, KahnemanTversky):
         settings |= _weights(recipe.objective, data)
-    return build_objective(recipe.objective.kind, **settings)
+    return settings
 
 
 def _weights(objective: KahnemanTversky, data: BuiltData) -> dict[str, Any]:
