@@ -17,7 +17,7 @@ from gemma_ft.kernels.backend import choice_of, describe
 from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.batch_plan import BatchPlan
-from gemma_ft.recipe.objectives import reference_kind
+from gemma_ft.recipe.objectives import Preference, reference_kind
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
@@ -99,7 +99,7 @@ def startup_lines(
 def _objective_rows(recipe: Recipe, data: BuiltData) -> list[tuple[str, str]]:
     """What is minimized, and what is compared with, of a run that learns from preferences."""
     objective = recipe.objective
-    if objective.rows == "answers":
+    if not isinstance(objective, Preference):
         return []
     told = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {str(value).lower()}"

@@ -28,7 +28,9 @@ def preference_blocks(run: RunFacts) -> list[Block]:
     drawn = [(curve_picture(one, width=SMALL, height=2.3), f"{one.title} by step") for one in panels]
     small = [Picture(uri, alt) for uri, alt in drawn if uri is not None]
     blocks: list[Block] = [Picture(wide, "Rewards by step")] if wide is not None else []
-    return [*blocks, *([Pictures(small), Note(LENGTHS)] if small else [])]
+    if small:
+        blocks += [Pictures(small), Note(LENGTHS)]
+    return blocks
 
 
 def rewards_panel(run: RunFacts, rows: RowKind) -> Panel:
