@@ -130,7 +130,9 @@ def reference_kind(objective: SupervisedFineTuning | Preference, strategy: str, 
     return wanted
 
 
-def check_objective(objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any) -> None:
+def check_objective(
+    objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any, train: Any
+) -> None:
     """Raises: PydanticCustomError where an objective cannot be computed on such data, or compared as it says."""
     reference = reference_kind(objective, strategy, start)
     if data.streaming and reference not in ("none", "adapter_off", "start"):
@@ -138,6 +140,11 @@ def check_objective(objective: SupervisedFineTuning | Preference, strategy: str,
             f"data.streaming: log-probabilities of the reference ({reference}) are computed once before training, over "
             "rows that are all known; turn streaming off, or train an adapter and compare with adapter_off",
             key="objective.reference",
+        )
+    if objective.kind == "kto" and train.global_batch_size < 2:
+        raise rule(
+            "kto compares with answers to other rows of a step, and each step has one row; raise it, to 32 or more",
+            key="train.global_batch_size",
         )
     if objective.rows != "answers" and data.too_long in ("truncate_right", "split"):
         raise rule(
