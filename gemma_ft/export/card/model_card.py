@@ -90,7 +90,7 @@ class Card:
             found["datasets"] = sorted(on_hub)
         composite = FAMILIES[self.config.model_type].composite if self.graft else None
         kind = composite.model_type if composite is not None else self.config.model_type
-        how = [recipe.strategy] if recipe is not None else []
+        how: list[str] = [recipe.strategy] if recipe is not None else []
         how += [recipe.objective.kind] if recipe is not None and recipe.objective.rows != "answers" else []
         tags = [kind, "gemma-ft", *how]
         return {**found, "tags": tags}
