@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.encode.tokenizer_model import note_of_pieces
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.data.pack.collate_preferences import PreferenceCollator
@@ -44,6 +45,7 @@ INPUTS = {
     "held_out": "the held-out rows are others",
     "tokenizer": "the tokenizer is another{pieces}",
     "base": "the base weights are others",
+    "start": "adapter.start is another adapter",
 }
 SAMPLES_KEPT = 10
 
@@ -61,6 +63,8 @@ def build_loop(context: RunContext) -> TrainingLoop:
         "held_out": data.held_out.examples.fingerprint() if data.held_out else None,
         "base": base_fingerprint(context.source),
     }
+    if recipe.adapter is not None and recipe.adapter.start is not None:
+        inputs["start"] = start_of(recipe.adapter.start).hash
     progress = Progress(extra={"inputs": inputs, "total": context.total})
     if data.streamed:
         data.streamed.waiting = lambda: _stop_waiting(context)
