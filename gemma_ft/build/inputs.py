@@ -72,7 +72,8 @@ def _files_of(source: Rows) -> list[DataFile]:
 
 def _compared(recipe: Recipe) -> list[str]:
     """The folders that training goes on from, and is compared with: in a run that of its adapter."""
-    start, reference = recipe.adapter and recipe.adapter.start, getattr(recipe.objective, "reference", None)
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    reference: str | None = getattr(recipe.objective, "reference", None)
     names = [name for name in (start, reference) if name is not None and name not in WORDS]
     return [str(adapter_in(Path(located(name))) or name) for name in names]
 
