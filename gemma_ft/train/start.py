@@ -5,12 +5,11 @@ the proof that the run starts at its reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from gemma_ft.build.located import adapter_in, located
-from gemma_ft.build.place import AdapterFiles, place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_model
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.pack.preferences import PreferenceExamples
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.judge import judge_of
@@ -96,11 +95,10 @@ def _identity(loop: TrainingLoop) -> list[Any]:
     """What decides the model of the run as it is before training."""
     context, recipe = loop.context, loop.context.recipe
     start = recipe.adapter.start if recipe.adapter is not None else None
-    found = adapter_in(Path(located(start))) if start is not None else None
     return [
         recipe.strategy,
         base_fingerprint(context.source) or f"fresh {recipe.seed}",
-        AdapterFiles(found).hash if found is not None else None,
+        start_of(start).hash if start is not None else None,
         recipe.quantize.model_dump() if recipe.quantize is not None else None,
         numerics_hash(context.model.config),
         context.model.config._attn_implementation,
