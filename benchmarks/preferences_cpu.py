@@ -159,10 +159,12 @@ def trl_trainer(folder: Path, arm: Arm) -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         str(folder / "base"), dtype=torch.bfloat16, attn_implementation=arm.attention
     )
+    adapter = PeftConfig.from_pretrained(str(folder / "adapter"))
+    adapter.inference_mode = False
     settings = arguments(DPOConfig, folder, arm, beta=BETA, precompute_ref_log_probs=arm.precomputed)
     trainer = OfIds(
         model=base, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer(),
-        peft_config=PeftConfig.from_pretrained(str(folder / "adapter")),
+        peft_config=adapter,
     )  # fmt: skip
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder / "adapter")))
     return trainer
