@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from gemma_ft.recipe.section import Location, Section, rule
 from gemma_ft.system.row_kind import RowKind
 
-WORDS = ("auto", "adapter_off", "start", "precomputed")
+LIVE = ("adapter_off", "start")  # references that are the policy's own model in another state
+WORDS = ("auto", *LIVE, "precomputed")
 
 
 class SupervisedFineTuning(Section):

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ft.adapters.lora import adapter_off, reference_on
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.train.objectives.answers import summed_logprobs
 from gemma_ft.train.sampler import Batch
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels")  # the rest is the objective's
-LIVE = ("adapter_off", "start")
 
 
 @dataclass(frozen=True)
