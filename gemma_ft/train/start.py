@@ -15,9 +15,9 @@ from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.judge import judge_of
 from gemma_ft.evaluate.win_rate import win_rate
 from gemma_ft.model.config import numerics_hash
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.precompute import precompute
-from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.train.result import base_fingerprint
 from gemma_ft.train.run_context import TrainingLoop
 from gemma_ft.train.zero_proof import zero_proof
