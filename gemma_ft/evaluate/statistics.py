@@ -71,8 +71,8 @@ def difference(rows: Floats, minus: Floats, figure: Figure, *, seed: int = 0, re
     """
     assert len(rows) == len(minus), "a paired difference is over the same rows"
     if _is_share(rows, figure) and _is_share(minus, figure) and np.ptp(rows[:, 0] - minus[:, 0]) == 0:
-        (low, high), (minus_low, minus_high) = _wilson(rows), _wilson(minus)
         share, other = _of_all(rows, figure), _of_all(minus, figure)
+        (low, high), (minus_low, minus_high) = wilson(share, len(rows)), wilson(other, len(minus))
         down, up = np.hypot(share - low, minus_high - other), np.hypot(high - share, other - minus_low)
         return Estimate(share - other, float(share - other - down), float(share - other + up), len(rows))
     return _interval(
