@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma_ft.data.conversation import RowKind
+from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.detect import detect_format
-from gemma_ft.data.read.parse_rows import parse_rows
+from gemma_ft.data.read.parse_rows import parse_row, parse_rows
 from gemma_ft.data.read.sources import Row
 from gemma_ft.recipe.load import load_recipe
 
@@ -26,6 +28,16 @@ def test_each_example_is_what_it_says(form: str, lines: str) -> None:
     assert all(detect_format([row])[0] == form for row in rows)
     assert len(rows) == 5
     assert len(parse_rows(rows)) >= len(rows)
+
+
+@pytest.mark.parametrize(("title", "kind"), [("Pairs", "pairs"), ("Labelled answers", "labelled")])
+def test_preferences_are_what_they_say(title: str, kind: RowKind) -> None:
+    (lines,) = re.findall(rf"^{title}:\n```json\n(.*?)```", PAGE, re.M | re.S)
+    bad = BadRows()
+    for line in lines.splitlines():
+        row = Row("x:1", json.loads(line))
+        assert parse_row(row, detect_format([row], kind=kind)[0], {}, bad, rows=kind)
+    assert (bad.rows, len(lines.splitlines())) == ([], 5)
 
 
 def test_every_format_has_its_example() -> None:

@@ -20,7 +20,7 @@ from gemma_ft.model.config_file import check_preset
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.reward import GemmaForSequenceClassification
 from gemma_ft.recipe.objectives import reference_kind
-from gemma_ft.recipe.schema import Recipe
+from gemma_ft.recipe.schema import Adapter, Recipe
 from gemma_ft.system import hardware
 
 
@@ -35,25 +35,8 @@ def build_model(
     reward model, whose head is float32 and trained, and zero where it begins with a language model.
     """
     torch.manual_seed(recipe.seed)  # adapters and fresh weights are drawn here
-    precision = hardware.dtype_by_name(recipe.train.precision)
-    dtype = torch.float32 if recipe.strategy == "full" else precision
-    attention = None if recipe.model.attention == "auto" else recipe.model.attention
-    source, reward = None, recipe.objective.kind == "reward"
-    if recipe.model.weights == FRESH:
-        if recipe.strategy != "full":
-            raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
-        config = PRESETS[recipe.model.preset].config(vocab_size=len(tokenizer), dtype=dtype)
-        config._attn_implementation = attention
-        model = (GemmaForSequenceClassification if reward else GemmaForCausalLM)(config).to(hardware.default_device())
-    else:
-        source = pinned(weights_source(recipe))
-        kind = recipe.quantize.kind if recipe.quantize else None
-        double_quant = recipe.quantize.double_quant if recipe.quantize else True
-        base_of = empty_base if empty else load_base
-        options: dict[str, Any] = {"quantize": kind, "double_quant": double_quant, "attention": attention}
-        model = base_of(source, dtype=dtype, reward=reward, **options)
-        check_preset(model.config.to_dict(), recipe.model.preset, source.name)
-    if reward:
+    model, source = _whole_model(recipe, len(tokenizer), empty=empty)
+    if recipe.objective.kind == "reward":
         model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token by it
     rows, added = model.config.vocab_size, recipe.model.added_tokens or []
     first = len(tokenizer) - len(added)
@@ -69,24 +52,48 @@ def build_model(
     if recipe.strategy == "full" or recipe.adapter is None:
         return model, source
     assert source is not None, "fresh weights are trained in full"
-    if empty and recipe.adapter.dora:
+    return _with_adapter(model, recipe, recipe.adapter, source, empty=empty), source
+
+
+def _whole_model(recipe: Recipe, tokens: int, *, empty: bool) -> tuple[Any, Source | None]:
+    """The model without an adapter: fresh weights with so many `tokens`, or a base that is loaded."""
+    precision = hardware.dtype_by_name(recipe.train.precision)
+    dtype = torch.float32 if recipe.strategy == "full" else precision
+    attention = None if recipe.model.attention == "auto" else recipe.model.attention
+    reward = recipe.objective.kind == "reward"
+    if recipe.model.weights == FRESH:
+        if recipe.strategy != "full":
+            raise UserError("model.weights: fresh weights can only be trained in full; set strategy: full")
+        config = PRESETS[recipe.model.preset].config(vocab_size=tokens, dtype=dtype)
+        config._attn_implementation = attention
+        made = (GemmaForSequenceClassification if reward else GemmaForCausalLM)(config)
+        return made.to(hardware.default_device()), None
+    source = pinned(weights_source(recipe))
+    kind = recipe.quantize.kind if recipe.quantize else None
+    double_quant = recipe.quantize.double_quant if recipe.quantize else True
+    base_of = empty_base if empty else load_base
+    options: dict[str, Any] = {"quantize": kind, "double_quant": double_quant, "attention": attention}
+    model = base_of(source, dtype=dtype, reward=reward, **options)
+    check_preset(model.config.to_dict(), recipe.model.preset, source.name)
+    return model, source
+
+
+def _with_adapter(model: Any, recipe: Recipe, adapter: Adapter, source: Source, *, empty: bool) -> Any:
+    """The base with a fresh adapter on it, or with the one that training goes on from."""
+    reward = recipe.objective.kind == "reward"
+    if empty and adapter.dora:
         raise UserError(
             "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp"
         )
-    if recipe.adapter.start is not None and reward:
+    if adapter.start is None:
+        settings = adapter.model_dump(exclude={"start"})
+        return add_adapter(model, **settings, base=source.name, revision=source.revision, reward=reward)
+    if reward:
         raise UserError(
-            f"adapter.start: {recipe.adapter.start}: a reward model begins with a whole model; merge the adapter "
+            f"adapter.start: {adapter.start}: a reward model begins with a whole model; merge the adapter "
             "(gemma-ft merge), and set model.weights to the result"
         )
-    if recipe.adapter.start is not None:
-        if added:
-            raise UserError("model.added_tokens: training goes on from adapter.start, which has none; take them out")
-        compared = reference_kind(recipe.objective, recipe.strategy, recipe.adapter.start) == "start"
-        return put_start(model, recipe.adapter, source, compared=compared), source
-    return add_adapter(
-        model,
-        **recipe.adapter.model_dump(exclude={"start"}),
-        base=source.name,
-        revision=source.revision,
-        reward=reward,
-    ), source
+    if recipe.model.added_tokens:
+        raise UserError("model.added_tokens: training goes on from adapter.start, which has none; take them out")
+    compared = reference_kind(recipe.objective, recipe.strategy, adapter.start) == "start"
+    return put_start(model, adapter, source, compared=compared)

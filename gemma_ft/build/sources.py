@@ -19,10 +19,9 @@ from gemma_ft.data.read.sources import Row, read_chunks, rows_of
 from gemma_ft.errors import DataError
 from gemma_ft.recipe.schema import Data, Source
 from gemma_ft.system import environment, hardware
-from gemma_ft.system.row_kind import RowKind
+from gemma_ft.system.row_kind import DOCUMENTS_OF, RowKind
 
 Progress = Callable[[int], None]
-DOCUMENTS_OF: dict[RowKind, int] = {"answers": 1, "labelled": 1, "pairs": 2}  # of a row
 
 
 def chunks_of(source: Source, *, streaming: bool = False) -> Iterator[Chunk]:

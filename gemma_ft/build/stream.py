@@ -6,12 +6,13 @@ import functools
 from collections.abc import Sequence
 
 from gemma_ft.build.located import located_rows
-from gemma_ft.build.sources import DOCUMENTS_OF, Described, chunks_of
+from gemma_ft.build.sources import Described, chunks_of
 from gemma_ft.data.conversation import Item, Pair
 from gemma_ft.data.pack.stream import Arranging, Stream, StreamSource
 from gemma_ft.data.pack.streamed import StreamedExamples
 from gemma_ft.data.read.files import files_at, find_files
 from gemma_ft.recipe.schema import Recipe, Source
+from gemma_ft.system.row_kind import DOCUMENTS_OF
 
 
 def streamed_examples(

@@ -45,6 +45,9 @@ BatchSize = Annotated[
 ]
 
 
+OF_ROWS = ("--output", "--format", "--column", "--overwrite", "--batch-size")  # options that go with --input
+
+
 def generate(
     model: options.Model,
     prompt: Prompt = None,
@@ -73,8 +76,7 @@ def generate(
     The text alone goes to stdout. A file gets one line for each row: its fields, output, finish (stop or length) and
     index; FILE.settings.json beside it keeps how it was made, so that the same command goes on where one stopped.
     """
-    for_rows: dict[str, object] = {"--output": output, "--format": format, "--column": column}
-    for_rows |= {"--overwrite": overwrite, "--batch-size": batch_size}
+    for_rows: dict[str, object] = dict(zip(OF_ROWS, (output, format, column, overwrite, batch_size), strict=True))
     _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
     options.check_texts(system, stop)
     check_model(model, adapter, answers=True)
@@ -96,8 +98,7 @@ def generate(
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
-            text = _prompt_text(prompt, raw)
-            _answer_one(opened(), text, batch)
+            _answer_one(opened(), _prompt_text(prompt, raw), batch)
             return 0
         work = _work(str(input), Path(str(output)), batch, model, adapter, dtype, quantize)
         _answer_file(partial(opened, max_batch=batch_size or ROWS_AT_ONCE), work, overwrite)

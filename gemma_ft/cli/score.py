@@ -74,9 +74,8 @@ def score(
     work.file.look(overwrite=overwrite)
     stdout, file = Console(highlight=False), work.file
     if file.done == file.total:
-        _tell(f"{file.path}: all {file.total} rows are scored; nothing to do")
         show_scores(work, stdout)
-        return 0
+        return _tell(f"{file.path}: all {file.total} rows are scored; nothing to do")
     for note in work.notes:
         _tell(f"note: {note}")
     if file.done:
@@ -86,9 +85,10 @@ def score(
         scorer = open_scorer(model, dtype=options.dtype_of(dtype), quantize=stored, adapter=adapter)
         shown = {"stdout": stdout, "stderr": Console(stderr=True)}
         score_and_show(work, scorer, batch_size=batch_size, overwrite=overwrite, **shown)
-    _tell(f"{file.path}: {file.total} rows")
-    return 0
+    return _tell(f"{file.path}: {file.total} rows")
 
 
-def _tell(text: str) -> None:
+def _tell(text: str) -> int:
+    """Returns the exit code 0."""
     typer.echo(text, err=True)
+    return 0

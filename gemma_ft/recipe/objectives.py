@@ -30,6 +30,10 @@ class Preference(Section):
     needs_reference: ClassVar[bool] = False
     kind: str
     dropout: bool = Field(False, description="Whether adapter.dropout is used; it would blur what is compared")
+    judge: Location | None = Field(
+        None,
+        description="Who says how often held-out answers got better: FILE.py:function, a reward model, or a metric",
+    )
 
 
 class _Compared(Preference):
@@ -92,8 +96,10 @@ class KahnemanTversky(_Compared):
     rows: ClassVar[RowKind] = "labelled"
     kind: Literal["kto"] = Field(description="Kahneman-Tversky optimization")
     beta: Beta = Field(0.1, description="How strongly the policy is held to the reference")
-    desirable_weight: float = Field(1.0, gt=0, le=1000, description="Of rows with label true")
-    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="Of rows with label false")
+    desirable_weight: float | None = Field(
+        None, gt=0, le=1000, description="Of rows with label true; both not set: so that neither label outweighs"
+    )
+    undesirable_weight: float | None = Field(None, gt=0, le=1000, description="Of rows with label false")
 
 
 class RewardModel(Preference):
@@ -125,7 +131,9 @@ def reference_kind(objective: SupervisedFineTuning | Preference, strategy: str, 
     return wanted
 
 
-def check_objective(objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any) -> None:
+def check_objective(
+    objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any, train: Any
+) -> None:
     """Raises: PydanticCustomError where an objective cannot be computed on such data, or compared as it says."""
     reference = reference_kind(objective, strategy, start)
     if data.streaming and reference not in ("none", "adapter_off", "start"):
@@ -133,6 +141,11 @@ def check_objective(objective: SupervisedFineTuning | Preference, strategy: str,
             f"data.streaming: log-probabilities of the reference ({reference}) are computed once before training, over "
             "rows that are all known; turn streaming off, or train an adapter and compare with adapter_off",
             key="objective.reference",
+        )
+    if objective.kind == "kto" and train.global_batch_size < 2:
+        raise rule(
+            "kto compares with answers to other rows of a step, and each step has one row; raise it, to 32 or more",
+            key="train.global_batch_size",
         )
     if objective.rows != "answers" and data.too_long in ("truncate_right", "split"):
         raise rule(

@@ -32,6 +32,7 @@ EXPECTED = {
     "string_type": "text",
     "finite_number": "a finite number",
     "model_type": "a block of keys",
+    "model_attributes_type": "a block of keys, or its kind alone",
     "dict_type": "a block of keys",
     "list_type": "a path, a block of keys, or a list of them",
     "string_pattern_mismatch": "1 to 64 letters, digits, '.', '_' or '-'",

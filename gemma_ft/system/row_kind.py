@@ -3,3 +3,4 @@
 from typing import Literal
 
 RowKind = Literal["answers", "pairs", "labelled"]
+DOCUMENTS_OF: dict[RowKind, int] = {"answers": 1, "labelled": 1, "pairs": 2}  # of a row: a pair has one for each half

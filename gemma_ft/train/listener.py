@@ -15,6 +15,7 @@ from gemma_ft.train.progress import Listener
 from gemma_ft.train.run_context import TrainingLoop
 
 ROWS_NAMED = 4
+BESIDE = (("rewards/margins", "rewards/accuracies"), ("rewards/chosen", "rewards/rejected"))
 SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
@@ -46,8 +47,14 @@ def listener_of(loop: TrainingLoop) -> Listener:
 def _show(loop: TrainingLoop, figures: dict[str, Any]) -> None:
     """Tell the figures of an optimizer step."""
     held_out = {} if loop.eval_loss is None else {"eval_loss": loop.eval_loss}
-    shown = {"loss": figures["loss"], **held_out, "tokens_per_second": figures["tokens_per_second"]}
+    own = {name: figures[name] for name in _shown_beside(figures)}
+    shown = {"loss": figures["loss"], **held_out, **own, "tokens_per_second": figures["tokens_per_second"]}
     loop.job.advance(**shown, peak_bytes=hardware.peak_memory_bytes())
+
+
+def _shown_beside(figures: dict[str, Any]) -> Sequence[str]:
+    """Which figures of an objective stand beside the loss: margin and accuracy of pairs, else both rewards."""
+    return next((names for names in BESIDE if all(name in figures for name in names)), ())
 
 
 def _not_finite(loop: TrainingLoop, figures: dict[str, Any]) -> None:

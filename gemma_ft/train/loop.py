@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.encode.tokenizer_model import note_of_pieces
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.data.pack.collate_preferences import PreferenceCollator
 from gemma_ft.errors import DataError, Stopped, UserError
 from gemma_ft.evaluate.held_out import Score
+from gemma_ft.evaluate.judge import judge_hash
 from gemma_ft.plan.run import multiple_for
 from gemma_ft.recipe.load import names_of
 from gemma_ft.recipe.objectives import reference_kind
@@ -24,7 +26,7 @@ from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
 from gemma_ft.train.evaluation import Scorer
 from gemma_ft.train.held_out_objective import held_out_score
 from gemma_ft.train.listener import listener_of, log_samples
-from gemma_ft.train.objectives.registry import Objective, build_objective
+from gemma_ft.train.objective_settings import objective_of
 from gemma_ft.train.oom import fit_micro_batch, recover
 from gemma_ft.train.progress import Progress
 from gemma_ft.train.reference import Reference
@@ -33,7 +35,7 @@ from gemma_ft.train.run_context import RunContext, TrainingLoop
 from gemma_ft.train.run_log import RunLog
 from gemma_ft.train.sampler import Collate, TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
-from gemma_ft.train.start import prepare_objective
+from gemma_ft.train.start import judged, prepare_objective
 from gemma_ft.train.summary import TrainedRun, summary_of
 from gemma_ft.train.trackers import build_trackers
 from gemma_ft.train.trainer import GemmaTrainer
@@ -44,6 +46,8 @@ INPUTS = {
     "held_out": "the held-out rows are others",
     "tokenizer": "the tokenizer is another{pieces}",
     "base": "the base weights are others",
+    "judge": "the file of objective.judge is another",
+    "start": "adapter.start is another adapter",
 }
 SAMPLES_KEPT = 10
 
@@ -61,6 +65,10 @@ def build_loop(context: RunContext) -> TrainingLoop:
         "held_out": data.held_out.examples.fingerprint() if data.held_out else None,
         "base": base_fingerprint(context.source),
     }
+    judge = judge_hash(getattr(recipe.objective, "judge", None))
+    inputs |= {"judge": judge} if judge is not None else {}
+    if recipe.adapter is not None and recipe.adapter.start is not None:
+        inputs["start"] = start_of(recipe.adapter.start).hash
     progress = Progress(extra={"inputs": inputs, "total": context.total})
     if data.streamed:
         data.streamed.waiting = lambda: _stop_waiting(context)
@@ -94,7 +102,7 @@ def _build_trainer(context: RunContext, progress: Progress) -> GemmaTrainer:
         ),
         data=TrainingData(data.examples, held_out, collator_of(recipe, data.encoder.control.pad, multiple)),
         batch=context.batch,
-        objective=objective_of(recipe),
+        objective=objective_of(recipe, data),
         reference=Reference(reference_kind(recipe.objective, recipe.strategy, start)),
         options=TrainerOptions.of(recipe),
         tokenizer=context.tokenizer,
@@ -112,12 +120,6 @@ def collator_of(recipe: Recipe, pad_id: int, multiple: int) -> Collate:
         return Collator(pad_id, multiple=multiple)
     budget = recipe.data.max_seq_len if recipe.data.packing else None
     return PreferenceCollator(pad_id, multiple=multiple, budget=budget)
-
-
-def objective_of(recipe: Recipe) -> Objective:
-    """What a recipe says is minimized."""
-    settings = recipe.objective.model_dump(exclude={"kind", "dropout", "reference"})
-    return build_objective(recipe.objective.kind, **settings)
 
 
 def take_up(loop: TrainingLoop, checkpoint: Path, allow_drift: Sequence[str] = ()) -> None:
@@ -166,6 +168,7 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
             round_weights(context.model, hardware.dtype_by_name(recipe.train.precision), world)
         after = _score(loop)
         compared = loop.scorer.compared(after.loss)
+        won = judged(loop, after.answers)
         log.scores(progress.step, {**after.figures(), **compared})
         log_samples(loop, progress.step, after.answers)
         with world.phase("the result's save"):
@@ -175,13 +178,14 @@ def go(loop: TrainingLoop, checkpoint: Path | None) -> int:
         summary = summary_of(
             progress, after=after, compared=compared, questions=questions, result=result.name, data=context.data
         )
+        summary |= {"win_rate": won} if won is not None else {}
         with world.phase("the summary"):
             if world.main:
                 replace_text(run.summary, as_json(summary))
     finally:
         log.close()
     if world.main:
-        context.finish(TrainedRun(run, summary))
+        context.finish(TrainedRun(run, summary, recipe.objective.rows))
     return 0
 
 
@@ -206,7 +210,7 @@ def _score(loop: TrainingLoop) -> Score:
 def _score_before(loop: TrainingLoop) -> None:
     score = _score(loop)
     loop.scorer.remember_base()
-    kept = max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
+    kept = len(score.answers) if loop.judge is not None else max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
     loop.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}
     loop.log.scores(0, score.figures())
     log_samples(loop, 0, score.answers)

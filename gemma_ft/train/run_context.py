@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma_ft.build.data import BuiltData
 from gemma_ft.build.located import Source
 from gemma_ft.evaluate.forgetting import ForgettingSet
+from gemma_ft.evaluate.judge import Judge
 from gemma_ft.recipe.batch_plan import BatchPlan
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system.observer import SILENT, Job, Observer
@@ -57,4 +58,5 @@ class TrainingLoop:
     trainer: GemmaTrainer
     scorer: Scorer
     job: Job = SILENT  # of the training, for whoever watches
+    judge: Judge | None = None  # who compares answers before and after
     eval_loss: float | None = None  # the last one of this process

@@ -4,18 +4,20 @@ the proof that the run starts at its reference.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from gemma_ft.build.located import adapter_in, located
-from gemma_ft.build.place import AdapterFiles, place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_model
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.pack.preferences import PreferenceExamples
-from gemma_ft.errors import UserError
+from gemma_ft.errors import UserError, first_line
+from gemma_ft.evaluate.judge import judge_of
+from gemma_ft.evaluate.win_rate import win_rate
 from gemma_ft.model.config import numerics_hash
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.precompute import precompute
-from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.train.result import base_fingerprint
 from gemma_ft.train.run_context import TrainingLoop
 from gemma_ft.train.zero_proof import zero_proof
@@ -30,6 +32,10 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
     if kind not in ("none", *LIVE):
         with context.world.phase("the reference"):
             _compute(loop, kind)
+    named = getattr(context.recipe.objective, "judge", None)
+    if named is not None and not trainer.objective.scores:
+        encoder, size = context.data.encoder, context.recipe.eval.batch_size
+        loop.judge = judge_of(named, encoder, batch_size=size)
     if not begins or trainer.objective.rows == "answers":
         return
     with context.world.phase("the proof of the start"):
@@ -38,6 +44,31 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
     context.observer.say(f"  start      {told}")
     if proof is not None:
         loop.progress.extra["zero_proof"] = proof.as_dict()
+
+
+def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
+    """How often the answers after training are better than those before, by the judge of the run; None without one,
+    and where it raised, which is told and costs no run.
+    """
+    context, judge = loop.context, loop.judge
+    before = loop.progress.extra["before"]["answers"]
+    questions = loop.scorer.questions[: min(len(before), len(answers))]
+    if judge is None or not questions or not context.world.main:
+        return None
+    before, answers = before[: len(questions)], list(answers)[: len(questions)]
+    try:
+        scores = [judge.scores(questions, some) for some in (before, answers)]
+    except Exception as error:  # a user's own function may raise anything
+        context.observer.say(f"  judge      {judge.name}: {type(error).__name__}: {first_line(error)}; no win rate")
+        return None
+    lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
+    found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
+    context.observer.say(
+        f"  judge      {judge.name}: {found['value']:.1%} of {found['rows']} answers are better than before (ties "
+        f"count half), {found['length_controlled']:.1%} at equal lengths; mean length {found['length_before']:.0f} -> "
+        f"{found['length_after']:.0f} characters"
+    )
+    return found
 
 
 def _compute(loop: TrainingLoop, kind: str) -> None:
@@ -64,11 +95,10 @@ def _identity(loop: TrainingLoop) -> list[Any]:
     """What decides the model of the run as it is before training."""
     context, recipe = loop.context, loop.context.recipe
     start = recipe.adapter.start if recipe.adapter is not None else None
-    found = adapter_in(Path(located(start))) if start is not None else None
     return [
         recipe.strategy,
         base_fingerprint(context.source) or f"fresh {recipe.seed}",
-        AdapterFiles(found).hash if found is not None else None,
+        start_of(start).hash if start is not None else None,
         recipe.quantize.model_dump() if recipe.quantize is not None else None,
         numerics_hash(context.model.config),
         context.model.config._attn_implementation,

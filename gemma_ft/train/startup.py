@@ -17,11 +17,19 @@ from gemma_ft.kernels.backend import choice_of, describe
 from gemma_ft.kernels.triton.triton_backend import CAPABILITY
 from gemma_ft.model.attention import resolve_attention
 from gemma_ft.recipe.batch_plan import BatchPlan
+from gemma_ft.recipe.objectives import Preference, reference_kind
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.distributed import World
+from gemma_ft.train.objective_settings import settings_of
 
+REFERENCES = {
+    "none": "nothing: it has no reference",
+    "adapter_off": "the same model, its adapter switched off",
+    "start": "the adapter that it starts from, frozen",
+    "precomputed": "the model as it is now, its log-probabilities computed before training",
+}
 FILLS = 4096  # tokens of a micro-batch that keep a GPU busy for longer than its kernels take to be started
 
 
@@ -52,6 +60,7 @@ def startup_lines(
     beside = others_told(model_weights(folder_of(source, downloaded=True))) if source is not None else None
     lines = data.train.stats.describe().splitlines()
     rows = [
+        *_objective_rows(recipe, data),
         ("model", f"{recipe.model.preset} from {source.name if source else 'fresh weights'}, {how}, {train.precision}"),
         *([("", beside)] if beside is not None else []),
         ("attention", f"{choice.name}: {choice.reason}"),
@@ -75,7 +84,8 @@ def startup_lines(
     cut = f"{batch.micro_batch_size} (micro batch) x {batch.accumulation_steps} (accumulation) x {devices}"
     if world.size > 1:
         rows.append(("ranks", f"{world.size}, {sharing(world)}"))
-    rows.append(("batch", f"{batch.global_batch_size} = {cut}"))
+    of = "" if recipe.objective.rows == "answers" else f" {data.train.stats.example_word}"
+    rows.append(("batch", f"{batch.global_batch_size}{of} = {cut}"))
     if batch.micro_batch_size < train.micro_batch_size:
         rows.append(("", f"micro_batch_size {train.micro_batch_size} would leave devices without rows"))
     elif base.device.type == "cuda":
@@ -84,6 +94,22 @@ def startup_lines(
     rows.append(("memory", checkpointing.describe()))
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
+
+
+def _objective_rows(recipe: Recipe, data: BuiltData) -> list[tuple[str, str]]:
+    """What is minimized, and what is compared with, of a run that learns from preferences."""
+    objective = recipe.objective
+    if not isinstance(objective, Preference):
+        return []
+    told = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {str(value).lower()}"
+        for name, value in settings_of(recipe, data).items()
+    ]
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    kind = reference_kind(objective, recipe.strategy, start)
+    against = REFERENCES.get(kind, f"the model in {kind}, its log-probabilities computed before training")
+    dropped = "" if objective.dropout else "; no dropout"
+    return [("objective", f"{objective.kind}, {', '.join(told)}"), ("", f"compared with {against}{dropped}")]
 
 
 def _template_rows(encoder: ChatEncoder) -> list[tuple[str, str]]:

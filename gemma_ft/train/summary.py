@@ -11,6 +11,7 @@ from gemma_ft.evaluate.forgetting import forgetting_note
 from gemma_ft.evaluate.held_out import Question, Score
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.system import environment, hardware
+from gemma_ft.system.row_kind import RowKind
 from gemma_ft.train.evaluation import Figures
 from gemma_ft.train.lengths import length_histogram
 from gemma_ft.train.progress import Progress
@@ -18,10 +19,11 @@ from gemma_ft.train.progress import Progress
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that came to its end, and what its summary.json says."""
+    """A run that came to its end, what its summary.json says, and what its loss is a mean of."""
 
     run: RunFiles
     summary: dict[str, Any]
+    rows: RowKind
 
 
 def summary_of(

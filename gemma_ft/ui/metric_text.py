@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from gemma_ft.evaluate.metrics import METRICS
 from gemma_ft.evaluate.reward import ACCURACY
-from gemma_ft.system.units import NOTHING
+from gemma_ft.system.row_kind import RowKind
+from gemma_ft.system.units import NOTHING, number, percent
 
 LOSSES = ("loss", "perplexity")
+LOSS_PER: Mapping[RowKind, str] = {"answers": "loss per token", "pairs": "loss per pair", "labelled": "loss per row"}
+_ACCURACY = ("rewards/accuracies", "accuracy", percent)
+_MARGIN = ("rewards/margins", "margin", number)
+_GOOD, _BAD = ("rewards/chosen", "reward, good answers", number), ("rewards/rejected", "reward, bad answers", number)
+SCORES: Mapping[RowKind, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {  # names in a summary, and as written
+    "answers": (("exact_match", "exact match", percent),),
+    "pairs": (_ACCURACY, _MARGIN),
+    "labelled": (_GOOD, _BAD),
+}
 
 
 def label_of(metric: str) -> str:

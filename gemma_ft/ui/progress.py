@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gemma_ft.system.units import byte_size, number
+from gemma_ft.system.units import byte_size, number, percent
 from gemma_ft.ui.guarded_output import guarded
 from gemma_ft.ui.stderr import tell
 
@@ -32,6 +32,10 @@ ANSWERS = "  {done}/{total} answers  {figures}"
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {number(value)}",
     "eval_loss": lambda value: f"eval {value:.4f}",
+    "rewards/margins": lambda value: f"margin {number(value, 3)}",
+    "rewards/accuracies": lambda value: f"accuracy {percent(value)}",
+    "rewards/chosen": lambda value: f"good {number(value, 3)}",
+    "rewards/rejected": lambda value: f"bad {number(value, 3)}",
     "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
     "peak_bytes": byte_size,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +12,10 @@ from rich.table import Table
 
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.run_files import RunFiles
-from gemma_ft.system.units import byte_size, duration, number, percent
+from gemma_ft.system.units import byte_size, duration, number
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.summary import TrainedRun
+from gemma_ft.ui.metric_text import LOSS_PER, SCORES
 from gemma_ft.ui.pages.page import write_report
 from gemma_ft.ui.progress import STEPS, ConsoleObserver, say
 
@@ -49,7 +49,7 @@ def train_and_show(
 
 def finish(console: Console, trained: TrainedRun) -> None:
     """Write the page of a run that has come to its end, and show its summary."""
-    show_summary(console, trained.summary, trained.run, _page(console, trained.run))
+    show_summary(console, trained, _page(console, trained.run))
 
 
 def _page(console: Console, run: RunFiles) -> Path | None:
@@ -61,15 +61,17 @@ def _page(console: Console, run: RunFiles) -> Path | None:
         return None
 
 
-def show_summary(console: Console, summary: dict[str, Any], run: RunFiles, report: Path | None) -> None:
+def show_summary(console: Console, trained: TrainedRun, report: Path | None) -> None:
     """The table at the end of a run: before and after, speed, memory, where things lie, and a few answers."""
+    summary, run = trained.summary, trained.run
     before, after = summary["eval_before"], summary["eval_after"]
     table = Table(title="What was learned", title_justify="left")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    table.add_row("exact match", percent(before["exact_match"]), percent(after["exact_match"]))
-    table.add_row("loss per token", number(before["loss"]), number(after["loss"]))
+    for name, label, written in SCORES[trained.rows]:
+        table.add_row(label, written(before.get(name)), written(after.get(name)))
+    table.add_row(LOSS_PER[trained.rows], number(before["loss"]), number(after["loss"]))
     if "canary_loss" in summary:
         table.add_row("canary loss", number(summary["canary_base_loss"]), number(summary["canary_loss"]))
     console.print(table)

@@ -154,3 +154,64 @@ def test_a_fix_that_fails_leaves_nothing(write: Write, capsys: pytest.CaptureFix
     assert main(["data", "fix", "sft_tiny", "--out", "clean", f"data.train={train}", f"data.eval={train}"]) == 2
     assert capsys.readouterr().err == "train.jsonl: no row of it would be left; gemma-ft data check says why\n"
     assert [path.name for path in Path().iterdir()] == ["train.jsonl"]
+
+
+PAIRS = [
+    json.dumps(
+        {"prompt": f"Which city is number {n}?", "chosen": f"City {n} it is.", "rejected": f"No idea at all of {n}"}
+    )
+    for n in range(8)
+]
+
+
+def test_pairs_are_looked_at_for_an_objective_that_compares(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = json.dumps({"prompt": "q", "chosen": "a", "rejected": "a"})
+    train = write("train.jsonl", *PAIRS, bad)
+    assert check(train, "objective.kind=dpo", held_out=write("eval.jsonl", PAIRS[0])) == 2
+    out = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(out) if line.startswith("train  train.jsonl: 8 rows, "))
+    assert out[at].endswith(" trained (preference: the rows have chosen, rejected)")
+    assert out[at + 2].startswith("8 pairs; answers, medians: chosen ")
+    assert out[at + 3] == (
+        "the chosen answer is the longer one in 0% of the pairs, the shorter one in 100%; 0% begin with the same words"
+    )
+    assert out[-2:] == [
+        "train.jsonl:9: 'chosen' and 'rejected' are the same answer", "report: data_report.json",
+    ]  # fmt: skip
+    report = json.loads(Path("data_report.json").read_text())
+    assert {one["kind"]: one["count"] for one in report["findings"]} == {"bad_row": 1, "prompt_overlap": 1}
+    assert report["preferences"]["chosen"] == 8
+
+
+def test_a_fix_for_pairs_parts_training_and_held_out_prompts(write: Write) -> None:
+    train, held_out = write("train.jsonl", *PAIRS), write("eval.jsonl", PAIRS[0])
+    assert main(["data", "fix", "sft_tiny", f"data.train={train}", f"data.eval={held_out}", "objective.kind=dpo",
+                 "--out", "fixed"]) == 0  # fmt: skip
+    assert Path("fixed/train.jsonl").read_text().splitlines() == PAIRS[1:]
+    assert check("fixed/train.jsonl", "objective.kind=dpo", held_out="fixed/eval.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        (
+            {"prompt": "q", "completion": "a", "label": True},
+            "dpo",
+            "the rows have prompt, completion and a label, and this objective compares two answers to one prompt; set "
+            "objective.kind: kto, or give rows with prompt, chosen and rejected",
+        ),
+        (
+            {"prompt": "q", "completion": "a"},
+            "kto",
+            "the rows have prompt, completion, and nothing that says whether an answer is a good one; give each a "
+            "label, true or false, or name its field with data.columns.label",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", [["data", "check"], ["preview"]], ids=" ".join)
+def test_rows_of_another_kind_are_one_line(
+    verb: list[str], row: dict[str, object], kind: str, reason: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write("train.jsonl", json.dumps(row))
+    assert main([*verb, "sft_tiny", f"data.train={train}", "data.eval=null", f"objective.kind={kind}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.jsonl: {reason}"

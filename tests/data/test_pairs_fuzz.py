@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_ft.data.conversation import Pair, Turn
+from gemma_ft.data.conversation import Conversation, Pair, Turn, order_fault
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.detect import detect_format
@@ -18,6 +18,7 @@ from gemma_ft.data.read.json_rows import DECODER
 from gemma_ft.data.read.pairs import pair_of, split_head, unpaired
 from gemma_ft.data.read.parse_rows import parse_row
 from gemma_ft.data.read.sources import Row
+from gemma_ft.errors import DataError
 from gemma_ft.system.limits import IGNORE
 from tests.data.strategies import texts
 
@@ -103,3 +104,39 @@ def test_a_head_is_split_off_once(pair: Pair) -> None:
     assert split_head(rejected, chosen)[1:] == (halves[1], halves[0])
     assert pair_of(pair.where, head, *halves) == pair
     assert [item.label for item in unpaired([pair])] == [True, False]
+
+
+NAMES = ("prompt", "chosen", "rejected", "completion", "label", "kto_tag", "messages", "conversations", "question",
+         "instruction", "input", "output", "preferred_output", "non_preferred_output", "responses", "answers", "scores",
+         "completions", "rank", "response_1", "response_2", "preference_strength", "better_response_id", "response_0",
+         "conversation_a", "conversation_b", "winner", "margin", "score_chosen", "score_rejected", "status", "context",
+         "system", "images")  # fmt: skip
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", None]), "content": st.one_of(st.none(), texts)}
+)
+entry = st.dictionaries(
+    st.sampled_from(["response", "text", "overall_score", "rank", "messages", "content", "role", "from", "value"]),
+    st.one_of(texts, st.none(), st.floats(), st.integers(), st.lists(turn, max_size=3)),
+    max_size=3,
+)
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), texts, turn, entry, st.sampled_from(["tie", "model_a", "[]"]),
+    st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:", "\n\nHuman:", '[{"role": "user"}]', "[1"]),
+    st.lists(st.one_of(turn, texts, entry, st.none(), st.floats(), st.lists(turn, max_size=3)), max_size=4),
+)  # fmt: skip
+
+
+@given(fields=st.dictionaries(st.sampled_from(NAMES), values, max_size=6), kind=st.sampled_from(["pairs", "labelled"]))
+def test_any_row_is_read_or_told(fields: dict[str, Any], kind: Any) -> None:
+    bad, row = BadRows(), Row("a.jsonl:1", fields)
+    try:
+        forms = [detect_format([row], kind=kind)[0]]
+    except DataError:
+        forms = ["preference"] if kind == "pairs" else ["preference", "messages", "prompt_completion", "alpaca"]
+    for form in forms:
+        items = parse_row(row, form, {}, bad, rows=kind)
+        for item in items:
+            halves = item.halves if isinstance(item, Pair) else (item,)
+            assert all(isinstance(half, Conversation) and order_fault(half.turns) is None for half in halves)
+            assert isinstance(item, Pair) or item.label in (True, False)
+    assert all("\n" not in reason for _, reason in bad.rows)

@@ -12,15 +12,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from gemma_ft.adapters.lora import add_adapter, save_adapter
-from gemma_ft.build.contract import contract_of
+from gemma_ft.adapters.lora import add_adapter
 from gemma_ft.build.located import Source
 from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_base, load_model
 from gemma_ft.build.text_weights import model_weights
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.encode.tokenizer import load_tokenizer
-from gemma_ft.data.encode.tokenizer_files import save_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.export.export import ExportOptions, export_model
 from gemma_ft.export.merge.certified import merge_model
@@ -28,36 +26,9 @@ from gemma_ft.families.records import FAMILIES
 from gemma_ft.model.reward import GemmaForSequenceClassification
 from tests.export.tuned import TINY, save_base
 from tests.parity.amplified import FIRST, SECOND, THIRD, relative
+from tests.reward import SCORE, SETTINGS, save_reward_adapter
 
 STOCK = pytest.mark.parametrize("shape", [FIRST, SECOND, THIRD])
-SETTINGS: dict[str, Any] = {
-    "rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear", "rslora": False, "dora": False, "init": "default",
-    "revision": None,
-}  # fmt: skip
-SCORE = "base_model.model.score.weight"
-
-
-def stirred(model: Any) -> Any:
-    """Every weight that is trained, moved away from where it began."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, weight in sorted(model.named_parameters()):
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
-def save_reward_adapter(folder: Path, base: Path, *, quantize: Any = None, **facts: Any) -> Path:
-    """An adapter folder as training leaves it."""
-    model = load_base(Source(str(base), None), dtype=torch.float32, quantize=quantize, reward=True)
-    wrapped = stirred(add_adapter(model, base=str(base), reward=True, **SETTINGS))
-    folder.mkdir(parents=True)
-    save_adapter(wrapped, folder)
-    tokenizer = load_tokenizer(TINY)
-    save_tokenizer(tokenizer, folder, system_policy="fold")
-    facts = {"precision": "float32", **facts, "base": str(base), "quantize": quantize}
-    contract_of(ChatEncoder(tokenizer), base_sha256=model_weights(base).fingerprint(), **facts).write(folder)
-    return folder
 
 
 def batch(side: str = "right") -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ HOOKS = {
     "load": ("gemma_ft.train.run", "build_model"),
     "step": ("gemma_ft.train.step", "micro_batch_loss"),
     "save": ("gemma_ft.train.checkpoint_state", "save_optimizer"),
-    "eval": ("gemma_ft.train.trainer", "held_out_loss"),
+    "eval": ("gemma_ft.train.trainer", "held_out_score"),
 }
 
 

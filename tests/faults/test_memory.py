@@ -25,10 +25,10 @@ def run_out(step: int, rows: int, where: str) -> Callable[[], None]:
             short = at >= step and len(inputs["input_ids"]) > rows
             if short and where == "forward":
                 full()
-            found, value = original()
+            found = original()
             if short and number == 2:  # the first micro-batch of the step has left its gradients
-                found.register_hook(full)
-            return found, value
+                found.loss.register_hook(full)
+            return found
 
         instead_of_losses(loss)
 

@@ -27,13 +27,13 @@ def spoil(what: str, steps: set[int]) -> Callable[[], None]:
             now = step
             if step in steps and what == "weight":
                 next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = NAN
-            found, value = original()
+            found = original()
             if step in steps and what == "loss":
-                found, value = found * NAN, value * NAN
+                found.loss, found.value = found.loss * NAN, found.value * NAN
             if step in steps and what == "gradient":
                 parameter = next(p for p in model.parameters() if p.requires_grad)
                 parameter.register_hook(lambda grad: grad * (NAN if now in steps else 1.0))
-            return found, value
+            return found
 
         instead_of_losses(loss)
 

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from gemma_ft.data.encode.tokenizer import load_tokenizer
+from gemma_ft.train.micro_batch import token_weights
 from gemma_ft.train.objectives.registry import build_objective
-from gemma_ft.train.step import token_weights
 from tests.parity.amplified import FIRST, SECOND, VOCAB, amplify, ours, reference, relative, tiny_config
 from tests.train.preferences import (
     Pair,

@@ -125,4 +125,4 @@ def train(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 
 def _shown_without_page(console: Console, trained: TrainedRun) -> None:
-    show_summary(console, trained.summary, trained.run, None)
+    show_summary(console, trained, None)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_ft.train.micro_batch import micro_batch_loss
 from gemma_ft.train.objectives.answers import summed_logprobs
 from gemma_ft.train.objectives.registry import Objective
-from gemma_ft.train.step import MODEL_INPUTS, micro_batch_loss
+from gemma_ft.train.reference import MODEL_INPUTS
 
 Row = tuple[list[int], list[int]]  # a prompt, an answer
 Pair = tuple[list[int], list[int], list[int]]  # a prompt, its chosen and its rejected answer
@@ -128,9 +129,9 @@ def through_the_seam(model: Any, batches: Sequence[dict[str, Tensor]], objective
     model.zero_grad()
     divisors, value = divisors_of(objective, batches), 0.0
     for batch in batches:
-        loss, found = micro_batch_loss(model.train(), batch, objective, divisors)
-        loss.backward()
-        value += float(found)
+        found = micro_batch_loss(model.train(), batch, objective, divisors)
+        found.loss.backward()
+        value += float(found.value)
     return value, gradient(model)
 
 

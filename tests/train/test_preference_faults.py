@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_ft.train.micro_batch import micro_batch_loss, token_weights
 from gemma_ft.train.objectives.orpo import SURE
 from gemma_ft.train.objectives.registry import Batch, Figures, Objective, build_objective
-from gemma_ft.train.step import micro_batch_loss, token_weights
 from tests.parity.amplified import SECOND, VOCAB, ours
 from tests.train.preferences import (
     divisors_of,

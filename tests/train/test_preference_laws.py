@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gemma_ft.train.micro_batch import token_weights
 from gemma_ft.train.objectives.answers import halves, summed_logprobs
 from gemma_ft.train.objectives.orpo import SURE, log_odds
 from gemma_ft.train.objectives.registry import Objective, build_objective
 from gemma_ft.train.objectives.sft import SupervisedFineTuning
-from gemma_ft.train.step import token_weights
 from tests.parity.amplified import FIRST, SECOND, VOCAB, ours
 from tests.train.preferences import (
     blank_batch,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_ft.train.micro_batch import token_weights
 from gemma_ft.train.objectives.registry import build_objective
-from gemma_ft.train.step import token_weights
 from tests.train.preferences import divisors_of, in_place, labelled_batch, loss_of, pairs_batch
 
 CHOSEN, REJECTED = [-0.5, -1.5], [-1.0, -1.0, -2.0]  # log p of their tokens: -2 and -4 in sum, -1 and -4/3 in the mean

@@ -16,6 +16,7 @@ from gemma_ft.errors import CheckpointError, UserError
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.train.checkpoint_state import load_state
 from gemma_ft.train.checkpoints import checkpoint_folder
+from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.trainer import GemmaTrainer
 from gemma_ft.ui.training import train_and_show
@@ -207,8 +208,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
     recipe_for: RecipeFor, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved when it is found, whatever the interval; and again after a resume it is known."""
-    losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
-    monkeypatch.setattr("gemma_ft.train.trainer.held_out_loss", lambda *_, **__: next(losses))
+    scores = map(HeldOutScore, [3.0, 1.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr("gemma_ft.train.trainer.held_out_score", lambda *_: next(scores))
     watched = ["strategy=lora", "eval.every_steps=1", "checkpoint.keep_best=true", "checkpoint.keep=1"]
     loaded = recipe_for(*watched, "checkpoint.every_steps=3", "train.max_steps=4")
     train(loaded)

@@ -51,7 +51,8 @@ class Preview:
         if cut := self.overview.cut_tokens:
             lines.append(f"{cut:,} tokens are truncated, {self.overview.cut_trained:,} of them to be trained")
         steps = f"{self.steps:,} optimizer step{'s' if self.steps > 1 else ''}"
-        lines.append(f"{self.span}: {self.stats.tokens:,} tokens, {steps} of {self.global_batch_size:,} examples")
+        batch = f"{self.global_batch_size:,} {self.stats.example_word}"
+        lines.append(f"{self.span}: {self.stats.tokens:,} tokens, {steps} of {batch}")
         return "\n".join(lines)
 
     def warnings(self) -> list[str]:

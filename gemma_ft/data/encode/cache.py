@@ -32,6 +32,7 @@ from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment
+from gemma_ft.system.row_kind import DOCUMENTS_OF
 
 CHECKSUM_BYTES = 4
 SMALL_BYTES = 2**18  # read rather than mapped: a process may have some ten thousand maps
@@ -133,7 +134,7 @@ def items_at(
     """The items that some documents were made from, in their order, a pair once; `chunks`: those of the documents, read
     again.
     """
-    each = 2 if documents.rows == "pairs" else 1
+    each = DOCUMENTS_OF[documents.rows]
     rows: dict[int, list[int]] = {}
     for part, row in map(documents.place, wanted):
         rows.setdefault(part, []).append(row)

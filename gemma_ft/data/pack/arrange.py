@@ -75,7 +75,7 @@ def arrange(
     chosen = numpy.arange(len(documents)) if chosen is None else numpy.asarray(chosen, numpy.int64)
     count = {name: documents.column(name)[chosen] for name in COUNTS}
     empty = documents.items - len(documents)
-    stats = DataStats(rows=len(chosen) + empty, max_seq_len=max_seq_len, dropped_empty=empty)
+    stats = DataStats(documents.rows, rows=len(chosen) + empty, max_seq_len=max_seq_len, dropped_empty=empty)
     stats.left_out_turns = int(count["left_out"].sum())
     stats.dropped_system = int(count["system"].sum()) if encoder.system_policy == "drop" else 0
     stats.untrained = int((count["trained"] == 0).sum())

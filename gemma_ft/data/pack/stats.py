@@ -8,15 +8,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from gemma_ft.data.read.rendered import is_custom
+from gemma_ft.system.row_kind import RowKind
 
 UNREAD_SHOWN = 8  # fields
 REMARKS = ("unread", "rendered", "ends")  # counts by name
+EXAMPLE_WORDS: Mapping[RowKind, str] = {"answers": "examples", "pairs": "pairs", "labelled": "rows"}
 
 
 @dataclass
 class DataStats:
     """What became of the rows. `describe` says it in a few lines."""
 
+    row_kind: RowKind = "answers"
     rows: int = 0  # conversations and documents that came in
     documents: int = 0  # sequences that are trained on: conversations, and chunks of long documents
     packed_rows: int = 0  # examples
@@ -36,6 +39,11 @@ class DataStats:
     unread: dict[str, int] = field(default_factory=dict)  # path of a field that is not read -> rows that have it
     rendered: dict[str, int] = field(default_factory=dict)  # chat template -> rows that spell it out
     ends: dict[str, int] = field(default_factory=dict)  # ending token -> rows whose last text ends with its name
+
+    @property
+    def example_word(self) -> str:
+        """What a person calls several examples."""
+        return EXAMPLE_WORDS[self.row_kind]
 
     @property
     def fill(self) -> float:
@@ -68,10 +76,18 @@ class DataStats:
     def counted(self) -> str:
         """The totals, and what was cut or left out, each with its count."""
         share = self.trained_tokens / max(self.tokens, 1)
-        lines = [
-            f"{self.rows:,} rows -> {self.documents:,} sequences, {self.tokens:,} tokens, {share:.0%} trained",
-            f"{self.packed_rows:,} examples of up to {self.max_seq_len:,} tokens, {self.fill:.1%} full",
-        ]
+        rest = f"{self.tokens:,} tokens, {share:.0%} trained"
+        if self.row_kind == "answers":
+            lines = [
+                f"{self.rows:,} rows -> {self.documents:,} sequences, {rest}",
+                f"{self.packed_rows:,} examples of up to {self.max_seq_len:,} tokens, {self.fill:.1%} full",
+            ]
+        else:
+            mean = self.tokens / max(self.documents, 1)
+            lines = [
+                f"{self.rows:,} {self.example_word} -> {self.documents:,} answers, {rest}",
+                f"{mean:,.0f} of up to {self.max_seq_len:,} tokens in an answer with its prompt",
+            ]
         notes = (
             (self.truncated, "cut at max_seq_len"),
             (self.dropped, "dropped: their answer lies past max_seq_len"),
@@ -92,13 +108,13 @@ class DataStats:
         for one in fields(self):
             if one.name in REMARKS:
                 setattr(self, one.name, dict(Counter(getattr(self, one.name)) + Counter(getattr(other, one.name))))
-            elif one.name not in ("weights", "max_seq_len"):
+            elif one.name not in ("row_kind", "weights", "max_seq_len"):
                 setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
         self.weights = weights
 
     def as_dict(self) -> dict[str, Any]:
         """The counts by name, for a report file."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "row_kind"}
 
 
 def unread_line(unread: Mapping[str, int]) -> str:

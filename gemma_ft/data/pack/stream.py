@@ -21,6 +21,7 @@ from gemma_ft.data.pack.arrange import DataStats, Prepared, TooLong, arrange, re
 from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.errors import DataError
+from gemma_ft.system.row_kind import DOCUMENTS_OF
 
 BLOCK_DOCUMENTS = 10_000  # what is shuffled together; some four blocks are in memory at a time
 BLOCK_TOKENS = 2**23
@@ -209,8 +210,10 @@ class _Lane:
         return not self.source.endless and self.place.repetition >= self.source.repeats
 
     def take(self, count: int, bad: BadRows) -> Iterator[tuple[Part, float]]:
-        """Some further documents, fewer at the end, and which share of them is meant in this repetition."""
-        while count and not self.over:
+        """Some further documents, fewer at the end, and which share of them is meant in this repetition; of a row all
+        or none, which may be one more.
+        """
+        while count > 0 and not self.over:
             part, place = self._opened(bad), self.place
             if part is None or place.read == self.source.most:
                 if self.source.endless and not place.read:
@@ -219,7 +222,8 @@ class _Lane:
                 self._chunks = self._part = None
                 continue
             left = len(part.table) - place.document
-            taken = min(count, left, (self.source.most or sys.maxsize) - place.read)
+            each = DOCUMENTS_OF[part.rows]
+            taken = min(-(-count // each) * each, left, (self.source.most or sys.maxsize) - place.read)
             if taken:
                 share = 1.0 if self.source.endless else min(1.0, self.source.repeats - place.repetition)
                 yield part.sliced(place.document, place.document + taken), share

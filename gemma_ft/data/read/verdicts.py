@@ -76,7 +76,7 @@ def margin_of(fields: Fields, columns: Mapping[str, str]) -> float | None:
         return _margin(fill_value(columns["margin"], fields, "margin"), columns["margin"].strip(" {}"))
     if fields.look("margin") is not None:
         return _margin(fields["margin"], "margin")
-    if fields.look("status") == "tie":  # as argilla's pairs of Orca are published
+    if isinstance(fields.look("status"), str) and fields["status"] == "tie":  # argilla's pairs of Orca have it
         raise FieldError(f"'status' is 'tie': {TIE}")
     names = next((names for names in SCORES if all(fields.look(name) is not None for name in names)), None)
     if names is None or any(isinstance(fields.look(name), list) for name in names):

@@ -10,10 +10,25 @@ from typing import Any
 
 from gemma_ft.errors import RecipeError, UserError, first_line
 from gemma_ft.recipe.load import load_recipe
+from gemma_ft.recipe.objectives import KINDS
 from gemma_ft.recipe.run_files import RunFiles
 from gemma_ft.recipe.yaml_marks import read_yaml
+from gemma_ft.system.row_kind import RowKind
 from gemma_ft.system.units import is_figure
 
+OF_STEPS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")  # figures of metrics.jsonl
+OF_OBJECTIVES = (  # figures of preferences, there and, with eval_ before them, in evals.jsonl
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/margins_per_token",
+    "rewards/accuracies",
+    "kl",
+    "lengths/chosen",
+    "lengths/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
 Points = list[tuple[int, float]]  # (step, value), in the order of the steps
 
 
@@ -37,6 +52,12 @@ class RunFacts:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return bool(self.summary)
+
+    @property
+    def rows(self) -> RowKind:
+        """What it learned from."""
+        kind = KINDS.get(self.settings.get("objective.kind", ""))
+        return kind.rows if kind is not None else "answers"
 
     def figure(self, *keys: str) -> Any:
         """A value of summary.json by its path of keys; None where it is not there."""
@@ -68,14 +89,15 @@ def read_run(root: Path) -> RunFacts:
     results = _object(files.eval_results)
     if results is not None and summary and files.eval_results.stat().st_mtime < files.summary.stat().st_mtime:
         notes.append("eval.json is older than the end of this run: run gemma-ft eval again.")
-    evals = _curves(files.evals, {"eval_loss", "canary_loss", "canary_base_loss"})
+    scored = {"eval_loss", "canary_loss", "canary_base_loss", *(f"eval_{name}" for name in OF_OBJECTIVES)}
+    evals = _curves(files.evals, scored)
     return RunFacts(
         files=files,
         name=root.resolve().name,
         recipe_text=text,
         settings=_flat(settings),
         summary=summary,
-        curves=_curves(files.metrics, {"loss", "learning_rate", "grad_norm", "tokens_per_second"}),
+        curves=_curves(files.metrics, {*OF_STEPS, *OF_OBJECTIVES}),
         evals=_with_ends(evals, summary),
         samples=[line for line in _lines(files.samples) if isinstance(line.get("prompt"), str)],
         eval_results=results,
@@ -88,7 +110,7 @@ def _with_ends(evals: dict[str, Points], summary: dict[str, Any]) -> dict[str, P
     """The scores on the way, with those before and after training as first and last point."""
     before, after, last = summary.get("eval_before"), summary.get("eval_after"), summary.get("steps")
     ends = {
-        "eval_loss": (_get(before, "loss"), _get(after, "loss")),
+        **{f"eval_{name}": (_get(before, name), _get(after, name)) for name in ("loss", *OF_OBJECTIVES)},
         "canary_loss": (summary.get("canary_base_loss"), summary.get("canary_loss")),
         "canary_base_loss": (summary.get("canary_base_loss"), summary.get("canary_base_loss")),
     }

@@ -10,7 +10,8 @@ from typing import Any
 from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.errors import UserError
 from gemma_ft.system.files import replace_text
-from gemma_ft.system.units import NOTHING, byte_size, count, duration, is_figure, number, percent
+from gemma_ft.system.units import NOTHING, byte_size, count, duration, is_figure, number
+from gemma_ft.ui.metric_text import LOSS_PER, SCORES
 from gemma_ft.ui.pages.blocks import (
     GENERATOR,
     Block,
@@ -26,6 +27,7 @@ from gemma_ft.ui.pages.blocks import (
 )
 from gemma_ft.ui.pages.curves import SMALL, Curve, Panel, curve_picture, histogram_picture
 from gemma_ft.ui.pages.facts import RunFacts, read_run
+from gemma_ft.ui.pages.preferences import preference_blocks
 from gemma_ft.ui.pages.results import certificate_blocks, evaluation_blocks
 
 SAMPLES_SHOWN = 10
@@ -85,10 +87,9 @@ def headline(run: RunFacts) -> list[Block]:
         return [Cards([("steps so far", count(last[0]), ""), ("training loss", number(last[1]), "")])]
     cards = [
         ("held-out loss", number(figure("eval_after", "loss")), f"before: {number(figure('eval_before', 'loss'))}"),
-        (
-            "exact match",
-            percent(figure("eval_after", "exact_match")),
-            f"before: {percent(figure('eval_before', 'exact_match'))}",
+        *(
+            (label, written(figure("eval_after", name)), f"before: {written(figure('eval_before', name))}")
+            for name, label, written in SCORES[run.rows]
         ),
     ]
     if "canary_loss" in run.summary:
@@ -110,7 +111,8 @@ def signed(value: Any) -> str:
 
 def _curve_blocks(run: RunFacts) -> list[Block]:
     loss = [Curve("training", run.curves["loss"]), Curve("held-out", run.evals["eval_loss"], "points", 1)]
-    wide = curve_picture(Panel("Loss per token", loss, logarithmic=True))
+    title = LOSS_PER[run.rows].capitalize()
+    wide = curve_picture(Panel(title, loss, logarithmic=True))
     panels = [
         Panel("Learning rate", [Curve("", run.curves["learning_rate"], "line")]),
         Panel("Gradient norm", [Curve("", run.curves["grad_norm"])], logarithmic=True),
@@ -118,7 +120,8 @@ def _curve_blocks(run: RunFacts) -> list[Block]:
     ]
     drawn = [(curve_picture(one, width=SMALL, height=2.3), f"{one.title} by step") for one in panels]
     small = [Picture(uri, alt) for uri, alt in drawn if uri is not None]
-    blocks: list[Block] = [Picture(wide, "Loss per token by step")] if wide is not None else []
+    blocks: list[Block] = [Picture(wide, f"{title} by step")] if wide is not None else []
+    blocks += preference_blocks(run)
     return [*blocks, Pictures(small)] if small else blocks
 
 
@@ -126,15 +129,19 @@ def _forgetting_blocks(run: RunFacts) -> list[Block]:
     if "canary_loss" not in run.summary:
         return []
     figure = run.figure
+    names, head = ("held-out rows", "canary rows"), LOSS_PER["answers"]
+    if run.rows != "answers":  # two losses of different kinds
+        held_out, canary = names
+        names, head = (f"{held_out}, {LOSS_PER[run.rows]}", f"{canary}, {head}"), "loss"
     found = [
-        ("held-out rows", figure("eval_before", "loss"), figure("eval_after", "loss"), figure("gain"), "gain"),
-        ("canary rows", figure("canary_base_loss"), figure("canary_loss"), figure("forgetting"), "forgetting"),
+        (names[0], figure("eval_before", "loss"), figure("eval_after", "loss"), figure("gain"), "gain"),
+        (names[1], figure("canary_base_loss"), figure("canary_loss"), figure("forgetting"), "forgetting"),
     ]
     rows = [
         [name, number(first), number(last), f"{word} {signed(change)}"] for name, first, last, change, word in found
     ]
     blocks: list[Block] = [
-        Table(["loss per token", "base", "trained", ""], rows),
+        Table([head, "base", "trained", ""], rows),
         Note("Canary rows are general: what they lose shows what was forgotten. The base is the model, adapter off."),
     ]
     if len(run.evals["canary_loss"]) > 2:
@@ -179,7 +186,7 @@ def _data_blocks(run: RunFacts) -> list[Block]:
     if not isinstance(data, dict):
         return []
     counts = {one.name: data[one.name] for one in fields(DataStats) if _is_count(data.get(one.name))}
-    blocks: list[Block] = [Note(DataStats(**counts).describe())]
+    blocks: list[Block] = [Note(DataStats(run.rows, **counts).describe())]
     if isinstance(lengths, dict) and isinstance(documents := lengths.get("documents"), list):
         width = lengths.get("bin_tokens")
         if documents and isinstance(width, int) and all(is_figure(one) for one in documents):
