@@ -33,9 +33,12 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
         with context.world.phase("the reference"):
             _compute(loop, kind)
     named = getattr(context.recipe.objective, "judge", None)
-    if named is not None and not trainer.objective.scores:
-        encoder, size = context.data.encoder, context.recipe.eval.batch_size
-        loop.judge = judge_of(named, encoder, batch_size=size)
+    if named is not None:
+        if not loop.scorer.questions:
+            raise UserError("objective.judge: there is no held-out answer to judge; set data.eval or "
+                            "data.eval_fraction, and eval.generate_rows")  # fmt: skip
+        encoder, size, known = context.data.encoder, context.recipe.eval.batch_size, loop.progress.extra["inputs"]
+        loop.judge = judge_of(named, encoder, batch_size=size, sha256=known.get("judge"))
     if not begins or trainer.objective.rows == "answers":
         return
     with context.world.phase("the proof of the start"):
@@ -58,8 +61,8 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
     before, answers = before[: len(questions)], list(answers)[: len(questions)]
     try:
         scores = [judge.scores(questions, some) for some in (before, answers)]
-    except Exception as error:  # a user's own function may raise anything
-        context.observer.say(f"  judge      {judge.name}: {type(error).__name__}: {first_line(error)}; no win rate")
+    except (Exception, SystemExit) as error:  # a user's own function may raise anything
+        context.observer.say(f"  judge      {judge.name}: {first_line(error, kind=True)}; no win rate")
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
     found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
