@@ -49,7 +49,8 @@ def say(console: Console, text: str) -> None:
 
 class ConsoleObserver:
     """Writes to one console. `line`: how a counted job is told where there is no terminal, some twenty times, as a
-    format of what, done, total and figures; None: it is not. `stays`: bars are left on the screen when their job is done.
+    format of what, done, total and figures; None: it is not. `stays`: bars are left on the screen when their job is
+    done.
     """
 
     def __init__(self, console: Console, *, line: str | None = None, stays: bool = False) -> None:
