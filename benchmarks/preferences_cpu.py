@@ -5,7 +5,8 @@ and beside our own step of supervised fine-tuning on the same answers.
     .venv/bin/python -m benchmarks.preferences_cpu --rest 60      with so many seconds between the arms
 
 The model, adapter, optimizer and clipping are those of train_cpu.py, and so is the way of measuring: an arm is a process
-of its own, arms take turns, and a ratio is the median over the turns. A step is one pair: a prompt with two answers.
+of its own, arms take turns, and a ratio is the median over the turns. A step is one pair: a prompt with two answers
+(kto: two answers, to one prompt or to two).
 A reference is live (the adapter switched off), or its log-probabilities were computed before, which is not timed.
 """
 
@@ -43,6 +44,7 @@ class Arm:
 
     kind: str | None
     precomputed: bool = False
+    apart: bool = False  # the second answer is to another prompt than the first
     attention: str = "eager"  # of theirs; sdpa leaves Gemma 2's cap out, and so has another loss
     steps: int = STEPS
 
@@ -52,6 +54,7 @@ ARMS = {
     "ours, precomputed": Arm("dpo", precomputed=True, steps=5),
     "sft": Arm("sft", steps=5),
     "kto": Arm("kto", steps=5),
+    "kto, two prompts": Arm("kto", apart=True, steps=5),
     "trl": Arm(None),
     "trl, precomputed": Arm(None, precomputed=True),
     "trl, sdpa": Arm(None, attention="sdpa"),
@@ -65,6 +68,7 @@ TIMES = {  # how many times as long the first takes as the second
     "dpo of sft": ("ours", "sft"),
     "dpo of sft, precomputed": ("ours, precomputed", "sft"),
     "kto of dpo, per answer": ("kto", "ours"),
+    "kto of dpo, per answer, two prompts": ("kto, two prompts", "ours"),
 }
 
 
@@ -78,11 +82,15 @@ def pairs() -> Iterator[dict[str, list[int]]]:
         }  # fmt: skip
 
 
-def our_rows(kind: str, steps: int) -> list[dict[str, list[Any]]]:
-    """As our trainer takes them: of dpo one row each, of sft and kto the two answers by themselves."""
+def our_rows(kind: str, steps: int, *, apart: bool) -> list[dict[str, list[Any]]]:
+    """As our trainer takes them: of dpo one row each, of sft and kto the two answers by themselves; `apart`: not to the
+    same prompt.
+    """
     found = []
     for _, pair in zip(range(steps), pairs(), strict=False):
         answers = [_answer(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids")]
+        if apart:
+            answers[1]["input_ids"][:PROMPT] = pair["prompt_ids"][::-1]
         for side, one in enumerate(answers):
             one["sides"], one["row_weights"], one["margins"] = [1 - side], [1.0], [0.0]
         if kind == "dpo":
@@ -120,7 +128,7 @@ def our_trainer(folder: Path, arm: Arm) -> Any:
     settings = arguments(SFTConfig, folder, arm, **quiet)
     settings._n_gpu = 0
     reference = "none" if arm.kind == "sft" else "precomputed" if arm.precomputed else "adapter_off"
-    rows = our_rows(arm.kind, arm.steps)
+    rows = our_rows(arm.kind, arm.steps, apart=arm.apart)
     model = our_model(folder)
     if arm.precomputed:
         _precompute(model, rows)

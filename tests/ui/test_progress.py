@@ -47,6 +47,17 @@ def test_figures_that_are_not_there_are_left_out_or_a_dash() -> None:
     assert shown(out).splitlines() == ["  step 1/2  loss –  eval 2.0000  9 tok/s  0.00 GiB", "  step 2/2"]
 
 
+def test_figures_of_preferences_stand_beside_the_loss() -> None:
+    out = console(terminal=False)
+    with ConsoleObserver(out, line=STEPS).job("train", 2) as job:
+        job.advance(loss=0.5, **{"rewards/margins": 1.25, "rewards/accuracies": 0.875}, tokens_per_second=9.0)
+        job.advance(loss=0.25, **{"rewards/chosen": 0.5, "rewards/rejected": None}, tokens_per_second=9.0)
+    assert shown(out).splitlines() == [
+        "  step 1/2  loss 0.5000  margin 1.250  accuracy 87.5%  9 tok/s",
+        "  step 2/2  loss 0.2500  good 0.500  bad –  9 tok/s",
+    ]
+
+
 def test_answers_are_told_with_their_speed_over_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 101.0, 104.0])
     monkeypatch.setattr("gemma_ft.ui.progress.time.monotonic", lambda: next(now))
