@@ -173,8 +173,10 @@ class Train(Section):
     epochs: float = Field(1.0, gt=0, le=100_000, description="Passes over the training rows")
     max_steps: Steps | None = Field(None, description="Optimizer steps; wins over epochs")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
-    global_batch_size: Batch = Field(32, description="Sequences in an optimizer step, over all devices")
-    micro_batch_size: Batch = Field(4, description="Sequences on one device at a time; changes memory, not the result")
+    global_batch_size: Batch = Field(32, description="Sequences, or pairs, in an optimizer step, over all devices")
+    micro_batch_size: Batch = Field(
+        4, description="Sequences, or pairs, on one device at a time; changes memory, not the result"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay")

@@ -24,6 +24,7 @@ from gemma_ft.train.distributed import World
 from gemma_ft.train.lr_schedule import learning_rate_factor
 from gemma_ft.train.objectives.registry import build_objective
 from gemma_ft.train.progress import Listener, Progress
+from gemma_ft.train.reference import Reference
 from gemma_ft.train.sampler import TrainingData
 from gemma_ft.train.settings import TrainerOptions, training_arguments
 from gemma_ft.train.signals import StopRequest
@@ -48,6 +49,7 @@ def make_trainer(loaded: LoadedRecipe, model: Any = None, **changes: Any) -> Gem
         "data": TrainingData(data.train.examples, None, Collator(data.encoder.control.pad)),
         "batch": batch_plan(recipe, 1),
         "objective": build_objective("sft"),
+        "reference": Reference(),
         "options": TrainerOptions(keep_checkpoints=2),
         "tokenizer": tokenizer,
         "progress": Progress(),
