@@ -30,13 +30,18 @@ class Preference(Section):
     needs_reference: ClassVar[bool] = False
     kind: str
     dropout: bool = Field(False, description="Whether adapter.dropout is used; it would blur what is compared")
+
+
+class _Answering(Preference):
+    """What is trained writes answers."""
+
     judge: Location | None = Field(
         None,
         description="Who says how often held-out answers got better: FILE.py:function, a reward model, or a metric",
     )
 
 
-class _Compared(Preference):
+class _Compared(_Answering):
     needs_reference: ClassVar[bool] = True
     reference: Location = Field(
         "auto",
@@ -74,14 +79,14 @@ class IdentityPreference(_Compared):
     sft_weight: SftWeight = Field(0.0, description=_SFT_WEIGHT)
 
 
-class OddsRatio(Preference):
+class OddsRatio(_Answering):
     """Cross-entropy of the chosen answers plus beta x odds-ratio term; no reference."""
 
     kind: Literal["orpo"] = Field(description="Odds ratio preference optimization")
     beta: Beta = Field(0.1, description="Weight of the odds-ratio term (the paper's lambda)")
 
 
-class SimplePreference(Preference):
+class SimplePreference(_Answering):
     """-log sigmoid(beta x margin of log-probabilities per token - gamma); no reference."""
 
     kind: Literal["simpo"] = Field(description="Simple preference optimization")

@@ -25,6 +25,23 @@ from gemma_ft.train.zero_proof import zero_proof
 HERE = "precomputed"  # by the model of the run, as it is before training
 
 
+def call_judge(loop: TrainingLoop) -> None:
+    """Give the run the judge that its recipe names. A user's file is executed here, and so only after a checkpoint has
+    said whether it is the one that the run began with. All ranks call it. Raises: UserError.
+    """
+    context = loop.context
+    named = getattr(context.recipe.objective, "judge", None)
+    if named is None:
+        return
+    if not loop.scorer.questions:
+        raise UserError(
+            "objective.judge: there is no held-out answer to judge; set data.eval or data.eval_fraction, and "
+            "eval.generate_rows"
+        )
+    encoder, size, known = context.data.encoder, context.recipe.eval.batch_size, loop.progress.extra["inputs"]
+    loop.judge = judge_of(named, encoder, batch_size=size, sha256=known.get("judge"))
+
+
 def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
     """`begins`: the run has no step yet, and is proven to start right. All ranks call it. Raises: UserError."""
     trainer, context = loop.trainer, loop.context
@@ -32,10 +49,6 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
     if kind not in ("none", *LIVE):
         with context.world.phase("the reference"):
             _compute(loop, kind)
-    named = getattr(context.recipe.objective, "judge", None)
-    if named is not None and not trainer.objective.scores:
-        encoder, size = context.data.encoder, context.recipe.eval.batch_size
-        loop.judge = judge_of(named, encoder, batch_size=size)
     if not begins or trainer.objective.rows == "answers":
         return
     with context.world.phase("the proof of the start"):
@@ -58,8 +71,8 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
     before, answers = before[: len(questions)], list(answers)[: len(questions)]
     try:
         scores = [judge.scores(questions, some) for some in (before, answers)]
-    except Exception as error:  # a user's own function may raise anything
-        context.observer.say(f"  judge      {judge.name}: {type(error).__name__}: {first_line(error)}; no win rate")
+    except (Exception, SystemExit) as error:  # a user's own function may raise anything
+        context.observer.say(f"  judge      {judge.name}: {first_line(error, kind=True)}; no win rate")
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
     found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
