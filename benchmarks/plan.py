@@ -53,9 +53,11 @@ class Arm:
     accumulation: int = 1
     precision: str = "bf16"
     preset: str = "gemma-2-2b"
+    objective: str = "sft"
     attention: str = "auto"
 
 
+REFERENCES = {"sft": "none", "dpo": "adapter_off"}
 NF4 = {"strategy": "qlora", "quantize": "nf4"}
 G3 = {"preset": "gemma-3-270m"}
 ARMS = {
@@ -69,6 +71,8 @@ ARMS = {
     "nf4": Arm(**NF4, tokens=1024),
     "nf4, all layers": Arm(**NF4, checkpointed=8),
     "int8": Arm(strategy="qlora", quantize="int8", tokens=1024),
+    "dpo": Arm(objective="dpo", tokens=1024),
+    "dpo, all layers": Arm(objective="dpo", tokens=1024, checkpointed=8),
     "full": Arm(strategy="full", tokens=1024),
     "full, half of the layers": Arm(strategy="full", checkpointed=4, tokens=1024),
     "full, all layers, 2 accumulations": Arm(strategy="full", checkpointed=8, accumulation=2, tokens=512),
@@ -99,7 +103,8 @@ def planned(arm: Arm, *, widened: bool) -> dict[str, int]:
         shape=shape, strategy=arm.strategy, quantize=arm.quantize, micro_batch_size=arm.rows, tokens=arm.tokens,
         checkpointed=arm.checkpointed, accumulation_steps=arm.accumulation, precision=arm.precision, device="cpu",
         attention=attention_of(arm.attention, softcap=shape.attn_softcap, windows=any(shape.windows), device="cpu"),
-        own_kernels=True, widened=widened, eval_rows=arm.rows, new_tokens=16,
+        own_kernels=True, widened=widened, eval_rows=arm.rows, new_tokens=16, objective=arm.objective,
+        reference=REFERENCES[arm.objective],
     )  # type: ignore[arg-type]  # fmt: skip
     phase = next(one for one in phases(run) if one.name == arm.phase)
     found = {name: size for name, size in phase.device.items() if name != "overhead"}
@@ -121,13 +126,21 @@ def write_base(folder: Path, preset: str) -> None:
     save_tokenizer(tokenizer(), folder, system_policy="fold")
 
 
-def rows_of(arm: Arm) -> list[dict[str, list[int]]]:
-    """Full rows of one document, all of whose tokens are labelled."""
-    draw, places, found = torch.Generator().manual_seed(1), list(range(arm.tokens)), []
-    for _ in range(arm.rows * arm.accumulation * STEPS):
+def rows_of(arm: Arm) -> list[dict[str, list[Any]]]:
+    """Full rows of one document, all of whose tokens are labelled; of dpo two of them, which have nothing in common."""
+    draw, places, found = torch.Generator().manual_seed(1), list(range(arm.tokens)), list[dict[str, list[Any]]]()
+    count = arm.rows * arm.accumulation * STEPS
+    for _ in range(count if arm.objective == "sft" else 2 * count):
         ids = torch.randint(4, SIZES["vocab_size"], (arm.tokens,), generator=draw).tolist()
         found.append({"input_ids": ids, "labels": ids, "position_ids": places, "document_ids": [0] * arm.tokens})
-    return found
+    if arm.objective == "sft":
+        return found
+    for one in found[1::2]:
+        one["document_ids"] = [1] * arm.tokens
+    pairs = [
+        {name: one[name] + other[name] for name in one} for one, other in zip(found[0::2], found[1::2], strict=True)
+    ]
+    return [{**pair, "sides": [1, 0], "row_weights": [1.0], "margins": [0.0]} for pair in pairs]
 
 
 def adapter(model: Any, base: str) -> Any:
@@ -151,7 +164,9 @@ def trainer_for(arm: Arm, model: Any, folder: Path) -> Any:
     )  # fmt: skip
     checkpoint_layers(model, arm.checkpointed)
     narrow = arm.strategy == "full" and arm.precision == "bf16"
-    return trainer_of(model, settings, rows_of(arm), torch.bfloat16 if narrow else None)
+    reference = REFERENCES[arm.objective]
+    autocast = torch.bfloat16 if narrow else None
+    return trainer_of(model, settings, rows_of(arm), autocast, kind=arm.objective, reference=reference)
 
 
 def evaluate(arm: Arm, model: Any) -> None:

@@ -1,19 +1,18 @@
-"""Steps of preferences on the CPU, side by side: ours, and TRL's DPOTrainer at its best, with the same kind of reference;
-and beside our own step of supervised fine-tuning on the same answers.
+"""Steps of preferences on the CPU, side by side: ours, and TRL's DPOTrainer at its best, with the same kind of
+reference; and beside our own step of supervised fine-tuning on the same answers.
 
     .venv/bin/python -m benchmarks.preferences_cpu                to benchmarks/results/preferences_cpu.json
     .venv/bin/python -m benchmarks.preferences_cpu --rest 60      with so many seconds between the arms
 
-The model, adapter, optimizer and clipping are those of train_cpu.py, and so is the way of measuring: an arm is a process
-of its own, arms take turns, and a ratio is the median over the turns. A step is one pair: a prompt with two answers
-(kto: two answers, to one prompt or to two).
-A reference is live (the adapter switched off), or its log-probabilities were computed before, which is not timed.
+The model, adapter, optimizer and clipping are those of train_cpu.py. A step is one pair: a prompt with two answers
+(kto: two answers, to one prompt or to two). An arm is a process of its own, arms take turns, there and back, and
+a step's seconds are the least of all turns: what else a machine does can only add to them. A reference is live (the
+adapter switched off), or its log-probabilities were computed before, which is not timed.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from benchmarks.plan import memory, own_memory
 from benchmarks.shared.hundred_million import RANK, SHAPE, VOCABULARY, tokenizer, write_base
 from benchmarks.shared.our_trainer import trainer_of
 from benchmarks.shared.record import write_result
-from benchmarks.shared.turns import QUICK, order, paired
+from benchmarks.shared.turns import QUICK, order
 from benchmarks.train_cpu import WARM, our_model, trained
 from gemma_ft.system import hardware
 
@@ -45,7 +44,6 @@ class Arm:
     kind: str | None
     precomputed: bool = False
     apart: bool = False  # the second answer is to another prompt than the first
-    attention: str = "eager"  # of theirs; sdpa leaves Gemma 2's cap out, and so has another loss
     steps: int = STEPS
 
 
@@ -57,12 +55,10 @@ ARMS = {
     "kto, two prompts": Arm("kto", apart=True, steps=5),
     "trl": Arm(None),
     "trl, precomputed": Arm(None, precomputed=True),
-    "trl, sdpa": Arm(None, attention="sdpa"),
 }
 RATIOS = {  # how many times as fast the first is as the second
     "dpo over trl": ("ours", "trl"),
     "dpo over trl, precomputed": ("ours, precomputed", "trl, precomputed"),
-    "dpo over trl, sdpa": ("ours", "trl, sdpa"),
 }
 TIMES = {  # how many times as long the first takes as the second
     "dpo of sft": ("ours", "sft"),
@@ -147,7 +143,7 @@ def _precompute(model: Any, rows: list[dict[str, list[Any]]]) -> None:
 
 def trl_trainer(folder: Path, arm: Arm) -> Any:
     """TRL's DPOTrainer around a base and a fresh adapter, so that its reference is the base; the adapter then gets the
-    weights that all arms begin with.
+    weights that all arms begin with. transformers has no other attention for Gemma 2 here: it refuses SDPA.
     """
     import datasets
     from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
@@ -164,9 +160,7 @@ def trl_trainer(folder: Path, arm: Arm) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rows = [pair for _, pair in zip(range(arm.steps), pairs(), strict=False)]
-    base = AutoModelForCausalLM.from_pretrained(
-        str(folder / "base"), dtype=torch.bfloat16, attn_implementation=arm.attention
-    )
+    base = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.bfloat16, attn_implementation="eager")
     adapter = PeftConfig.from_pretrained(str(folder / "adapter"))
     adapter.inference_mode = False
     settings = arguments(DPOConfig, folder, arm, beta=BETA, precompute_ref_log_probs=arm.precomputed)
@@ -203,12 +197,18 @@ def measured(turns: int, rest: float) -> dict[str, Any]:
                                   check=True, capture_output=True, text=True)  # fmt: skip
             found[name].append(json.loads(told.stdout.splitlines()[-1]))
             print(name, found[name][-1], flush=True)
-    seconds = {name: [statistics.median(one["seconds"]) for one in ones] for name, ones in found.items()}
+    return summed_up(found)
+
+
+def summed_up(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What the turns of all arms come to."""
+    seconds = {name: min(second for one in ones for second in one["seconds"]) for name, ones in found.items()}
     memory = {name: round(min(one["above_the_model"] for one in ones) / 2**20) for name, ones in found.items()}
     return {
-        "pairs_per_second": {name: round(1 / statistics.median(ones), 3) for name, ones in seconds.items()},
-        "ours_over": {name: paired(seconds[theirs], seconds[ours]) for name, (ours, theirs) in RATIOS.items()},
-        "times_as_long": {name: paired(seconds[one], seconds[other]) for name, (one, other) in TIMES.items()},
+        "pairs_per_second": {name: round(1 / one, 3) for name, one in seconds.items()},
+        "seconds": {name: [one["seconds"] for one in ones] for name, ones in found.items()},
+        "ours_over": {name: round(seconds[theirs] / seconds[ours], 2) for name, (ours, theirs) in RATIOS.items()},
+        "times_as_long": {name: round(seconds[one] / seconds[other], 2) for name, (one, other) in TIMES.items()},
         "above_the_model_mib": memory,
         "memory_of_theirs": {
             name: round(memory[ours] / memory[theirs], 3) for name, (ours, theirs) in RATIOS.items()

@@ -53,6 +53,6 @@ def trainer_of(
     collate: Any = Collator(0) if objective.rows == "answers" else PreferenceCollator(0)
     return GemmaTrainer(
         model, settings, data=TrainingData(Rows(rows), None, collate), batch=BatchPlan(size * times, size, times),
-        objective=objective, reference=Reference(reference), options=TrainerOptions(autocast=autocast), tokenizer=tokenizer(),
-        world=World(), stop=StopRequest(), source=None, progress=Progress(),
+        objective=objective, reference=Reference(reference), options=TrainerOptions(autocast=autocast),
+        tokenizer=tokenizer(), world=World(), stop=StopRequest(), source=None, progress=Progress(),
     )  # type: ignore[arg-type]  # fmt: skip

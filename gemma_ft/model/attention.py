@@ -26,11 +26,9 @@ Attend = Callable[..., Tensor]
 class AttentionMask:
     """Which keys the queries of a layer see; each form of it is made when a backend asks, and once.
 
-    `everything`: every query sees every key, and no mask needs to be made. `shared`: where layers are given the distinct
-    tokens of a batch, how its sequences are made of them.
+    `everything`: every query sees every key, and no mask needs to be made. `shared`: where layers are given the
+    distinct tokens of a batch, how its sequences are made of them.
     """
-
-    shared: SharedTokens | None = None
 
     def __init__(
         self,
@@ -39,8 +37,9 @@ class AttentionMask:
         *,
         held: Callable[[], Tensor | None] = lambda: None,
         everything: bool = False,
+        shared: SharedTokens | None = None,
     ) -> None:
-        self._mask, self._low, self._held, self.everything = mask, low, held, everything
+        self._mask, self._low, self._held, self.everything, self.shared = mask, low, held, everything, shared
         self._blocks: list[Any] | None = None
 
     @cached_property

@@ -93,23 +93,14 @@ class GemmaModel(GemmaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: Cache | KVPass | StaticPass | None = None,
-        distinct_places: Tensor | None = None,
-        distinct_firsts: Tensor | None = None,
-        distinct_repeats: Tensor | None = None,
-        **_: Any,
+        **more: Any,
     ) -> BaseModelOutputWithPast:
         """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if output_attentions or self.config.output_attentions:
-            raise UserError(NO_ATTENTIONS)
+        self._check(input_ids, inputs_embeds, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        batch, shared = input_ids if inputs_embeds is None else inputs_embeds, None
-        if distinct_places is not None:
-            assert input_ids is not None and position_ids is not None
-            assert distinct_firsts is not None and distinct_repeats is not None
-            shared = SharedTokens(distinct_places, distinct_firsts, distinct_repeats)
+        shared = SharedTokens.of(more)
+        if shared is not None:
             input_ids, position_ids = shared.distinct(input_ids), shared.distinct(position_ids)  # [1, M]
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D], or [1, M, D]
         cache = past_key_values if cache is None else cache
@@ -127,9 +118,7 @@ class GemmaModel(GemmaPreTrainedModel):
                 document_ids = documents_of(position_ids)
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-            masks = masks_of(batch, windows, attention_mask, document_ids, cache, seen)
-            for mask in masks.values():
-                mask.shared = shared
+            masks = masks_of(x, windows, attention_mask, document_ids, cache, seen, shared)
         angles = layer_angles(position_ids, self.numerics.layers, wide_dtype(x))
         if isinstance(cache, KVPass) and cache.single and not output_hidden_states:
             last = decoded(self, x, angles, cache)
@@ -141,10 +130,14 @@ class GemmaModel(GemmaPreTrainedModel):
             if output_hidden_states:
                 states.append(x)
             x = layer(x, turned, masks[window], cache)
-        x = self.norm(x)
-        if shared is not None:
-            x = shared.spread(x)
+        x = self.norm(x) if shared is None else shared.spread(self.norm(x))
         return BaseModelOutputWithPast(x, cache, (*states, x) if output_hidden_states else None)
+
+    def _check(self, input_ids: Any, inputs_embeds: Any, output_attentions: bool | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions or self.config.output_attentions:
+            raise UserError(NO_ATTENTIONS)
 
     def _embedded(self, input_ids: Any) -> Tensor:
         added = self.added_rows

@@ -17,25 +17,28 @@ from transformers.cache_utils import Cache
 from gemma_ft.errors import UserError
 from gemma_ft.model.attention import AttentionMask, first_of_own, first_visible, visible_keys, within_window
 from gemma_ft.model.kv_cache import Pass
+from gemma_ft.model.shared_tokens import SharedTokens
 
 Windows = Sequence[int | None]
 NOBODY = -1  # the document of places in a cache that hold nothing yet
 
 
 def masks_of(
-    batch: Tensor,
+    x: Tensor,
     windows: Windows,
     attention_mask: Tensor | None,
     document_ids: Tensor | None,
     cache: Cache | None,
     seen: int | Tensor,
+    shared: SharedTokens | None = None,
 ) -> dict[int | None, AttentionMask]:
-    """What the queries of a batch [B, T, ...] see behind `seen` cached tokens, for each kind of layer: by its window.
+    """What queries x [B, T, D], or those that they are `shared` as, see behind `seen` cached tokens, for each kind of
+    layer: by its window.
 
     attention_mask [B, S], document_ids [B, T]: as `GemmaForCausalLM.forward` takes them. Raises: UserError for a mask
     of another form, ValueError for documents behind cached tokens.
     """
-    tokens, device = batch.shape[1], batch.device
+    tokens, device = (x if shared is None else shared.places).shape[1], x.device
     if document_ids is not None and seen:
         raise ValueError("document_ids cannot be combined with a filled cache")
     _check_mask(attention_mask)
@@ -65,7 +68,8 @@ def masks_of(
             query_document=document_ids,
             key_document=None if document_ids is None else _filled(document_ids, offset, length, NOBODY),
         )
-        masks[window] = AttentionMask(mask, partial(runs, window)) if cache is None else AttentionMask(mask)
+        low = partial(runs, window) if cache is None else lambda: None
+        masks[window] = AttentionMask(mask, low, shared=shared)
     return masks
 
 

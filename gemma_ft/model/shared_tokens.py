@@ -6,6 +6,7 @@ Letters: B sequences, T tokens, M distinct tokens of a batch, R tokens that were
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,15 @@ class SharedTokens:
     firsts: Tensor
     repeats: Tensor
 
-    def distinct(self, of_batch: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> SharedTokens | None:
+        """Those of a model's inputs, distinct_places, distinct_firsts and distinct_repeats; None without them."""
+        if "distinct_places" not in inputs:
+            return None
+        return cls(*(inputs[f"distinct_{name}"] for name in ("places", "firsts", "repeats")))
+
+    def distinct(self, of_batch: Any) -> Tensor:
         """[B, T, ...] -> [1, M, ...]."""
-        if not of_batch.is_floating_point():
-            return of_batch.flatten(0, 1)[self.firsts][None]
         found: Tensor = _Distinct.apply(of_batch.flatten(0, 1), self.firsts)
         return found[None]
 

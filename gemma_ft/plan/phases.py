@@ -35,8 +35,8 @@ def train_phase(run: Run) -> Phase:
 
 
 def train_moments(run: Run) -> list[Phase]:
-    """A step's moments: the reference's pass, where there is one; at the head, forward being over; a layer's backward, first and last; the embedding's; the
-    optimizer.
+    """A step's moments: the reference's pass, where there is one; at the head, forward being over; a layer's backward,
+    first and last; the embedding's; the optimizer.
 
     Gradients of a first micro-batch are there while a second one is computed. A trained embedding has two gradients in
     a pass, the head's and its own: autograd holds the first until the second is there, and adds their sum to what

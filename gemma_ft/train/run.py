@@ -116,7 +116,7 @@ def _train(
         with world.phase("the model"):
             model, source = build_model(recipe, tokenizer, empty=world.layout == "fsdp2")
         with world.phase("the plan"):
-            longest = int(max(data.train.examples.lengths)) if data.streamed is None else recipe.data.max_seq_len
+            longest = data.train.examples.longest_sequence if data.streamed is None else recipe.data.max_seq_len
             chosen = choose_checkpointing(recipe, batch, tokens=longest, world=world)
         for label, text in startup_lines(recipe, data, canary, model, source, total, batch, world, chosen):
             observer.say(f"  {label:<10} {text}")

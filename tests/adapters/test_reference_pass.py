@@ -17,6 +17,7 @@ from gemma_ft.adapters.fused_layers import with_fused_layers
 from gemma_ft.adapters.lora import adapter_off, add_adapter
 from gemma_ft.build.located import Source
 from gemma_ft.build.pretrained import load_base
+from gemma_ft.data.pack.collate_preferences import PreferenceCollator
 from gemma_ft.families.records import PRESETS
 from gemma_ft.kernels import cpp_backend, matmul
 from gemma_ft.kernels.gemv import OWN_ROWS
@@ -24,6 +25,7 @@ from gemma_ft.model import linear as linear_module
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.linear import linear
 from gemma_ft.system import environment
+from gemma_ft.train.reference import known_to_model
 from tests.parity.amplified import amplify
 
 BF16 = torch.bfloat16
@@ -79,6 +81,24 @@ def batch(rows: int, tokens: int, *, packed: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "document_ids": documents.expand(rows, -1)}
 
 
+def pairs(count: int, prompt: int) -> dict[str, Tensor]:
+    """Two answers to each of some prompts, which are computed once."""
+    draw, rows = torch.Generator().manual_seed(2), []
+    for _ in range(count):
+        asked = torch.randint(4, 101, (prompt,), generator=draw).tolist()
+        both: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": [], "document_ids": []}
+        for side, size in enumerate((prompt, prompt // 2)):
+            said = torch.randint(4, 101, (size,), generator=draw).tolist()
+            both["input_ids"] += asked + said
+            both["labels"] += [-100] * prompt + said
+            both["position_ids"] += range(prompt + size)
+            both["document_ids"] += [side] * (prompt + size)
+        rows.append({**both, "sides": [1, 0], "row_weights": [1.0], "margins": [0.0]})
+    found = known_to_model(PreferenceCollator(0)(rows))
+    assert "distinct_places" in found
+    return found
+
+
 def logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """What an objective is given in a pass in training mode."""
     asked: list[Tensor] = []
@@ -109,6 +129,18 @@ def test_a_fresh_adapter_is_its_base(folder: Path, family: str, stored: str, ker
         with adapter_off(model):
             assert torch.equal(without_gradient(model, inputs), found), (size, packed)
         assert torch.equal(without_gradient(model, inputs), found), (size, packed)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_that_is_computed_once_changes_nothing_of_it(
+    folder: Path, family: str, stored: str, kernels: str
+) -> None:
+    model = adapted(folder / family, stored)
+    for inputs in (pairs(1, 4), pairs(2, matmul.MANY // 4)):
+        found = logprobs(model, inputs)
+        with adapter_off(model):
+            assert torch.equal(without_gradient(model, inputs), found)
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -289,3 +289,41 @@ def test_a_blank_row_has_no_answer(encoder: ChatEncoder) -> None:
         assert (blank["sides"].dtype, blank["row_weights"].dtype) == (torch.int64, torch.float32)
         one = collate(examples[:1])
         assert all(torch.equal(one[name], value) for name, value in collate([*examples[:1], blank_row(0)]).items())
+
+
+# Tokens that are computed once
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_two_answers_share_their_prompt_and_padding_is_left_out(encoder: ChatEncoder, budget: int | None) -> None:
+    """What is said of a token (its id, its position, its prompt) is that of the one that is computed for it."""
+    rows = compared(PAIRS, encoder).examples[:]
+    batch = PreferenceCollator(encoder.control.pad, budget=budget)(rows)
+    real, places = batch["attention_mask"].bool(), batch["distinct_places"]
+    prompts = [len(encoder.encode_prompt(one.prompt)) for one in PAIRS]
+    assert len(batch["distinct_firsts"]) == int(real.sum()) - sum(prompts)
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(batch[name].flatten()[batch["distinct_firsts"]][places][real], batch[name][real])
+    again = torch.zeros_like(real.flatten())
+    again[batch["distinct_repeats"]] = True
+    assert int(again.sum()) == sum(prompts)
+    assert not (batch["labels"].flatten()[again] != IGNORE).any()
+    of_firsts = places.flatten()[batch["distinct_firsts"]]
+    assert of_firsts.tolist() == list(range(len(of_firsts)))
+    assert torch.equal(places[real].unique(), of_firsts)
+
+
+def test_a_prompt_is_shared_by_two_answers_at_most(encoder: ChatEncoder) -> None:
+    """So that no sum of gradients has an order; the third answer to a prompt shares it with the fourth."""
+    rows = compared([PAIRS[0]] * 3, encoder).examples[:]
+    batch = PreferenceCollator(encoder.control.pad)(rows)
+    _, counts = batch["distinct_places"][batch["attention_mask"].bool()].unique(return_counts=True)
+    assert counts.max() == 2
+    assert int((counts == 2).sum()) == 3 * len(encoder.encode_prompt(PAIRS[0].prompt))
+
+
+def test_nothing_is_said_where_every_token_is_distinct(encoder: ChatEncoder) -> None:
+    row = compared([Conversation("x:1", turns("Hi", "Yes"), label=True)], encoder).examples[0]
+    assert "distinct_places" not in PreferenceCollator(encoder.control.pad)([row])
+    blank = {"input_ids": [0], "labels": [IGNORE], "position_ids": [0], "document_ids": [-1]}
+    assert "distinct_places" not in PreferenceCollator(encoder.control.pad)([blank])

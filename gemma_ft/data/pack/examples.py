@@ -75,6 +75,11 @@ class Examples(ExampleRows):
                 example.setdefault("loss_weights", []).extend([self.weight(piece[0])] * len(ids))
         return example
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that a batch is made of."""
+        return int(max(self.lengths))
+
     def longest(self, count: int) -> list[Example]:
         """The longest examples, so many at most."""
         return [self[row] for row in numpy.argsort(-self.lengths, kind="stable")[:count].tolist()]

@@ -42,6 +42,11 @@ class PreferenceExamples(Examples):
             example["reference_logprobs"] = self.reference[self.places_of(row)].tolist()
         return example
 
+    @property
+    def longest_sequence(self) -> int:
+        """Of an answer with its prompt: the two of a pair are sequences of their own."""
+        return len(self.length_counts) - 1
+
     def places_of(self, row: int) -> slice:
         """Where an example's documents stand among those of all examples."""
         return slice(int(self._starts[row]), int(self._starts[row + 1]))
