@@ -39,6 +39,21 @@ def test_without_a_terminal_a_run_is_told_twenty_times_and_at_its_end() -> None:
     assert [int(line.split()[1].partition("/")[0]) for line in lines] == [*range(4, 43, 2), 43]
 
 
+def test_what_is_counted_before_the_steps_has_its_own_name() -> None:
+    out = console(terminal=False)
+    observer = ConsoleObserver(out, line=STEPS, stays=True)
+    with observer.job("reference answers", 40) as job:
+        job.advance(8)
+        job.advance(32)
+    with observer.job("train", 1) as job:
+        job.advance(loss=0.5)
+    assert shown(out).splitlines() == [
+        "  reference answers 8/40",
+        "  reference answers 40/40",
+        "  step 1/1  loss 0.5000",
+    ]
+
+
 def test_figures_that_are_not_there_are_left_out_or_a_dash() -> None:
     out = console(terminal=False)
     with ConsoleObserver(out, line=STEPS).job("train", 2) as job:
