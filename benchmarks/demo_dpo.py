@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -41,12 +42,19 @@ def gemma_ft(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "gemma_ft", *map(str, arguments)], cwd=ROOT, check=True, stdout=sys.stderr)
 
 
+def cpu_seconds_of_children() -> float:
+    """CPU time of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def trained(recipe: str, out: Path, *overrides: str) -> dict[str, Any]:
-    """The figures of one run of preferences."""
-    command = ["train", recipe, *overrides]
+    """The figures of one run of preferences; cpu_seconds: of all cores, which others on the machine change less."""
+    command, begun = ["train", recipe, *overrides], cpu_seconds_of_children()
     gemma_ft(*command, f"output_dir={out}", "--overwrite", *QUIET)
+    cpu = round(cpu_seconds_of_children() - begun, 1)
     summary = json.loads((ROOT / out / "summary.json").read_text(encoding="utf-8"))
-    return {"command": " ".join(["gemma-ft", *command]), **{key: summary[key] for key in KEPT}}
+    return {"command": " ".join(["gemma-ft", *command]), **{key: summary[key] for key in KEPT}, "cpu_seconds": cpu}
 
 
 def compared(start: str | Path, run: Path, pairs: Sequence[dict[str, str]]) -> dict[str, Any]:

@@ -98,16 +98,21 @@ def arguments(folder: Path, line: Line, **changes: Any) -> Any:
     )  # fmt: skip
 
 
-def our_trainer(folder: Path, line: Line) -> Any:
+def our_model(folder: Path, quantize: str | None = None) -> Any:
+    """Ours with the adapter that all arms begin with."""
     from peft import PeftConfig, PeftModel
 
     from gemma_ft.adapters.fused_layers import with_fused_layers
     from gemma_ft.build.located import Source
     from gemma_ft.build.pretrained import load_base
 
-    base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=line.quantize)
+    base = load_base(Source(str(folder / "base"), None), dtype=torch.bfloat16, quantize=quantize)
     start = with_fused_layers(PeftConfig.from_pretrained(str(folder / "adapter")))
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True, config=start)
+    return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True, config=start)
+
+
+def our_trainer(folder: Path, line: Line) -> Any:
+    model = our_model(folder, line.quantize)
     settings = arguments(folder, line, bf16=False, gradient_checkpointing=False, ddp_find_unused_parameters=False)
     settings._n_gpu = 0
     return trainer_of(model, settings, rows_of(line))
@@ -162,6 +167,12 @@ def one_arm(arm: str, name: str, folder: Path, steps: int = STEPS) -> None:
 
 def run_steps(trainer: Any, line: Line, steps: int) -> None:
     """Train and print seconds of each step, losses and memory."""
+    tokens = sum(len(one["input_ids"]) for one in rows_of(line)[WARM * line.rows : steps * line.rows])
+    print(json.dumps(trained(trainer, steps) | {"tokens": tokens}))
+
+
+def trained(trainer: Any, steps: int) -> dict[str, Any]:
+    """Train: seconds of each step behind the first, losses and memory."""
     from transformers import TrainerCallback
 
     from gemma_ft.system import environment
@@ -185,8 +196,7 @@ def run_steps(trainer: Any, line: Line, steps: int) -> None:
     trainer.add_callback(Clock())
     built = _rss()
     trainer.train()
-    tokens = sum(len(one["input_ids"]) for one in rows_of(line)[WARM * line.rows : steps * line.rows])
-    print(json.dumps({"seconds": times[WARM:], "tokens": tokens, "losses": losses, "above_the_model": _rss() - built}))
+    return {"seconds": times[WARM:], "losses": losses, "above_the_model": _rss() - built}
 
 
 def _rss() -> int:

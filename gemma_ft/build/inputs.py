@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_ft.build.located import Source, located_rows, model_source
+from gemma_ft.build.located import Source, adapter_in, located, located_rows, model_source
 from gemma_ft.data.encode.tokenizer import add_tokens, load_tokenizer
 from gemma_ft.data.read.files import DataFile, files_at
 from gemma_ft.errors import UserError
 from gemma_ft.families.records import PRESETS
+from gemma_ft.recipe.objectives import WORDS
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.recipe.schema import Source as Rows
 from gemma_ft.system.shipped import locate
@@ -69,8 +70,16 @@ def _files_of(source: Rows) -> list[DataFile]:
         return []
 
 
+def _compared(recipe: Recipe) -> list[str]:
+    """The folders that training goes on from, and is compared with: in a run that of its adapter."""
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    reference: str | None = getattr(recipe.objective, "reference", None)
+    names = [name for name in (start, reference) if name is not None and name not in WORDS]
+    return [str(adapter_in(Path(located(name))) or name) for name in names]
+
+
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders of this machine that a recipe reads."""
     rows = [file.name for source in sources_of(recipe) for file in _files_of(source)]
-    names = [*rows, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer]
+    names = [*rows, recipe.eval.canary, recipe.model.weights, recipe.model.tokenizer, *_compared(recipe)]
     return [str(found) for name in names if name is not None and (found := locate(name)) is not None]

@@ -24,15 +24,9 @@ def put_start(model: Any, settings: Adapter, source: Source, *, compared: bool) 
     Raises: UserError where there is none, it was trained on another base, or it is none that is trained here.
     """
     assert settings.start is not None
-    folder = Path(located(settings.start))
-    found = adapter_in(folder)
-    if found is None:
-        whole = model_in(folder) if folder.is_dir() else None
-        cure = f"it is a whole model: set model.weights to {whole}" if whole else "name a run or a PEFT adapter folder"
-        raise UserError(f"{KEY}: {settings.start}: no adapter in it; {cure}")
-    files = AdapterFiles(found)
-    _check(files, settings, found)
-    Place(source, None, found, None).with_adapter(found).check()
+    files = start_of(settings.start)
+    _check(files, settings)
+    Place(source, None, files.folder, None).with_adapter(files.folder).check()
     model = put_adapter(model, files, dropout=settings.dropout, training=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -51,9 +45,20 @@ def put_start(model: Any, settings: Adapter, source: Source, *, compared: bool) 
     return model
 
 
-def _check(files: AdapterFiles, settings: Adapter, folder: Any) -> None:
+def start_of(start: str) -> AdapterFiles:
+    """The adapter that `adapter.start` names. Raises: UserError where there is none."""
+    folder = Path(located(start))
+    found = adapter_in(folder)
+    if found is None:
+        whole = model_in(folder) if folder.is_dir() else None
+        cure = f"it is a whole model: set model.weights to {whole}" if whole else "name a run or a PEFT adapter folder"
+        raise UserError(f"{KEY}: {start}: no adapter in it; {cure}")
+    return AdapterFiles(found)
+
+
+def _check(files: AdapterFiles, settings: Adapter) -> None:
     """Raises: UserError for an adapter that is no LoRA, or other than the recipe says."""
-    config = files.config
+    config, folder = files.config, files.folder
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise UserError(f"{KEY}: {folder}: a {config.peft_type} adapter; training goes on from LoRA")
     if getattr(config, "trainable_token_indices", None) or getattr(config, "modules_to_save", None):
@@ -69,4 +74,14 @@ def _check(files: AdapterFiles, settings: Adapter, folder: Any) -> None:
     for key, value in own.items():
         said = getattr(settings, key)
         if said not in (value, getattr(default, key)):
-            raise UserError(f"adapter.{key}: {said:g}, and {KEY} has {value:g}; take it out of the recipe")
+            told, has = (str(one).lower() if isinstance(one, bool) else f"{one:g}" for one in (said, value))
+            raise UserError(f"adapter.{key}: {told}, and {KEY} has {has}; take it out of the recipe")
+    targets = settings.targets
+    if targets != default.targets and set(targets) != {name.rpartition(".")[2] for name in _targets(config)}:
+        raise UserError(f"adapter.targets: other layers than {KEY} has; take it out of the recipe")
+
+
+def _targets(config: Any) -> list[str]:
+    """The layers that an adapter names, in whatever form."""
+    named = config.target_modules
+    return [named] if isinstance(named, str) else list(named)

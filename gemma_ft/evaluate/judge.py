@@ -7,20 +7,21 @@ another file is refused before anything of it is executed (train/loop.py).
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from gemma_ft.build.place import place_of
-from gemma_ft.build.pretrained import load_model
+from gemma_ft.build.pretrained import tokenizer_of
 from gemma_ft.data.encode.chat import ChatEncoder
-from gemma_ft.errors import UserError
+from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.held_out import Question, Reply
 from gemma_ft.evaluate.metrics import METRICS
-from gemma_ft.infer.scorer import rewards_of
+from gemma_ft.infer.scorer import open_scorer
 from gemma_ft.system.files import file_hash
 
 KEY = "objective.judge"
@@ -45,20 +46,30 @@ def judge_hash(named: str | None) -> str | None:
     return file_hash(_file_of(named)) if named is not None and SEPARATOR in named else None
 
 
-def judge_of(named: str, encoder: ChatEncoder, *, batch_size: int) -> Judge:
+def judge_of(named: str, encoder: ChatEncoder, *, batch_size: int, sha256: str | None = None) -> Judge:
     """The judge that a recipe names: FILE.py:function, which is run now; one of the metrics; or a reward model.
+    encoder: that of the model which is trained. sha256: of the user's file as the run knows it.
 
-    Raises: UserError where it is none of them.
+    Raises: UserError where it is none of them, where the file is another than that, and where it cannot be run.
     """
     if SEPARATOR in named:
         file, function = _file_of(named), named.rpartition(":")[2]
-        return Judge(named, _of_function(file, function), file_hash(file))
+        code = file.read_bytes()
+        found = hashlib.sha256(code).hexdigest()
+        if sha256 not in (None, found):
+            raise UserError(f"{KEY}: {file} was changed since this run began to read it; start the run again")
+        return Judge(named, _of_function(file, code, function), found)
     if named in METRICS:
         return Judge(named, _of_metric(named))
     place = place_of(named)
     if not place.reward:
         known = ", ".join(METRICS)
         raise UserError(f"{KEY}: {named} is no reward model; name one, FILE.py:function, or one of {known}")
+    if ChatEncoder(tokenizer_of(place)).content.sha256 != encoder.content.sha256:
+        raise UserError(
+            f"{KEY}: {named} has another tokenizer than the model that is trained; name a reward model of the same "
+            "generation of Gemma"
+        )
     return Judge(named, _of_reward_model(named, encoder, batch_size))
 
 
@@ -70,16 +81,17 @@ def _file_of(named: str) -> Path:
     return path
 
 
-def _of_function(file: Path, name: str) -> Scores:
-    """A user's function of (prompt, answer, expected), all texts -> a number. Raises: UserError."""
-    spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
-    assert spec is not None, "a file that ends in .py can be imported"
-    assert spec.loader is not None, "and has a loader"
-    module = importlib.util.module_from_spec(spec)
+def _of_function(file: Path, code: bytes, name: str) -> Scores:
+    """A user's function of (prompt, answer, expected), all texts -> a number, out of the bytes of its file, which are
+    run here; nothing that lies compiled beside it is. Raises: UserError.
+    """
+    module = ModuleType(f"judge_{file.stem}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # dataclasses and others look for it there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{KEY}: {file}: {type(error).__name__}: {error}") from error
+        exec(compile(code, str(file), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{KEY}: {file}: {first_line(error, kind=True)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{KEY}: {file} has no function {name}")
@@ -98,7 +110,10 @@ def _of_function(file: Path, name: str) -> Scores:
 def _of_metric(name: str) -> Scores:
     def scores(questions: Sequence[Question], answers: Sequence[str]) -> list[float]:
         metric, replies = METRICS[name], [Reply(answer, True) for answer in answers]
-        rows = metric.rows(replies, [one.answer for one in questions])
+        wanted = [one.answer for one in questions]
+        if not metric.fits(wanted):
+            raise ValueError(f"it needs {metric.needs} in every held-out answer")
+        rows = metric.rows(replies, wanted)
         return [float(metric.figure(row[None])[0]) for row in rows]
 
     return scores
@@ -108,12 +123,11 @@ def _of_reward_model(name: str, encoder: ChatEncoder, batch_size: int) -> Scores
     """It is in memory while it scores."""
 
     def scores(questions: Sequence[Question], answers: Sequence[str]) -> list[float]:
-        model: Any = load_model(name)
+        scorer = open_scorer(name)
         ended = [
             [*one.prompt_ids, *encoder.content.encode(answer), encoder.control.end_of_turn]
             for one, answer in zip(questions, answers, strict=True)
         ]
-        found = rewards_of(model, ended, pad_id=encoder.control.pad, batch_size=batch_size)
-        return [float(one) for one in found]
+        return scorer.rewards(ended, batch_size=batch_size)
 
     return scores

@@ -56,7 +56,8 @@ def estimate(rows: Floats, figure: Figure, *, seed: int = 0, resamples: int = RE
     (J. Am. Stat. Assoc. 22, 1927).
     """
     if _is_share(rows, figure) and np.ptp(rows[:, 0]) == 0:
-        return Estimate(float(rows[0, 0]), *_wilson(rows), len(rows))
+        share = float(rows[:, 0].mean())
+        return Estimate(share, *wilson(share, len(rows)), len(rows))
     return _interval(_of_all(rows, figure), len(rows), lambda: _resampled(rows, figure, seed, resamples))
 
 
@@ -70,8 +71,8 @@ def difference(rows: Floats, minus: Floats, figure: Figure, *, seed: int = 0, re
     """
     assert len(rows) == len(minus), "a paired difference is over the same rows"
     if _is_share(rows, figure) and _is_share(minus, figure) and np.ptp(rows[:, 0] - minus[:, 0]) == 0:
-        (low, high), (minus_low, minus_high) = _wilson(rows), _wilson(minus)
         share, other = _of_all(rows, figure), _of_all(minus, figure)
+        (low, high), (minus_low, minus_high) = wilson(share, len(rows)), wilson(other, len(minus))
         down, up = np.hypot(share - low, minus_high - other), np.hypot(high - share, other - minus_low)
         return Estimate(share - other, float(share - other - down), float(share - other + up), len(rows))
     return _interval(
@@ -86,10 +87,8 @@ def _is_share(rows: Floats, figure: Figure) -> bool:
     return figure is mean and len(rows) > 1 and bool((rows[:, 1] == 1).all() and np.isin(rows[:, 0], (0, 1)).all())
 
 
-def _wilson(rows: Floats) -> tuple[float, float]:
-    """Wilson's interval of the share that is right in rows [N, 2]."""
-    count = len(rows)
-    share = float(rows[:, 0].mean())
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95% interval of the share that is right among so many."""
     middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
     reach = Z * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
     return max(0.0, float(middle - reach)), min(1.0, float(middle + reach))

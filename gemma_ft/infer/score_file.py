@@ -60,7 +60,7 @@ class ScoreFile:
                 raise UserError(f"{path}: is the file that is read; name another --output")
         rows = read_rows(source)
         columns = dict(columns or {})
-        self.format = format if format != "auto" else detect_format(rows, columns)[0]
+        self.format = format if format != "auto" else _format_of(rows, columns)
         check_format(self.format, columns)
         self.pairs = formats()[self.format].pairs is not None
         self.scored = _scored(rows, self.format, columns, self.pairs, chat)
@@ -155,6 +155,14 @@ def _scored(rows: list[Row], format: str, columns: Mapping[str, str], pairs: boo
             found.append(Scored(row, (item,)))
     bad.raise_if_any()
     return found
+
+
+def _format_of(rows: list[Row], columns: Mapping[str, str]) -> str:
+    """That of pairs, in whichever layout, where the rows have them, else of answers. Raises: DataError."""
+    try:
+        return detect_format(rows, columns, "pairs")[0]
+    except DataError:
+        return detect_format(rows, columns)[0]
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -18,6 +18,7 @@ from gemma_ft.errors import UserError
 from gemma_ft.kernels.attention import NO_CAP, eager_attention, sdpa_attention
 from gemma_ft.kernels.backend import implementation_of
 from gemma_ft.kernels.flex_attention import block_mask, is_short
+from gemma_ft.model.shared_tokens import SharedTokens
 
 Attend = Callable[..., Tensor]
 
@@ -25,8 +26,11 @@ Attend = Callable[..., Tensor]
 class AttentionMask:
     """Which keys the queries of a layer see; each form of it is made when a backend asks, and once.
 
-    `everything`: every query sees every key, and no mask needs to be made.
+    `everything`: every query sees every key, and no mask needs to be made. `shared`: where layers are given the distinct
+    tokens of a batch, how its sequences are made of them.
     """
+
+    shared: SharedTokens | None = None
 
     def __init__(
         self,

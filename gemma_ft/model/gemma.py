@@ -32,6 +32,7 @@ from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, laye
 from gemma_ft.model.loading import HUB_KEYS, load_whole, other_parts, refuse_untied
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput
+from gemma_ft.model.shared_tokens import SharedTokens
 from gemma_ft.model.static_pass import StaticPass
 
 NO_ATTENTIONS = (
@@ -92,6 +93,9 @@ class GemmaModel(GemmaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cache: Cache | KVPass | StaticPass | None = None,
+        distinct_places: Tensor | None = None,
+        distinct_firsts: Tensor | None = None,
+        distinct_repeats: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """See `GemmaForCausalLM.forward`; returns the states after the final norm."""
@@ -101,7 +105,13 @@ class GemmaModel(GemmaPreTrainedModel):
             raise UserError(NO_ATTENTIONS)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        batch, shared = input_ids if inputs_embeds is None else inputs_embeds, None
+        if distinct_places is not None:
+            assert input_ids is not None and position_ids is not None
+            assert distinct_firsts is not None and distinct_repeats is not None
+            shared = SharedTokens(distinct_places, distinct_firsts, distinct_repeats)
+            input_ids, position_ids = shared.distinct(input_ids), shared.distinct(position_ids)  # [1, M]
+        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D], or [1, M, D]
         cache = past_key_values if cache is None else cache
         # A checkpointed layer runs twice in training and would write its keys to the cache twice.
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -117,7 +127,9 @@ class GemmaModel(GemmaPreTrainedModel):
                 document_ids = documents_of(position_ids)
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-            masks = masks_of(x, windows, attention_mask, document_ids, cache, seen)
+            masks = masks_of(batch, windows, attention_mask, document_ids, cache, seen)
+            for mask in masks.values():
+                mask.shared = shared
         angles = layer_angles(position_ids, self.numerics.layers, wide_dtype(x))
         if isinstance(cache, KVPass) and cache.single and not output_hidden_states:
             last = decoded(self, x, angles, cache)
@@ -130,6 +142,8 @@ class GemmaModel(GemmaPreTrainedModel):
                 states.append(x)
             x = layer(x, turned, masks[window], cache)
         x = self.norm(x)
+        if shared is not None:
+            x = shared.spread(x)
         return BaseModelOutputWithPast(x, cache, (*states, x) if output_hidden_states else None)
 
     def _embedded(self, input_ids: Any) -> Tensor:
@@ -210,7 +224,8 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
         instead for the labels' log-probabilities [B, T]. skip_logits: True
         leaves `.logits` None and never builds them; the default is True in training mode with labels. logits_to_keep:
         only the last so many positions (0: all), or the positions of an index tensor. cache: `past_key_values` by the
-        name that it has from transformers 5.24 on.
+        name that it has from transformers 5.24 on. distinct_places, distinct_firsts, distinct_repeats: where tokens of
+        several sequences are the same in all that they see, the fields of `SharedTokens`; they are then computed once.
 
         Raises: UserError for output_attentions, and for an attention_mask that is none of [B, S].
         """

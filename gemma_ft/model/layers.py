@@ -140,6 +140,9 @@ class GemmaAttention(nn.Module):
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # [B, K, S, H]
+        shared = visible.shared
+        if shared is not None:
+            query, key, value = (shared.spread(one.transpose(1, 2)).transpose(1, 2) for one in (query, key, value))
         out = BACKENDS[self.config._attn_implementation](
             query,
             key,
@@ -150,7 +153,10 @@ class GemmaAttention(nn.Module):
             dropout_p=(self.config.attention_dropout or 0.0) if self.training else 0.0,
             training=self.training,
         )
-        return linear(self.o_proj, out.transpose(1, 2).reshape(batch, tokens, -1))
+        out = out.transpose(1, 2)
+        if shared is not None:
+            out = shared.distinct(out)
+        return linear(self.o_proj, out.reshape(batch, tokens, -1))
 
 
 class GemmaDecoderLayer(GradientCheckpointingLayer):

@@ -23,28 +23,28 @@ NOBODY = -1  # the document of places in a cache that hold nothing yet
 
 
 def masks_of(
-    x: Tensor,
+    batch: Tensor,
     windows: Windows,
     attention_mask: Tensor | None,
     document_ids: Tensor | None,
     cache: Cache | None,
     seen: int | Tensor,
 ) -> dict[int | None, AttentionMask]:
-    """What queries x [B, T, D] see behind `seen` cached tokens, for each kind of layer: by its window.
+    """What the queries of a batch [B, T, ...] see behind `seen` cached tokens, for each kind of layer: by its window.
 
     attention_mask [B, S], document_ids [B, T]: as `GemmaForCausalLM.forward` takes them. Raises: UserError for a mask
     of another form, ValueError for documents behind cached tokens.
     """
-    tokens = x.shape[1]
+    tokens, device = batch.shape[1], batch.device
     if document_ids is not None and seen:
         raise ValueError("document_ids cannot be combined with a filled cache")
     _check_mask(attention_mask)
-    query_index = torch.arange(tokens, device=x.device) + seen
+    query_index = torch.arange(tokens, device=device) + seen
 
     @kept
     def begins() -> Tensor | None:
         real = None if attention_mask is None else attention_mask.bool()
-        return first_of_own(tokens, key_is_real=real, document=document_ids, device=x.device)
+        return first_of_own(tokens, key_is_real=real, document=document_ids, device=device)
 
     def runs(window: int | None) -> Tensor | None:
         low = begins()
@@ -59,7 +59,7 @@ def masks_of(
         mask = partial(
             visible_keys,
             query_index,
-            torch.arange(offset, offset + length, device=x.device),
+            torch.arange(offset, offset + length, device=device),
             window_tokens=window,
             key_is_real=None if attention_mask is None else _filled(attention_mask, offset, length, 0).bool(),
             query_document=document_ids,

@@ -36,10 +36,13 @@ def narrow_copies(run: Run) -> int:
 
 
 def trained(run: Run) -> int:
-    """Adapter weights: float32, beside the model's. Those of a run that trains all are `weights`."""
+    """Adapter weights: float32, beside the model's, and the frozen copy of those that a run starts from, where it is
+    compared with them. Those of a run that trains all are `weights`.
+    """
     if run.full or run.ranks.offload:
         return 0
-    return -(-WIDE * run.trained // run.ranks.cut)
+    copies = 2 if run.reference == "start" else 1
+    return copies * -(-WIDE * run.trained // run.ranks.cut)
 
 
 def gradients(run: Run) -> int:
@@ -67,7 +70,7 @@ def activations(run: Run) -> int:
     layer = run.layer
     kept = run.shape.layers - run.checkpointed
     return (
-        run.micro_batch_size
+        run.sequences
         * run.tokens
         * (_angles(run.shape) + run.checkpointed * checkpointed_bytes(layer) + kept * saved_bytes(layer))
     )
@@ -78,7 +81,7 @@ def recomputed(run: Run) -> int:
     checkpointed ones, as if all were (to take the last one as well is then never more), and all of its own.
     """
     inputs = run.shape.layers * checkpointed_bytes(run.layer) if run.checkpointed else 0
-    return run.micro_batch_size * run.tokens * (_angles(run.shape) + inputs + saved_bytes(run.layer))
+    return run.sequences * run.tokens * (_angles(run.shape) + inputs + saved_bytes(run.layer))
 
 
 def _angles(shape: Shape) -> int:
@@ -88,7 +91,7 @@ def _angles(shape: Shape) -> int:
 
 def workspace(run: Run) -> int:
     """What a layer's backward takes beside what was kept, and one dequantized weight."""
-    return run.micro_batch_size * run.tokens * workspace_bytes(run.layer) + dequantized(run)
+    return run.sequences * run.tokens * workspace_bytes(run.layer) + dequantized(run)
 
 
 def dequantized(run: Run) -> int:
@@ -96,11 +99,14 @@ def dequantized(run: Run) -> int:
     return run.shape.largest_linear * run.element if run.kind in ("nf4", "int8") else 0
 
 
-def head(run: Run, *, backward: bool = True) -> int:
-    """The fused head over all tokens as if all were labelled: states around the final norm, rows picked out, their
-    gradient, and a chunk of logits; a trained head also has its own gradient and copy of itself.
+def head(run: Run, sequences: int, *, backward: bool = True) -> int:
+    """The fused head over all tokens of so many sequences as if all were labelled: states around the final norm, rows
+    picked out, their gradient, and a chunk of logits; a trained head also has its own gradient and copy of itself. A
+    reward model reads one row of each answer, and has no logits.
     """
-    shape, tokens, element = run.shape, run.micro_batch_size * run.tokens, run.element
+    shape, tokens, element = run.shape, sequences * run.tokens, run.element
+    if run.scores:
+        return tokens * shape.hidden * (WIDE + (2 * element if backward else element))
     chunk = max(16, CHUNK_BYTES // (WIDE * shape.vocabulary))
     if run.device == "cpu":
         chunk = min(chunk, max(CPU_ROWS, CPU_BYTES // (WIDE * shape.vocabulary)))

@@ -8,6 +8,7 @@ from gemma_ft.plan import parts
 from gemma_ft.plan.activations import WIDE
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.storage import BYTES, weight_bytes
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.system.limits import MAX_SHARD_BYTES, PREFILL_TOKENS
 
 
@@ -34,7 +35,7 @@ def train_phase(run: Run) -> Phase:
 
 
 def train_moments(run: Run) -> list[Phase]:
-    """A step's moments: at the head, forward being over; a layer's backward, first and last; the embedding's; the
+    """A step's moments: the reference's pass, where there is one; at the head, forward being over; a layer's backward, first and last; the embedding's; the
     optimizer.
 
     Gradients of a first micro-batch are there while a second one is computed. A trained embedding has two gradients in
@@ -42,7 +43,7 @@ def train_moments(run: Run) -> list[Phase]:
     former micro-batches left.
     """
     always = {"weights": parts.weights(run), "adapters": parts.trained(run), "optimizer": parts.optimizer(run)}
-    always |= _products(parts.widened(run, run.micro_batch_size * run.tokens))
+    always |= _products(parts.widened(run, run.sequences * run.tokens, head=not run.scores))
     gradients, kept = parts.gradients(run), parts.activations(run)
     former = gradients if run.accumulation_steps > 1 else 0
     embedding = WIDE * run.shape.embedding if run.full else 0
@@ -55,8 +56,10 @@ def train_moments(run: Run) -> list[Phase]:
         found = {"gradients": gradients, "activations": activations, "head": head, "overhead": parts.overhead(run)}
         return Phase("train", always | found, host=_rank_host(run))
 
+    asked = _forward(run, run.sequences)
     return [
-        at(former, kept + copies, parts.head(run)),
+        *([at(former, asked.get("activations", 0), asked.get("head", 0))] if run.reference != "none" else []),
+        at(former, kept + copies, parts.head(run, run.sequences)),
         at(begun, kept + alive + parts.workspace(run)),
         at(gradients + waiting, parts.recomputed(run) + parts.workspace(run)),
         at(gradients + waiting + embedding, 0),
@@ -70,17 +73,16 @@ def phases(run: Run) -> list[Phase]:
         "weights": parts.weights(run), "adapters": parts.trained(run), "overhead": parts.overhead(run)
     }  # fmt: skip
     held = resident | {"optimizer": parts.optimizer(run)}
-    scoring = _products(parts.widened(run, run.eval_rows * run.tokens))
+    scoring = _products(parts.widened(run, run.eval_sequences * run.tokens, head=not run.scores))
     reading = _products(parts.widened(run, PREFILL_TOKENS, head=False))  # of the head few rows are read
-    layer = parts.forward_only(run, run.eval_rows, run.tokens, keys=run.tokens, cached=False)
-    head = parts.head(run.changed(micro_batch_size=run.eval_rows), backward=False)
-    scored = {"activations": layer} if layer > head else {"head": head}  # one after the other
     found = [_load(run)]
     if run.kind in ("nf4", "int8"):
         found.append(_quantize(run))
+    if run.reference not in ("none", *LIVE):
+        found.append(_reference(run))
     found += [
         train_phase(run),
-        Phase("evaluate", held | scoring | scored, _rank_host(run)),
+        Phase("evaluate", held | scoring | _forward(run, run.eval_sequences), _rank_host(run)),
     ]
     if run.answers:
         answers = {"activations": parts.prefill(run), "cache": parts.cache(run)}
@@ -130,6 +132,25 @@ def _quantize(run: Run) -> Phase:
     linear = run.shape.largest_linear
     device = {"weights": parts.weights(run), "activations": linear * (run.element + WIDE)}
     return Phase("quantize", device | {"overhead": parts.overhead(run)}, host=linear * run.element + _process(run))
+
+
+def _forward(run: Run, sequences: int) -> dict[str, int]:
+    """A pass without gradients over so many sequences: its layers, or its head, one after the other."""
+    layer = parts.forward_only(run, sequences, run.tokens, keys=run.tokens, cached=False)
+    head = parts.head(run, sequences, backward=False)
+    return {"activations": layer} if layer > head else {"head": head}
+
+
+def _reference(run: Run) -> Phase:
+    """Log-probabilities that are computed once before training: by the model itself, or by another one beside it, which
+    is taken to be of its size and not quantized.
+    """
+    weights = parts.weights(run)
+    if run.reference != "precomputed":
+        weights += weight_bytes(run.shape, run.precision)
+    device = {"weights": weights, "adapters": parts.trained(run), "overhead": parts.overhead(run)}
+    device |= _products(parts.widened(run, run.sequences * run.tokens))
+    return Phase("reference", device | _forward(run, run.sequences), _rank_host(run))
 
 
 def _merge(run: Run) -> Phase:

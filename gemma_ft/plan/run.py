@@ -13,6 +13,7 @@ from gemma_ft.plan.activations import Attention, Layer
 from gemma_ft.plan.shape import Shape, preset_shape, shape_in
 from gemma_ft.plan.storage import BYTES, Kind
 from gemma_ft.recipe.batch_plan import BatchPlan, batch_plan
+from gemma_ft.recipe.objectives import KINDS, reference_kind
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment
 from gemma_ft.system.hardware import cpu_flags, float32_is_faster
@@ -39,13 +40,17 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Sizes are those of one rank: `micro_batch_size` sequences of `tokens` tokens at a time."""
+    """One run. Sizes are those of one rank: `micro_batch_size` rows at a time, one sequence of `tokens` tokens each, or
+    two of a pair.
+    """
 
     shape: Shape
     strategy: Literal["full", "lora", "qlora"]
     micro_batch_size: int
     tokens: int
     accumulation_steps: int = 1
+    objective: str = "sft"  # as recipe.objectives.KINDS names it
+    reference: str = "none"  # as recipe.objectives.reference_kind names it
     precision: Literal["bf16", "float32"] = "bf16"
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = True
@@ -71,6 +76,26 @@ class Run:
         return self.strategy == "full"
 
     @property
+    def row_sequences(self) -> int:
+        """Sequences of a row: both answers of a pair."""
+        return 2 if KINDS[self.objective].rows == "pairs" else 1
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a micro-batch."""
+        return self.micro_batch_size * self.row_sequences
+
+    @property
+    def eval_sequences(self) -> int:
+        """Sequences of a micro-batch of held-out rows."""
+        return self.eval_rows * self.row_sequences
+
+    @property
+    def scores(self) -> bool:
+        """Whether it gives a number for each answer: a reward model."""
+        return self.objective == "reward"
+
+    @property
     def element(self) -> int:
         """Bytes of an activation."""
         return BYTES[self.precision]
@@ -88,7 +113,10 @@ class Run:
     @property
     def trained(self) -> int:
         """Weights that are trained."""
-        return self.shape.parameters if self.full else self.shape.adapter(self.rank, self.targets, dora=self.dora)
+        head = self.shape.hidden if self.scores else 0
+        return head + (
+            self.shape.parameters if self.full else self.shape.adapter(self.rank, self.targets, dora=self.dora)
+        )
 
     @property
     def layer(self) -> Layer:
@@ -163,6 +191,8 @@ def run_of(
         micro_batch_size=batch.micro_batch_size,
         tokens=-(-(tokens or recipe.data.max_seq_len) // multiple) * multiple,
         accumulation_steps=batch.accumulation_steps,
+        objective=recipe.objective.kind,
+        reference=reference_kind(recipe.objective, recipe.strategy, adapter.start if adapter else None),
         precision=train.precision,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,

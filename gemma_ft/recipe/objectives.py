@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from gemma_ft.recipe.section import Location, Section, rule
 from gemma_ft.system.row_kind import RowKind
 
-WORDS = ("auto", "adapter_off", "start", "precomputed")
+LIVE = ("adapter_off", "start")  # references that are the policy's own model in another state
+WORDS = ("auto", *LIVE, "precomputed")
 
 
 class SupervisedFineTuning(Section):
@@ -29,13 +30,18 @@ class Preference(Section):
     needs_reference: ClassVar[bool] = False
     kind: str
     dropout: bool = Field(False, description="Whether adapter.dropout is used; it would blur what is compared")
+
+
+class _Answering(Preference):
+    """What is trained writes answers."""
+
     judge: Location | None = Field(
         None,
         description="Who says how often held-out answers got better: FILE.py:function, a reward model, or a metric",
     )
 
 
-class _Compared(Preference):
+class _Compared(_Answering):
     needs_reference: ClassVar[bool] = True
     reference: Location = Field(
         "auto",
@@ -73,14 +79,14 @@ class IdentityPreference(_Compared):
     sft_weight: SftWeight = Field(0.0, description=_SFT_WEIGHT)
 
 
-class OddsRatio(Preference):
+class OddsRatio(_Answering):
     """Cross-entropy of the chosen answers plus beta x odds-ratio term; no reference."""
 
     kind: Literal["orpo"] = Field(description="Odds ratio preference optimization")
     beta: Beta = Field(0.1, description="Weight of the odds-ratio term (the paper's lambda)")
 
 
-class SimplePreference(Preference):
+class SimplePreference(_Answering):
     """-log sigmoid(beta x margin of log-probabilities per token - gamma); no reference."""
 
     kind: Literal["simpo"] = Field(description="Simple preference optimization")
@@ -130,7 +136,9 @@ def reference_kind(objective: SupervisedFineTuning | Preference, strategy: str, 
     return wanted
 
 
-def check_objective(objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any) -> None:
+def check_objective(
+    objective: SupervisedFineTuning | Preference, strategy: str, start: str | None, data: Any, train: Any
+) -> None:
     """Raises: PydanticCustomError where an objective cannot be computed on such data, or compared as it says."""
     reference = reference_kind(objective, strategy, start)
     if data.streaming and reference not in ("none", "adapter_off", "start"):
@@ -138,6 +146,11 @@ def check_objective(objective: SupervisedFineTuning | Preference, strategy: str,
             f"data.streaming: log-probabilities of the reference ({reference}) are computed once before training, over "
             "rows that are all known; turn streaming off, or train an adapter and compare with adapter_off",
             key="objective.reference",
+        )
+    if objective.kind == "kto" and train.global_batch_size < 2:
+        raise rule(
+            "kto compares with answers to other rows of a step, and each step has one row; raise it, to 32 or more",
+            key="train.global_batch_size",
         )
     if objective.rows != "answers" and data.too_long in ("truncate_right", "split"):
         raise rule(

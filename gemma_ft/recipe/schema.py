@@ -277,7 +277,7 @@ class Recipe(Section):
                        key="train.max_steps")  # fmt: skip
         if data is not None and objective is not None and {"strategy", "adapter"} <= info.data.keys():
             adapter = info.data["adapter"]
-            check_objective(objective, info.data["strategy"], adapter and adapter.start, data)
+            check_objective(objective, info.data["strategy"], adapter and adapter.start, data, train)
         return train
 
     @field_validator("checkpoint")

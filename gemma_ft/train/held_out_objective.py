@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gemma_ft.evaluate.held_out import held_out_loss
+from gemma_ft.evaluate.statistics import wilson
 from gemma_ft.train.kl_baseline import HELD_OUT, kl_baseline
 from gemma_ft.train.micro_batch import Autocast, means_of, prepared, summed
 from gemma_ft.train.objectives.registry import Figures, Objective
 from gemma_ft.train.reference import Reference, known_to_model
 from gemma_ft.train.sampler import Batch
 
+ACCURACY = "rewards/accuracies"
 Total = Callable[[Sequence[float]], list[float]]
 
 
@@ -69,7 +71,18 @@ def held_out_objective(
     if not terms or not sums[terms]:
         return HeldOutScore(None)
     loss = sum(value / count for value, count in zip(sums[:terms], sums[terms:], strict=True) if count)
-    return HeldOutScore(loss, means_of(summed(figures), sum_over_ranks))
+    return HeldOutScore(loss, _with_interval(summed(figures), sum_over_ranks))
+
+
+def _with_interval(figures: Figures, sum_over_ranks: Total) -> dict[str, float | None]:
+    """Figures of all ranks, and of the share of pairs that are ordered right its 95% interval."""
+    found = means_of(figures, sum_over_ranks)
+    share = found.get(ACCURACY)
+    if share is None:
+        return found
+    (count,) = sum_over_ranks([figures[ACCURACY][1]])
+    low, high = wilson(share, count)
+    return {**found, f"{ACCURACY}_low": low, f"{ACCURACY}_high": high}
 
 
 def held_out_score(trainer: Any, stop: Callable[[], bool] = lambda: False) -> HeldOutScore:

@@ -40,6 +40,8 @@ def kl_baseline(
     float64. examples: those of all ranks, of which each computes its part, `size` at a time; z does not depend on it.
     step: whose rows they are, or HELD_OUT. All ranks call it.
     """
+    if len(examples) < 2:  # the last row of an epoch alone: there is no other answer
+        return torch.zeros((), dtype=torch.float64, device=device)
     asked, known = mismatched(examples), reference.mismatched.get(step)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for numbers in dealt(range(len(asked)), size, blank=len(asked), rank=world.rank, ranks=world.size):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.encode.tokenizer_model import note_of_pieces
 from gemma_ft.data.pack.collate import Collator
 from gemma_ft.data.pack.collate_preferences import PreferenceCollator
@@ -46,6 +47,7 @@ INPUTS = {
     "tokenizer": "the tokenizer is another{pieces}",
     "base": "the base weights are others",
     "judge": "the file of objective.judge is another",
+    "start": "adapter.start is another adapter",
 }
 SAMPLES_KEPT = 10
 
@@ -65,6 +67,8 @@ def build_loop(context: RunContext) -> TrainingLoop:
     }
     judge = judge_hash(getattr(recipe.objective, "judge", None))
     inputs |= {"judge": judge} if judge is not None else {}
+    if recipe.adapter is not None and recipe.adapter.start is not None:
+        inputs["start"] = start_of(recipe.adapter.start).hash
     progress = Progress(extra={"inputs": inputs, "total": context.total})
     if data.streamed:
         data.streamed.waiting = lambda: _stop_waiting(context)

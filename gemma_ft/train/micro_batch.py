@@ -37,6 +37,8 @@ def prepared(
     """A collated batch on the device, with the reference's log-probabilities where the objective compares with one."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     if objective.needs_reference and "reference_logprobs" not in inputs:
+        if not reference.live and not len(inputs["sides"]):  # a blank row, which no example brings any for
+            return {**inputs, "reference_logprobs": torch.zeros(0, dtype=torch.float64, device=device)}
         with autocast():
             inputs["reference_logprobs"] = reference.logprobs(model, inputs)
     return inputs

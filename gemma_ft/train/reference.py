@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ft.adapters.lora import adapter_off, reference_on
+from gemma_ft.data.pack.collate_preferences import DISTINCT
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.train.objectives.answers import summed_logprobs
 from gemma_ft.train.sampler import Batch
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels")  # the rest is the objective's
-LIVE = ("adapter_off", "start")
+# the rest of a batch is the objective's
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels", *DISTINCT)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def answer_logprobs(model: Any, inputs: Batch) -> Tensor:
 
 def known_to_model(inputs: Batch) -> Batch:
     """What of a batch the model is given."""
-    return {name: inputs[name] for name in MODEL_INPUTS}
+    return {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
 
 
 def unwrapped(model: Any) -> Any:

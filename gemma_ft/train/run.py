@@ -24,6 +24,7 @@ from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
+from gemma_ft.train.start import call_judge
 from gemma_ft.train.startup import startup_lines
 
 
@@ -129,6 +130,7 @@ def _train(
         with world.phase("the checkpoint"):
             if checkpoint is not None:
                 take_up(loop, checkpoint, mode.allow_drift)
+            call_judge(loop)
             if world.main:
                 if mode.overwrite:
                     run.clear()

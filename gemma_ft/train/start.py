@@ -5,25 +5,41 @@ the proof that the run starts at its reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from gemma_ft.build.located import adapter_in, located
-from gemma_ft.build.place import AdapterFiles, place_of
+from gemma_ft.build.place import place_of
 from gemma_ft.build.pretrained import load_model
+from gemma_ft.build.start_adapter import start_of
 from gemma_ft.data.pack.preferences import PreferenceExamples
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.judge import judge_of
 from gemma_ft.evaluate.win_rate import win_rate
 from gemma_ft.model.config import numerics_hash
+from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.precompute import precompute
-from gemma_ft.train.reference import LIVE
 from gemma_ft.train.result import base_fingerprint
 from gemma_ft.train.run_context import TrainingLoop
 from gemma_ft.train.zero_proof import zero_proof
 
 HERE = "precomputed"  # by the model of the run, as it is before training
+
+
+def call_judge(loop: TrainingLoop) -> None:
+    """Give the run the judge that its recipe names. A user's file is executed here, and so only after a checkpoint has
+    said whether it is the one that the run began with. All ranks call it. Raises: UserError.
+    """
+    context = loop.context
+    named = getattr(context.recipe.objective, "judge", None)
+    if named is None:
+        return
+    if not loop.scorer.questions:
+        raise UserError(
+            "objective.judge: there is no held-out answer to judge; set data.eval or data.eval_fraction, and "
+            "eval.generate_rows"
+        )
+    encoder, size, known = context.data.encoder, context.recipe.eval.batch_size, loop.progress.extra["inputs"]
+    loop.judge = judge_of(named, encoder, batch_size=size, sha256=known.get("judge"))
 
 
 def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
@@ -33,10 +49,6 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
     if kind not in ("none", *LIVE):
         with context.world.phase("the reference"):
             _compute(loop, kind)
-    named = getattr(context.recipe.objective, "judge", None)
-    if named is not None and not trainer.objective.scores:
-        encoder, size = context.data.encoder, context.recipe.eval.batch_size
-        loop.judge = judge_of(named, encoder, batch_size=size)
     if not begins or trainer.objective.rows == "answers":
         return
     with context.world.phase("the proof of the start"):
@@ -59,8 +71,8 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
     before, answers = before[: len(questions)], list(answers)[: len(questions)]
     try:
         scores = [judge.scores(questions, some) for some in (before, answers)]
-    except Exception as error:  # a user's own function may raise anything
-        context.observer.say(f"  judge      {judge.name}: {type(error).__name__}: {first_line(error)}; no win rate")
+    except (Exception, SystemExit) as error:  # a user's own function may raise anything
+        context.observer.say(f"  judge      {judge.name}: {first_line(error, kind=True)}; no win rate")
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
     found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
@@ -96,11 +108,10 @@ def _identity(loop: TrainingLoop) -> list[Any]:
     """What decides the model of the run as it is before training."""
     context, recipe = loop.context, loop.context.recipe
     start = recipe.adapter.start if recipe.adapter is not None else None
-    found = adapter_in(Path(located(start))) if start is not None else None
     return [
         recipe.strategy,
         base_fingerprint(context.source) or f"fresh {recipe.seed}",
-        AdapterFiles(found).hash if found is not None else None,
+        start_of(start).hash if start is not None else None,
         recipe.quantize.model_dump() if recipe.quantize is not None else None,
         numerics_hash(context.model.config),
         context.model.config._attn_implementation,

@@ -137,7 +137,7 @@ def _recipe_lines(loaded: LoadedRecipe, run: Run) -> list[str]:
     """A run, its phases, its disk."""
     notes = [f"note: {note}" for note in loaded.notes]
     disk_lines = [*_disk_lines(run), *_text_lines(run.shape)]
-    layers = [*_kind_lines(run.shape), _layers_line(run)]
+    layers = [*_reference_lines(run), *_kind_lines(run.shape), _layers_line(run)]
     return [*notes, _described(run), "", *_phase_lines(run), "", *disk_lines, *layers, ""]
 
 
@@ -179,8 +179,29 @@ def _described(run: Run) -> str:
     how = {"full": "full", "lora": f"lora, rank {run.rank}", "qlora": f"qlora over {run.quantize}, rank {run.rank}"}
     one = "1 device" if run.device == "cuda" else "the CPU"
     many = one if run.ranks.size == 1 else f"{run.ranks.size} devices ({run.ranks.layout})"
-    rows = f"{run.micro_batch_size} sequence{'s' * (run.micro_batch_size > 1)} of {run.tokens:,} tokens"
-    return f"{run.shape.name}, {how[run.strategy]}, {run.precision}: {rows} at a time on {many}"
+    rows = f"{run.sequences} {_sequence(run)}{'s' * (run.sequences > 1)} of {run.tokens:,} tokens"
+    if run.row_sequences > 1:
+        rows = f"{run.micro_batch_size} pair{'s' * (run.micro_batch_size > 1)} ({rows})"
+    what = [run.shape.name, how[run.strategy], run.precision, *([run.objective] if run.objective != "sft" else [])]
+    return f"{', '.join(what)}: {rows} at a time on {many}"
+
+
+def _sequence(run: Run) -> str:
+    """What a sequence is to the objective of a run."""
+    return "sequence" if run.objective == "sft" else "answer"
+
+
+def _reference_lines(run: Run) -> list[str]:
+    """What answers are compared with, where they are."""
+    told = {
+        "adapter_off": "the model without its adapter: no second model in memory",
+        "start": "a frozen copy of adapter.start: no second model in memory",
+        "precomputed": "log-probabilities of the model as it begins, computed once before training",
+    }
+    if run.reference == "none":
+        return []
+    other = f"log-probabilities of {run.reference}, computed once before training, and taken to be of the same size"
+    return [f"reference: {told.get(run.reference, other)}"]
 
 
 def _verdict(change: Change | None, nowhere: str = NOWHERE) -> str:

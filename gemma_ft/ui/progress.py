@@ -27,7 +27,8 @@ from gemma_ft.ui.guarded_output import guarded
 from gemma_ft.ui.stderr import tell
 
 LINES_WITHOUT_TERMINAL = 20
-STEPS = "  step {done}/{total}  {figures}"  # lines of a training run, and of a file of answers
+STEPS = "  {what} {done}/{total}  {figures}"  # lines of a training run, and of a file of answers
+COUNTED = {"train": "step"}  # job -> what is done in it, where that is another word
 ANSWERS = "  {done}/{total} answers  {figures}"
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {number(value)}",
@@ -48,7 +49,8 @@ def say(console: Console, text: str) -> None:
 
 class ConsoleObserver:
     """Writes to one console. `line`: how a counted job is told where there is no terminal, some twenty times, as a
-    format of done, total and figures; None: it is not. `stays`: bars are left on the screen when their job is done.
+    format of what, done, total and figures; None: it is not. `stays`: bars are left on the screen when their job is
+    done.
     """
 
     def __init__(self, console: Console, *, line: str | None = None, stays: bool = False) -> None:
@@ -72,7 +74,7 @@ class ConsoleObserver:
             self._bars.start()
         try:
             task = self._bars.add_task(what, total=total, completed=done, figures="")
-            yield _Job(self, self._bars, task, self._line if total is not None else None)
+            yield _Job(self, self._bars, task, self._line if total is not None else None, COUNTED.get(what, what))
         finally:
             if outermost:
                 self._bars.stop()
@@ -86,8 +88,8 @@ class ConsoleObserver:
 class _Job:
     """One bar."""
 
-    def __init__(self, observer: ConsoleObserver, bars: Progress, task: TaskID, line: str | None) -> None:
-        self._observer, self._bars, self._task, self._line = observer, bars, task, line
+    def __init__(self, observer: ConsoleObserver, bars: Progress, task: TaskID, line: str | None, what: str) -> None:
+        self._observer, self._bars, self._task, self._line, self._what = observer, bars, task, line, what
         self._begun, self._tokens = time.monotonic(), 0.0
 
     def advance(self, count: int = 1, /, **figures: float | None) -> None:
@@ -98,7 +100,7 @@ class _Job:
             task = self._bars.tasks[self._task]
             done, total = int(task.completed), int(task.total or 0)
             if done == total or done % max(1, total // LINES_WITHOUT_TERMINAL) == 0:
-                self._observer.say(self._line.format(done=done, total=total, figures=text).rstrip())
+                self._observer.say(self._line.format(what=self._what, done=done, total=total, figures=text).rstrip())
 
     def phase(self, text: str) -> None:
         """The name of the bar, or a line where there is none."""

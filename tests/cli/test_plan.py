@@ -17,6 +17,7 @@ PRESETS = (
     "gemma-3-12b, gemma-3-27b, vaultgemma-1b"
 )
 RECIPES = (
+    "dpo_gemma2_2b, dpo_gemma3_270m, dpo_tiny, orpo_2b, reward_gemma2_2b, reward_tiny, "
     "sft_2b, sft_7b, sft_gemma2_27b, sft_gemma2_2b, sft_gemma2_9b, sft_gemma3_12b, sft_gemma3_1b, sft_gemma3_270m, "
     "sft_gemma3_27b, sft_gemma3_4b, sft_tiny, tiny_base"
 )

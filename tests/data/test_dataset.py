@@ -164,6 +164,18 @@ def test_stats_tell_what_needs_attention() -> None:
     assert stats.as_dict()["dropped"] == 10
 
 
+def test_pairs_are_counted_as_pairs_and_labelled_answers_as_rows() -> None:
+    counts = {"rows": 60, "documents": 118, "packed_rows": 59, "tokens": 3304, "trained_tokens": 991, "too_long": 1}
+    assert DataStats("pairs", **counts, max_seq_len=512).describe() == (
+        "60 pairs -> 118 answers, 3,304 tokens, 30% trained\n"
+        "28 of up to 512 tokens in an answer with its prompt\n"
+        "1 dropped: longer than max_seq_len (data.too_long: drop)"
+    )
+    labelled = DataStats("labelled", **counts, max_seq_len=512)
+    assert labelled.describe().startswith("60 rows -> 118 answers, 3,304 tokens, 30% trained\n28 of up to 512 ")
+    assert "row_kind" not in labelled.as_dict()
+
+
 MANY_ITEMS: list[Any] = [chat(f"question {number}", "yes", f"x:{number}") for number in range(400)]
 
 

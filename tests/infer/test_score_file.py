@@ -128,7 +128,7 @@ def test_a_system_turn_and_several_answers_end_at_the_last(scorer: Scorer) -> No
         ),
         (
             {"messages": [*CHATS[0]["messages"], {"role": "user", "content": "And?"}]},
-            "the conversation ends with a user turn; there is no answer to train",
+            "turn 3: the last turn must be the assistant's, got user",
         ),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"},

@@ -12,7 +12,7 @@ from gemma_ft.train.objectives.registry import build_objective, objective_names
 from tests.recipe.conftest import Write, refusal
 
 KNOWN = "sft, dpo, ipo, orpo, simpo, kto, reward"
-OF_DPO = "dpo has dropout, reference, beta, label_smoothing, length_normalized, sft_weight"
+OF_DPO = "dpo has dropout, judge, reference, beta, label_smoothing, length_normalized, sft_weight"
 TEXT = """\
 output_dir: runs/my
 strategy: {strategy}
@@ -32,7 +32,7 @@ def test_the_schema_and_the_registry_have_the_same_kinds() -> None:
     """And each kind's settings, without those of the run, are what its objective is built with."""
     assert sorted(KINDS) == objective_names()
     for kind, section in KINDS.items():
-        settings = section(kind=kind).model_dump(exclude={"kind", "dropout", "reference"})  # type: ignore[arg-type]
+        settings = section(kind=kind).model_dump(exclude={"kind", "dropout", "judge", "reference"})  # type: ignore[arg-type]
         built = build_objective(kind, **settings)
         assert built.rows == section.rows
         assert built.needs_reference == section.needs_reference
@@ -46,11 +46,15 @@ def test_the_schema_and_the_registry_have_the_same_kinds() -> None:
         ("{kind: dpo, colour: 1}", f"objective.colour: unknown key; {OF_DPO}"),
         (
             "{kind: orpo, reference: start}",
-            "objective.reference: orpo has no such key (dpo, ipo, kto have); orpo has dropout, beta",
+            "objective.reference: orpo has no such key (dpo, ipo, kto have); orpo has dropout, judge, beta",
         ),
         (
             "{kind: sft, beta: 1}",
             "objective.beta: sft has no such key (dpo, ipo, orpo, simpo, kto have); sft has none",
+        ),
+        (
+            "{kind: reward, judge: exact_match}",
+            "objective.judge: reward has no such key (dpo, ipo, orpo, simpo, kto have); reward has dropout, centering",
         ),
         ("grpo", f"objective: kind: expected one of {KNOWN}, got 'grpo'"),
         ("{kind: 3}", f"objective: kind: expected one of {KNOWN}, got 3"),
@@ -214,7 +218,7 @@ def test_another_kind_on_the_command_line_has_its_own_defaults(write: Write, ove
 def test_what_the_command_line_says_of_the_other_kind_counts_in_any_order(write: Write, overrides: list[str]) -> None:
     objective = load_recipe(write(text(DPO)), overrides).recipe.objective
     assert objective.model_dump() == {
-        "kind": "simpo", "dropout": False, "beta": 3.0, "gamma": 1.0, "sft_weight": 0.0
+        "kind": "simpo", "dropout": False, "judge": None, "beta": 3.0, "gamma": 1.0, "sft_weight": 0.0
     }  # fmt: skip
 
 
@@ -231,8 +235,8 @@ def test_a_key_of_another_kind_on_the_command_line_is_refused(write: Write) -> N
         f"command line: objective.gamma: dpo has no such key (simpo has); {OF_DPO}"
     ]
     assert refusal(write(text(DPO)), "objective.colour=1.0") == [
-        "command line: objective.colour: unknown key; known here: kind, dropout, reference, beta, label_smoothing, "
-        "length_normalized, sft_weight, gamma, desirable_weight, undesirable_weight, centering"
+        "command line: objective.colour: unknown key; known here: kind, dropout, judge, reference, beta, "
+        "label_smoothing, length_normalized, sft_weight, gamma, desirable_weight, undesirable_weight, centering"
     ]
 
 
@@ -242,7 +246,7 @@ def test_a_kind_over_that_of_the_parent(write: Write) -> None:
     child = "extends: parent.yaml\nobjective: {}\n"
     other = load_recipe(write(child.format("{kind: ipo, beta: 0.2}"))).recipe.objective
     assert other.model_dump() == {
-        "kind": "ipo", "dropout": False, "reference": "auto", "beta": 0.2, "sft_weight": 0.0
+        "kind": "ipo", "dropout": False, "judge": None, "reference": "auto", "beta": 0.2, "sft_weight": 0.0
     }  # fmt: skip
     assert load_recipe(write(child.format("orpo"))).recipe.objective == KINDS["orpo"](kind="orpo")  # type: ignore[arg-type]
     same = load_recipe(write(child.format("{sft_weight: 0.5}"))).recipe.objective.model_dump()

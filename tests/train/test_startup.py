@@ -12,6 +12,7 @@ from gemma_ft.families.chat_template import TURNS
 from gemma_ft.kernels import cpp_backend, flex_attention, matmul
 from gemma_ft.kernels.triton import triton_backend as gpu
 from gemma_ft.recipe.batch_plan import BatchPlan
+from gemma_ft.recipe.load import load_recipe
 from gemma_ft.train import startup
 from tests.foreign import CHATML, TEMPLATES, foreign_tokenizer
 
@@ -91,3 +92,30 @@ def test_a_base_that_was_tuned_in_another_template_is_told(template: str | None,
     tokenizer.chat_template = template or TURNS.text("fold")
     told = f"the base was tuned in {own}; this run trains Gemma's turns, in which it is then asked"
     assert startup._template_rows(ChatEncoder(tokenizer)) == ([("chats", told)] if own else [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["objective=dpo"], "the same model, its adapter switched off; no dropout"),
+        (["objective=ipo", "adapter.start=runs/first"], "the adapter that it starts from, frozen; no dropout"),
+        (
+            ["objective=dpo", "strategy=full"],
+            "the model as it is now, its log-probabilities computed before training; no dropout",
+        ),
+        (
+            ["objective.kind=dpo", "objective.reference=other", "objective.dropout=true"],
+            "the model in other, its log-probabilities computed before training",
+        ),
+        (["objective=simpo"], "nothing: it has no reference; no dropout"),
+    ],
+)
+def test_what_is_compared_with_is_told(overrides: list[str], told: str) -> None:
+    recipe = load_recipe("sft_tiny", ["strategy=lora", *overrides]).recipe
+    (_, minimized), (_, against) = startup._objective_rows(recipe, SimpleNamespace())
+    assert minimized.startswith(f"{recipe.objective.kind}, beta ")
+    assert against == f"compared with {told}"
+
+
+def test_supervised_fine_tuning_says_nothing_of_its_objective() -> None:
+    assert startup._objective_rows(load_recipe("sft_tiny").recipe, SimpleNamespace()) == []

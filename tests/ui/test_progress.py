@@ -39,12 +39,38 @@ def test_without_a_terminal_a_run_is_told_twenty_times_and_at_its_end() -> None:
     assert [int(line.split()[1].partition("/")[0]) for line in lines] == [*range(4, 43, 2), 43]
 
 
+def test_what_is_counted_before_the_steps_has_its_own_name() -> None:
+    out = console(terminal=False)
+    observer = ConsoleObserver(out, line=STEPS, stays=True)
+    with observer.job("reference answers", 40) as job:
+        job.advance(8)
+        job.advance(32)
+    with observer.job("train", 1) as job:
+        job.advance(loss=0.5)
+    assert shown(out).splitlines() == [
+        "  reference answers 8/40",
+        "  reference answers 40/40",
+        "  step 1/1  loss 0.5000",
+    ]
+
+
 def test_figures_that_are_not_there_are_left_out_or_a_dash() -> None:
     out = console(terminal=False)
     with ConsoleObserver(out, line=STEPS).job("train", 2) as job:
         job.advance(loss=None, eval_loss=2.0, tokens_per_second=9.0, peak_bytes=0)
         job.advance()
     assert shown(out).splitlines() == ["  step 1/2  loss –  eval 2.0000  9 tok/s  0.00 GiB", "  step 2/2"]
+
+
+def test_figures_of_preferences_stand_beside_the_loss() -> None:
+    out = console(terminal=False)
+    with ConsoleObserver(out, line=STEPS).job("train", 2) as job:
+        job.advance(loss=0.5, **{"rewards/margins": 1.25, "rewards/accuracies": 0.875}, tokens_per_second=9.0)
+        job.advance(loss=0.25, **{"rewards/chosen": 0.5, "rewards/rejected": None}, tokens_per_second=9.0)
+    assert shown(out).splitlines() == [
+        "  step 1/2  loss 0.5000  margin 1.250  accuracy 87.5%  9 tok/s",
+        "  step 2/2  loss 0.2500  good 0.500  bad –  9 tok/s",
+    ]
 
 
 def test_answers_are_told_with_their_speed_over_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,7 +21,7 @@ from gemma_ft.export.card.run_record import RunRecord, figures_by_model, objects
 from gemma_ft.export.form_names import FORMS, FormName
 from gemma_ft.families.records import FAMILIES, TINY
 from gemma_ft.recipe.load import names_of
-from gemma_ft.recipe.schema import Source
+from gemma_ft.recipe.schema import Recipe, Source
 from gemma_ft.system.shipped import locate
 
 # Fields of summary.json's data, and what a reader calls them.
@@ -89,14 +90,16 @@ class Card:
             found["datasets"] = sorted(on_hub)
         composite = FAMILIES[self.config.model_type].composite if self.graft else None
         kind = composite.model_type if composite is not None else self.config.model_type
-        tags = [kind, "gemma-ft", *([recipe.strategy] if recipe is not None else [])]
+        how: list[str] = [recipe.strategy] if recipe is not None else []
+        how += [recipe.objective.kind] if recipe is not None and recipe.objective.rows != "answers" else []
+        tags = [kind, "gemma-ft", *how]
         return {**found, "tags": tags}
 
     def _opening(self) -> str:
         recipe, family = self.record.recipe, FAMILIES[self.config.model_type].label
         base = f"`{self.base}`" if self.base else "fresh weights"
         ways = {"full": "all weights trained", "lora": "LoRA", "qlora": "QLoRA"}
-        how = ways[recipe.strategy] if recipe is not None else None
+        how = ways[recipe.strategy] + _learned(recipe) if recipe is not None else None
         what = FORMS[self.form].what + (", a reward model" if self.reward else "")
         revision = self.contract.revision if self.contract is not None else None
         lines = [
@@ -223,6 +226,13 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
     "gguf": "With llama.cpp: `llama-cli -m {file}`. With Ollama: `ollama create my-gemma -f Modelfile`, "
     "then `ollama run my-gemma`.",
 }
+
+
+def _learned(recipe: Recipe) -> str:
+    """What a run learned from, and which adapter it went on from, where it was not plain answers to a fresh one."""
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    kind = f", {recipe.objective.kind} on preferences" if recipe.objective.rows != "answers" else ""
+    return kind + (f", going on from the adapter `{Path(start).name}`" if start is not None else "")
 
 
 def _names(sources: Sequence[Source]) -> str:

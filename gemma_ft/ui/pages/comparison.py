@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_ft.export.card.run_record import figures_by_model
 from gemma_ft.system.units import NOTHING, byte_size, count, duration, number, percent
-from gemma_ft.ui.metric_text import label_of
+from gemma_ft.ui.metric_text import LOSS_PER, label_of
 from gemma_ft.ui.pages.blocks import Block, Note, Picture, Sample, Section, Table, render
 from gemma_ft.ui.pages.curves import Curve, Panel, curve_picture
 from gemma_ft.ui.pages.facts import RunFacts, read_run
@@ -21,6 +21,9 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (
     ("held-out loss", ("eval_after", "loss"), number),
     ("exact match before", ("eval_before", "exact_match"), percent),
     ("exact match", ("eval_after", "exact_match"), percent),
+    ("accuracy of rewards before", ("eval_before", "rewards/accuracies"), percent),
+    ("accuracy of rewards", ("eval_after", "rewards/accuracies"), percent),
+    ("margin of rewards", ("eval_after", "rewards/margins"), number),
     ("gain", ("gain",), signed),
     ("forgetting (canary)", ("forgetting",), signed),
     ("training loss, last step", ("train_loss",), number),
@@ -69,9 +72,11 @@ def _curves(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Block]:
         pairs = enumerate(zip(runs, names, strict=True))
         return Panel(title, [Curve(name, found(run), style, place) for place, (run, name) in pairs], logarithmic)
 
+    per = {LOSS_PER[run.rows] for run in runs}
+    loss = per.pop() if len(per) == 1 else "loss"
     pictures = [
-        (panel("Training loss per token", lambda run: run.curves["loss"], "noisy", logarithmic=True), 2.9),
-        (panel("Held-out loss per token", lambda run: run.evals["eval_loss"], "points", logarithmic=True), 2.6),
+        (panel(f"Training {loss}", lambda run: run.curves["loss"], "noisy", logarithmic=True), 2.9),
+        (panel(f"Held-out {loss}", lambda run: run.evals["eval_loss"], "points", logarithmic=True), 2.6),
         (panel("Learning rate", lambda run: run.curves["learning_rate"], "line"), 2.2),
         (panel("Canary loss per token", lambda run: run.evals["canary_loss"], "points"), 2.2),
     ]
