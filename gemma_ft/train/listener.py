@@ -10,6 +10,7 @@ from gemma_ft.errors import NonFiniteError
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.system import hardware
 from gemma_ft.train.evaluation import Figures
+from gemma_ft.train.falling import chosen_falls
 from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.progress import Listener
 from gemma_ft.train.run_context import TrainingLoop
@@ -27,6 +28,7 @@ def listener_of(loop: TrainingLoop) -> Listener:
     def on_step(figures: dict[str, Any]) -> None:
         if loop.trainer.skipped:
             _not_finite(loop, figures)
+        _tell_falling(loop, figures)
         if figures["step"] % every == 0 or figures["step"] == context.total:
             log.step(figures)
         _show(loop, figures)
@@ -55,6 +57,17 @@ def _show(loop: TrainingLoop, figures: dict[str, Any]) -> None:
 def _shown_beside(figures: dict[str, Any]) -> Sequence[str]:
     """Which figures of an objective stand beside the loss: margin and accuracy of pairs, else both rewards."""
     return next((names for names in BESIDE if all(name in figures for name in names)), ())
+
+
+def _tell_falling(loop: TrainingLoop, figures: dict[str, Any]) -> None:
+    """Say it once where the chosen answers of pairs got less likely; what is needed for it is in every checkpoint."""
+    objective = loop.context.recipe.objective
+    if objective.rows == "answers":
+        return
+    past = loop.progress.extra.setdefault("falling", {})
+    line = chosen_falls(figures, past, getattr(objective, "sft_weight", None))
+    if line is not None:
+        loop.context.observer.say(f"  note       {line}")
 
 
 def _not_finite(loop: TrainingLoop, figures: dict[str, Any]) -> None:

@@ -118,7 +118,13 @@ def summed(several: Sequence[Figures]) -> Figures:
 
 
 def means_of(figures: Figures, total: Callable[[Sequence[float]], list[float]]) -> dict[str, float | None]:
-    """Figures of all ranks, each numerator over its denominator; None where there is nothing to divide by."""
+    """Figures of all ranks, each numerator over its denominator; None where there is nothing to divide by. Rows that
+    are good or bad by themselves have no pairs: their margin is what lies between the two means.
+    """
     names = sorted(figures)
     sums = total([value for name in names for value in figures[name]])
-    return {name: sums[2 * at] / sums[2 * at + 1] if sums[2 * at + 1] else None for at, name in enumerate(names)}
+    means = {name: sums[2 * at] / sums[2 * at + 1] if sums[2 * at + 1] else None for at, name in enumerate(names)}
+    if "rewards/chosen" in means and "rewards/margins" not in means:
+        chosen, rejected = means["rewards/chosen"], means["rewards/rejected"]
+        means["rewards/margins"] = None if chosen is None or rejected is None else chosen - rejected
+    return means

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_ft.train.micro_batch import token_weights
+from gemma_ft.train.micro_batch import means_of, summed, token_weights
 from gemma_ft.train.objectives.registry import build_objective
 from tests.train.preferences import divisors_of, in_place, labelled_batch, loss_of, pairs_batch
 
@@ -128,3 +128,16 @@ def test_figures_of_a_pair() -> None:
     tenth = {name: (value / 20, count) for name, (value, count) in alone.items() if name != "rewards/accuracies"}
     expected = alone | tenth | lengths | odds | {"nll_loss": (2, 2)}
     assert build_objective("orpo").figures(logprobs, batch) == near(expected)
+
+
+def test_margin_of_labelled_answers_is_that_of_their_means() -> None:
+    batch = labelled_batch([([2, 5], [6, 7], True), ([2, 5], [8, 9, 10], False)], baseline=0.2)
+    batch["reference_logprobs"] = torch.tensor(REFERENCE)
+    kto = build_objective("kto")
+    figures = kto.figures(in_place(batch, [CHOSEN, REJECTED]), batch)
+    several = summed([figures, {name: (3 * value, 3 * count) for name, (value, count) in figures.items()}])
+    assert means_of(several, list)["rewards/margins"] == pytest.approx(0.1)
+    one_label = {name: (0.0, 0.0) if name.endswith("rejected") else pair for name, pair in figures.items()}
+    assert means_of(one_label, list)["rewards/margins"] is None
+    pairs = {"rewards/chosen": (1.0, 2.0), "rewards/rejected": (0.0, 2.0), "rewards/margins": (7.0, 2.0)}
+    assert means_of(pairs, list)["rewards/margins"] == 3.5
