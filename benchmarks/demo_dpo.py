@@ -54,6 +54,9 @@ def trained(recipe: str, out: Path, *overrides: str) -> dict[str, Any]:
     gemma_ft(*command, f"output_dir={out}", "--overwrite", *QUIET)
     cpu = round(cpu_seconds_of_children() - begun, 1)
     summary = json.loads((ROOT / out / "summary.json").read_text(encoding="utf-8"))
+    ordered = [summary[when].get("rewards/accuracies") for when in ("eval_before", "eval_after")]
+    if None not in ordered:  # kto compares no pairs
+        print(f"{out}: held-out pairs that rewards order rightly, ties a half: {ordered[0]:.0%}, then {ordered[1]:.0%}")
     return {"command": " ".join(["gemma-ft", *command]), **{key: summary[key] for key in KEPT}, "cpu_seconds": cpu}
 
 
