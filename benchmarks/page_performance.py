@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.preferences_cpu import RATIOS, TIMES
 from benchmarks.shared.record import PUBLISHED, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -30,6 +31,18 @@ def train_cpu(result: dict[str, Any]) -> Rows:
             f"{memory['ours'] / memory['stock_best']:.2f}",
             ", ".join(f"{one:.0%}" for one in arm["of_the_limit"].values()),
         ])  # fmt: skip
+    return rows
+
+
+def preferences_cpu(result: dict[str, Any]) -> Rows:
+    rows = [["a step of one pair", "s", "beside", "s", "is", "MiB above the model, of both"]]
+    seconds = {name: min(min(turn) for turn in turns) for name, turns in result["seconds"].items()}
+    memory = result["above_the_model_mib"]
+    for of_result, arms, how in (("ours_over", RATIOS, "as fast"), ("times_as_long", TIMES, "as long")):
+        for name, (one, other) in arms.items():
+            told = f"{result[of_result][name]:.2f}x {how}"
+            sizes = f"{memory[one]:,}, {memory[other]:,}"
+            rows.append([one, f"{seconds[one]:.2f}", other, f"{seconds[other]:.2f}", told, sizes])
     return rows
 
 
@@ -148,6 +161,7 @@ def compiled(result: dict[str, Any]) -> Rows:
 
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "train_cpu": train_cpu,
+    "preferences_cpu": preferences_cpu,
     "decode_cpu": decode_cpu,
     "gemma3_270m": gemma3_270m,
     "merge_speed": merge_speed,

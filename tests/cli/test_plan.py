@@ -136,6 +136,44 @@ def test_a_recipe_is_planned_by_phase_and_its_parts_add_up(capsys: pytest.Captur
         assert sum(parts) == pytest.approx(device, abs=0.05 * len(parts) + 0.05), line
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more", "rows"),
+    [
+        ("dpo_gemma2_2b", ["train.micro_batch_size=4", "data.max_seq_len=512"],
+         "gemma-2-2b, qlora over nf4, rank 16, bf16, dpo: 4 pairs (8 answers of 512 tokens) at a time on 1 device"),
+        ("dpo_gemma3_270m", [],
+         "gemma-3-270m, lora, rank 16, bf16, dpo: 1 pair (2 answers of 1,024 tokens) at a time on 1 device"),
+        ("dpo_gemma2_2b", ["objective.kind=kto"],
+         "gemma-2-2b, qlora over nf4, rank 16, bf16, kto: 2 answers of 2,048 tokens at a time on 1 device"),
+        ("reward_gemma2_2b", [],
+         "gemma-2-2b, qlora over nf4, rank 16, bf16, reward: "
+         "2 pairs (4 answers of 2,048 tokens) at a time on 1 device"),
+    ],
+)  # fmt: skip
+def test_pairs_are_counted_with_their_answers(
+    recipe: str, more: list[str], rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", recipe, *more]) == 0
+    assert rows in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "the model without its adapter: no second model in memory"),
+        (["adapter.start=runs/mine"], "a frozen copy of adapter.start: no second model in memory"),
+        (["strategy=full"], "log-probabilities of the model as it begins, computed once before training"),
+        (["objective.reference=runs/mine"],
+         "log-probabilities of runs/mine, computed once before training, and taken to be of the same size"),
+    ],
+)  # fmt: skip
+def test_what_answers_are_compared_with_is_said(
+    given: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "dpo_gemma2_2b", *given]) == 0
+    assert f"reference: {told}" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(("size", "code"), [("4GiB", 2), ("80GiB", 0)])
 def test_the_exit_code_says_whether_it_fits(size: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "sft_gemma2_2b", "--gpu", size]) == code

@@ -123,7 +123,8 @@ SAID = re.compile(r"^# Needs a GPU of (?P<one>\d+) GiB by `gemma-ft plan`(?:; (?
                   r"--launch fsdp2_qlora --nproc (?P=ranks))?\.$", re.MULTILINE)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sft_gemma3_1b", "sft_gemma3_4b", "sft_gemma3_12b", "sft_gemma3_27b"])
+@pytest.mark.parametrize("name", ["sft_gemma3_1b", "sft_gemma3_4b", "sft_gemma3_12b", "sft_gemma3_27b",
+                                  "dpo_gemma2_2b", "orpo_2b", "reward_gemma2_2b"])  # fmt: skip
 def test_a_recipe_says_what_it_needs(name: str) -> None:
     """The smallest GPU that it fits as it ships, alone and cut into slices."""
     loaded = load_recipe(name)
@@ -138,6 +139,13 @@ def test_a_recipe_says_what_it_needs(name: str) -> None:
     assert needed(Ranks()) == int(said["one"])
     if said["ranks"]:
         assert needed(ranks_in(launch, int(said["ranks"]))) == int(said["each"]) < int(said["one"])
+
+
+def test_the_recipe_of_a_laptop_for_pairs_says_what_it_needs() -> None:
+    loaded = load_recipe("dpo_gemma3_270m")
+    needed = byte_size(peak(run_of(loaded.recipe, device="cpu").changed(own_kernels=True, fused=True)), digits=".1f")
+    said = f"# Needs {needed} of memory by `gemma-ft plan dpo_gemma3_270m --cpu 8GiB`."
+    assert said in loaded.path.read_text(encoding="utf-8")
 
 
 def test_the_recipe_of_a_laptop_says_what_it_needs() -> None:

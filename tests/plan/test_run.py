@@ -103,3 +103,28 @@ def test_a_gpu_is_given_whole_blocks_of_tokens() -> None:
     assert run_of(recipe, tokens=65).tokens == 128
     unpacked = load_recipe("sft_2b", ["data.packing=false"]).recipe
     assert run_of(unpacked, tokens=60).tokens == 64
+
+
+def test_rows_of_pairs_have_two_answers() -> None:
+    """Of labelled rows one; a chat is one sequence, as ever."""
+    pairs = run_of(load_recipe("dpo_gemma2_2b", ["train.micro_batch_size=4"]).recipe)
+    assert (pairs.micro_batch_size, pairs.sequences, pairs.eval_sequences) == (4, 8, 8)
+    labelled = run_of(load_recipe("dpo_gemma2_2b", ["objective.kind=kto", "train.micro_batch_size=4"]).recipe)
+    assert (labelled.sequences, labelled.eval_sequences) == (4, 4)
+    assert run_of(load_recipe("sft_2b", ["train.micro_batch_size=4"]).recipe).sequences == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "kind"),
+    [
+        ("dpo_gemma2_2b", [], "adapter_off"),
+        ("dpo_gemma2_2b", ["adapter.start=runs/mine"], "start"),
+        ("dpo_gemma2_2b", ["strategy=full"], "precomputed"),
+        ("dpo_gemma2_2b", ["objective.reference=precomputed"], "precomputed"),
+        ("dpo_gemma2_2b", ["objective.reference=runs/mine"], "runs/mine"),
+        ("orpo_2b", [], "none"),
+        ("sft_2b", [], "none"),
+    ],
+)
+def test_what_answers_are_compared_with_is_known(recipe: str, given: list[str], kind: str) -> None:
+    assert run_of(load_recipe(recipe, given).recipe).reference == kind
