@@ -20,6 +20,7 @@ from gemma_ft.recipe.load import load_recipe
 from gemma_ft.recipe.objectives import KINDS, WORDS, train_defaults
 from gemma_ft.recipe.schema import Train
 from gemma_ft.system.shipped import shipped_root
+from gemma_ft.train.falling import STEPS
 from gemma_ft.train.objectives.registry import objective_names
 from gemma_ft.train.zero_proof import ZeroProof
 
@@ -104,6 +105,10 @@ def test_the_lines_of_a_run_are_those_that_it_prints(tmp_path: Path) -> None:
     encoder: Any = None
     judge = judge_of(f"{tmp_path / 'mine.py'}:shorter", encoder, batch_size=1)
     assert judge.scores([], []) == []
+
+
+def test_after_how_many_steps_falling_answers_are_told() -> None:
+    assert f"clear over {STEPS} steps" in PAGE
 
 
 def test_what_is_said_of_trl_is_of_the_version_that_is_tested() -> None:
