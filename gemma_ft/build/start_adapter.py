@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gemma_ft.adapters.kinds import scores
 from gemma_ft.adapters.lora import REFERENCE
 from gemma_ft.build.located import Source, adapter_in, located, model_in
 from gemma_ft.build.place import AdapterFiles, Place
@@ -61,6 +62,10 @@ def _check(files: AdapterFiles, settings: Adapter) -> None:
     config, folder = files.config, files.folder
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise UserError(f"{KEY}: {folder}: a {config.peft_type} adapter; training goes on from LoRA")
+    if scores(config):
+        raise UserError(
+            f"{KEY}: {folder}: a reward model's, which was never trained to answer; name an adapter that was"
+        )
     if getattr(config, "trainable_token_indices", None) or getattr(config, "modules_to_save", None):
         raise UserError(f"{KEY}: {folder}: trains more than LoRA's factors (added tokens or whole modules); merge it "
                         "(gemma-ft merge), and set model.weights to the result")  # fmt: skip

@@ -108,5 +108,6 @@ class HfForm:
 
 def _rounded_to(weights: MergedWeights) -> str | None:
     """The dtype that weights are cast to on the way out; None where they stay as they are."""
-    cast = any(dtype != weights.base.info(name).dtype for name, (dtype, _) in weights.infos.items())
+    kept = set(weights.base.names)  # all but the head that a reward model's adapter brings
+    cast = any(dtype != weights.base.info(name).dtype for name, (dtype, _) in weights.infos.items() if name in kept)
     return dtype_name(weights.dtype) if cast else None

@@ -87,7 +87,12 @@ def _settle(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     notes, changes = [], dict[str, Any]()
     if recipe.strategy == "full" and recipe.adapter is not None:
         changes["adapter"] = None
-        notes.append("adapter: ignored, strategy full trains all weights")
+        notes.append(
+            "adapter: ignored, strategy full trains all weights"
+            if recipe.adapter.start is None
+            else f"adapter.start: ignored, strategy full trains all weights of the base as it is; to go on from "
+            f"{recipe.adapter.start}, merge it (gemma-ft merge) and set model.weights to the result"
+        )
     if recipe.strategy != "qlora" and recipe.quantize is not None:
         changes["quantize"] = None
         notes.append(f"quantize: ignored, strategy {recipe.strategy} does not quantize")

@@ -136,6 +136,8 @@ def _fault(detail: ErrorDetails, document: Document) -> Fault | None:
         kind, path = str(path[1]), (path[0], *path[2:])
         if detail["type"] == "extra_forbidden":
             return Fault(_mark(path, document), dotted(path), _key_of_another(kind, str(path[-1])))
+    elif detail["type"].startswith("union_tag") and isinstance(detail["input"], dict):
+        path = (*path, "kind")
     elif "columns" in path:
         path = path[: path.index("columns") + 2]  # what follows says whether it is the key or the value
     if detail["type"] == "rule":
@@ -184,7 +186,7 @@ def _text(detail: ErrorDetails, path: KeyPath) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = value.get("kind") if isinstance(value, dict) else value
         what = f"expected one of {', '.join(KINDS)}"
-        return f"kind: {what}, got {shown(given)}" if isinstance(value, dict) else f"{what}, got {shown(value)}"
+        return f"{what}, got {shown(given)}"
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", str(context["expected"]))
         near = did_you_mean(value, words) if isinstance(value, str) else ""

@@ -24,7 +24,7 @@ from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
 from gemma_ft.train.signals import StopNow, StopRequest
-from gemma_ft.train.start import call_judge
+from gemma_ft.train.start import call_judge, check_reference
 from gemma_ft.train.startup import startup_lines
 
 
@@ -98,6 +98,7 @@ def _train(
                 observer.say(f"  drift: {told}")
     with world.phase("the data"), observer.job("documents read") as job:
         tokenizer = build_tokenizer(recipe, run.trained_tokenizer() if mode.resume else None)
+        check_reference(recipe, tokenizer)
         data = build_data(recipe, tokenizer, job.advance) if world.writes else None
     with world.phase("the data, read by the other ranks"):  # out of the cache, into which one rank of a machine writes
         data = data or build_data(recipe, tokenizer)

@@ -7,15 +7,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_ft.build.located import folder_of
 from gemma_ft.build.place import place_of
-from gemma_ft.build.pretrained import load_model
+from gemma_ft.build.pretrained import load_model, load_tokenizer
 from gemma_ft.build.start_adapter import start_of
+from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.data.pack.preferences import PreferenceExamples
 from gemma_ft.errors import UserError, first_line
 from gemma_ft.evaluate.judge import judge_of
 from gemma_ft.evaluate.win_rate import win_rate
 from gemma_ft.model.config import numerics_hash
-from gemma_ft.recipe.objectives import LIVE
+from gemma_ft.model.config_file import is_reward_model
+from gemma_ft.recipe.objectives import LIVE, reference_kind
+from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import environment, hardware
 from gemma_ft.train.precompute import precompute
 from gemma_ft.train.result import base_fingerprint
@@ -23,6 +27,41 @@ from gemma_ft.train.run_context import TrainingLoop
 from gemma_ft.train.zero_proof import zero_proof
 
 HERE = "precomputed"  # by the model of the run, as it is before training
+REFERENCE = "objective.reference"
+UNUSED = "<unused"  # begins the names of ids that no text becomes
+
+
+def check_reference(recipe: Recipe, tokenizer: Any) -> None:
+    """Before anything is built: a folder that is compared with holds a language model in which `tokenizer`'s ids stand
+    for the same pieces. Raises: UserError.
+    """
+    start = recipe.adapter.start if recipe.adapter is not None else None
+    kind = reference_kind(recipe.objective, recipe.strategy, start)
+    if kind in ("none", HERE, *LIVE):
+        return
+    try:
+        place = place_of(kind)
+        place.check()
+    except UserError as error:
+        raise UserError(f"{REFERENCE}: {error}") from error
+    if place.reward:
+        raise UserError(
+            f"{REFERENCE}: {kind}: a reward model, which gives no log-probabilities; name the model that it was made "
+            "from, or one that was tuned to answer"
+        )
+    if not brings_tokenizer(place.folder):
+        return
+    theirs, own = (
+        {number: piece for piece, number in one.get_vocab().items()}
+        for one in (load_tokenizer(str(place.folder)), tokenizer)
+    )
+    for number, piece in sorted(own.items()):
+        other = theirs.get(number, "nothing")
+        if other != piece and not piece.startswith(UNUSED) and not other.startswith(UNUSED):
+            raise UserError(
+                f"{REFERENCE}: {kind}: has another tokenizer: id {number:,} is {other!r} there, and {piece!r} here; "
+                "name a model with the same one"
+            )
 
 
 def call_judge(loop: TrainingLoop) -> None:
@@ -51,12 +90,21 @@ def prepare_objective(loop: TrainingLoop, *, begins: bool) -> None:
             _compute(loop, kind)
     if not begins or trainer.objective.rows == "answers":
         return
-    with context.world.phase("the proof of the start"):
+    context.observer.say(f"  start      {_proven(loop)}")
+
+
+def _proven(loop: TrainingLoop) -> str:
+    """Where the run starts, in words; what was found is kept for the summary. Raises: UserError, as zero_proof."""
+    trainer, kind, source = loop.trainer, loop.trainer.reference.kind, loop.context.source
+    scores = trainer.objective.scores
+    if scores and source is not None and is_reward_model(folder_of(source, downloaded=True)):
+        return f"none: the head of {source.name} is trained already"
+    with loop.context.world.phase("the proof of the start"):
         proof = zero_proof(trainer)
-    told = proof.told() if proof else "none: there is no reference" if kind == "none" else f"none: compared with {kind}"
-    context.observer.say(f"  start      {told}")
-    if proof is not None:
-        loop.progress.extra["zero_proof"] = proof.as_dict()
+    if proof is None:
+        return "none: there is no reference" if kind == "none" else f"none: compared with {kind}"
+    loop.progress.extra["zero_proof"] = proof.as_dict()
+    return proof.told(scores=scores)
 
 
 def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
@@ -95,12 +143,10 @@ def _compute(loop: TrainingLoop, kind: str) -> None:
             model, identity = trainer.model, _identity(loop)
         else:
             if context.world.layout == "fsdp2":
-                raise UserError(f"objective.reference: {kind} is whole on each device; use --launch ddp")
+                raise UserError(f"{REFERENCE}: {kind} is whole on each device; use --launch ddp")
             place = place_of(kind)
-            place.check()
             model = load_model(kind, dtype=hardware.dtype_by_name(dtype), quantize="auto")
             identity = [place.of_base.weights.fingerprint(), place.of_adapter.hash if place.of_adapter else None]
-            _same_tokens(loop, kind, model)
         precompute(trainer, model, [kind == HERE, *identity, *shared], advance=job.advance)
 
 
@@ -116,11 +162,3 @@ def _identity(loop: TrainingLoop) -> list[Any]:
         numerics_hash(context.model.config),
         context.model.config._attn_implementation,
     ]
-
-
-def _same_tokens(loop: TrainingLoop, name: str, model: Any) -> None:
-    """Raises: UserError where a reference has fewer rows than there are tokens."""
-    tokens = len(loop.context.tokenizer)
-    if model.config.vocab_size < tokens:
-        raise UserError(f"objective.reference: {name} has {model.config.vocab_size} rows for {tokens} tokens; name a "
-                        "model with the same tokenizer")  # fmt: skip

@@ -34,10 +34,11 @@ class ZeroProof:
     largest_difference: float  # per token, between policy and reference
     allowed: float
 
-    def told(self) -> str:
-        """In one line."""
+    def told(self, *, scores: bool) -> str:
+        """In one line; `scores`: of a reward model."""
         how = "exactly 0" if self.largest_difference == 0 else f"0 to {self.largest_difference:.1e} per token"
-        return f"loss {self.loss:.6f} as it must be at the start; rewards, margins and KL {how}, {self.answers} answers"
+        what = "rewards and margins" if scores else "rewards, margins and KL"
+        return f"loss {self.loss:.6f} as it must be at the start; {what} {how}, {self.answers} answers"
 
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint and summary.json."""

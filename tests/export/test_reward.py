@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -24,6 +26,7 @@ from gemma_ft.export.export import ExportOptions, export_model
 from gemma_ft.export.merge.certified import merge_model
 from gemma_ft.families.records import FAMILIES
 from gemma_ft.model.reward import GemmaForSequenceClassification
+from gemma_ft.ui.export import export_and_show
 from tests.export.tuned import TINY, save_base
 from tests.parity.amplified import FIRST, SECOND, THIRD, relative
 from tests.reward import SCORE, SETTINGS, save_reward_adapter
@@ -124,6 +127,18 @@ def test_a_merge_in_bf16_keeps_the_head_in_float32_and_is_certified(tmp_path: Pa
     assert adapter is not None
     assert torch.equal(files.tensor("score.weight"), adapter.weights.tensor(SCORE))
     assert {files.info(name).dtype for name in files.names if name != "score.weight"} == {torch.bfloat16}
+
+
+def test_a_dry_run_of_a_merge_on_the_way_out_counts_the_head(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", SECOND, dtype=torch.bfloat16)
+    folder = save_reward_adapter(tmp_path / "adapter", base, precision="bf16")
+    sink = StringIO()
+    options = ExportOptions("hf", tmp_path / "out")
+    export_and_show(str(folder), options, dry_run=True, console=Console(file=sink, width=200))
+    planned = [line.split()[-1] for line in sink.getvalue().splitlines() if line.startswith(" ")]
+    assert not (tmp_path / "out").exists()
+    export_and_show(str(folder), options, dry_run=False, console=Console(file=StringIO(), width=200))
+    assert sorted(planned) == sorted(path.name for path in (tmp_path / "out").iterdir())
 
 
 def test_an_exported_adapter_is_a_reward_models(tmp_path: Path) -> None:

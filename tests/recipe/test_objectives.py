@@ -56,9 +56,9 @@ def test_the_schema_and_the_registry_have_the_same_kinds() -> None:
             "{kind: reward, judge: exact_match}",
             "objective.judge: reward has no such key (dpo, ipo, orpo, simpo, kto have); reward has dropout, centering",
         ),
-        ("grpo", f"objective: kind: expected one of {KNOWN}, got 'grpo'"),
-        ("{kind: 3}", f"objective: kind: expected one of {KNOWN}, got 3"),
-        ("{beta: 1}", f"objective: kind: expected one of {KNOWN}, got nothing"),
+        ("grpo", f"objective.kind: expected one of {KNOWN}, got 'grpo'"),
+        ("{kind: 3}", f"objective.kind: expected one of {KNOWN}, got 3"),
+        ("{beta: 1}", f"objective.kind: expected one of {KNOWN}, got nothing"),
         ("[dpo]", "objective: expected a block of keys, or its kind alone, got a list"),
         ("3", "objective: expected a block of keys, or its kind alone, got 3"),
         ("null", "objective: expected a block of keys, or its kind alone, got nothing"),
@@ -238,6 +238,21 @@ def test_a_key_of_another_kind_on_the_command_line_is_refused(write: Write) -> N
         "command line: objective.colour: unknown key; known here: kind, dropout, judge, reference, beta, "
         "label_smoothing, length_normalized, sft_weight, gamma, desirable_weight, undesirable_weight, centering"
     ]
+
+
+def test_a_kind_that_is_none_is_told_where_it_was_written(write: Write) -> None:
+    assert refusal(write(text(DPO)), "objective.kind=dop") == [
+        f"command line: objective.kind: expected one of {KNOWN}, got 'dop'"
+    ]
+
+
+def test_full_fine_tuning_that_names_an_adapter_to_begin_with_is_told_how(write: Write) -> None:
+    loaded = load_recipe(write(text(DPO)), ["adapter.start=runs/sft", "strategy=full", "objective.reference=auto"])
+    assert loaded.recipe.adapter is None
+    assert (
+        "adapter.start: ignored, strategy full trains all weights of the base as it is; to go on from runs/sft, merge "
+        "it (gemma-ft merge) and set model.weights to the result"
+    ) in loaded.notes
 
 
 def test_a_kind_over_that_of_the_parent(write: Write) -> None:
