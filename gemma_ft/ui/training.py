@@ -69,12 +69,14 @@ def show_summary(console: Console, trained: TrainedRun, report: Path | None) -> 
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for name, label, written in SCORES[trained.rows]:
-        table.add_row(label, written(before.get(name)), written(after.get(name)))
-    table.add_row(LOSS_PER[trained.rows], number(before["loss"]), number(after["loss"]))
+    for name, label, written in (*SCORES[trained.rows], ("loss", LOSS_PER[trained.rows], number)):
+        figures = [score.get(name) for score in (before, after)]
+        if trained.rows == "answers" or figures != [None, None]:
+            table.add_row(label, *map(written, figures))
     if "canary_loss" in summary:
         table.add_row("canary loss", number(summary["canary_base_loss"]), number(summary["canary_loss"]))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     seconds = duration(summary["seconds"], in_seconds=True)
     facts = [
         ("steps", f"{summary['steps']:,}, {summary['tokens']:,} tokens in {seconds}"),

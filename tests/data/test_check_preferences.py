@@ -192,3 +192,17 @@ def test_a_tie_and_an_equal_pair_are_bad_rows_of_the_check_and_of_the_copy(sourc
         "train.jsonl:4: its prompt is held out for evaluation as well",
         "train.jsonl:5: repeats train.jsonl:1",
     ]
+
+
+@pytest.mark.parametrize(("label", "called"), [(True, "good"), (False, "bad")])
+def test_labels_that_are_all_the_same_are_an_error(sources: Sources, label: bool, called: str) -> None:
+    """The objective learns from both, and refuses them."""
+    rows = [judged(f"Which is number {n}?", f"It is {n * n} here", label) for n in range(4)]
+    report = looked(sources(rows, kind="labelled"))
+    (told,) = [one for one in report.as_dict()["findings"] if one["kind"] == "one_label"]
+    assert (told["severity"], told["places"]) == (
+        "error", [{"where": "train.jsonl:1", "detail": f"all 4 are called {called}", "twin": ""}]
+    )  # fmt: skip
+    mixed = [*rows, judged("And who?", "Nobody", not label)]
+    found = looked(sources(mixed, kind="labelled")).as_dict()["findings"]
+    assert "one_label" not in [one["kind"] for one in found]

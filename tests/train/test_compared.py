@@ -143,3 +143,10 @@ def test_a_kto_run_logs_the_margin_of_both_means(prefer: Prefer, train: Train) -
     assert whole_steps
     for line in whole_steps:
         assert line["rewards/margins"] == line["rewards/chosen"] - line["rewards/rejected"]
+
+
+def test_a_run_without_held_out_rows_shows_no_empty_lines(prefer: Prefer, train: Train, tmp_path: Path) -> None:
+    train(prefer("dpo", "eval.canary=null"))
+    text = (tmp_path / "console.txt").read_text(encoding="utf-8")
+    assert "–" not in text
+    assert "What was learned" not in text

@@ -25,6 +25,12 @@ KINDS = (
     Kind("bad_row", "error", "bad rows", f"mend them; {FIX}"),
     Kind("overlap", "error", "held-out rows that are training rows too", f"{FIX} of the training rows"),
     Kind("prompt_overlap", "error", "held-out rows with the prompt of a training row", f"{FIX} of the training rows"),
+    Kind(
+        "one_label",
+        "error",
+        "labels that are all the same",
+        "add rows with the other one, or set objective.kind: sft for good answers alone",
+    ),
     Kind("near_overlap", "warning", "held-out rows nearly the same as a training row", "scores on them are flattered"),
     Kind("duplicate", "warning", "rows that repeat another exactly", FIX),
     Kind("empty", "warning", "rows with an empty question, answer or text", "they are not trained on"),

@@ -61,7 +61,7 @@ class PreferenceLook:
 
     def __init__(self, findings: Findings, places: Places) -> None:
         self.findings, self.places = findings, places
-        self.kind = ""
+        self.kind, self._first = "", ""  # the place of the first training row
         self._tokens: dict[int, array[int]] = {1: array("q"), 0: array("q")}  # of answers by side
         self._characters: dict[int, array[int]] = {1: array("q"), 0: array("q")}
         self._openings = self._margins = 0
@@ -77,6 +77,7 @@ class PreferenceLook:
 
     def row(self, source: RowSource, row: CheckedRow, number: int, where: str) -> bool:
         """One more row, which repeats none; whether its prompts are new."""
+        self._first = self._first or (where if source.side == "train" else "")
         pairs = [item for item in row.items if isinstance(item, Pair)]
         alike = max((likeness(_said(one.chosen), _said(one.rejected)) for one in pairs), default=0.0)
         if alike >= ALIKE:
@@ -94,6 +95,9 @@ class PreferenceLook:
         good, bad = (numpy.array(self._tokens[side], numpy.int64) for side in (1, 0))
         if not len(good) + len(bad):
             return None
+        if self.kind == "labelled" and not (len(good) and len(bad)):
+            label = "good" if len(good) else "bad"
+            self.findings.add("one_label", self._first, f"all {len(good) + len(bad):,} are called {label}")
         medians = {
             f"{name}_{unit}": float(numpy.median(held[side])) if held[side] else 0.0
             for unit, held in (("tokens", self._tokens), ("characters", self._characters))
