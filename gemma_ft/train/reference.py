@@ -20,8 +20,7 @@ from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.train.objectives.answers import summed_logprobs
 from gemma_ft.train.sampler import Batch
 
-# the rest of a batch is the objective's
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels", *DISTINCT)
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids", "labels")  # the rest is the objective's
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def answer_logprobs(model: Any, inputs: Batch) -> Tensor:
 
 def known_to_model(inputs: Batch) -> Batch:
     """What of a batch the model is given."""
-    return {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+    told = [name for name in DISTINCT if name in inputs]
+    return {name: inputs[name] for name in (*MODEL_INPUTS, *told)}
 
 
 def unwrapped(model: Any) -> Any:
