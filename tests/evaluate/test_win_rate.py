@@ -60,7 +60,7 @@ def test_it_is_the_regression_that_it_says() -> None:
     longer = generator.normal(8, 10, 20_000)
     share = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(longer / longer.std()))))
     won = np.where(generator.random(20_000) < share, 1.0, -1.0)
-    found = win_rate(np.zeros(20_000), won, np.stack((np.full(20_000, 100.0), 100 + longer), axis=1).tolist())
+    found = win_rate([0.0] * 20_000, won.tolist(), np.stack((np.full(20_000, 100.0), 100 + longer), axis=1).tolist())
     assert found["length_controlled"] == pytest.approx(1 / (1 + np.exp(-0.4)), abs=0.015)
     assert found["value"] > found["length_controlled"] + 0.05
 
@@ -74,7 +74,7 @@ def test_any_rows_give_a_share() -> None:
             count = int(generator.integers(1, 30))
             longer = generator.integers(-50, 50, count) * 10 ** int(generator.integers(0, 4))
             after = np.sign(longer - generator.integers(-5, 5)).astype(float)
-            found = win_rate(np.zeros(count), after, [(10_000_000, 10_000_000 + int(more)) for more in longer])
+            found = win_rate([0.0] * count, after.tolist(), [(10_000_000, 10_000_000 + int(more)) for more in longer])
             assert 0 <= found["length_controlled"] <= 1
             assert found["rows"] == count
         one = win_rate([0.0], [1.0], [(3, 7)])
