@@ -7,6 +7,7 @@ Letters: A answers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -118,7 +119,8 @@ def _write(path: Path, values: Any) -> None:
         draft.write_bytes(raw + hashlib.sha256(raw).digest())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where its folder is none it is not there either
+            draft.unlink(missing_ok=True)
         why = "no space left" if is_disk_full(error) else error.strerror or str(error)
         raise DiskError(f"{path.parent}: log-probabilities of the reference cannot be kept: {why}; free some, or set "
                         "GEMMA_FT_CACHE to another folder") from error  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gemma_ft.build.pretrained import load_tokenizer
-from gemma_ft.errors import UserError
+from gemma_ft.errors import DiskError, UserError
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.reward import GemmaForSequenceClassification
 from gemma_ft.recipe.load import LoadedRecipe
@@ -150,3 +150,20 @@ def test_a_run_without_held_out_rows_shows_no_empty_lines(prefer: Prefer, train:
     text = (tmp_path / "console.txt").read_text(encoding="utf-8")
     assert "–" not in text
     assert "What was learned" not in text
+
+
+def test_log_probabilities_that_cannot_be_kept_are_told(
+    prefer: Prefer, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "reference").write_text("a file where a folder is wanted")
+    monkeypatch.setenv("GEMMA_FT_CACHE", str(cache))
+    with pytest.raises(DiskError) as refused:
+        train(prefer("dpo", "objective.reference=precomputed"))
+    folder, _, rest = str(refused.value).partition(": ")
+    assert Path(folder).parent == cache / "reference"
+    assert rest == (
+        "log-probabilities of the reference cannot be kept: Not a directory; free some, or set GEMMA_FT_CACHE to "
+        "another folder"
+    )
