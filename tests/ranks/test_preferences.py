@@ -39,7 +39,7 @@ def test_two_ranks_are_one(train: Train, tmp_path: Path, monkeypatch: pytest.Mon
     one = train("one", *settings)
     monkeypatch.setenv("GEMMA_FT_CACHE", str(tmp_path / "two-cache"))
     two = train("two", *settings, ranks=2, layout=layout)
-    named = {"rewards/margins": 1e-6, "rewards/chosen": 1e-6, "logps/chosen": 1e-3, "kl": 1e-5, "lengths/chosen": 1e-9}
+    named = {"rewards/margins": 5e-6, "rewards/chosen": 5e-6, "logps/chosen": 1e-3, "kl": 5e-5, "lengths/chosen": 1e-9}
     for mine, theirs in zip(lines(one), lines(two), strict=True):
         assert (mine["step"], mine["tokens"]) == (theirs["step"], theirs["tokens"])
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=RELATIVE, abs=WITHIN)
