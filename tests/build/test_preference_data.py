@@ -138,11 +138,11 @@ def test_encoded_pairs_are_found_again(
 def test_bad_pairs_are_skipped_as_pairs(build: Build) -> None:
     write("a.jsonl", 2000, bad=(5,))
     data = build("data.train=a.jsonl", "data.on_bad_row=skip")
-    assert list(data.skipped) == [("a.jsonl:6", "'rejected' is empty; a pair needs two answers")]
+    assert list(data.skipped) == [("a.jsonl:6", "'rejected' is empty")]
     assert len(data.train.examples) == 1999
     with pytest.raises(DataError) as caught:
         build("data.train=a.jsonl")
-    assert str(caught.value) == "a.jsonl:6: 'rejected' is empty; a pair needs two answers"
+    assert str(caught.value) == "a.jsonl:6: 'rejected' is empty"
 
 
 def test_packed_or_not_the_answers_are_the_same(build: Build) -> None:
