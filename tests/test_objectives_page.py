@@ -99,7 +99,7 @@ def test_the_table_has_the_rows_and_defaults_of_each_kind() -> None:
 
 def test_the_lines_of_a_run_are_those_that_it_prints(tmp_path: Path) -> None:
     proof = ZeroProof(loss=math.log(2), expected=math.log(2), answers=16, largest_difference=0.0, allowed=0.0)
-    assert f"\n  start      {proof.told()}\n" in PAGE
+    assert f"\n  start      {proof.told(scores=False)}\n" in PAGE
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
     encoder: Any = None

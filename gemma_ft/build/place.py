@@ -31,7 +31,7 @@ from gemma_ft.build.weights import WeightFiles
 from gemma_ft.data.encode.tokenizer_files import brings_tokenizer
 from gemma_ft.errors import UserError
 from gemma_ft.model.config import config_in, numerics_hash
-from gemma_ft.model.config_file import is_reward_model
+from gemma_ft.model.config_file import names_reward_model
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.reward import GemmaForSequenceClassification
 from gemma_ft.recipe.load import load_recipe
@@ -78,7 +78,7 @@ class BaseFiles:
     @cached_property
     def reward(self) -> bool:
         """Whether it is a reward model."""
-        return is_reward_model(self.folder)
+        return names_reward_model(self.config.architectures)
 
     def unlike(self, contract: Contract | None) -> str | None:
         """The fingerprint of this base where it is not the one that `contract` names; None where it is, or where no

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,8 +76,7 @@ def generate(
     The text alone goes to stdout. A file gets one line for each row: its fields, output, finish (stop or length) and
     index; FILE.settings.json beside it keeps how it was made, so that the same command goes on where one stopped.
     """
-    for_rows: dict[str, object] = dict(zip(OF_ROWS, (output, format, column, overwrite, batch_size), strict=True))
-    _check_mode(prompt, input, [name for name, value in for_rows.items() if value])
+    _check_mode(prompt, input, zip(OF_ROWS, (output, format, column, overwrite, batch_size), strict=True))
     options.check_texts(system, stop)
     check_model(model, adapter, answers=True)
     if raw and system:
@@ -98,15 +97,17 @@ def generate(
     opened = partial(options.open_model, model, adapter, dtype, quantize)
     with options.memory_advice(LESS_MEMORY):
         if prompt is not None:
-            _answer_one(opened(), _prompt_text(prompt, raw), batch)
+            text = _prompt_text(prompt, raw)
+            _answer_one(opened(), text, batch)
             return 0
         work = _work(str(input), Path(str(output)), batch, model, adapter, dtype, quantize)
         _answer_file(partial(opened, max_batch=batch_size or ROWS_AT_ONCE), work, overwrite)
     return 0
 
 
-def _check_mode(prompt: str | None, rows: str | None, for_rows: Sequence[str]) -> None:
+def _check_mode(prompt: str | None, rows: str | None, options_of_rows: Iterable[tuple[str, object]]) -> None:
     """Raises UserError unless the options ask for one prompt, or for a file with its output."""
+    for_rows = [name for name, value in options_of_rows if value]
     if prompt is None and rows is None:
         raise UserError("nothing to answer: give --prompt TEXT, or --input ROWS with --output FILE")
     if prompt is not None and rows is not None:
