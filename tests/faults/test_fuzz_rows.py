@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ft.build.pretrained import load_tokenizer
+from gemma_ft.data.conversation import texts_of
 from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared, prepare
 from gemma_ft.data.read.parse_rows import parse_rows
@@ -99,7 +100,8 @@ def test_spoiled_rows(tmp_path: Path, figure: Figure) -> None:
 
             def attempt() -> None:
                 items = parse_rows(read_rows(str(path)), columns=columns)
-                assert "None" not in repr(items) or b"None" in data or b"N\\u" in data, "a null became text"
+                said = [text for item in items for text in texts_of(item)]
+                assert "None" not in repr(said) or b"None" in data or b"N\\u" in data, "a null became text"
                 check_prepared(prepare(items, encoder, max_seq_len=64, packing=chance.random() < 0.5), encoder)
 
             return attempt, data
