@@ -232,6 +232,15 @@ def test_the_content_of_a_pair_and_of_its_labelled_halves_is_the_prompt(encoder:
 # What a run is known by
 
 
+def test_the_prompt_of_labelled_halves_of_several_turns_is_that_of_their_pair(encoder: ChatEncoder) -> None:
+    """So that both halves fall on one side of a split, though they go on in different ways."""
+    asked = (Turn("user", "Hi"), Turn("assistant", "Hello", train=False), Turn("user", "And?"))
+    ways = [(Turn("assistant", a), Turn("user", b), Turn("assistant", c)) for a, b, c in ("abc", "xyz")]
+    pair = Pair("a:1", asked, *ways)
+    halves = [replace(half, label=label) for half, label in zip(pair.halves, (True, False), strict=True)]
+    assert {encoder.content_hash(half) for half in halves} == {encoder.content_hash(pair)}
+
+
 def test_a_fingerprint_tells_sides_margins_and_weights(encoder: ChatEncoder) -> None:
     def of(*rows: Item | Pair, limit: int = 64) -> str:
         return compared(rows, encoder, limit).examples.fingerprint()

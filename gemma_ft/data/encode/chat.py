@@ -114,7 +114,9 @@ class ChatEncoder:
         if isinstance(item, PlainText):
             said: Any = item.text
         else:
-            turns = item.prompt if isinstance(item, Pair) else item.turns if item.label is None else item.turns[:-1]
+            turns = item.prompt if isinstance(item, Pair) else item.turns
+            if isinstance(item, Conversation) and item.label is not None:  # the answer that is judged may have turns
+                turns = turns[: next(at for at, one in enumerate(turns) if one.role == "assistant" and one.train)]
             said = [[turn.role, turn.content] for turn in self.fold(turns, item.where)]
         return hashlib.sha256(json.dumps(said).encode()).digest()
 
