@@ -17,7 +17,7 @@ from gemma_ft.evaluate.statistics import wilson
 from gemma_ft.train.kl_baseline import HELD_OUT, kl_baseline
 from gemma_ft.train.micro_batch import Autocast, means_of, prepared, summed
 from gemma_ft.train.objectives.registry import Figures, Objective
-from gemma_ft.train.reference import Reference, known_to_model
+from gemma_ft.train.reference import Reference, known_to_model, token_logprobs
 from gemma_ft.train.sampler import Batch
 
 ACCURACY = "rewards/accuracies"
@@ -119,11 +119,4 @@ def given_to_objective(model: Any, inputs: Batch, objective: Objective) -> Tenso
     if objective.scores:
         rewards: Tensor = model(**known_to_model(inputs), answer_ids=inputs["answer_ids"], use_cache=False).rewards
         return rewards.double()
-    found: list[Tensor] = []
-
-    def keep(logprobs: Tensor) -> Tensor:
-        found.append(logprobs)
-        return torch.zeros_like(logprobs)
-
-    model(**{**known_to_model(inputs), "loss_weights": keep}, use_cache=False, skip_logits=True)
-    return found[0]
+    return token_logprobs(model, inputs)

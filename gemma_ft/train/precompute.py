@@ -55,8 +55,9 @@ def precompute(trainer: Any, model: Any, identity: Sequence[Any], *, advance: Fi
     windows = {step: [data.train[row] for row in order.rows_of_step(step)] for step in range(total)}
     if data.held_out is not None:
         windows[HELD_OUT] = data.held_out[:]
+    trained = data.train.fingerprint()
     for step, rows in windows.items():
-        key = [*identity, "mismatched", step, seed, plan.global_batch_size, data.train.fingerprint()]
+        key = [*identity, "mismatched", step, seed, plan.global_batch_size, trained]
         key += [data.held_out.fingerprint()] if step == HELD_OUT else []
         asked = mismatched(rows)
         trainer.reference.mismatched[step] = _kept(trainer, key, lambda asked=asked, step=step: _values(  # type: ignore[misc]

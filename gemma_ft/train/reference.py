@@ -52,10 +52,16 @@ def answer_logprobs(model: Any, inputs: Batch) -> Tensor:
     """Summed log-probabilities of the answers of a batch [A], in float64, by the passes that training makes, in its
     mode: for equal weights they are those of the policy to the bit.
     """
+    return summed_logprobs(token_logprobs(model, inputs), inputs)
+
+
+@torch.no_grad()
+def token_logprobs(model: Any, inputs: Batch) -> Tensor:
+    """log p of each label given the tokens before it, [B, T], of a model in its mode."""
     found: list[Tensor] = []
 
     def keep(logprobs: Tensor) -> Tensor:
-        found.append(summed_logprobs(logprobs, inputs))
+        found.append(logprobs)
         return torch.zeros_like(logprobs)
 
     model(**{**known_to_model(inputs), "loss_weights": keep}, use_cache=False, skip_logits=True)
