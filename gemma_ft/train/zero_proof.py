@@ -108,7 +108,8 @@ def _spread(trainer: Any, rows: list[int], given: Tensor, inputs: Batch) -> floa
     composition of a batch alone does to them, in the model's dtype.
     """
     together, lengths, at, most = summed_logprobs(given, inputs), answer_lengths(inputs), 0, 0.0
-    for row in rows:
+    blank = len(trainer.data.train)  # ranks that compute one model together make as many passes each
+    for row in [*rows, *[blank] * (trainer.batch.micro_batch_size - len(rows))]:
         batch = collated(trainer.data.train, [row], trainer.data.collate, trainer.processing_class.pad_token_id)
         alone = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
         with trainer.autocast_context():
