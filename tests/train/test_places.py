@@ -288,7 +288,9 @@ def test_another_window_is_another_base(run: Path, small_gemma: Path, tmp_path: 
         "(gemma_ft.json); restore it"
     )
     (other / "config.json").write_text(json.dumps({**config, "sliding_window": 0}))
-    assert refused(other) == "config.json: sliding_window 0 is no number of tokens; Gemma 2 has 4096"
+    assert refused(other) == (
+        f"{other}/config.json: cannot be read as a Gemma's: sliding_window 0 is no number of tokens; Gemma 2 has 4096"
+    )
 
 
 def test_a_model_folder_holds_no_adapter_of_its_own(run: Path, small_gemma: Path, tmp_path: Path) -> None:
