@@ -32,7 +32,7 @@ SHOWN = 3
 KEPT = ("steps", "tokens", "seconds", "peak_bytes", "train_loss", "eval_before", "eval_after")
 # the answers are counted here, once; a run without its own is what is timed
 QUIET = ("eval.generate_rows=0", "eval.samples=0", "eval.canary=null")
-SFT_STEPS, DPO_STEPS, PAIRS = 75, 16, 16  # of the 270M: steps of two sequences of 512 tokens; steps of so many pairs
+SFT_STEPS, DPO_STEPS, PAIRS = 150, 16, 16  # of the 270M: steps of two sequences of 512 tokens; steps of so many pairs
 REAL_DPO = ("data.max_seq_len=512", f"train.global_batch_size={PAIRS}", "train.micro_batch_size=2",
             "train.learning_rate=2.0e-4", "eval.every_steps=null", "checkpoint.every_steps=null")  # fmt: skip
 
