@@ -34,7 +34,7 @@ KEPT = ("steps", "tokens", "seconds", "peak_bytes", "train_loss", "eval_before",
 QUIET = ("eval.generate_rows=0", "eval.samples=0", "eval.canary=null")
 SFT_STEPS, DPO_STEPS, PAIRS = 150, 16, 16  # of the 270M: steps of two sequences of 512 tokens; steps of so many pairs
 REAL_DPO = ("data.max_seq_len=512", f"train.global_batch_size={PAIRS}", "train.micro_batch_size=2",
-            "train.learning_rate=2.0e-4", "eval.every_steps=null", "checkpoint.every_steps=null")  # fmt: skip
+            "eval.every_steps=null", "checkpoint.every_steps=null")  # fmt: skip
 
 
 def gemma_ft(*arguments: str | Path) -> None:
