@@ -151,11 +151,11 @@ class _Kernels:
 
     def rows(
         self, logits: Tensor, targets: Tensor, weights: Tensor | None, losses: Tensor, correct: Tensor,
-        cap: float | None, *, with_grad: bool,
+        entropies: Tensor, cap: float | None, *, with_grad: bool,
     ) -> None:  # fmt: skip
         with self.count.instead("triton.cross_entropy"):
             found = cross_entropy.fused_cross_entropy_reference(logits, targets, weights, cap, with_grad=with_grad)
-            for one, value in zip((losses, correct, logits), found, strict=True):
+            for one, value in zip((losses, correct, entropies, logits), found, strict=True):
                 if value is not None:
                     one.copy_(value)
 

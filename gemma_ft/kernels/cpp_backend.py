@@ -36,7 +36,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "geglu_backward": (P, P, P, P, P, I64),
     "attend": (P, P, P, I64, I64, I64, I64, F32, F32),
     "attend_backward": (P, P, P, P, I64, I64, I64, I64, F32, F32),
-    "fused_cross_entropy": (P, P, P, P, P, I64, I64, F32, INT),
+    "fused_cross_entropy": (P, P, P, P, P, P, I64, I64, F32, INT),
     "nf4": (P, P, P, P, P, F32, P, P, I64, I64, I64),
     "gemv": (P, P, P, I64, I64, I64),
     "gemv_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),

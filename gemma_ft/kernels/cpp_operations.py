@@ -51,16 +51,16 @@ def geglu_backward(upstream: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor
 
 
 def fused_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, losses: Tensor, correct: Tensor, cap: float | None,
-    *, with_grad: bool,
+    logits: Tensor, targets: Tensor, weights: Tensor | None, losses: Tensor, correct: Tensor, entropies: Tensor,
+    cap: float | None, *, with_grad: bool,
 ) -> None:  # fmt: skip
-    """Logits [M, V], int64 targets [M], float32 weights [M] -> losses [M] in float32, hits [M], and the gradient in the
-    logits' place. Raises: IndexError for a target that is no token.
+    """Logits [M, V], int64 targets [M], float32 weights [M] -> losses and entropies [M] in float32, hits [M], and
+    the gradient in the logits' place. Raises: IndexError for a target that is no token.
     """
     if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
         raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
     sizes = (*logits.shape, cap or 0.0, int(with_grad))
-    cpp_backend.call("fused_cross_entropy", logits, targets, weights, losses, correct, *sizes, of=logits.dtype)
+    cpp_backend.call("fused_cross_entropy", logits, targets, weights, losses, correct, entropies, *sizes, of=logits.dtype)
 
 
 def block_weights(block: Block, raw: Tensor) -> tuple[Tensor, Tensor]:

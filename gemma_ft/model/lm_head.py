@@ -33,12 +33,13 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What the fused head gives: four scalars on the hidden states' device."""
+    """What the fused head gives: five scalars on the hidden states' device."""
 
     loss_sum: Tensor  # weighted cross-entropy summed over labelled tokens, float32 or wider, differentiable
     weight_sum: Tensor  # weights of labelled tokens, summed, in loss_sum's dtype: `token_count` where none is given
     token_count: Tensor  # labelled tokens, int64
     correct_count: Tensor  # labelled tokens whose most likely prediction is the label, int64
+    entropy_sum: Tensor  # nats: of what is predicted for labelled tokens, summed, in loss_sum's dtype, not weighted
 
 
 def fused_head_loss(
@@ -72,11 +73,11 @@ def fused_head_loss(
         each = _weights_of(labels, loss_weights(_in_place(labels, scored.losses)))
         if not trained:
             loss_sum = _WeightedLoss.apply(rows, scored.losses, scored.gradients, each, chunk_rows)
-            return _head_loss(loss_sum, scored.correct, targets, each)
+            return _head_loss(loss_sum, scored.correct, scored.entropy, targets, each)
     else:
         each = _weights_of(labels, loss_weights)
-    loss_sum, correct = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
-    return _head_loss(loss_sum, correct, targets, each)
+    loss_sum, correct, entropy = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
+    return _head_loss(loss_sum, correct, entropy, targets, each)
 
 
 @torch.no_grad()
@@ -131,23 +132,25 @@ def layered_head_loss(
         loss_weights = loss_weights(layered_token_logprobs(logits, hidden, labels, words=words, chunk_rows=chunk_rows))
     (rows, targets), each = _labelled(hidden, labels), _weights_of(labels, loss_weights)
 
-    def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found, target = logits(rows), targets[start : start + chunk_rows]
         losses = cross_entropy(found, target, reduction="none")
         if each is not None:
             losses = losses * each[start : start + chunk_rows].to(losses.dtype)
-        return losses.sum(), (found.detach().argmax(-1) == target).sum()
+        likely = found.detach().log_softmax(-1)
+        return losses.sum(), (likely.argmax(-1) == target).sum(), -(likely.exp() * likely).sum()
 
     sums = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    entropy = torch.zeros_like(sums)
     correct = torch.zeros((), dtype=torch.int64, device=rows.device)
     for start in range(0, max(len(rows), 1), chunk_rows):  # without a label too: a loss of 0 that has a gradient
         some = rows[start : start + chunk_rows]
         if torch.is_grad_enabled():
-            loss, hits = checkpoint(part, start, some, use_reentrant=False)
+            loss, hits, spread = checkpoint(part, start, some, use_reentrant=False)
         else:
-            loss, hits = part(start, some)
-        sums, correct = sums + loss, correct + hits
-    return _head_loss(sums, correct, targets, each)
+            loss, hits, spread = part(start, some)
+        sums, correct, entropy = sums + loss, correct + hits, entropy + spread
+    return _head_loss(sums, correct, entropy, targets, each)
 
 
 def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +178,7 @@ class _Scored:
 
     losses: Tensor  # -log p of each label [M], float32 or wider
     correct: Tensor  # rows whose most likely token is the label, int64
+    entropy: Tensor  # of all rows, summed, as the losses
     gradients: Tensor | None  # of each row's own loss by the row, [M, D] in the rows' dtype; None where nobody asks
 
 
@@ -192,15 +196,17 @@ def _scored(
     head, more = weight.to(rows.dtype), None if added is None else added.to(rows.dtype)
     losses = torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
     correct = torch.zeros((), dtype=torch.int64, device=rows.device)
+    entropy = torch.zeros((), dtype=losses.dtype, device=rows.device)
     gradients = torch.empty_like(rows) if with_grad else None
     for start in range(0, len(rows), chunk_rows):
         chunk = slice(start, start + chunk_rows)
         raw = _raw_logits(rows[chunk], head, more)
-        losses[chunk], hits, grad = fused_cross_entropy(raw, targets[chunk], None, softcap, with_grad=with_grad)
+        losses[chunk], hits, spread, grad = fused_cross_entropy(raw, targets[chunk], None, softcap, with_grad=with_grad)
         correct += hits.sum()
+        entropy += spread.sum()
         if gradients is not None and grad is not None:
             _write_row_gradients(gradients[chunk], grad.to(rows.dtype), head, more)
-    return _Scored(losses, correct, gradients)
+    return _Scored(losses, correct, entropy, gradients)
 
 
 def _write_row_gradients(into: Tensor, grad: Tensor, head: Tensor, added: Tensor | None) -> None:
@@ -229,9 +235,9 @@ def _add_wide(total: Tensor, narrow: Tensor) -> None:
         into += piece
 
 
-def _head_loss(loss_sum: Tensor, correct: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
+def _head_loss(loss_sum: Tensor, correct: Tensor, entropy: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
     count = torch.full((), len(targets), device=targets.device)
-    return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct)
+    return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct, entropy)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -259,7 +265,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 class _FusedHeadLoss(torch.autograd.Function):
     """(rows [M, D], weight [V, D], added [A, D] or None, targets [M], loss weights [M] or None) -> (loss sum, correct
-    count); gradients are ready when forward returns.
+    count, entropy sum); gradients are ready when forward returns.
     """
 
     @staticmethod
@@ -272,7 +278,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         loss_weights: Tensor | None,
         softcap: float | None,
         chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(rows.dtype, torch.float32)
         head = weight.to(rows.dtype)
         more = None if added is None else added.to(rows.dtype)
@@ -282,15 +288,17 @@ class _FusedHeadLoss(torch.autograd.Function):
         grad_added = torch.zeros_like(added, dtype=wide) if added is not None and ctx.needs_input_grad[2] else None
         with_grad = any(one is not None for one in (grad_rows, grad_weight, grad_added))
         loss_sum = torch.zeros((), dtype=wide, device=rows.device)
+        entropy = torch.zeros_like(loss_sum)
         correct = torch.zeros((), dtype=torch.int64, device=rows.device)
         for start in range(0, rows.shape[0], chunk_rows):
             part, target = rows[start : start + chunk_rows], targets[start : start + chunk_rows]
             raw = _raw_logits(part, head, more)
             each = None if loss_weights is None else loss_weights[start : start + chunk_rows]
-            losses, hits, grad = fused_cross_entropy(raw, target, each, softcap, with_grad=with_grad)
+            losses, hits, spread, grad = fused_cross_entropy(raw, target, each, softcap, with_grad=with_grad)
             del raw  # and grad below: bound still, they would live beside the next chunk's logits
             loss_sum += (losses if each is None else losses * each.to(losses.dtype)).sum()
             correct += hits.sum()
+            entropy += spread.sum()
             if grad is None:
                 continue
             grad = grad.to(rows.dtype)  # autocast may have made narrower logits
@@ -303,12 +311,12 @@ class _FusedHeadLoss(torch.autograd.Function):
             del grad
         ctx.save_for_backward(grad_rows, grad_weight, grad_added)
         ctx.dtypes = rows.dtype, weight.dtype, None if added is None else added.dtype
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
+        ctx.mark_non_differentiable(correct, entropy)
+        return loss_sum, correct, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             None if grad is None else (grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -16,7 +16,8 @@ from gemma_ft.train.progress import Listener
 from gemma_ft.train.run_context import TrainingLoop
 
 ROWS_NAMED = 4
-BESIDE = (("rewards/margins", "rewards/accuracies"), ("rewards/chosen", "rewards/rejected"))
+BESIDE = (("rewards/margins", "rewards/accuracies"), ("rewards/chosen", "rewards/rejected", "rewards/margins"))
+ALSO = ("kl", "entropy")
 SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
@@ -55,8 +56,11 @@ def _show(loop: TrainingLoop, figures: dict[str, Any]) -> None:
 
 
 def _shown_beside(figures: dict[str, Any]) -> Sequence[str]:
-    """Which figures of an objective stand beside the loss: margin and accuracy of pairs, else both rewards."""
-    return next((names for names in BESIDE if all(name in figures for name in names)), ())
+    """Which figures of preferences stand beside the loss: margin and accuracy of pairs, else both rewards and what
+    lies between them; then how far the policy has moved, and how sure it is.
+    """
+    found = next((names for names in BESIDE if all(name in figures for name in names)), ())
+    return (*found, *(name for name in ALSO if name in figures)) if found else ()
 
 
 def _tell_falling(loop: TrainingLoop, figures: dict[str, Any]) -> None:

@@ -23,11 +23,13 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 @dataclass
 class MicroBatch:
     """What a micro-batch came to: a loss to call backward on, the value of the objective for the log, both over the
-    step's divisors, and the sums of its figures.
+    step's divisors; float64 [2]: the entropy of what is predicted for labelled tokens, summed, and how many there are
+    (zeros where no token is predicted); and the sums of its figures.
     """
 
     loss: Tensor
     value: Tensor
+    entropy: Tensor
     figures: Figures = field(default_factory=dict)
 
 
@@ -68,7 +70,8 @@ def micro_batch_loss(model: Any, inputs: Batch, objective: Objective, divisors: 
     # num_items_in_batch: what GemmaForCausalLM._loss divides by, under transformers' name
     outputs = model(**{**known_to_model(inputs), "loss_weights": given}, use_cache=False, num_items_in_batch=after)
     value = values[0] if objective.needs_logprobs else outputs.loss
-    return MicroBatch(outputs.loss, value.detach(), figures[0])
+    entropy = torch.stack((outputs.entropy_sum.double(), outputs.token_count.double()))
+    return MicroBatch(outputs.loss, value.detach(), entropy, figures[0])
 
 
 def _of_rewards(model: Any, inputs: Batch, objective: Objective, divisors: Tensor) -> MicroBatch:
@@ -76,7 +79,8 @@ def _of_rewards(model: Any, inputs: Batch, objective: Objective, divisors: Tenso
     rewards = model(**known_to_model(inputs), answer_ids=inputs["answer_ids"], use_cache=False).rewards
     with torch.autocast(rewards.device.type, enabled=False):
         value = divided(objective(rewards.double(), inputs), divisors)
-    return MicroBatch(value, value.detach(), objective.figures(rewards.detach(), inputs))
+    nothing = torch.zeros(2, dtype=torch.float64, device=value.device)
+    return MicroBatch(value, value.detach(), nothing, objective.figures(rewards.detach(), inputs))
 
 
 def token_weights(objective: Objective, logprobs: Tensor, inputs: Batch, divisors: Tensor) -> tuple[Tensor, Tensor]:

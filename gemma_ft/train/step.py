@@ -97,15 +97,16 @@ def _accumulate_gradients(parts: StepParts, batches: Sequence[Batch], divisors: 
     a resume, and on any number of ranks.
     """
     loss, tokens = torch.zeros((), device=parts.device), torch.zeros((), device=parts.device, dtype=torch.int64)
-    figures: list[Figures] = []
+    entropy, figures = torch.zeros(2, device=parts.device, dtype=torch.float64), list[Figures]()
     for number, batch in enumerate(batches):
         torch.manual_seed(_mixed(parts.seed, parts.step, number * parts.world.size + parts.world.rank))
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else gradients_deferred(parts.model):
             found, count = forward_backward(parts, batch, divisors)
-        loss, tokens = loss + found.value, tokens + count
+        loss, tokens, entropy = loss + found.value, tokens + count, entropy + found.entropy
         figures.append(found.figures)
-    return float(loss), float(tokens), summed(figures)
+    own = {} if parts.objective.scores else {"entropy": tuple(entropy.tolist())}
+    return float(loss), float(tokens), {**summed(figures), **own}
 
 
 def forward_backward(parts: StepParts, batch: Batch, divisors: Tensor) -> tuple[MicroBatch, Tensor]:

@@ -18,7 +18,7 @@ _GOOD, _BAD = ("rewards/chosen", "reward, good answers", number), ("rewards/reje
 SCORES: Mapping[RowKind, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {  # names in a summary, and as written
     "answers": (("exact_match", "exact match", percent),),
     "pairs": (_ACCURACY, _MARGIN),
-    "labelled": (_GOOD, _BAD),
+    "labelled": (_GOOD, _BAD, _MARGIN),
 }
 
 

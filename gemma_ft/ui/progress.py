@@ -37,6 +37,8 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     "rewards/accuracies": lambda value: f"accuracy {percent(value)}",
     "rewards/chosen": lambda value: f"good {number(value, 3)}",
     "rewards/rejected": lambda value: f"bad {number(value, 3)}",
+    "kl": lambda value: f"kl {number(value, 3)}",
+    "entropy": lambda value: f"entropy {number(value, 3)}",
     "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
     "peak_bytes": byte_size,
 }

@@ -200,8 +200,8 @@ def asked_eagerly(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def headed(op: Callable[..., Any]) -> Callable[[Tensor], list[Tensor]]:
     def run(logits: Tensor) -> list[Tensor]:
         targets = torch.arange(9, device=logits.device) * 111
-        losses, _, grad = op(logits.detach().clone(), targets, None, 30.0, with_grad=True)
-        return [losses, grad]
+        found = op(logits.detach().clone(), targets, None, 30.0, with_grad=True)
+        return [found.losses, found.entropies, found.gradient]
 
     return run
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from gemma_ft.kernels.backend import OPERATIONS
 from gemma_ft.kernels.cross_entropy import fused_cross_entropy, fused_cross_entropy_reference
@@ -16,6 +17,7 @@ from gemma_ft.kernels.geglu import geglu, geglu_reference
 from gemma_ft.kernels.rms_norm import rms_norm, rms_norm_reference
 from gemma_ft.kernels.rotary import rotate, rotate_reference
 from gemma_ft.kernels.triton.triton_backend import load
+from gemma_ft.model.lm_head import softcapped
 from tests.kernels.forced import force
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -139,21 +141,24 @@ def test_the_head_is_the_reference(dtype: torch.dtype, cap: float | None, with_w
     truth = fused_cross_entropy_reference(logits.double(), targets, weights, cap, with_grad=True)
     weights = None if weights is None else weights.to(device)
     options = (targets.to(device), weights, cap)
-    losses, correct, grad = fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=True)
-    assert error(losses.cpu().double(), truth[0]) < 1e-6
-    assert correct.tolist() == truth[1].tolist() == [at in (3, 4) for at in range(9)]
-    assert grad is not None
-    assert truth[2] is not None
-    assert grad.dtype == dtype
-    assert error(grad.cpu().double(), truth[2]) < {torch.float32: 5e-6, torch.bfloat16: 4e-3}[dtype]
-    assert fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=False)[2] is None
+    found = fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=True)
+    assert error(found.losses.cpu().double(), truth.losses) < 1e-6
+    assert found.correct.tolist() == truth.correct.tolist() == [at in (3, 4) for at in range(9)]
+    predicted = Categorical(logits=softcapped(logits.double(), cap))
+    assert error(truth.entropies, predicted.entropy()) < 1e-12
+    assert error(found.entropies.cpu().double(), truth.entropies) < 2e-6
+    assert found.gradient is not None
+    assert truth.gradient is not None
+    assert found.gradient.dtype == dtype
+    assert error(found.gradient.cpu().double(), truth.gradient) < {torch.float32: 5e-6, torch.bfloat16: 4e-3}[dtype]
+    assert fused_cross_entropy(logits.to(device, copy=True), *options, with_grad=False).gradient is None
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_what_is_no_number_is_seen_in_the_loss(cap: float | None, device: str) -> None:
     logits = drawn(2, 50).float().to(device)
     logits[1, 20] = float("nan")
-    losses, _, _ = fused_cross_entropy(logits.clone(), torch.tensor([3, 4], device=device), None, cap, with_grad=True)
+    losses = fused_cross_entropy(logits.clone(), torch.tensor([3, 4], device=device), None, cap, with_grad=True).losses
     assert losses.isfinite().tolist() == [True, False]
     assert not rms_norm(logits, torch.zeros(50, device=device), 1e-6)[1].isfinite().any()
     assert not geglu(logits, logits)[1, 20].isfinite()
@@ -166,5 +171,5 @@ def test_a_label_that_is_none_is_seen_in_the_loss(device: str, request: pytest.F
         with pytest.raises(IndexError):
             fused_cross_entropy(logits, targets, None, 30.0, with_grad=True)
     else:
-        losses, _, _ = fused_cross_entropy(logits, targets, None, 30.0, with_grad=True)
+        losses = fused_cross_entropy(logits, targets, None, 30.0, with_grad=True).losses
         assert losses.isfinite().tolist() == [True, False]

@@ -69,6 +69,7 @@ def test_one_pass_gives_what_two_give(
     assert torch.equal(found.loss_sum, wanted.loss_sum)
     assert torch.equal(found.weight_sum, wanted.weight_sum)
     assert (found.token_count, found.correct_count) == (wanted.token_count, wanted.correct_count)
+    assert torch.equal(found.entropy_sum, wanted.entropy_sum)
     (one,), (other,) = gradients(found, hidden), gradients(wanted, hidden)
     assert (one - other).abs().max() <= NEAR[dtype] * other.abs().max()
     assert other[:2].any()

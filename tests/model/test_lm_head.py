@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,10 +127,12 @@ def test_counts_are_of_labelled_tokens() -> None:
     hidden, weight, labels = inputs()
     labels[:, 1] = softcapped(hidden[:, 0] @ weight.T, 30.0).argmax(dim=-1)  # two right answers at least
     found = fused_head_loss(hidden, weight, labels, softcap=30.0, chunk_rows=4)
-    guesses = (hidden[:, :-1] @ weight.T).argmax(dim=-1)
-    assert found.token_count == (labels[:, 1:] != IGNORE).sum()
+    guesses, labelled = (hidden[:, :-1] @ weight.T).argmax(dim=-1), labels[:, 1:] != IGNORE
+    assert found.token_count == labelled.sum()
     assert found.correct_count == (guesses == labels[:, 1:]).sum() >= 2
-    assert not found.correct_count.requires_grad
+    predicted = Categorical(logits=softcapped(hidden[:, :-1] @ weight.T, 30.0)[labelled])
+    torch.testing.assert_close(found.entropy_sum, predicted.entropy().sum())
+    assert not (found.correct_count.requires_grad or found.entropy_sum.requires_grad)
 
 
 @pytest.mark.parametrize("trained_head", [True, False])

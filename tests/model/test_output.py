@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Categorical
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from gemma_ft.errors import UserError
+from gemma_ft.model.output import OWN
 from tests.parity.amplified import FIRST, SECOND, TOKENS, VOCAB, ours, reference, relative, token_rows
 
 TOLERANCE = 1e-5
@@ -68,9 +70,11 @@ def test_a_loss_without_logits_has_none_at_their_place(options: dict[str, Any]) 
 def test_what_the_head_counted_is_given_where_no_logits_are(training: bool) -> None:
     ids, model = token_rows(), ours(SECOND).train(training)
     found = model(ids, labels=ids, skip_logits=True, use_cache=False)
-    assert list(found.keys()) == ["loss", "token_count"]
+    assert list(found.keys()) == ["loss", "token_count", "entropy_sum"]
     assert found.token_count == 2 * (TOKENS - 1)
-    assert "token_count" not in model(ids, labels=ids, skip_logits=False)
+    logits = model(ids, skip_logits=False).logits[:, :-1]
+    torch.testing.assert_close(found.entropy_sum, Categorical(logits=logits).entropy().sum(), rtol=1e-6, atol=1e-5)
+    assert set(OWN).isdisjoint(model(ids, labels=ids, skip_logits=False))
 
 
 class Rows(Dataset):  # type: ignore[type-arg]

@@ -149,7 +149,7 @@ def test_a_step_does_not_depend_on_its_cut(prefer: Prefer, train: Train, kind: s
     for other in found[1:]:
         for mine, theirs in zip(found[0], other, strict=True):
             assert mine["tokens"] == theirs["tokens"]
-            for name in ("loss", "grad_norm"):
+            for name in ("loss", "grad_norm", "entropy"):
                 assert mine[name] == pytest.approx(theirs[name], rel=2e-5 if mine["step"] > 1 else 2e-6), name
         assert other[0]["loss"] == pytest.approx(found[0][0]["loss"], rel=1e-6)
 

@@ -241,7 +241,7 @@ def test_the_learning_rate_warms_up_and_never_is_zero(schedule: Any) -> None:
 def test_a_metrics_line_has_full_precision(recipe_for: RecipeFor, train: Train) -> None:
     lines = train(recipe_for("strategy=lora"))
     for number, line in enumerate(lines, start=1):
-        assert list(line) == ["step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"]
+        assert list(line) == ["step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "entropy"]
         assert line["step"] == number
         assert json.loads(json.dumps(line)) == line
         assert len(str(line["loss"])) > 8

@@ -5,8 +5,8 @@
 namespace gemma_ft {
 
 template <class T>
-void fused_cross_entropy(T* logits, const i64* targets, const float* weights, float* losses, std::uint8_t* correct, i64 R, i64 V,
-               float cap, int with_grad, int threads) {
+void fused_cross_entropy(T* logits, const i64* targets, const float* weights, float* losses, std::uint8_t* correct, float* entropies, i64 R,
+               i64 V, float cap, int with_grad, int threads) {
     const float size = cap > 0.0f ? cap : 1.0f;
 #pragma omp parallel num_threads(threads)
     {
@@ -16,7 +16,7 @@ void fused_cross_entropy(T* logits, const i64* targets, const float* weights, fl
         for (i64 row = 0; row < R; ++row) {
             T* io = logits + row * V;
             const i64 target = targets[row];
-            float top = -INFINITY, total = 0.0f;
+            float top = -INFINITY, total = 0.0f, below = 0.0f;
             if (cap > 0.0f) {
 #pragma omp simd reduction(max : top)
                 for (i64 i = 0; i < V; ++i) {
@@ -30,14 +30,17 @@ void fused_cross_entropy(T* logits, const i64* targets, const float* weights, fl
                     top = bent[i] > top ? bent[i] : top;
                 }
             }
-#pragma omp simd reduction(+ : total)
+#pragma omp simd reduction(+ : total, below)
             for (i64 i = 0; i < V; ++i) {
-                e[i] = exp_of(size * (bent[i] - top));
+                const float gap = size * (bent[i] - top);
+                e[i] = exp_of(gap);
                 total += e[i];
+                below += e[i] * gap;
             }
             i64 best = 0;
             while (best < V - 1 && bent[best] != top) ++best;
             correct[row] = bent[best] == top && best == target;
+            entropies[row] = std::log(total) - below / total;
             losses[row] = std::log(total) + size * (top - bent[target]);
             if (!with_grad) continue;
             const float times = weights ? weights[row] : 1.0f, share = times / total;

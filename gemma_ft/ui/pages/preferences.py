@@ -11,7 +11,7 @@ LENGTHS = "Lengths are of the rows, in trained tokens: a margin that grows with 
 
 
 def preference_blocks(run: RunFacts) -> list[Block]:
-    """Rewards of both sides and their margin, and beside them accuracy, margin per token, KL, lengths and
+    """Rewards of both sides and their margin, and beside them accuracy, margin per token, KL, entropy, lengths and
     log-probabilities, as far as the objective has them; nothing for other runs.
     """
     if run.rows == "answers":
@@ -24,6 +24,7 @@ def preference_blocks(run: RunFacts) -> list[Block]:
         _sides(run, "Length of answers", "lengths", run.rows),
         _sides(run, "Log-probability of answers", "logps", run.rows),
         _followed(run, "KL to the reference", "kl"),
+        _followed(run, "Entropy of a token", "entropy"),
     ]
     drawn = [(curve_picture(one, width=SMALL, height=2.3), f"{one.title} by step") for one in panels]
     small = [Picture(uri, alt) for uri, alt in drawn if uri is not None]
