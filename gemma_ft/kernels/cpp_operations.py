@@ -60,7 +60,9 @@ def fused_cross_entropy(
     if len(targets) != len(logits) or (len(targets) and not 0 <= targets.min() <= targets.max() < logits.shape[1]):
         raise IndexError(f"a label is out of bounds of {logits.shape[1]} tokens, or there is not one for each row")
     sizes = (*logits.shape, cap or 0.0, int(with_grad))
-    cpp_backend.call("fused_cross_entropy", logits, targets, weights, losses, correct, entropies, *sizes, of=logits.dtype)
+    cpp_backend.call(
+        "fused_cross_entropy", logits, targets, weights, losses, correct, entropies, *sizes, of=logits.dtype
+    )
 
 
 def block_weights(block: Block, raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,10 @@ from gemma_ft.model.attention import resolve_attention
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.decode import decoded
 from gemma_ft.model.kv_cache import KVPass
+from gemma_ft.model.layered_head import layered_head_loss
 from gemma_ft.model.layers import GemmaDecoderLayer, GemmaRMSNorm, GemmaScaledEmbedding, layer_angles, wide_dtype
 from gemma_ft.model.linear import linear
-from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, layered_head_loss, softcapped
+from gemma_ft.model.lm_head import HeadLoss, TokenWeights, fused_head_loss, softcapped
 from gemma_ft.model.loading import HUB_KEYS, load_whole, other_parts, refuse_untied
 from gemma_ft.model.masks import documents_of, masks_of, masks_of_pass
 from gemma_ft.model.output import CACHE, GemmaCausalLMOutput

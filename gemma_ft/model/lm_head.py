@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from gemma_ft.kernels.cross_entropy import capped, fused_cross_entropy
 from gemma_ft.kernels.matmul import times, times_transposed
@@ -62,22 +60,22 @@ def fused_head_loss(
     [V, D]). Where weights are made of log-probabilities, a frozen head gives those and each row's gradient in one pass,
     and a weight multiplies what is there; a trained one, whose gradient is a sum over rows, takes a second pass.
     """
-    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
-    rows, targets = _labelled(hidden, labels)
+    chunk_rows = chunk_rows or rows_at_a_time(weight.shape[0], weight.device)
+    rows, targets = labelled_rows(hidden, labels)
     if not torch.is_grad_enabled():  # inside an autograd function this can no longer be seen
         rows, weight, added = rows.detach(), weight.detach(), None if added is None else added.detach()
     if callable(loss_weights):
         trained = weight.requires_grad or (added is not None and added.requires_grad)
         with_grad = rows.requires_grad and not trained
         scored = _scored(rows, weight, added, targets, softcap, chunk_rows, with_grad=with_grad)
-        each = _weights_of(labels, loss_weights(_in_place(labels, scored.losses)))
+        each = weights_of_rows(labels, loss_weights(in_place(labels, scored.losses)))
         if not trained:
             loss_sum = _WeightedLoss.apply(rows, scored.losses, scored.gradients, each, chunk_rows)
-            return _head_loss(loss_sum, scored.correct, scored.entropy, targets, each)
+            return head_loss(loss_sum, scored.correct, scored.entropy, targets, each)
     else:
-        each = _weights_of(labels, loss_weights)
+        each = weights_of_rows(labels, loss_weights)
     loss_sum, correct, entropy = _FusedHeadLoss.apply(rows, weight, added, targets, each, softcap, chunk_rows)
-    return _head_loss(loss_sum, correct, entropy, targets, each)
+    return head_loss(loss_sum, correct, entropy, targets, each)
 
 
 @torch.no_grad()
@@ -93,79 +91,24 @@ def fused_token_logprobs(
     """Hidden states [B, T, D] and labels [B, T] -> log p of the label at t given what is before it, [B, T] in float32
     or wider, 0 where the label is -100; without gradients. The logits are those of `fused_head_loss`, to the bit.
     """
-    rows, targets = _labelled(hidden, labels)
-    chunk_rows = chunk_rows or _chunk_rows(weight.shape[0], weight.device)
-    return _in_place(labels, _scored(rows, weight, added, targets, softcap, chunk_rows, with_grad=False).losses)
+    rows, targets = labelled_rows(hidden, labels)
+    chunk_rows = chunk_rows or rows_at_a_time(weight.shape[0], weight.device)
+    return in_place(labels, _scored(rows, weight, added, targets, softcap, chunk_rows, with_grad=False).losses)
 
 
-@torch.no_grad()
-def layered_token_logprobs(
-    logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, words: int, chunk_rows: int | None = None
-) -> Tensor:
-    """As `fused_token_logprobs`, for the heads of `layered_head_loss`, whose next pass draws the same dropout."""
-    rows, targets = _labelled(hidden, labels)
-    chunk_rows = chunk_rows or _chunk_rows(words, rows.device)
-    with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
-        losses = [
-            cross_entropy(logits(part), target, reduction="none")
-            for part, target in zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True)
-        ]
-    return _in_place(labels, torch.cat(losses))
-
-
-def layered_head_loss(
-    logits: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    labels: Tensor,
-    *,
-    words: int,
-    loss_weights: TokenWeights = None,
-    chunk_rows: int | None = None,
-) -> HeadLoss:
-    """As `fused_head_loss`, for a head that is more than one weight, such as one with an adapter around it.
-
-    `logits`: rows [m, D] -> capped logits [m, V], differentiable; `words`: V. They exist for `chunk_rows` rows at a
-    time here too, and are made once more for backward.
-    """
-    chunk_rows = chunk_rows or _chunk_rows(words, hidden.device)
-    if callable(loss_weights):
-        loss_weights = loss_weights(layered_token_logprobs(logits, hidden, labels, words=words, chunk_rows=chunk_rows))
-    (rows, targets), each = _labelled(hidden, labels), _weights_of(labels, loss_weights)
-
-    def part(start: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found, target = logits(rows), targets[start : start + chunk_rows]
-        losses = cross_entropy(found, target, reduction="none")
-        if each is not None:
-            losses = losses * each[start : start + chunk_rows].to(losses.dtype)
-        likely = found.detach().log_softmax(-1)
-        return losses.sum(), (likely.argmax(-1) == target).sum(), -(likely.exp() * likely).sum()
-
-    sums = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-    entropy = torch.zeros_like(sums)
-    correct = torch.zeros((), dtype=torch.int64, device=rows.device)
-    for start in range(0, max(len(rows), 1), chunk_rows):  # without a label too: a loss of 0 that has a gradient
-        some = rows[start : start + chunk_rows]
-        if torch.is_grad_enabled():
-            loss, hits, spread = checkpoint(part, start, some, use_reentrant=False)
-        else:
-            loss, hits, spread = part(start, some)
-        sums, correct, entropy = sums + loss, correct + hits, entropy + spread
-    return _head_loss(sums, correct, entropy, targets, each)
-
-
-def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def labelled_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows [M, D] whose next token is labelled, and those labels [M]."""
     targets = labels[:, 1:]
     labelled = targets != IGNORE
     return hidden[:, :-1][labelled], targets[labelled]
 
 
-def _weights_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor | None:
+def weights_of_rows(labels: Tensor, loss_weights: Tensor | None) -> Tensor | None:
     """The loss weights [M] of the labelled tokens, of those of all [B, T]."""
     return None if loss_weights is None else loss_weights[:, 1:][labels[:, 1:] != IGNORE]
 
 
-def _in_place(labels: Tensor, losses: Tensor) -> Tensor:
+def in_place(labels: Tensor, losses: Tensor) -> Tensor:
     """Losses [M] of the labelled rows -> their negatives where the labels are, [B, T]; 0 elsewhere."""
     found = torch.zeros(labels.shape, dtype=losses.dtype, device=labels.device)
     found[:, 1:][labels[:, 1:] != IGNORE] = -losses
@@ -222,7 +165,7 @@ def _raw_logits(part: Tensor, head: Tensor, added: Tensor | None) -> Tensor:
     return raw if added is None else torch.cat((raw, part @ added.T), dim=1)
 
 
-def _chunk_rows(words: int, device: torch.device) -> int:
+def rows_at_a_time(words: int, device: torch.device) -> int:
     """How many rows of logits of so many words exist at a time."""
     most = max(16, CHUNK_BYTES // (4 * words))
     return min(most, max(CPU_ROWS, CPU_BYTES // (4 * words))) if device.type == "cpu" else most
@@ -235,7 +178,7 @@ def _add_wide(total: Tensor, narrow: Tensor) -> None:
         into += piece
 
 
-def _head_loss(loss_sum: Tensor, correct: Tensor, entropy: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
+def head_loss(loss_sum: Tensor, correct: Tensor, entropy: Tensor, targets: Tensor, each: Tensor | None) -> HeadLoss:
     count = torch.full((), len(targets), device=targets.device)
     return HeadLoss(loss_sum, (count if each is None else each.sum()).to(loss_sum.dtype), count, correct, entropy)
 

@@ -20,8 +20,8 @@ class GemmaCausalLMOutput(CausalLMOutputWithPast):
     """transformers' output: loss, logits, cache, hidden_states, as far as there are any, in this order.
 
     Where a loss was made without logits, also what the fused head counted, by name alone: `token_count` labelled
-    tokens, and `entropy_sum`, the entropy in nats of what is predicted for them, summed. With logits there is nothing that transformers' output lacks: its Trainer takes all that it does not know for
-    predictions.
+    tokens, and `entropy_sum`, the entropy in nats of what is predicted for them, summed. With logits there is nothing
+    that transformers' output lacks: its Trainer takes all that it does not know for predictions.
     """
 
     token_count: Tensor | None = None

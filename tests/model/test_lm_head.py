@@ -132,7 +132,8 @@ def test_counts_are_of_labelled_tokens() -> None:
     assert found.correct_count == (guesses == labels[:, 1:]).sum() >= 2
     predicted = Categorical(logits=softcapped(hidden[:, :-1] @ weight.T, 30.0)[labelled])
     torch.testing.assert_close(found.entropy_sum, predicted.entropy().sum())
-    assert not (found.correct_count.requires_grad or found.entropy_sum.requires_grad)
+    assert not found.correct_count.requires_grad
+    assert not found.entropy_sum.requires_grad
 
 
 @pytest.mark.parametrize("trained_head", [True, False])

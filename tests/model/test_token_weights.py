@@ -14,11 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from gemma_ft.model.gemma import GemmaForCausalLM
+from gemma_ft.model.layered_head import layered_head_loss, layered_token_logprobs
 from gemma_ft.model.lm_head import (
     fused_head_loss,
     fused_token_logprobs,
-    layered_head_loss,
-    layered_token_logprobs,
     softcapped,
 )
 from gemma_ft.system.limits import IGNORE

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from gemma_ft.model.lm_head import fused_head_loss, layered_head_loss, softcapped
+from gemma_ft.model.layered_head import layered_head_loss
+from gemma_ft.model.lm_head import fused_head_loss, softcapped
 from tests.parity.amplified import FIRST, SECOND, THIRD, gradients, masked_labels, ours, reference, relative, token_rows
 
 TOLERANCE = 1e-5
