@@ -28,7 +28,7 @@ from gemma_ft.train.kl_baseline import HELD_OUT, mismatched
 from gemma_ft.train.reference import answer_logprobs
 from gemma_ft.train.sampler import Example, StepRows, collated, dealt
 
-LAYOUT = 1  # of what is kept: nothing of another one is found
+LAYOUT = 2  # of what is kept: nothing of another one is found
 Fill = Callable[[int], None]
 
 
@@ -39,15 +39,15 @@ def precompute(trainer: Any, model: Any, identity: Sequence[Any], *, advance: Fi
 
     All ranks call it. Raises: DiskError where they cannot be kept.
     """
-    data = trainer.data
+    data, eval_size = trainer.data, trainer.args.per_device_eval_batch_size
     for examples, training in ((data.train, True), (data.held_out, False)):
         if examples is None:
             continue
         assert isinstance(examples, PreferenceExamples), "of rows that are streamed nothing is computed before"
-        key = [*identity, "own", training, examples.fingerprint()]
+        key = [*identity, "own", training, examples.fingerprint(), *([] if training else [eval_size])]
         rows = [examples[row] for row in range(len(examples))]
         examples.reference = _kept(trainer, key, lambda rows=rows, training=training: _values(  # type: ignore[misc]
-            trainer, model, rows, training=training, advance=advance))  # fmt: skip
+            trainer, model, rows, size=None if training else eval_size, training=training, advance=advance))  # fmt: skip
     if not trainer.objective.needs_baseline:
         return
     plan, seed, total = trainer.batch, trainer.args.seed, trainer.args.max_steps
@@ -57,11 +57,12 @@ def precompute(trainer: Any, model: Any, identity: Sequence[Any], *, advance: Fi
         windows[HELD_OUT] = data.held_out[:]
     trained = data.train.fingerprint()
     for step, rows in windows.items():
-        key = [*identity, "mismatched", step, seed, plan.global_batch_size, trained]
+        size = eval_size if step == HELD_OUT else plan.micro_batch_size
+        key = [*identity, "mismatched", step, seed, plan.global_batch_size, size, trained]
         key += [data.held_out.fingerprint()] if step == HELD_OUT else []
         asked = mismatched(rows)
-        trainer.reference.mismatched[step] = _kept(trainer, key, lambda asked=asked, step=step: _values(  # type: ignore[misc]
-            trainer, model, asked, training=step != HELD_OUT, advance=advance))  # fmt: skip
+        trainer.reference.mismatched[step] = _kept(trainer, key, lambda asked=asked, step=step, size=size: _values(  # type: ignore[misc]
+            trainer, model, asked, size=size, training=step != HELD_OUT, advance=advance))  # fmt: skip
 
 
 def _kept(trainer: Any, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
@@ -78,13 +79,19 @@ def _kept(trainer: Any, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
 
 
 @torch.no_grad()
-def _values(trainer: Any, model: Any, rows: Sequence[Example], *, training: bool, advance: Fill) -> Any:
-    """Summed log-probabilities of the answers of some examples, one example after the other: float64 [A]."""
+def _values(
+    trainer: Any, model: Any, rows: Sequence[Example], *, size: int | None, training: bool, advance: Fill
+) -> Any:
+    """Summed log-probabilities of the answers of some examples, one example after the other: float64 [A]. size: in
+    batches of so many in their order, in which they will be compared, so that equal weights give equal bits; None: in
+    micro-batches of equal lengths, for rows that are shuffled anyway.
+    """
     world, pad_id, device = trainer.world, trainer.processing_class.pad_token_id, trainer.args.device
     was_training = model.training
     model.train(training)
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
-    size = trainer.batch.micro_batch_size
+    order: Sequence[int] = range(len(rows))
+    if size is None:
+        order, size = sorted(order, key=lambda row: -len(rows[row]["input_ids"])), trainer.batch.micro_batch_size
     own: list[tuple[int, list[float]]] = []
     for numbers in dealt(order, size, blank=len(rows), rank=world.rank, ranks=world.size):
         batch = collated(rows, numbers, trainer.data.collate, pad_id)

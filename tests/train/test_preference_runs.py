@@ -48,14 +48,22 @@ def prefer(small_gemma: Path, pairs: Path, tmp_path: Path) -> Prefer:
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[GemmaTrainer]:
-    """Those that the test's runs make, with the values of all weights at their start in `begun`."""
+    """Those that the test's runs make, with the values of all weights at their start in `begun`, and the ids of each
+    batch that they scored in eval mode in `in_eval_mode`.
+    """
     found: list[GemmaTrainer] = []
     original = GemmaTrainer.__init__
 
     def kept(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.begun = {name: one.detach().clone() for name, one in self.model.named_parameters()}
+        self.in_eval_mode = list[Any]()
+        self.model.register_forward_pre_hook(lambda *given: kept_ids(self, *given), with_kwargs=True)
         found.append(self)
+
+    def kept_ids(trainer: Any, model: Any, given: Any, named: dict[str, Any]) -> None:
+        if not model.training and callable(named.get("loss_weights")):
+            trainer.in_eval_mode.append(named["input_ids"].tolist())
 
     monkeypatch.setattr(GemmaTrainer, "__init__", kept)
     return found
@@ -128,6 +136,27 @@ def test_full_tuning_starts_at_what_was_computed_before(prefer: Prefer, train: T
     line = train(prefer(kind, "strategy=full", "train.max_steps=1"))[0]
     assert line["loss"] == pytest.approx(AT_START[kind], rel=1e-6)
     assert line["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_held_out_rows_start_at_what_was_computed_before_to_the_bit(
+    prefer: Prefer, train: Train, tmp_path: Path, trainers: list[GemmaTrainer], kind: str, packing: str
+) -> None:
+    """They are computed before in the very batches of evaluation: no accuracy is the sign of a rounding."""
+    held_out = write_pairs(tmp_path / "held_out.jsonl", 7)
+    loaded = prefer(kind, "strategy=full", "train.max_steps=1", "train.micro_batch_size=4", "train.precision=bf16",
+                    f"data.eval={held_out}", "eval.batch_size=3", f"data.packing={packing}")  # fmt: skip
+    train(loaded)
+    before = json.loads((Path(loaded.recipe.output_dir) / "summary.json").read_text())["eval_before"]
+    assert before["loss"] == pytest.approx(AT_START[kind], rel=1e-12)
+    assert {before["rewards/chosen"], before["rewards/rejected"], before["kl"]} == {0.0}
+    assert before.get("rewards/accuracies", 0.5) == 0.5
+    (trainer,) = trainers
+    scored = trainer.in_eval_mode  # type: ignore[attr-defined]
+    passes = {"dpo": 3, "kto": 2 * 5}[kind]  # of 7 pairs or 14 rows in threes; KTO's rows once more, mismatched
+    computed, evaluated = scored[:passes], scored[passes : 2 * passes]
+    assert sorted(computed) == sorted(evaluated)
 
 
 # What a step does not depend on
