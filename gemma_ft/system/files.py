@@ -6,6 +6,7 @@ are there and unchanged. What the files hold is decided by the caller.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -117,6 +118,21 @@ def replace_text(path: Path, text: str) -> None:
         staging.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def write_cached(path: Path, *parts: Any) -> None:
+    """Make a file of a cache appear whole, of parts that are bytes, and its folder; several may write it at once.
+    Nothing is synced: what a machine that goes down loses of it is made again. Raises: OSError.
+    """
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.writelines(parts)
+        aside.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # where its folder is none it is not there either
+            aside.unlink(missing_ok=True)
 
 
 def is_disk_full(error: Exception) -> bool:

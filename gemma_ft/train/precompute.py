@@ -7,12 +7,9 @@ Letters: A answers.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ import torch
 from gemma_ft.data.pack.preferences import PreferenceExamples
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment
-from gemma_ft.system.files import is_disk_full
+from gemma_ft.system.files import is_disk_full, write_cached
 from gemma_ft.train.kl_baseline import HELD_OUT, mismatched
 from gemma_ft.train.reference import answer_logprobs
 from gemma_ft.train.sampler import Example, StepRows, collated, dealt
@@ -45,9 +42,9 @@ def precompute(trainer: Any, model: Any, identity: Sequence[Any], *, advance: Fi
             continue
         assert isinstance(examples, PreferenceExamples), "of rows that are streamed nothing is computed before"
         key = [*identity, "own", training, examples.fingerprint(), *([] if training else [eval_size])]
-        rows = [examples[row] for row in range(len(examples))]
-        examples.reference = _kept(trainer, key, lambda rows=rows, training=training: _values(  # type: ignore[misc]
-            trainer, model, rows, size=None if training else eval_size, training=training, advance=advance))  # fmt: skip
+        rows, size = [examples[row] for row in range(len(examples))], None if training else eval_size
+        examples.reference = _kept(trainer, key, lambda rows=rows, size=size, training=training: _values(  # type: ignore[misc]
+            trainer, model, rows, size=size, training=training, advance=advance))  # fmt: skip
     if not trainer.objective.needs_baseline:
         return
     plan, seed, total = trainer.batch, trainer.args.seed, trainer.args.max_steps
@@ -121,14 +118,9 @@ def _write(path: Path, values: Any) -> None:
     buffer = io.BytesIO()
     numpy.save(buffer, values, allow_pickle=False)
     raw = buffer.getvalue()
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(raw + hashlib.sha256(raw).digest())
-        os.replace(draft, path)
+        write_cached(path, raw, hashlib.sha256(raw).digest())
     except OSError as error:
-        with contextlib.suppress(OSError):  # where its folder is none it is not there either
-            draft.unlink(missing_ok=True)
         why = "no space left" if is_disk_full(error) else error.strerror or str(error)
         raise DiskError(f"{path.parent}: log-probabilities of the reference cannot be kept: {why}; free some, or set "
                         "GEMMA_FT_CACHE to another folder") from error  # fmt: skip

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -32,6 +31,7 @@ from gemma_ft.data.read.bad_rows import BadRows
 from gemma_ft.data.read.chunks import Chunk
 from gemma_ft.errors import DiskError
 from gemma_ft.system import environment
+from gemma_ft.system.files import write_cached
 from gemma_ft.system.row_kind import DOCUMENTS_OF
 
 CHECKSUM_BYTES = 4
@@ -184,21 +184,13 @@ def _write(table: pa.Table, path: Path) -> None:
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     data = sink.getvalue()
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(data)
-            file.write(zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
-        aside.replace(path)
+        write_cached(path, data, zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little"))
     except OSError as error:
         raise DiskError(
             f"{path.parent}: encoded rows cannot be kept there: {error.strerror}; "
             "set GEMMA_FT_CACHE to a folder with room"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> pa.Table | None:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gemma_ft.families.records import CHATS
+from gemma_ft.system.files import write_cached
 
 LAYOUT = 1  # of what is kept: another number finds none of the older facts. Raise it with any change of what is found
 SPACE_SIGN = "\u2581"  # SentencePiece's sign for a space in a piece
@@ -60,13 +60,8 @@ def tokenizer_facts(serialized: str, added_by_user: Iterable[str], folder: Path)
     with contextlib.suppress(OSError, ValidationError):
         return TypeAdapter(TokenizerFacts).validate_json(path.read_bytes(), strict=True)
     facts = _found(json.loads(serialized), set(text))
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(asdict(facts)), encoding="utf-8")
-        aside.replace(path)
-    with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
+        write_cached(path, json.dumps(asdict(facts)).encode())
     return facts
 
 
