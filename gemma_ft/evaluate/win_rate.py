@@ -20,7 +20,8 @@ def win_rate(before: Sequence[float], after: Sequence[float], lengths: Sequence[
     tie counts a half) with its interval, the same for equally long ones, and the mean lengths.
 
     Length-controlled: a logistic regression of who won on tanh of the difference in length over its standard
-    deviation, read at a difference of 0. Source: arXiv:2404.04475 section 3.
+    deviation, read at a difference of 0; None where all answers grew, or all shrank: what would be at 0 is then not
+    told. Source: arXiv:2404.04475.
     """
     wins = (np.sign(np.asarray(after, float) - np.asarray(before, float)) + 1) / 2
     size = np.asarray(lengths, float).reshape(-1, 2)
@@ -34,12 +35,13 @@ def win_rate(before: Sequence[float], after: Sequence[float], lengths: Sequence[
     }
 
 
-def _at_equal_lengths(wins: Any, longer: Any) -> float:
+def _at_equal_lengths(wins: Any, longer: Any) -> float | None:
     """The probability of a win at no difference in length."""
-    spread = float(longer.std())
-    if spread == 0 and not longer.any():
+    if not longer.min() <= 0 <= longer.max():
+        return None
+    if not longer.any():
         return float(wins.mean())
-    inputs = np.stack((np.ones_like(wins), np.tanh(longer / (spread or abs(float(longer[0]))))), axis=1)
+    inputs = np.stack((np.ones_like(wins), np.tanh(longer / float(longer.std()))), axis=1)
     weights = np.zeros(2)
     for _ in range(STEPS):
         sure = 1 / (1 + np.exp(-inputs @ weights))

@@ -124,9 +124,11 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
     found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
+    at_equal = found["length_controlled"]
+    controlled = "lengths all differ one way" if at_equal is None else f"{at_equal:.1%} at equal lengths"
     context.observer.say(
         f"  judge      {judge.name}: {found['value']:.1%} of {found['rows']} answers are better than before (ties "
-        f"count half), {found['length_controlled']:.1%} at equal lengths; mean length {found['length_before']:.0f} -> "
+        f"count half), {controlled}; mean length {found['length_before']:.0f} -> "
         f"{found['length_after']:.0f} characters"
     )
     return found

@@ -10,16 +10,31 @@ from gemma_ft.evaluate.reward import ACCURACY
 from gemma_ft.system.row_kind import RowKind
 from gemma_ft.system.units import NOTHING, number, percent
 
+INTERVAL = {"value": "", "low": "_low", "high": "_high"}  # what is added to a score's name
 LOSSES = ("loss", "perplexity")
 LOSS_PER: Mapping[RowKind, str] = {"answers": "loss per token", "pairs": "loss per pair", "labelled": "loss per row"}
 _ACCURACY = ("rewards/accuracies", "accuracy", percent)
 _MARGIN = ("rewards/margins", "margin", number)
+_CHOSEN = ("rewards/chosen", "reward, chosen answers", number)
 _GOOD, _BAD = ("rewards/chosen", "reward, good answers", number), ("rewards/rejected", "reward, bad answers", number)
 SCORES: Mapping[RowKind, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {  # names in a summary, and as written
     "answers": (("exact_match", "exact match", percent),),
-    "pairs": (_ACCURACY, _MARGIN),
+    "pairs": (_ACCURACY, _MARGIN, _CHOSEN),
     "labelled": (_GOOD, _BAD, _MARGIN),
 }
+
+
+def with_interval(share: Mapping[str, Any], written: Callable[[Any], str] = percent) -> str:
+    """A share and, where it has one, its 95% interval."""
+    low, high = share.get("low"), share.get("high")
+    text = written(share.get("value"))
+    return text if low is None or high is None else f"{text} ({written(low)} to {written(high)})"
+
+
+def score_of(figures: Mapping[str, Any] | None, name: str, written: Callable[[Any], str]) -> str:
+    """One of SCORES in the figures of a held-out score, with its interval where there is one."""
+    found = figures or {}
+    return with_interval({key: found.get(name + end) for key, end in INTERVAL.items()}, written)
 
 
 def label_of(metric: str) -> str:

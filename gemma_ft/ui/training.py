@@ -12,10 +12,10 @@ from rich.table import Table
 
 from gemma_ft.recipe.load import LoadedRecipe
 from gemma_ft.recipe.run_files import RunFiles
-from gemma_ft.system.units import byte_size, duration, number
+from gemma_ft.system.units import NOTHING, byte_size, duration, number
 from gemma_ft.train.run import train_recipe
 from gemma_ft.train.summary import TrainedRun
-from gemma_ft.ui.metric_text import LOSS_PER, SCORES
+from gemma_ft.ui.metric_text import LOSS_PER, SCORES, score_of, with_interval
 from gemma_ft.ui.pages.page import write_report
 from gemma_ft.ui.progress import STEPS, ConsoleObserver, say
 
@@ -72,7 +72,9 @@ def show_summary(console: Console, trained: TrainedRun, report: Path | None) -> 
     for name, label, written in (*SCORES[trained.rows], ("loss", LOSS_PER[trained.rows], number)):
         figures = [score.get(name) for score in (before, after)]
         if trained.rows == "answers" or figures != [None, None]:
-            table.add_row(label, *map(written, figures))
+            table.add_row(label, written(before.get(name)), score_of(after, name, written))
+    if "win_rate" in summary:
+        table.add_row("better answers", NOTHING, with_interval(summary["win_rate"]))
     if "canary_loss" in summary:
         table.add_row("canary loss", number(summary["canary_base_loss"]), number(summary["canary_loss"]))
     if table.row_count:

@@ -65,6 +65,12 @@ def test_it_is_the_regression_that_it_says() -> None:
     assert found["value"] > found["length_controlled"] + 0.05
 
 
+@pytest.mark.parametrize("more", [(3, 9), (-3, -9), (4, 4)])
+def test_where_all_answers_grew_nothing_is_told_of_equal_lengths(more: tuple[int, int]) -> None:
+    found = win_rate([0.0, 0.0], [1.0, -1.0], [(10, 10 + one) for one in more])
+    assert (found["value"], found["length_controlled"]) == (0.5, None)
+
+
 def test_any_rows_give_a_share() -> None:
     """One row, rows that all agree, lengths that decide all: no overflow, no singular system."""
     generator = np.random.default_rng(0)
@@ -75,7 +81,10 @@ def test_any_rows_give_a_share() -> None:
             longer = generator.integers(-50, 50, count) * 10 ** int(generator.integers(0, 4))
             after = np.sign(longer - generator.integers(-5, 5)).astype(float)
             found = win_rate([0.0] * count, after.tolist(), [(10_000_000, 10_000_000 + int(more)) for more in longer])
-            assert 0 <= found["length_controlled"] <= 1
+            if longer.min() <= 0 <= longer.max():
+                assert 0 <= found["length_controlled"] <= 1
+            else:
+                assert found["length_controlled"] is None
             assert found["rows"] == count
         one = win_rate([0.0], [1.0], [(3, 7)])
     assert (one["value"], one["low"], one["high"], one["rows"]) == (1.0, None, None, 1)

@@ -72,7 +72,9 @@ def test_what_is_minimized_is_told_and_pairs_are_counted(compared: tuple[Path, s
 def test_accuracy_and_margin_stand_for_exact_match(compared: tuple[Path, str]) -> None:
     run, said = compared
     after = json.loads((run / "summary.json").read_text())["eval_after"]
-    assert row(said, "accuracy") == ["50.0%", f"{after['rewards/accuracies']:.1%}"]
+    interval = f"({after['rewards/accuracies_low']:.1%} to {after['rewards/accuracies_high']:.1%})"
+    assert row(said, "accuracy") == ["50.0%", f"{after['rewards/accuracies']:.1%} {interval}"]
+    assert row(said, "reward, chosen answers") == ["0.0000", f"{after['rewards/chosen']:.4f}"]
     assert row(said, "margin") == ["0.0000", f"{after['rewards/margins']:.4f}"]
     assert row(said, "loss per pair") == ["0.6931", f"{after['loss']:.4f}"]
     assert "exact match" not in said
@@ -88,7 +90,7 @@ def test_the_page_draws_rewards_margin_accuracy_lengths_and_kl(compared: tuple[P
             "Log-probability of answers", "KL to the reference",
         )
     ]  # fmt: skip
-    for expected in ("accuracy ", "before: 50.0%", "margin ", "before: 0.0000", "8 pairs -> 16 answers"):
+    for expected in ("accuracy ", "% to ", "before: 50.0%", "margin ", "before: 0.0000", "8 pairs -> 16 answers"):
         assert expected in page.text, expected
     assert "exact match" not in page.text
     other = shutil.copytree(compared[0], tmp_path / "other")

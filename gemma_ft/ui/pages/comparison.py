@@ -24,6 +24,7 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (
     ("accuracy of rewards before", ("eval_before", "rewards/accuracies"), percent),
     ("accuracy of rewards", ("eval_after", "rewards/accuracies"), percent),
     ("margin of rewards", ("eval_after", "rewards/margins"), number),
+    ("better answers than before", ("win_rate", "value"), percent),
     ("gain", ("gain",), signed),
     ("forgetting (canary)", ("forgetting",), signed),
     ("training loss, last step", ("train_loss",), number),

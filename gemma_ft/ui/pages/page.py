@@ -10,8 +10,8 @@ from typing import Any
 from gemma_ft.data.pack.arrange import DataStats
 from gemma_ft.errors import UserError
 from gemma_ft.system.files import replace_text
-from gemma_ft.system.units import NOTHING, byte_size, count, duration, is_figure, number
-from gemma_ft.ui.metric_text import LOSS_PER, SCORES
+from gemma_ft.system.units import NOTHING, byte_size, count, duration, is_figure, number, percent
+from gemma_ft.ui.metric_text import LOSS_PER, SCORES, score_of, with_interval
 from gemma_ft.ui.pages.blocks import (
     GENERATOR,
     Block,
@@ -88,10 +88,13 @@ def headline(run: RunFacts) -> list[Block]:
     cards = [
         ("held-out loss", number(figure("eval_after", "loss")), f"before: {number(figure('eval_before', 'loss'))}"),
         *(
-            (label, written(figure("eval_after", name)), f"before: {written(figure('eval_before', name))}")
+            (label, score_of(figure("eval_after"), name, written), f"before: {written(figure('eval_before', name))}")
             for name, label, written in SCORES[run.rows]
         ),
     ]
+    if "win_rate" in run.summary:
+        judge, controlled = figure("win_rate", "judge"), percent(figure("win_rate", "length_controlled"))
+        cards.append(("better answers", with_interval(figure("win_rate")), f"{judge}; at equal lengths: {controlled}"))
     if "canary_loss" in run.summary:
         remark = f"canary loss: {number(figure('canary_base_loss'))} → {number(figure('canary_loss'))}"
         cards.append(("forgetting", signed(figure("forgetting")), remark))
