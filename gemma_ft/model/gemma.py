@@ -6,7 +6,7 @@ Letters: B batch, T tokens, S keys (cached ones included), D hidden, V vocabular
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ NO_ATTENTIONS = (
     "output_attentions: attention weights are not kept here; transformers' own class gives them, from the same folder "
     "and with attn_implementation='eager'"
 )
+
+Face = TypeVar("Face", bound="GemmaPreTrainedModel")
 
 
 class GemmaPreTrainedModel(PreTrainedModel):
@@ -154,7 +156,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __new__(cls, config: PreTrainedConfig | None = None, *_: Any, **__: Any) -> GemmaForCausalLM:
-        return super().__new__(_face(config, cls))
+        return super().__new__(face_of(config, cls, FACES))
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -176,7 +178,7 @@ class GemmaForCausalLM(GemmaPreTrainedModel, GenerationMixin):
             config = read_config(config or name_or_path, **hub)
         GemmaNumerics.from_config(config)
         wants_info = kwargs.pop("output_loading_info", False)
-        loader = super(GemmaForCausalLM, _face(config, cls)).from_pretrained
+        loader = super(GemmaForCausalLM, face_of(config, cls, FACES)).from_pretrained
         model, info = load_whole(loader, name_or_path, *args, config=config, **kwargs)
         if model.lm_head.weight is not model.model.embed_tokens.weight:
             refuse_untied(name_or_path)
@@ -298,17 +300,20 @@ class VaultGemmaForCausalLM(GemmaForCausalLM):
 
 
 FACES = {
-    face.__name__: face for face in (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, VaultGemmaForCausalLM)
+    face.config_class.model_type: face
+    for face in (GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, VaultGemmaForCausalLM)
 }
 
 
-def _face(config: PreTrainedConfig | None, default: type[GemmaForCausalLM]) -> type[GemmaForCausalLM]:
-    """The class whose name and config class fit `config`: what is saved then names the right architecture.
+def face_of(config: PreTrainedConfig | None, asked: type[Face], faces: dict[str, type[Face]]) -> type[Face]:
+    """The class of `faces` (by model_type, the one for any family first) that fits `config`: what is saved then names
+    the right architecture. `asked` where `config` is no Gemma's.
 
-    Raises: UserError where `default` is another family's.
+    Raises: UserError where `asked` is another family's.
     """
     family = family_of(getattr(config, "model_type", ""))
-    face = default if family is None else FACES[family.architecture]
-    if not issubclass(face, default):
-        raise UserError(f"config.json: a {face.__name__}, not a {default.__name__}; use GemmaForCausalLM for any Gemma")
+    face = asked if family is None else faces[family.model_type]
+    if not issubclass(face, asked):
+        whole = next(iter(faces.values())).__name__
+        raise UserError(f"config.json: a {face.__name__}, not a {asked.__name__}; use {whole} for any Gemma")
     return face

@@ -18,10 +18,9 @@ from transformers.utils import can_return_tuple
 
 from gemma_ft.errors import UserError
 from gemma_ft.families.family import REWARD_HEAD
-from gemma_ft.families.records import family_of
 from gemma_ft.model.config import GemmaNumerics, read_config
 from gemma_ft.model.config_file import names_reward_model
-from gemma_ft.model.gemma import GemmaModel, GemmaPreTrainedModel
+from gemma_ft.model.gemma import GemmaModel, GemmaPreTrainedModel, face_of
 from gemma_ft.model.loading import HUB_KEYS, load_whole
 
 HEAD_WEIGHT = f"{REWARD_HEAD}.weight"
@@ -69,7 +68,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
     ]
 
     def __new__(cls, config: PreTrainedConfig | None = None, *_: Any, **__: Any) -> GemmaForSequenceClassification:
-        return super().__new__(_face(config, cls))
+        return super().__new__(face_of(config, cls, _FACES))
 
     def __init__(self, config: PreTrainedConfig) -> None:
         config.num_labels = self.num_labels = 1
@@ -91,7 +90,7 @@ class GemmaForSequenceClassification(GemmaPreTrainedModel):
         known = names_reward_model(config.architectures)
         check_one_label(config, name_or_path)
         wants_info = kwargs.pop("output_loading_info", False)
-        loader = super(GemmaForSequenceClassification, _face(config, cls)).from_pretrained
+        loader = super(GemmaForSequenceClassification, face_of(config, cls, _FACES)).from_pretrained
         fresh = () if known else (HEAD_WEIGHT,)
         model, info = load_whole(loader, name_or_path, *args, config=config, fresh=fresh, **kwargs)
         model.score.to(
@@ -212,17 +211,3 @@ _FACES = {
 def reward_architecture(model_type: str) -> str:
     """What the config.json of a reward model of a family says under `architectures`."""
     return _FACES[model_type].__name__
-
-
-def _face(
-    config: PreTrainedConfig | None, default: type[GemmaForSequenceClassification]
-) -> type[GemmaForSequenceClassification]:
-    """The class whose name and config class fit `config`. Raises: UserError where `default` is another family's."""
-    family = family_of(getattr(config, "model_type", ""))
-    face = default if family is None else _FACES[family.model_type]
-    if not issubclass(face, default):
-        raise UserError(
-            f"config.json: a {face.__name__}, not a {default.__name__}; use GemmaForSequenceClassification for any of "
-            "them"
-        )
-    return face
