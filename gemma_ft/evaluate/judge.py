@@ -59,6 +59,8 @@ def judge_of(named: str, encoder: ChatEncoder, *, batch_size: int, sha256: str |
         if sha256 not in (None, found):
             raise UserError(f"{KEY}: {file} was changed since this run began to read it; start the run again")
         return Judge(named, _of_function(file, code, function), found)
+    if named.endswith(".py"):
+        raise UserError(f"{KEY}: {named}: names no function of it; give FILE.py:function")
     if named in METRICS:
         return Judge(named, _of_metric(named))
     place = place_of(named)

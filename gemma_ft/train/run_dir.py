@@ -108,9 +108,11 @@ class RunDir(RunFiles):
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process while this is open; the system lets go of it however the process ends.
+        Folders that were made for it and stayed empty are gone at its end.
 
         Raises: LockedError when another process holds it; UserError when it cannot be made.
         """
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -118,9 +120,14 @@ class RunDir(RunFiles):
             raise UserError(f"output_dir: {self.root}: cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(handle).st_nlink:  # another process was refused meanwhile, and took its empty folder away
+                raise BlockingIOError
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
-            yield
+            try:
+                yield
+            finally:
+                self._remove_if_empty(made)
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             raise LockedError(
@@ -128,6 +135,18 @@ class RunDir(RunFiles):
             ) from None
         finally:
             os.close(handle)
+
+    def _remove_if_empty(self, made: Sequence[Path]) -> None:
+        """Remove the folders in `made`, the innermost first, where a run was refused before it had written anything."""
+        inside = [path for path in self.root.iterdir() if path.name != LOCK] if made else []
+        if not made or not all(map(_is_empty, inside)):
+            return
+        for path in inside:
+            path.rmdir()
+        (self.root / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another run may lie beside it by now
+            for path in made:
+                path.rmdir()
 
     def check_recipe(self, recipe: Recipe, allowed: Sequence[str] = ()) -> list[str]:
         """Before a resume: the recipe must still describe the run that is here. Returns what changed and is `allowed`:

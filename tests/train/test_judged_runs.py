@@ -133,4 +133,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_anything_is_written(
     with pytest.raises(UserError) as refused:
         train(judged(f"{file}:word"))
     assert str(refused.value) == f"objective.judge: {file} has no function word"
-    assert not any((tmp_path / "run" / name).exists() for name in ("recipe.yaml", "metrics.jsonl"))
+    with pytest.raises(UserError) as refused:
+        train(judged(str(file)))
+    assert str(refused.value) == f"objective.judge: {file}: names no function of it; give FILE.py:function"
+    assert not (tmp_path / "run").exists()

@@ -198,3 +198,18 @@ def test_a_run_in_the_home_folder_is_in_one_place(
         path.rename(root / path.name)
     assert [line["step"] for line in train(recipe_for(*short, "train.max_steps=2"), resume=True)] == [1, 2]
     assert "resuming   after step 1" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_folder_that_stayed_empty_is_gone_with_its_lock(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "one")
+    with run.locked():
+        run.checkpoints.mkdir()
+    assert not any(tmp_path.iterdir())
+    with run.locked():
+        (run.root / "notes.txt").touch()
+    assert (run.root / "notes.txt").exists()
+    own = RunDir(tmp_path / "own")
+    own.root.mkdir()
+    with own.locked():
+        pass
+    assert own.root.is_dir()
