@@ -25,6 +25,7 @@ BOUNDS = {
     "too_short": "must name {min_length} or more",
     "too_long": "must name {max_length} or fewer",
 }
+OTHERWISE = {"bfloat16": "bf16", "fp32": "float32", "f32": "float32"}  # as others call it
 EXPECTED = {
     "float_type": "a number",
     "int_type": "a whole number",
@@ -189,7 +190,7 @@ def _text(detail: ErrorDetails, path: KeyPath) -> str:
         return f"{what}, got {shown(given)}"
     if kind == "literal_error":
         words = re.findall(r"'([^']*)'", str(context["expected"]))
-        near = did_you_mean(value, words) if isinstance(value, str) else ""
+        near = did_you_mean(OTHERWISE.get(value, value), words) if isinstance(value, str) else ""
         return f"expected one of {', '.join(words)}, got {shown(value)}{near}"
     return " ".join(detail["msg"].split())
 

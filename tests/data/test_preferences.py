@@ -255,6 +255,21 @@ def test_pairs_are_unpaired_for_labels(name: str, tmp_path: Path) -> None:
     ]
 
 
+def test_pairs_say_what_becomes_of_their_halves_where_they_are_no_pairs(tmp_path: Path) -> None:
+    told, _, _ = read(written(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}), "answers")
+    assert told == "preference: the rows have chosen, rejected; the chosen answers are trained, the rejected ones not used"
+
+
+def test_no_label_is_named_for_pairs() -> None:
+    row = Row("a.jsonl:1", {"prompt": "q", "chosen": "a", "rejected": "b", "good": True})
+    with pytest.raises(DataError) as caught:
+        detect_format([row], {"label": "{good}"}, "labelled")
+    assert str(caught.value) == (
+        "a.jsonl: the rows have chosen, rejected, each of which becomes a good and a bad answer, and no label is read; "
+        "take label out of data.columns"
+    )
+
+
 def test_halves_are_whole_conversations(tmp_path: Path) -> None:
     (pair,) = pairs(tmp_path, {"system": "s", "prompt": "q", "chosen": "good", "rejected": "bad", "extra": "x"})
     before = (Turn("system", "s"), Turn("user", "q"))

@@ -92,7 +92,7 @@ def test_the_classes_have_transformers_names(shape: str) -> None:
         Gemma2ForSequenceClassification(tiny_config(FIRST))
     assert str(refused.value) == (
         "config.json: a GemmaForSequenceClassification, not a Gemma2ForSequenceClassification; use "
-        "GemmaForSequenceClassification for any of them"
+        "GemmaForSequenceClassification for any Gemma"
     )
 
 

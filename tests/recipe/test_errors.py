@@ -57,6 +57,12 @@ checkpoint: {keep: 2, keep: 3}
     ]
 
 
+def test_a_dtype_by_its_other_name_is_told_ours(write: Write) -> None:
+    assert refusal(write(GOOD, "recipes/my.yaml"), "train.precision=bfloat16") == [
+        "command line: train.precision: expected one of bf16, float32, got 'bfloat16'; did you mean 'bf16'?"
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [

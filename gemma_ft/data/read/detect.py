@@ -43,7 +43,13 @@ def detect_format(rows: Sequence[Row], columns: Columns | None = None, kind: Row
     fitting = [reading for reading, count in votes.items() if 2 * count >= len(sample)] or list(votes)
     single = [row.fields for row in sample if _single_message(row.fields)]
     if len(fitting) == 1 and (not formats()[fitting[0][0]].documents or 2 * len(single) < len(sample)):
-        return fitting[0][0], f"the rows have {fitting[0][1]}{_of_labels(fitting[0][0], sample, columns, kind)}"
+        name, why = fitting[0]
+        if kind == "labelled" and "label" in columns and formats()[name].pairs is not None:
+            raise DataError(
+                f"{source}: the rows have {why}, each of which becomes a good and a bad answer, and no label is read; "
+                "take label out of data.columns"
+            )
+        return name, f"the rows have {why}{_of_kind(name, sample, columns, kind)}"
     if len(fitting) <= 1:
         raise DataError(f"{source}: {_reason_against(single[0] if fitting else rows[0].fields)}")
     both = " and ".join(f"{name} ({why})" for name, why in fitting)
@@ -115,11 +121,12 @@ def _readings(fields: Fields, columns: Columns, kind: RowKind) -> list[tuple[str
     return [(name, why) for _, name, why in named]
 
 
-def _of_labels(format: str, sample: Sequence[Row], columns: Columns, kind: RowKind) -> str:
-    """What is told of where labels come from."""
+def _of_kind(format: str, sample: Sequence[Row], columns: Columns, kind: RowKind) -> str:
+    """What is told of pairs that are no pairs to the objective, and of where labels come from."""
+    paired = formats()[format].pairs is not None
     if kind != "labelled":
-        return ""
-    if formats()[format].pairs is not None:
+        return "; the chosen answers are trained, the rejected ones not used" if paired and kind == "answers" else ""
+    if paired:
         return "; each pair becomes two answers, a good and a bad one"
     name = next(filter(None, (verdict_name(row.fields, columns) for row in sample)), "label")
     values = [row.fields.get(name.strip(" {}")) for row in sample]
