@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,3 +199,16 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert main([verb, str(base), "--out", f"{tmp_path}/out", "--graft", *more]) == 2
     assert capsys.readouterr().err.replace(str(base), "BASE") == line + "\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_faults_p10_and_p11_text_pairs_need_no_processor(base: Path, tmp_path: Path) -> None:
+    """Where a folder has a processor, its tokenizer is taken all the same, and rows of text bring no marks of images
+    (reports: TRL issues 3982 and 4022, unsloth issue 7202).
+    """
+    (base / "processor_config.json").write_text('{"processor_class": "Gemma3Processor", "image_seq_length": 4}\n')
+    run = tmp_path / "run"
+    words = ["objective.kind=dpo", "data.train=data/preferences_eval.jsonl", "data.eval=null", "strategy=lora",
+             "~quantize", "adapter.rank=2", "train.max_steps=1", "~data.columns"]  # fmt: skip
+    assert train(base, run, *words) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["train_loss"] == pytest.approx(math.log(2), rel=1e-12)

@@ -6,8 +6,8 @@ y an answer, |y| its labelled tokens, d(y) = log p(y) - log q(y) summed over the
     -log sigmoid(beta (d(chosen) - d(rejected))),  a mean over the pairs of a step.
 
 label_smoothing e: (1 - e) times that + e times it of the swapped pair (E. Mitchell, "A note on DPO with noisy
-preferences", 2023, eq. 3). length_normalized: d(y) / |y| for d(y), arXiv:2411.15124 section 5.1. sft_weight: so many
-times the cross-entropy of the chosen answers is added, a mean over their tokens in a step (arXiv:2404.19733 section 2,
+preferences", 2023). length_normalized: d(y) / |y| for d(y), arXiv:2411.15124. sft_weight: so many
+times the cross-entropy of the chosen answers is added, a mean over their tokens in a step (arXiv:2404.19733,
 which divides each by its own length).
 """
 
