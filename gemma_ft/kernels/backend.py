@@ -162,6 +162,8 @@ _ALL = (
     # all layers for one token; in torch the model runs them one by one, each out of the operations above
     Implementation("fused_decode", CPP, "gemma_ft.kernels.fused_decode", ("decode",)),
     Implementation("fused_decode", TORCH, "", (), ()),
+    Implementation("optimizer_step", CPP, _CPP, ("optimizer_step",)),
+    Implementation("optimizer_step", TORCH, "gemma_ft.kernels.optimizer_step", ("optimizer_step_reference",), ()),
     Implementation("matmul", FLOAT32, "gemma_ft.kernels.matmul", ("widened", "widened_transposed"), _BF16),
     Implementation("matmul", TORCH, "torch", ("matmul",), ()),
 )

@@ -41,6 +41,8 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "gemv": (P, P, P, I64, I64, I64),
     "gemv_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
     "decode": (P, P, P, P),
+    "adamw_8bit": (P, P, P, P, P, P, P, P, P, P, P, I64),
+    "lion_8bit": (P, P, P, P, P, P, P, I64),
 }
 SUFFIXES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 

@@ -10,6 +10,7 @@
 #include "geglu.h"
 #include "cross_entropy.h"
 #include "nf4.h"
+#include "optimizer.h"
 #include "rms_norm.h"
 #include "rotary.h"
 
@@ -43,3 +44,7 @@ BOTH(gemv, P_FEW, (a, b, c, d, e, f, g))
 BOTH(gemv_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))
 #define P_DECODE(T) (const Shape* a, const Layer* b, const i64* c, T* d, int e)
 BOTH(decode, P_DECODE, (a, b, c, d, e))
+#define P_ADAMW(T) (T* a, const T* b, std::uint8_t* c, float* d, const float* e, const std::uint8_t* f, std::uint8_t* g, float* h, const float* i, const std::uint8_t* j, const float* k, i64 l, int m)
+BOTH(adamw_8bit, P_ADAMW, (a, b, c, d, e, f, g, h, i, j, k, l, m))
+#define P_LION(T) (T* a, const T* b, std::uint8_t* c, float* d, const float* e, const std::uint8_t* f, const float* g, i64 h, int i)
+BOTH(lion_8bit, P_LION, (a, b, c, d, e, f, g, h, i))
