@@ -82,7 +82,8 @@ checkpoint: {keep: 2, keep: 3}
         ("seed=-1", "seed: must be 0 or more, got -1"),
         ("~sed", "sed: unknown key; did you mean 'seed'?"),
         ("~train.x.y", "train.x: unknown key; known here: epochs, max_steps, optimizer, learning_rate, "
-         "global_batch_size, micro_batch_size, schedule, warmup_ratio, weight_decay, max_grad_norm, precision, gradient_checkpointing"),
+         "global_batch_size, micro_batch_size, schedule, warmup_ratio, weight_decay, max_grad_norm, precision, "
+         "gradient_checkpointing"),
         ("~output_dir", None),
         ("~seed=3", "expected key=value or ~key, got '~seed=3'"),
         ("=3", "expected key=value or ~key, got '=3'"),
