@@ -33,6 +33,13 @@ def rms_norm_backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
     cpp_backend.call("rms_norm_backward", upstream, x, gain, rstd, grad, rstd.numel(), x.shape[-1], of=x.dtype)
 
 
+def rms_norm_weight_gradient(upstream: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of the weight [D], float32."""
+    grad = torch.empty(x.shape[-1])
+    cpp_backend.call("rms_norm_weight_gradient", upstream, x, rstd, grad, rstd.numel(), x.shape[-1], of=x.dtype)
+    return grad
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: float) -> None:
     """`out` [B, heads, T, H], filled with x turned by angles [B or 1, 1, T, H] (sign -1: turned back); of x and `out`
     the last dimension alone need be contiguous.

@@ -24,6 +24,8 @@ using namespace gemma_ft;
 BOTH(rms_norm, P_RMS_NORM, (a, b, c, d, e, f, g, h, i))
 #define P_RMS_NORM_B(T) (const T* a, const T* b, const float* c, const float* d, T* e, i64 f, i64 g, int h)
 BOTH(rms_norm_backward, P_RMS_NORM_B, (a, b, c, d, e, f, g, h))
+#define P_RMS_NORM_W(T) (const T* a, const T* b, const float* c, float* d, i64 e, i64 f, int g)
+BOTH(rms_norm_weight_gradient, P_RMS_NORM_W, (a, b, c, d, e, f, g))
 #define P_ROTATE(T) (const T* a, const float* b, const float* c, T* d, i64 e, i64 f, i64 g, i64 h, const i64* i, const i64* j, i64 k, float l, int m)
 BOTH(rotate, P_ROTATE, (a, b, c, d, e, f, g, h, i, j, k, l, m))
 #define P_GEGLU(T) (const T* a, const T* b, T* c, i64 d, int e)
