@@ -5,8 +5,9 @@
     .venv/bin/python -m benchmarks.train_cpu --brief ...  a timed step less of the others, which take most of the time
 
 All arms have the same Gemma 2 of 100M parameters (random weights at a realistic scale), adapter, ids, labels, order,
-AdamW and clipping, and compute in bf16. An arm is a process of its own that trains with its own trainer; arms take
-turns, forwards and backwards, and the ratio is the median over the turns.
+AdamW and clipping, and compute in bf16; in lines named `full` all weights are trained, float32 under bf16 autocast. An
+arm is a process of its own that trains with its own trainer; arms take turns, forwards and backwards, and the ratio is
+the median over the turns.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Line:
     vocabulary: int = VOCABULARY
     quantize: str | None = None
     padded: bool = False  # rows of unequal length; else full rows of several documents
+    full: bool = False  # all weights are trained: float32, under bf16 autocast
 
 
 GRID = {
@@ -56,6 +58,7 @@ GRID = {
     "lora_1024_padded": Line(1024, 2, padded=True),
     "lora_1024_256k": Line(1024, 2, vocabulary=256_000),
     "qlora_512": Line(512, 4, quantize="nf4"),
+    "full_1024": Line(1024, 2, full=True),
 }
 
 
@@ -111,11 +114,19 @@ def our_model(folder: Path, quantize: str | None = None) -> Any:
     return PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True, config=start)
 
 
+def our_whole_model(folder: Path) -> Any:
+    """Ours, all of it trained: float32, as a run of `strategy: full` has it."""
+    from gemma_ft.build.located import Source
+    from gemma_ft.build.pretrained import load_base
+
+    return load_base(Source(str(folder / "base"), None), dtype=torch.float32).train().requires_grad_(True)
+
+
 def our_trainer(folder: Path, line: Line) -> Any:
-    model = our_model(folder, line.quantize)
+    model = our_whole_model(folder) if line.full else our_model(folder, line.quantize)
     settings = arguments(folder, line, bf16=False, gradient_checkpointing=False, ddp_find_unused_parameters=False)
     settings._n_gpu = 0
-    return trainer_of(model, settings, rows_of(line))
+    return trainer_of(model, settings, rows_of(line), torch.bfloat16 if line.full else None)
 
 
 def stock_trainer(folder: Path, line: Line, *, best: bool, attention: str = "eager") -> Any:
@@ -130,10 +141,14 @@ def stock_trainer(folder: Path, line: Line, *, best: bool, attention: str = "eag
     if line.quantize:
         more["quantization_config"] = quantization_config("nf4", double_quant=True, compute_dtype=torch.bfloat16)
     base = AutoModelForCausalLM.from_pretrained(
-        str(folder / "base"), dtype=torch.bfloat16, attn_implementation=attention, **more
+        str(folder / "base"),
+        dtype=torch.float32 if line.full else torch.bfloat16,
+        attn_implementation=attention,
+        **more,
     )
-    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
-    changes = {"gradient_checkpointing": False} if best else {}
+    model = base if line.full else PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    changes: dict[str, Any] = {"gradient_checkpointing": False} if best else {}
+    changes |= {"bf16": True} if line.full else {}
     rows = [{key: one[key] for key in ("input_ids", "labels", "position_ids")} for one in rows_of(line)]
     trainer = SFTTrainer(
         model=model, args=arguments(folder, line, **changes), train_dataset=datasets.Dataset.from_list(rows),
@@ -196,7 +211,13 @@ def trained(trainer: Any, steps: int) -> dict[str, Any]:
     trainer.add_callback(Clock())
     built = _rss()
     trainer.train()
-    return {"seconds": times[WARM:], "losses": losses, "above_the_model": _rss() - built}
+    moments = sum(
+        one.nbytes
+        for state in trainer.optimizer.state.values()
+        for one in state.values()
+        if isinstance(one, torch.Tensor)
+    )
+    return {"seconds": times[WARM:], "losses": losses, "above_the_model": _rss() - built, "moments": moments}
 
 
 def _rss() -> int:
@@ -206,7 +227,7 @@ def _rss() -> int:
 def flops_of(line: Line) -> float:
     """FLOPs of a token, for documents of half, a third and a sixth of a row (limits.flops_per_token)."""
     cuts = [line.tokens] if line.padded else [line.tokens // 2, line.tokens // 3, line.tokens // 6]
-    return flops_per_token(gemma(line.vocabulary), cuts, rank=RANK, labelled=LABELLED)
+    return flops_per_token(gemma(line.vocabulary), cuts, rank=RANK, labelled=LABELLED, full=line.full)
 
 
 def measured(name: str, turns: int = TURNS, *, brief: bool = False) -> dict[str, Any]:
@@ -230,6 +251,10 @@ def measured(name: str, turns: int = TURNS, *, brief: bool = False) -> dict[str,
         "ours_over": {arm: round(paired(speed["ours"], speed[arm])["median"], 2) for arm in ARMS[1:]},
         "above_the_model_mib": {
             arm: round(min(one["above_the_model"] for one in ones) / 2**20) for arm, ones in found.items()
+        },
+        "above_model_and_moments_mib": {
+            arm: round(min(one["above_the_model"] - one["moments"] for one in ones) / 2**20)
+            for arm, ones in found.items()
         },
         "losses": {arm: ones[0]["losses"] for arm, ones in found.items()},
         "gemm_gflops": {dtype: round(max(ones) / 1e9) for dtype, ones in rates.items()},

@@ -37,14 +37,19 @@ def attention_flops(config: Any, lengths: Sequence[int]) -> float:
     return float(sum(each * keys_seen(lengths, one) for one in GemmaNumerics.from_config(config).window_tokens))
 
 
-def flops_per_token(config: Any, lengths: Sequence[int], *, rank: int, labelled: float = 1.0) -> float:
+def flops_per_token(
+    config: Any, lengths: Sequence[int], *, rank: int, labelled: float = 1.0, full: bool = False
+) -> float:
     """4N + 6P + 3.5A + 4Ef of a token in a step of LoRA, whose frozen weights have no gradient and are read twice.
 
     N linear parameters, P those of the adapter, A attention's forward, E the head's parameters, f the labelled part.
-    Recomputing is not counted: it is what checkpointing costs. `lengths`: of the documents.
+    `full`: all weights are trained, 6N + 3.5A + 6Ef. Recomputing is not counted: it is what checkpointing costs.
+    `lengths`: of the documents.
     """
     head = config.vocab_size * config.hidden_size
     frozen, adapter = linear_parameters(config), adapter_parameters(config, rank)
+    if full:
+        return 6 * frozen + 3.5 * attention_flops(config, lengths) + 6 * head * labelled
     return 4 * frozen + 6 * adapter + 3.5 * attention_flops(config, lengths) + 4 * head * labelled
 
 

@@ -73,8 +73,8 @@ TORCH = Backend("torch", "", _Everywhere())
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation: by the `functions` of `module`, forwards first, then backwards where the two are
-    apart. `dtypes`: of what is computed (empty: any). `takes`: a function of the module that is asked about shapes and
-    layouts ("": all are taken).
+    apart, and a weight's gradient where it has its own. `dtypes`: of what is computed (empty: any). `takes`: a function
+    of the module that is asked about shapes and layouts ("": all are taken).
     """
 
     operation: str
@@ -106,6 +106,11 @@ class Implementation:
         """The function that computes its gradients."""
         return getattr(self.loaded, self.functions[1])
 
+    @property
+    def weight_gradient(self) -> Any:
+        """The function that computes the gradient of its weight; None where there is none."""
+        return getattr(self.loaded, self.functions[2]) if len(self.functions) > 2 else None
+
     def serves(self, *tensors: Tensor | None) -> bool:
         """Whether it takes these tensors, whatever their shapes; the first is one."""
         return self.runs.serves(*tensors)
@@ -119,7 +124,7 @@ _CPP = "gemma_ft.kernels.cpp_operations"
 _BF16 = (torch.bfloat16,)
 _ALL = (
     Implementation("rms_norm", TRITON, "gemma_ft.kernels.triton.rms_norm", ("forward", "backward")),
-    Implementation("rms_norm", CPP, _CPP, ("rms_norm", "rms_norm_backward")),
+    Implementation("rms_norm", CPP, _CPP, ("rms_norm", "rms_norm_backward", "rms_norm_weight_gradient")),
     Implementation("rms_norm", TORCH, "gemma_ft.kernels.rms_norm", ("rms_norm_reference",), ()),
     Implementation("rotary", TRITON, "gemma_ft.kernels.triton.rotary", ("turn",)),
     Implementation("rotary", CPP, _CPP, ("rotate",)),
@@ -162,6 +167,8 @@ _ALL = (
     # all layers for one token; in torch the model runs them one by one, each out of the operations above
     Implementation("fused_decode", CPP, "gemma_ft.kernels.fused_decode", ("decode",)),
     Implementation("fused_decode", TORCH, "", (), ()),
+    Implementation("optimizer_step", CPP, _CPP, ("optimizer_step",)),
+    Implementation("optimizer_step", TORCH, "gemma_ft.kernels.optimizer_step", ("optimizer_step_reference",), ()),
     Implementation("matmul", FLOAT32, "gemma_ft.kernels.matmul", ("widened", "widened_transposed"), _BF16),
     Implementation("matmul", TORCH, "torch", ("matmul",), ()),
 )

@@ -31,6 +31,7 @@ P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of threads
     "rms_norm": (P, P, P, P, P, I64, I64, F32),
     "rms_norm_backward": (P, P, P, P, P, I64, I64),
+    "rms_norm_weight_gradient": (P, P, P, P, I64, I64),
     "rotate": (P, P, P, P, I64, I64, I64, I64, P, P, I64, F32),
     "geglu": (P, P, P, I64),
     "geglu_backward": (P, P, P, P, P, I64),
@@ -41,6 +42,8 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {  # without the last, the number of th
     "gemv": (P, P, P, I64, I64, I64),
     "gemv_nf4": (P, P, P, P, P, F32, P, P, P, I64, I64, I64, I64, I64),
     "decode": (P, P, P, P),
+    "adamw_8bit": (P, P, P, P, P, P, P, P, P, P, P, I64),
+    "lion_8bit": (P, P, P, P, P, P, P, I64),
 }
 SUFFIXES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 

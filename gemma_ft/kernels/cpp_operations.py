@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gemma_ft.kernels import cpp_backend
 from gemma_ft.kernels.gemv import are_few, fits
+from gemma_ft.kernels.optimizer_step import MOMENTS, nearest_codes, numbers_of
 
 if TYPE_CHECKING:
     from gemma_ft.kernels.blockwise_attention import Block
+    from gemma_ft.kernels.optimizer_step import Rates, Rule
 
 
 def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, rstd: Tensor, eps: float) -> None:
@@ -29,6 +31,13 @@ def rms_norm_backward(upstream: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
     """The gradient of x in `grad`."""
     gain = 1.0 + weight.float()
     cpp_backend.call("rms_norm_backward", upstream, x, gain, rstd, grad, rstd.numel(), x.shape[-1], of=x.dtype)
+
+
+def rms_norm_weight_gradient(upstream: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of the weight [D], float32."""
+    grad = torch.empty(x.shape[-1])
+    cpp_backend.call("rms_norm_weight_gradient", upstream, x, rstd, grad, rstd.numel(), x.shape[-1], of=x.dtype)
+    return grad
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: float) -> None:
@@ -117,6 +126,16 @@ def takes_gemv_nf4(x: Tensor, packed: Tensor, state: Any) -> bool:
     """Whether `gemv_nf4` takes these rows [M, I] and this weight, whose form is the usual one."""
     rows = len(x)
     return are_few(x, rows) and takes_nf4(packed, state) and fits(rows, state.shape, state.blocksize)
+
+
+def optimizer_step(rule: Rule, parameter: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
+    """See `optimizer_step.optimizer_step_reference`."""
+    moments: list[Tensor] = []
+    for number in range(1, MOMENTS[rule] + 1):
+        moments += [state[f"{kind}{number}"] for kind in ("state", "absmax", "qmap")] + [nearest_codes(number == 1)]
+    numbers = torch.tensor(numbers_of(rule, state["step"], rates), dtype=torch.float32)
+    name = {"adam": "adamw_8bit", "lion": "lion_8bit"}[rule]
+    cpp_backend.call(name, parameter, grad, *moments, numbers, parameter.numel(), of=parameter.dtype)
 
 
 def nf4_scales(state: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:

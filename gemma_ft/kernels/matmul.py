@@ -83,6 +83,15 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def widened_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """x [M, A], y [M, B] -> xᵀ y [A, B] in float32: the sum over parts of the rows stays wide."""
+    found = torch.zeros(x.shape[1], y.shape[1])
+    for rows in _pieces(len(x), ROWS_NUMBERS // max(x.shape[1], y.shape[1])):
+        wide = workspace().take("wide result", y[rows].shape, torch.float32).copy_(y[rows])
+        found.addmm_(_wide_rows(x[rows]).T, wide)
+    return found
+
+
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether a product with rows x is computed in float32 though its numbers are not: many rows in bf16 on a CPU."""
     return len(x) >= MANY and are_plain(x, weight) and product_dtype(x) != x.dtype

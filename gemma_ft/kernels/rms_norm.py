@@ -61,6 +61,12 @@ class _RMSNorm(torch.autograd.Function):
             grad_x = torch.empty_like(x)
             ctx.chosen.backward(given, x, weight.contiguous(), rstd, grad_x)
         if ctx.needs_input_grad[1]:
-            each = given.float() * x.float() * rstd[..., None]
-            grad_weight = each.flatten(0, -2).sum(dim=0).to(weight.dtype)
+            summed = ctx.chosen.weight_gradient or _weight_gradient
+            grad_weight = summed(given, x, rstd).to(weight.dtype)
         return grad_x, grad_weight, None, upstream if ctx.needs_input_grad[3] else None, None
+
+
+def _weight_gradient(upstream: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of the weight [D], float32."""
+    each = upstream.float() * x.float() * rstd[..., None]
+    return each.flatten(0, -2).sum(dim=0)

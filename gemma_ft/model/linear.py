@@ -1,4 +1,4 @@
-"""Linear layers of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient; and
+"""Linear layers, of a model that only answers: as many rows as a prompt has, or as few as a token, and no gradient; and
 how it stays one that can be trained. In training mode a layer computes the same with a gradient and without, to the
 bit: what a policy is compared with is a pass of the same weights without one.
 """
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from gemma_ft.kernels.gemv import are_few, gemv, unhooked
 from gemma_ft.kernels.matmul import MANY, times_transposed
+from gemma_ft.kernels.trained_linear import takes_trained, trained_linear
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
-    """layer(x), by the product that is fastest for so many rows, where the layer is no more than its weight."""
+    """layer(x), by the product that is fastest for so many rows, where the layer is no more than its weight; under
+    autocast as `trained_linear` has it.
+    """
+    if is_plain(layer) and takes_trained(x, layer.weight):
+        return trained_linear(x, layer.weight)
     rows = x.numel() // x.shape[-1]
     few = are_few(x, rows)
     if not ((few or rows >= MANY) and _serves(layer, x)):

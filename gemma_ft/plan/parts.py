@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma_ft.plan.activations import WIDE, checkpointed_bytes, saved_bytes, workspace_bytes
 from gemma_ft.plan.run import Run
 from gemma_ft.plan.shape import Shape
-from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, weight_bytes
+from gemma_ft.plan.storage import BYTES, cache_bytes, layer_bytes, moment_bytes, weight_bytes
 from gemma_ft.system.limits import CHUNK_BYTES, CPU_BYTES, CPU_ROWS, PREFILL_TOKENS, ROWS_NUMBERS, WEIGHT_NUMBERS
 
 CUDA_CONTEXT = 3 * 2**28  # of a process: driver, cuBLAS workspaces; assumed, and measured nowhere yet
@@ -61,8 +61,8 @@ def gradients(run: Run) -> int:
 
 
 def optimizer(run: Run) -> int:
-    """AdamW's two moments, float32."""
-    return 0 if run.ranks.offload else -(-2 * WIDE * run.trained // run.ranks.cut)
+    """What the optimizer keeps of each weight."""
+    return 0 if run.ranks.offload else -(-moment_bytes(run.trained_tensors, run.optimizer) // run.ranks.cut)
 
 
 def activations(run: Run) -> int:

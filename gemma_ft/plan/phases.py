@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from gemma_ft.plan import parts
 from gemma_ft.plan.activations import WIDE
 from gemma_ft.plan.run import Run
-from gemma_ft.plan.storage import BYTES, weight_bytes
+from gemma_ft.plan.storage import BYTES, moment_bytes, weight_bytes
 from gemma_ft.recipe.objectives import LIVE
 from gemma_ft.system.limits import MAX_SHARD_BYTES, PREFILL_TOKENS
 
@@ -103,13 +103,13 @@ class Disk:
 
 
 def disk(run: Run) -> Disk:
-    """Weights as published (bf16), with what lies beside a text model; checkpoints (weights that are trained, and two
+    """Weights as published (bf16), with what lies beside a text model; checkpoints (weights that are trained, and their
     moments), the result, a merge.
     """
     published = BYTES["bf16"] * run.shape.parameters
     return Disk(
         download=published + BYTES["bf16"] * run.shape.beside,
-        checkpoints=run.checkpoints * 3 * WIDE * run.trained,
+        checkpoints=run.checkpoints * (WIDE * run.trained + moment_bytes(run.trained_tensors, run.optimizer)),
         result=run.element * run.shape.parameters if run.full else WIDE * run.trained,
         merged=0 if run.full else published,
     )

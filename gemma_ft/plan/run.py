@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ class Run:
     objective: str = "sft"  # as recipe.objectives.KINDS names it
     reference: str = "none"  # as recipe.objectives.reference_kind names it
     precision: Literal["bf16", "float32"] = "bf16"
+    optimizer: Literal["adamw", "adamw8bit", "lion8bit"] = "adamw"
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = True
     rank: int = 16
@@ -117,6 +119,13 @@ class Run:
         return head + (
             self.shape.parameters if self.full else self.shape.adapter(self.rank, self.targets, dora=self.dora)
         )
+
+    @property
+    def trained_tensors(self) -> dict[int, int]:
+        """Sizes of the tensors that are trained, and how many there are of each."""
+        shape, found = self.shape, Counter({self.shape.hidden: 1} if self.scores else {})
+        found.update(shape.tensors if self.full else shape.adapter_tensors(self.rank, self.targets, dora=self.dora))
+        return found
 
     @property
     def layer(self) -> Layer:
@@ -194,6 +203,7 @@ def run_of(
         objective=recipe.objective.kind,
         reference=reference_kind(recipe.objective, recipe.strategy, adapter.start if adapter else None),
         precision=train.precision,
+        optimizer=train.optimizer,
         quantize=recipe.quantize.kind if recipe.quantize else None,
         double_quant=recipe.quantize.double_quant if recipe.quantize else True,
         rank=adapter.rank if adapter else 0,

@@ -7,6 +7,7 @@ V vocabulary, R rank of an adapter, T tokens.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,8 +97,26 @@ class Shape:
         """Weights of a LoRA adapter on the linear layers `targets` (None: on all): R (rows + columns) of each, and a
         magnitude for each row with DoRA. Source: arXiv:2106.09685, arXiv:2402.09353.
         """
-        chosen = [size for name, size in self.linears.items() if targets is None or name in targets]
-        return self.layers * sum(rank * (rows + columns) + (rows if dora else 0) for rows, columns in chosen)
+        return sum(size * count for size, count in self.adapter_tensors(rank, targets, dora=dora).items())
+
+    def adapter_tensors(
+        self, rank: int, targets: Collection[str] | None = None, *, dora: bool = False
+    ) -> dict[int, int]:
+        """Sizes of the tensors of such an adapter, and how many there are of each."""
+        found: Counter[int] = Counter()
+        for name, (rows, columns) in self.linears.items():
+            if targets is None or name in targets:
+                found.update([rank * rows, rank * columns, *([rows] if dora else [])])
+        return {size: self.layers * count for size, count in found.items()}
+
+    @property
+    def tensors(self) -> dict[int, int]:
+        """Sizes of all tensors of the model, and how many there are of each."""
+        layer = Counter([rows * columns for rows, columns in self.linears.values()])
+        layer.update({self.hidden: self.norms, self.head_dim: 2 * self.qk_norms})
+        found = Counter({size: self.layers * count for size, count in layer.items() if count})
+        found.update([self.hidden, self.embedding])
+        return found
 
 
 def preset_shape(name: str) -> Shape:

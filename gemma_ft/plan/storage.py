@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from gemma_ft.plan.shape import Shape
-from gemma_ft.system.limits import FIRST_PLACES
+from gemma_ft.system.limits import FIRST_PLACES, MOMENT_BLOCK, SMALLEST_IN_8BIT
 
 Kind = Literal["bf16", "float32", "int8", "nf4"]
 BYTES = {"bf16": 2, "float32": 4}
@@ -40,6 +41,22 @@ def weight_bytes(shape: Shape, kind: Kind, *, double_quant: bool = True, rest: K
     rest = rest if kind in ("nf4", "int8") else kind
     others = (shape.embedding + shape.norm_weights) * BYTES[rest]
     return shape.layers * layer_bytes(shape, kind, double_quant=double_quant) + others
+
+
+def moment_bytes(tensors: Mapping[int, int], optimizer: str) -> int:
+    """Bytes of what an optimizer keeps for tensors of these sizes, so many of each: AdamW two moments, Lion one; in 8
+    bits a byte for each number, a float32 for each block, and the map of codes.
+
+    Source: kernels.optimizer_step.new_moments.
+    """
+    moments = 1 if optimizer == "lion8bit" else 2
+
+    def one(size: int) -> int:
+        if optimizer == "adamw" or size < SMALLEST_IN_8BIT:
+            return moments * 4 * size
+        return moments * (size + 4 * -(-size // MOMENT_BLOCK) + 4 * 256)
+
+    return sum(count * one(size) for size, count in tensors.items())
 
 
 def cache_bytes(shape: Shape, tokens: int, *, rows: int = 1, limit: int | None = None, element: int = 2) -> int:

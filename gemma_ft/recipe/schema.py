@@ -172,6 +172,10 @@ class Train(Section):
 
     epochs: float = Field(1.0, gt=0, le=100_000, description="Passes over the training rows")
     max_steps: Steps | None = Field(None, description="Optimizer steps; wins over epochs")
+    optimizer: Literal["adamw", "adamw8bit", "lion8bit"] = Field(
+        "adamw",
+        description="8bit: moments of large tensors in 8 bits; lion wants a third of the learning rate, or less",
+    )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
     global_batch_size: Batch = Field(32, description="Sequences, or pairs, in an optimizer step, over all devices")
     micro_batch_size: Batch = Field(
@@ -179,7 +183,7 @@ class Train(Section):
     )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, le=1e6, description="Gradient clipping; 0: none")
     precision: Literal["bf16", "float32"] = Field("bf16", description="dtype of frozen weights and activations")
     gradient_checkpointing: Literal["auto"] | bool = Field(

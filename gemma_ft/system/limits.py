@@ -16,3 +16,7 @@ WEIGHT_NUMBERS, ROWS_NUMBERS = 2**24, 2**22
 PREFILL_TOKENS = 512  # of prompts in one pass, padding included: bounds its scores, and how long others wait for it
 FIRST_PLACES = 256  # a ring of the KV cache begins with so many places and doubles up to its limit
 MAX_SHARD_BYTES = 5 * 10**9  # of a file of weights, of which a merge holds one in memory
+
+# Moments of 8-bit optimizers: numbers that share a scale, and the size of a tensor from which on it has them. Source:
+# bitsandbytes optim/optimizer.py.
+MOMENT_BLOCK, SMALLEST_IN_8BIT = 256, 4096

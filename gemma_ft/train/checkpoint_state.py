@@ -122,7 +122,7 @@ def _files(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """About how much a checkpoint takes: the weights, and two moments of each."""
+    """About how much a checkpoint takes at most: the weights, and two float32 moments of each."""
     return 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
 
 

@@ -20,6 +20,7 @@ from gemma_ft.train.activation_checkpointing import choose_checkpointing
 from gemma_ft.train.checkpoints import newest_valid
 from gemma_ft.train.distributed import World, join_world, lost_a_rank
 from gemma_ft.train.loop import build_loop, go, take_up
+from gemma_ft.train.optimizers import check_optimizer
 from gemma_ft.train.run_context import Finish, RunContext
 from gemma_ft.train.run_dir import RunDir
 from gemma_ft.train.settings import total_steps
@@ -91,6 +92,7 @@ def _train(
         observer.say(f"  note: {note}")
     with world.phase("the checks"):
         batch = batch_plan(recipe, world.size)
+        check_optimizer(recipe.train, world)
         if world.main:
             check_apart(recipe, run.root, named=f"output_dir: {run.root}", cure="choose another")
             run.check(resume=mode.resume, overwrite=mode.overwrite, inputs=inputs_of(recipe))

@@ -15,6 +15,7 @@ from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.train.distributed import World
 from gemma_ft.train.lr_schedule import Schedule
+from gemma_ft.train.optimizers import OptimizerClass, optimizer_of
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -32,6 +33,7 @@ class TrainerOptions:
     autocast: torch.dtype | None = None  # of full fine-tuning, whose weights are float32; a frozen base has its own
     keep_checkpoints: int = 1
     keep_best: bool = False
+    optimizer: OptimizerClass | None = None  # and what it is made with; None: the one of `training_arguments`
 
     @classmethod
     def of(cls, recipe: Recipe) -> TrainerOptions:
@@ -43,6 +45,7 @@ class TrainerOptions:
             autocast=torch.bfloat16 if narrow else None,
             keep_checkpoints=recipe.checkpoint.keep,
             keep_best=recipe.checkpoint.keep_best,
+            optimizer=optimizer_of(recipe.train),
         )
 
 

@@ -23,6 +23,7 @@ from gemma_ft.system import hardware
 from gemma_ft.train.activation_checkpointing import Checkpointing
 from gemma_ft.train.distributed import World
 from gemma_ft.train.objective_settings import settings_of
+from gemma_ft.train.optimizers import describe_optimizer
 
 REFERENCES = {
     "none": "nothing: it has no reference",
@@ -92,6 +93,8 @@ def startup_lines(
         stats = data.train.stats
         rows += _small(batch, round(stats.tokens / max(stats.packed_rows, 1)))
     rows.append(("memory", checkpointing.describe()))
+    moments = describe_optimizer(train, model)
+    rows += [("optimizer", moments)] if moments is not None else []
     rows.append(("steps", f"{total:,} at learning rate {train.learning_rate:g}, {train.schedule}"))
     return rows
 

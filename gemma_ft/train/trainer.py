@@ -93,6 +93,7 @@ class GemmaTrainer(SFTTrainer):
             eval_dataset=None if data.held_out is None else _placeholder(data.held_out),
             data_collator=data.collate,
             processing_class=tokenizer,
+            optimizer_cls_and_kwargs=options.optimizer,
         )
         if tuned:
             restore_trainables(self.model, values)

@@ -23,6 +23,7 @@ from gemma_ft.kernels.backend import OPERATIONS, Implementation, choice_of, desc
 from gemma_ft.kernels.cross_entropy import fused_cross_entropy, fused_cross_entropy_reference
 from gemma_ft.kernels.gemv import gemv
 from gemma_ft.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, nf4_product
+from gemma_ft.kernels.optimizer_step import Rates, new_moments, optimizer_step_reference
 from gemma_ft.kernels.plain_tensors import DTYPES
 from gemma_ft.kernels.triton import triton_backend as triton
 from gemma_ft.kernels.triton.triton_backend import load
@@ -76,6 +77,7 @@ CHOSEN = {
     "gemv": ("torch", "cpp", "torch"),
     "lora_gemv": ("triton", "torch", "torch"),
     "fused_decode": ("torch", "cpp", "torch"),
+    "optimizer_step": ("torch", "cpp", "torch"),
     "matmul": ("torch", "float32", "float32"),
 }
 
@@ -232,6 +234,18 @@ def with_lora_in_torch(x: Tensor, a: Tensor, b: Tensor, base: Tensor) -> Tensor:
     return out
 
 
+def stepped(op: Callable[..., None] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A weight after a step of AdamW with moments in 8 bits."""
+
+    def run(weight: Tensor, grad: Tensor) -> Tensor:
+        found = weight.detach().clone()
+        state, rates = new_moments("adam", found) | {"step": 1}, Rates(0.1, (0.9, 0.999), 1e-8, 0.1)
+        (op or implementation_of("optimizer_step", found, grad).run)("adam", found, grad, state, rates)
+        return found
+
+    return run
+
+
 def heads(*counts: int, tokens: int = TOKENS, batch: int = 2) -> list[Tensor]:
     return [drawn(batch, count, tokens, WIDTH, seed=seed, times=2.0) for seed, count in enumerate(counts)]
 
@@ -253,6 +267,9 @@ CASES: dict[str, Case] = {
         4e-3,
         False,
         False,
+    ),
+    "optimizer_step": Case(
+        stepped(), stepped(optimizer_step_reference), [drawn(4133), drawn(4133, seed=1)], 5e-7, 1.05, gradients=False
     ),
     "attention": Case(attended, attended_eagerly, heads(4, 2, 2), 1e-5, 1.25, gradients=False),
     "attention_block": Case(attended, attended_eagerly, heads(4, 2, 2), 1e-5, 1.25),

@@ -16,9 +16,12 @@ from gemma_ft.infer import engine
 from gemma_ft.infer.generate import generate_answers
 from gemma_ft.model.gemma import GemmaForCausalLM
 from gemma_ft.model.kv_cache import KVCache
-from gemma_ft.plan import storage
+from gemma_ft.plan import parts, storage
+from gemma_ft.plan.run import Run
 from gemma_ft.plan.shape import preset_shape, shape_of
 from gemma_ft.plan.storage import cache_bytes, linear_bytes, weight_bytes
+from gemma_ft.recipe.schema import Train
+from gemma_ft.train.optimizers import optimizer_of
 
 
 def four_bits(weight: Any) -> int:
@@ -110,3 +113,21 @@ def test_answers_need_no_more_cache_than_planned() -> None:
             generate_answers(model, [[5] * tokens] * 2, stop_ids=[], max_new_tokens=3, batch_size=2)
             planned = cache_bytes(shape, tokens + 3, rows=2, limit=tokens + 3, element=4)
             assert planned / 2 <= max(held) <= planned
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_moments_take_what_an_optimizer_keeps(strategy: Literal["full", "lora"], optimizer: Any) -> None:
+    run = Run(shape=preset_shape("gemma-tiny"), strategy=strategy, micro_batch_size=1, tokens=64, rank=16,
+              optimizer=optimizer)  # fmt: skip
+    train = Train(optimizer=optimizer)
+    sizes = [size for size, count in run.trained_tensors.items() for _ in range(count)]
+    assert sum(sizes) == run.trained
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for one in weights:
+        one.grad = torch.ones_like(one)
+    made = optimizer_of(train)
+    stepper = torch.optim.AdamW(weights) if made is None else made[0](weights, **made[1])
+    stepper.step()
+    kept = [one for state in stepper.state.values() for name, one in state.items() if name != "step"]
+    assert sum(one.numel() * one.element_size() for one in kept) == parts.optimizer(run)

@@ -98,6 +98,21 @@ def test_resumed_on_two_ranks_is_bit_identical(train: Train) -> None:
     assert (whole / "adapter" / "adapter_model.safetensors").read_bytes() == result
 
 
+def test_moments_in_8_bits_are_those_of_one_rank_and_resumed_to_the_byte(train: Train) -> None:
+    """Ranks under DDP. Gradients are summed in another order, and a code may be the one beside it."""
+    overrides = [*STRATEGIES["full"], "train.optimizer=adamw8bit"]
+    one, two = train("one", *overrides), train("two", *overrides, ranks=2)
+    for mine, theirs in zip(lines(one), lines(two), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert_near(one / FULL, two / FULL, 1e-4)
+    last = two / "checkpoints" / "step-00000008"
+    saved = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    assert saved
+    cut_back(two, 3)
+    train("two", *overrides, "--resume", ranks=2)
+    assert saved == {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
 def test_a_batch_that_cannot_be_dealt_is_refused(train: Train, tmp_path: Path) -> None:
     train("odd", "train.global_batch_size=7", "train.micro_batch_size=1", ranks=2, code=2)
     said = [(tmp_path / "odd-said" / f"rank{rank}.txt").read_text() for rank in (0, 1)]
@@ -114,6 +129,11 @@ def test_a_batch_that_cannot_be_dealt_is_refused(train: Train, tmp_path: Path) -
         (
             ["adapter.dora=true"],
             "adapter.dora: magnitudes are made of whole weights, which no rank has under FSDP; use --launch ddp",
+        ),
+        (
+            ["train.optimizer=adamw8bit"],
+            "train.optimizer: adamw8bit: its blocks of moments would depend on the number of ranks of FSDP2; use "
+            "adamw, or --launch ddp",
         ),
     ],
 )

@@ -87,8 +87,9 @@ def test_a_dtype_by_its_other_name_is_told_ours(write: Write) -> None:
         ("seed.x=1", "seed.x: unknown key; seed has none"),
         ("seed=-1", "seed: must be 0 or more, got -1"),
         ("~sed", "sed: unknown key; did you mean 'seed'?"),
-        ("~train.x.y", "train.x: unknown key; known here: epochs, max_steps, learning_rate, global_batch_size, "
-         "micro_batch_size, schedule, warmup_ratio, weight_decay, max_grad_norm, precision, gradient_checkpointing"),
+        ("~train.x.y", "train.x: unknown key; known here: epochs, max_steps, optimizer, learning_rate, "
+         "global_batch_size, micro_batch_size, schedule, warmup_ratio, weight_decay, max_grad_norm, precision, "
+         "gradient_checkpointing"),
         ("~output_dir", None),
         ("~seed=3", "expected key=value or ~key, got '~seed=3'"),
         ("=3", "expected key=value or ~key, got '=3'"),

@@ -244,3 +244,31 @@ def test_a_drift_that_is_allowed_goes_on_and_is_told(recipe_for: RecipeFor, trai
         json.loads(line)["learning_rate"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert max(rates[4:]) <= 1e-3 < max(rates[:4])
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion8bit"])
+def test_moments_in_8_bits_are_resumed_to_the_byte(
+    recipe_for: RecipeFor, train: Train, monkeypatch: pytest.MonkeyPatch, strategy: str, optimizer: str
+) -> None:
+    shared = [f"strategy={strategy}", f"train.optimizer={optimizer}", "train.learning_rate=3e-4", "train.max_steps=6",
+              "checkpoint.every_steps=2", "adapter.rank=64"]  # fmt: skip
+    whole, broken = recipe_for(*shared, out="whole"), recipe_for(*shared, out="broken")
+    expected = train(whole)
+    kill_after(monkeypatch, 3)
+    with pytest.raises(Killed):
+        train(broken)
+    assert exact(train(broken, resume=True)) == exact(expected)
+    one, other = (
+        checkpoint_folder(Path(run.recipe.output_dir) / "checkpoints", 6).glob("*.safetensors")
+        for run in (whole, broken)
+    )
+    saved = {path.name: path.read_bytes() for path in one}
+    assert saved == {path.name: path.read_bytes() for path in other}
+    kinds = {key.partition(":")[0] for key in load_file(str(checkpoint_of(whole)))}
+    assert {"step", "state1", "qmap1", "absmax1"} <= kinds
+
+
+def checkpoint_of(loaded: LoadedRecipe) -> Path:
+    """The optimizer's tensors of its last step."""
+    return checkpoint_folder(Path(loaded.recipe.output_dir) / "checkpoints", 6) / "optimizer-00000.safetensors"

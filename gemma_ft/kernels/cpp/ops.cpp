@@ -10,6 +10,7 @@
 #include "geglu.h"
 #include "cross_entropy.h"
 #include "nf4.h"
+#include "optimizer.h"
 #include "rms_norm.h"
 #include "rotary.h"
 
@@ -23,6 +24,8 @@ using namespace gemma_ft;
 BOTH(rms_norm, P_RMS_NORM, (a, b, c, d, e, f, g, h, i))
 #define P_RMS_NORM_B(T) (const T* a, const T* b, const float* c, const float* d, T* e, i64 f, i64 g, int h)
 BOTH(rms_norm_backward, P_RMS_NORM_B, (a, b, c, d, e, f, g, h))
+#define P_RMS_NORM_W(T) (const T* a, const T* b, const float* c, float* d, i64 e, i64 f, int g)
+BOTH(rms_norm_weight_gradient, P_RMS_NORM_W, (a, b, c, d, e, f, g))
 #define P_ROTATE(T) (const T* a, const float* b, const float* c, T* d, i64 e, i64 f, i64 g, i64 h, const i64* i, const i64* j, i64 k, float l, int m)
 BOTH(rotate, P_ROTATE, (a, b, c, d, e, f, g, h, i, j, k, l, m))
 #define P_GEGLU(T) (const T* a, const T* b, T* c, i64 d, int e)
@@ -43,3 +46,7 @@ BOTH(gemv, P_FEW, (a, b, c, d, e, f, g))
 BOTH(gemv_nf4, P_FEW_NF4, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o))
 #define P_DECODE(T) (const Shape* a, const Layer* b, const i64* c, T* d, int e)
 BOTH(decode, P_DECODE, (a, b, c, d, e))
+#define P_ADAMW(T) (T* a, const T* b, std::uint8_t* c, float* d, const float* e, const std::uint8_t* f, std::uint8_t* g, float* h, const float* i, const std::uint8_t* j, const float* k, i64 l, int m)
+BOTH(adamw_8bit, P_ADAMW, (a, b, c, d, e, f, g, h, i, j, k, l, m))
+#define P_LION(T) (T* a, const T* b, std::uint8_t* c, float* d, const float* e, const std::uint8_t* f, const float* g, i64 h, int i)
+BOTH(lion_8bit, P_LION, (a, b, c, d, e, f, g, h, i))

@@ -42,4 +42,26 @@ void rms_norm_backward(const T* upstream, const T* x, const float* gain, const f
     }
 }
 
+// The gradient of a gain [D]: a thread sums some of its numbers over all rows, so that no sum depends on how many there are.
+template <class T>
+void rms_norm_weight_gradient(const T* upstream, const T* x, const float* rstd, float* grad, i64 R, i64 D, int threads) {
+    constexpr i64 COLUMNS = 64, ROWS = 64;  // sums of as many rows are added up: long sums of float32 lose digits
+#pragma omp parallel for num_threads(threads) schedule(static) if (R * D > SMALL)
+    for (i64 first = 0; first < D; first += COLUMNS) {
+        const i64 size = D - first < COLUMNS ? D - first : COLUMNS;
+        float total[COLUMNS] = {};
+        for (i64 start = 0; start < R; start += ROWS) {
+            float part[COLUMNS] = {};
+            const i64 end = start + ROWS < R ? start + ROWS : R;
+            for (i64 row = start; row < end; ++row) {
+                const T *up = upstream + row * D + first, *in = x + row * D + first;
+#pragma omp simd
+                for (i64 i = 0; i < size; ++i) part[i] += wide(up[i]) * wide(in[i]) * rstd[row];
+            }
+            for (i64 i = 0; i < size; ++i) total[i] += part[i];
+        }
+        for (i64 i = 0; i < size; ++i) grad[first + i] = total[i];
+    }
+}
+
 }  // namespace gemma_ft
