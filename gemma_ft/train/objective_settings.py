@@ -31,15 +31,10 @@ def _weights(objective: KahnemanTversky, data: BuiltData) -> dict[str, Any]:
     between 1 and 4/3. Source: arXiv:2402.01306 section 4.2, eq. 9.
     """
     examples: Any = data.train.examples  # of what is streamed the first block
-    sides, _ = examples.documents.preferences()
-    named = examples.pieces[:, 0]
-    good = int(sides[named].sum())
-    bad = len(named) - good
-    if not good or not bad:
-        raise DataError(
-            f"{data.train_source}: all {len(named):,} answers are called {'good' if good else 'bad'}; objective kto "
-            "learns from both: add rows with the other label, or set objective.kind: sft for good answers alone"
-        )
+    why = examples.one_label()
+    if why is not None:
+        raise DataError(f"{data.train_source}: {why}")
+    good, bad = examples.labels()
     if objective.desirable_weight is not None or objective.undesirable_weight is not None:
         return {
             "desirable_weight": objective.desirable_weight or 1.0,

@@ -93,6 +93,15 @@ def test_a_labelled_answer_has_its_label(encoder: ChatEncoder, label: bool, name
     assert list(document.labels) == encoder.encode(item).labels
 
 
+def test_answers_of_one_label_are_a_fault_and_of_both_are_none(encoder: ChatEncoder) -> None:
+    good, bad = (Conversation("a.jsonl:4", (*PROMPT, Turn("assistant", "Four.")), label=one) for one in (True, False))
+    assert previewed([good, bad], encoder).faults == []
+    assert previewed([bad, bad], encoder).faults == [
+        "all 2 answers are called bad; objective kto learns from both: add rows with the other label, or set "
+        "objective.kind: sft for good answers alone"
+    ]
+
+
 def test_a_pair_is_found_by_its_row(encoder: ChatEncoder) -> None:
     pairs = [PAIR, Pair("a.jsonl:5", (Turn("user", "q"),), PAIR.chosen, PAIR.rejected)]
     preview = previewed(pairs, encoder, row_ids=["a.jsonl:5"])

@@ -17,6 +17,7 @@ from gemma_ft.data.encode.chat import ChatEncoder
 from gemma_ft.data.pack.arrange import Prepared
 from gemma_ft.data.pack.counts import count_pieces
 from gemma_ft.data.pack.examples import Examples, steps_per_epoch
+from gemma_ft.data.pack.preferences import PreferenceExamples
 from gemma_ft.data.pack.stats import DataStats
 
 
@@ -99,10 +100,16 @@ def build_preview(
         notes=notes,
         overview=overview(examples.documents, counts),
         lengths=examples.lengths.tolist(),
-        faults=broken_invariants(counts, encoder),
+        faults=broken_invariants(counts, encoder) + _faults_of_labels(examples),
         global_batch_size=global_batch_size,
         streamed=streamed,
     )
+
+
+def _faults_of_labels(examples: Examples) -> list[str]:
+    """Why answers that are called good or bad teach nothing, where they do not."""
+    why = examples.one_label() if isinstance(examples, PreferenceExamples) else None
+    return [] if why is None else [why]
 
 
 def _holding(examples: Examples, asked: dict[str, list[int]], most: int) -> tuple[list[int], list[str]]:

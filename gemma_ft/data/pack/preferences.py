@@ -47,6 +47,21 @@ class PreferenceExamples(Examples):
         """Of an answer with its prompt: the two of a pair are sequences of their own."""
         return len(self.length_counts) - 1
 
+    def labels(self) -> tuple[int, int]:
+        """How many documents are chosen or called good, and how many are not."""
+        good = int(self._sides[self.pieces[:, 0]].sum())
+        return good, len(self.pieces) - good
+
+    def one_label(self) -> str | None:
+        """Why labelled answers cannot be learned from, in words: all of them are called the same; else None."""
+        good, bad = self.labels()
+        if self.documents.rows != "labelled" or (good and bad) or not good + bad:
+            return None
+        return (
+            f"all {good + bad:,} answers are called {'good' if good else 'bad'}; objective kto learns from both: add "
+            "rows with the other label, or set objective.kind: sft for good answers alone"
+        )
+
     def places_of(self, row: int) -> slice:
         """Where an example's documents stand among those of all examples."""
         return slice(int(self._starts[row]), int(self._starts[row + 1]))
