@@ -70,7 +70,8 @@ def kernels(numbers: str) -> Iterator[Kernel]:
     for heads, half in ((4, 128), (8, 128), (16, 128), (32, 64)):
         given = {**angles, **strides, "heads": "i32", "tokens": "i32", "half": "i32"}
         yield Kernel(f"rotary, {heads} heads of {2 * half}", rotary._turn, given, {"HEADS": heads, "HALF": half})
-    given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1"}
+    given = {"logits": numbers, "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "correct": "*i1",
+             "entropies": "*fp32"}  # fmt: skip
     known = {"CAPS": True, "WEIGHS": True, "GRADS": True, "BLOCK": cross_entropy.BLOCK}
     yield Kernel("head", cross_entropy._rows, given | {"size": "i32", "cap": "fp32"}, known, cross_entropy.WARPS)
     yield from _of_nf4(numbers)
