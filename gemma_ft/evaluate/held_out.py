@@ -112,9 +112,10 @@ def answer_questions(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
     agree: Callable[[list[int]], list[int]] = list,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> list[Reply]:
-    """The model's greedy answers, generated until a stop token, in the order of the questions; `stop` and `agree` as in
-    generate_answers.
+    """The model's greedy answers, generated until a stop token, in the order of the questions; `stop`, `agree` and
+    `advance` as in generate_answers.
     """
     answers = generate_answers(
         model,
@@ -125,6 +126,7 @@ def answer_questions(
         known_tokens=len(tokenizer),
         stop=stop,
         agree=agree,
+        advance=advance,
     )
     return [
         Reply(str(tokenizer.decode(answer.ids, skip_special_tokens=False)).strip(), answer.stopped)
@@ -146,6 +148,7 @@ def exact_match(
     max_new_tokens: int,
     batch_size: int,
     agree: Callable[[list[int]], list[int]] = list,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> tuple[float | None, list[str]]:
     """Share of questions whose greedy answer `is_exact`, and the answers. (None, []) without questions."""
     if not questions:
@@ -158,6 +161,7 @@ def exact_match(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         agree=agree,
+        advance=advance,
     )
     right = sum(is_exact(reply, question.answer) for reply, question in zip(replies, questions, strict=True))
     return right / len(questions), [reply.text for reply in replies]

@@ -20,8 +20,8 @@ def win_rate(before: Sequence[float], after: Sequence[float], lengths: Sequence[
     tie counts a half) with its interval, the same for equally long ones, and the mean lengths.
 
     Length-controlled: a logistic regression of who won on tanh of the difference in length over its standard
-    deviation, read at a difference of 0; None where all answers grew, or all shrank: what would be at 0 is then not
-    told. Source: arXiv:2404.04475.
+    deviation, read at a difference of 0; None where all answers grew, or all shrank, or the won and the lost ones have
+    no length in common, so that no regression says what would be at 0. Source: arXiv:2404.04475.
     """
     wins = (np.sign(np.asarray(after, float) - np.asarray(before, float)) + 1) / 2
     size = np.asarray(lengths, float).reshape(-1, 2)
@@ -39,8 +39,11 @@ def _at_equal_lengths(wins: Any, longer: Any) -> float | None:
     """The probability of a win at no difference in length."""
     if not longer.min() <= 0 <= longer.max():
         return None
-    if not longer.any():
+    won, lost = longer[wins > 0], longer[wins < 1]  # a tie is of both
+    if not longer.any() or not len(won) or not len(lost):
         return float(wins.mean())
+    if won.min() > lost.max() or lost.min() > won.max():
+        return None
     inputs = np.stack((np.ones_like(wins), np.tanh(longer / float(longer.std()))), axis=1)
     weights = np.zeros(2)
     for _ in range(STEPS):

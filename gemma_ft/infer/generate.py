@@ -27,11 +27,13 @@ def generate_answers(
     known_tokens: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     agree: Callable[[list[int]], list[int]] = list,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids that end where the model speaks), in the order of the prompts.
 
     Prompts of similar length are read together. The model is in eval mode meanwhile and as it was afterwards. `stop`:
-    asked before each token; where it says so, answers stay as they are, cut. `known_tokens` and `agree` are Engine's.
+    asked before each token; where it says so, answers stay as they are, cut. `known_tokens` and `agree` are Engine's;
+    `advance` hears how many answers more are whole.
     """
     if not prompts:
         return []
@@ -52,6 +54,8 @@ def generate_answers(
                 answer = answers[asked[emitted.ticket]]
                 if emitted.token_id is not None:
                     answer.ids.append(emitted.token_id)
+                if emitted.finish is not None:
+                    advance(1)
                 if emitted.finish == "stop":
                     answers[asked[emitted.ticket]] = Answer(answer.ids, stopped=True)
     finally:

@@ -14,13 +14,27 @@ from gemma_ft.build.data import BuiltData
 from gemma_ft.evaluate.forgetting import ForgettingSet, forgetting_losses
 from gemma_ft.evaluate.held_out import Question, Score, answer_questions, exact_match, questions_of
 from gemma_ft.recipe.schema import Eval
+from gemma_ft.system.observer import SILENT, Observer
+from gemma_ft.system.units import duration
 from gemma_ft.train.distributed import World
 from gemma_ft.train.fsdp import gathered_root
 from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.progress import Progress
 
 Figures = dict[str, float | None]
+ANSWERS = "held-out answers"  # what is counted where they are generated
+LONG_SECONDS = 60.0  # of scoring: what is shorter is not worth a word
 SAMPLE_SECONDS = 60.0  # for the answers that are logged at an evaluation; they are cut then
+
+
+def longer_than_training(scoring: float, step: float, steps: int) -> str | None:
+    """What to say where scoring held-out rows once takes longer, in seconds, than so many steps of so many each."""
+    if scoring < LONG_SECONDS or scoring < step * steps:
+        return None
+    return (
+        f"scoring held-out rows took {duration(scoring)}, and does so again at the end; the {steps:,} steps of "
+        f"training take about {duration(step * steps)}: lower eval.max_rows and eval.generate_rows"
+    )
 
 
 @dataclass
@@ -46,13 +60,14 @@ class Scorer:
         found, _ = questions_of(self.data.held_out_items, self.data.encoder, max_seq_len=self.max_seq_len, limit=most)
         self.questions: list[Question] = found
 
-    def score(self, held_out: HeldOutScore) -> Score:
+    def score(self, held_out: HeldOutScore, observer: Observer = SILENT) -> Score:
         """Held-out loss and exact match of the model as it is now, with its answers: at least those to be sampled."""
         if self.data.held_out is None:
             return Score(None, None, [])
         asked = self.questions[: self.settings.generate_rows]
-        with self.autocast(), gathered_root(self.model):
-            share, answers = exact_match(self.model, self.tokenizer, asked, **self._limits)
+        job = observer.job(ANSWERS, len(asked)) if asked else contextlib.nullcontext(SILENT)
+        with self.autocast(), gathered_root(self.model), job as counted:
+            share, answers = exact_match(self.model, self.tokenizer, asked, advance=counted.advance, **self._limits)
         if self.settings.samples > self.settings.generate_rows:
             answers = self.sampled_answers()
         return Score(held_out.loss, share, answers, held_out.figures)

@@ -5,7 +5,7 @@ Letters: A answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,12 +85,14 @@ def _with_interval(figures: Figures, sum_over_ranks: Total) -> dict[str, float |
     return {**found, f"{ACCURACY}_low": low, f"{ACCURACY}_high": high}
 
 
-def held_out_score(trainer: Any, stop: Callable[[], bool] = lambda: False) -> HeldOutScore:
+def held_out_score(
+    trainer: Any, stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda batches: None
+) -> HeldOutScore:
     """The loss of a trainer's objective over its held-out rows, and its figures, of the model as it is now; `stop`
-    leaves the rest out. All ranks call it.
+    leaves the rest out, `advance` hears how many batches more are done. All ranks call it.
     """
     model, objective, world = trainer.model, trainer.objective, trainer.world
-    batches, autocast = trainer.held_out_batches(), trainer.autocast_context
+    batches, autocast = _told(trainer.held_out_batches(), advance), trainer.autocast_context
     if objective.rows == "answers":
         return HeldOutScore(held_out_loss(model, batches, autocast=autocast, sum_over_ranks=world.sum, stop=stop))
     collate, pad_id = trainer.data.collate, trainer.processing_class.pad_token_id
@@ -111,6 +113,12 @@ def held_out_score(trainer: Any, stop: Callable[[], bool] = lambda: False) -> He
         model, batches, objective, trainer.reference, device=device, autocast=autocast, sum_over_ranks=world.sum,
         more=baseline, stop=stop,
     )  # fmt: skip
+
+
+def _told(batches: Iterable[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        advance(1)  # whoever asks for the next one has done this
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 from gemma_ft.errors import NonFiniteError
 from gemma_ft.evaluate.samples import sample_lines
 from gemma_ft.system import hardware
-from gemma_ft.train.evaluation import Figures
+from gemma_ft.train.evaluation import Figures, longer_than_training
 from gemma_ft.train.falling import chosen_falls
 from gemma_ft.train.held_out_objective import HeldOutScore
 from gemma_ft.train.progress import Listener
@@ -18,6 +18,7 @@ from gemma_ft.train.run_context import TrainingLoop
 ROWS_NAMED = 4
 BESIDE = (("rewards/margins", "rewards/accuracies"), ("rewards/chosen", "rewards/rejected", "rewards/margins"))
 ALSO = ("kl", "entropy")
+STEP_KNOWN = 3  # the step after which it is known how long one takes
 SKIPPED_AT_MOST = 3  # updates in a row that were not finite; then the run ends
 
 
@@ -30,6 +31,7 @@ def listener_of(loop: TrainingLoop) -> Listener:
         if loop.trainer.skipped:
             _not_finite(loop, figures)
         _tell_falling(loop, figures)
+        _tell_scoring(loop, figures)
         if figures["step"] % every == 0 or figures["step"] == context.total:
             log.step(figures)
         _show(loop, figures)
@@ -72,6 +74,16 @@ def _tell_falling(loop: TrainingLoop, figures: dict[str, Any]) -> None:
     line = chosen_falls(figures, past, getattr(objective, "sft_weight", None))
     if line is not None:
         loop.context.observer.say(f"  note       {line}")
+
+
+def _tell_scoring(loop: TrainingLoop, figures: dict[str, Any]) -> None:
+    """Say it once, when it is known how long a step takes, where scoring takes longer than training."""
+    progress, context = loop.progress, loop.context
+    if figures["step"] != STEP_KNOWN:
+        return
+    line = longer_than_training(loop.scoring_seconds, progress.seconds / progress.step, context.total)
+    if line is not None:
+        context.observer.say(f"  note       {line}")
 
 
 def _not_finite(loop: TrainingLoop, figures: dict[str, Any]) -> None:

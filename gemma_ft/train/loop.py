@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from gemma_ft.recipe.objectives import reference_kind
 from gemma_ft.recipe.schema import Recipe
 from gemma_ft.system import hardware
 from gemma_ft.system.files import as_json, check_space, replace_text
+from gemma_ft.system.observer import SILENT
 from gemma_ft.train.activation_checkpointing import checkpoint_layers
 from gemma_ft.train.checkpoint_state import bytes_of, load_state, load_weights
 from gemma_ft.train.checkpoints import checkpoint_folder, checkpoints_of
@@ -204,11 +207,18 @@ def _clear_the_way(loop: TrainingLoop) -> None:
 
 
 def _score(loop: TrainingLoop) -> Score:
-    return loop.scorer.score(held_out_score(loop.trainer))
+    trainer, observer = loop.trainer, loop.context.observer
+    count = trainer.held_out_count
+    job = observer.job("held-out batches", count) if count else contextlib.nullcontext(SILENT)
+    with job as counted:
+        score = held_out_score(trainer, advance=counted.advance)
+    return loop.scorer.score(score, observer)
 
 
 def _score_before(loop: TrainingLoop) -> None:
+    begun = time.monotonic()
     score = _score(loop)
+    loop.scoring_seconds = time.monotonic() - begun
     loop.scorer.remember_base()
     kept = len(score.answers) if loop.judge is not None else max(SAMPLES_KEPT, loop.context.recipe.eval.samples)
     loop.progress.extra["before"] = {**score.figures(), "answers": score.answers[:kept]}

@@ -60,3 +60,4 @@ class TrainingLoop:
     job: Job = SILENT  # of the training, for whoever watches
     judge: Judge | None = None  # who compares answers before and after
     eval_loss: float | None = None  # the last one of this process
+    scoring_seconds: float = 0.0  # what held-out rows took before training, in this process

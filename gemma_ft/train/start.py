@@ -118,14 +118,15 @@ def judged(loop: TrainingLoop, answers: Sequence[str]) -> dict[str, Any] | None:
         return None
     before, answers = before[: len(questions)], list(answers)[: len(questions)]
     try:
-        scores = [judge.scores(questions, some) for some in (before, answers)]
+        both = judge.scores([*questions, *questions], [*before, *answers])  # at once: a judge may be a model
+        scores = both[: len(before)], both[len(before) :]
     except (Exception, SystemExit) as error:  # a user's own function may raise anything
         context.observer.say(f"  judge      {judge.name}: {first_line(error, kind=True)}; no win rate")
         return None
     lengths = [(len(one), len(other)) for one, other in zip(before, answers, strict=True)]
     found = {"judge": judge.name, "sha256": judge.sha256, **win_rate(scores[0], scores[1], lengths)}
     at_equal = found["length_controlled"]
-    controlled = "lengths all differ one way" if at_equal is None else f"{at_equal:.1%} at equal lengths"
+    controlled = "equal lengths cannot be told" if at_equal is None else f"{at_equal:.1%} at equal lengths"
     context.observer.say(
         f"  judge      {judge.name}: {found['value']:.1%} of {found['rows']} answers are better than before (ties "
         f"count half), {controlled}; mean length {found['length_before']:.0f} -> "

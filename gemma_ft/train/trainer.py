@@ -234,6 +234,12 @@ class GemmaTrainer(SFTTrainer):
             size=self.args.per_device_eval_batch_size, rank=world.rank, ranks=world.size,
         )  # fmt: skip
 
+    @property
+    def held_out_count(self) -> int:
+        """How many batches of held-out rows this rank has."""
+        rows, size = len(self.data.held_out or []), self.args.per_device_eval_batch_size * self.world.size
+        return -(-rows // size)
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss per labelled token, every token weighing the same (Trainer averages over batches). What is trained
         afterwards does not depend on whether this was called.

@@ -29,6 +29,8 @@ from gemma_ft.ui.stderr import tell
 LINES_WITHOUT_TERMINAL = 20
 STEPS = "  {what} {done}/{total}  {figures}"  # lines of a training run, and of a file of answers
 COUNTED = {"train": "step"}  # job -> what is done in it, where that is another word
+SELDOM = ("held-out batches", "held-out answers")  # told without a terminal only where they take long
+PATIENCE = 15.0  # seconds
 ANSWERS = "  {done}/{total} answers  {figures}"
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {number(value)}",
@@ -93,6 +95,7 @@ class _Job:
     def __init__(self, observer: ConsoleObserver, bars: Progress, task: TaskID, line: str | None, what: str) -> None:
         self._observer, self._bars, self._task, self._line, self._what = observer, bars, task, line, what
         self._begun, self._tokens = time.monotonic(), 0.0
+        self._last = self._begun if what in SELDOM else None  # when a line was told, of what is told seldom
 
     def advance(self, count: int = 1, /, **figures: float | None) -> None:
         """Moves the bar, and says beside it what the figures are."""
@@ -101,8 +104,17 @@ class _Job:
         if self._line is not None and not self._observer.console.is_terminal:
             task = self._bars.tasks[self._task]
             done, total = int(task.completed), int(task.total or 0)
-            if done == total or done % max(1, total // LINES_WITHOUT_TERMINAL) == 0:
+            if self._is_due(done, total):
                 self._observer.say(self._line.format(what=self._what, done=done, total=total, figures=text).rstrip())
+
+    def _is_due(self, done: int, total: int) -> bool:
+        """Whether a line is told where there is no terminal."""
+        if self._last is None:
+            return done == total or done % max(1, total // LINES_WITHOUT_TERMINAL) == 0
+        now = time.monotonic()
+        due = now - self._last >= PATIENCE
+        self._last = now if due else self._last
+        return due
 
     def phase(self, text: str) -> None:
         """The name of the bar, or a line where there is none."""

@@ -71,6 +71,23 @@ def test_where_all_answers_grew_nothing_is_told_of_equal_lengths(more: tuple[int
     assert (found["value"], found["length_controlled"]) == (0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("longer", "won", "controlled"),
+    [
+        ([9.0] * 9 + [-1.0], [1.0] * 9 + [-1.0], None),
+        ([0.0, 9.0], [1.0, -1.0], None),
+        ([9.0, 9.0, 9.0, -9.0], [1.0, 1.0, 1.0, -1.0], None),
+        ([5.0, -5.0], [1.0, 1.0], 1.0),
+        ([5.0, -5.0], [0.0, 0.0], 0.5),
+    ],
+)
+def test_where_lengths_part_won_and_lost_nothing_is_told(
+    longer: list[float], won: list[float], controlled: float | None
+) -> None:
+    found = win_rate([0.0] * len(won), won, [(100, 100 + int(more)) for more in longer])
+    assert found["length_controlled"] == controlled
+
+
 def test_any_rows_give_a_share() -> None:
     """One row, rows that all agree, lengths that decide all: no overflow, no singular system."""
     generator = np.random.default_rng(0)
@@ -81,10 +98,12 @@ def test_any_rows_give_a_share() -> None:
             longer = generator.integers(-50, 50, count) * 10 ** int(generator.integers(0, 4))
             after = np.sign(longer - generator.integers(-5, 5)).astype(float)
             found = win_rate([0.0] * count, after.tolist(), [(10_000_000, 10_000_000 + int(more)) for more in longer])
-            if longer.min() <= 0 <= longer.max():
-                assert 0 <= found["length_controlled"] <= 1
-            else:
+            won, lost = longer[after >= 0], longer[after <= 0]
+            parted = len(won) and len(lost) and (won.min() > lost.max() or lost.min() > won.max())
+            if parted or not longer.min() <= 0 <= longer.max():
                 assert found["length_controlled"] is None
+            else:
+                assert 0 <= found["length_controlled"] <= 1
             assert found["rows"] == count
         one = win_rate([0.0], [1.0], [(3, 7)])
     assert (one["value"], one["low"], one["high"], one["rows"]) == (1.0, None, None, 1)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from gemma_ft.recipe.load import LoadedRecipe
+from gemma_ft.train.evaluation import longer_than_training
 from tests.train.test_resume import Killed, exact, kill_after
 
 RecipeFor = Callable[..., LoadedRecipe]
@@ -136,3 +137,23 @@ def test_overwrite_removes_what_these_wrote(recipe_for: RecipeFor, train: Train,
     assert sorted(path.name for path in out.iterdir()) == [
         ".lock", "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "summary.json"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scoring", "step", "steps", "told"),
+    [
+        (59.0, 0.1, 10, None),
+        (300.0, 1.0, 301, None),
+        (
+            300.0,
+            1.0,
+            299,
+            "scoring held-out rows took 5 min 00 s, and does so again at the end; the 299 steps of training take about "
+            "4 min 59 s: lower eval.max_rows and eval.generate_rows",
+        ),
+    ],
+)
+def test_scoring_that_is_longer_than_training_is_told(
+    scoring: float, step: float, steps: int, told: str | None
+) -> None:
+    assert longer_than_training(scoring, step, steps) == told

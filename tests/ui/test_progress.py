@@ -83,6 +83,16 @@ def test_answers_are_told_with_their_speed_over_all_of_them(monkeypatch: pytest.
     assert shown(out).splitlines() == ["  2/3 answers  10 tok/s", "  3/3 answers  10 tok/s"]
 
 
+def test_scoring_is_told_without_a_terminal_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 101.0, 116.0, 117.0, 140.0])
+    monkeypatch.setattr("gemma_ft.ui.progress.time.monotonic", lambda: next(now))
+    out = console(terminal=False)
+    with ConsoleObserver(out, line=STEPS, stays=True).job("held-out batches", 4) as job:
+        for _ in range(4):
+            job.advance()
+    assert shown(out).splitlines() == ["  held-out batches 2/4", "  held-out batches 4/4"]
+
+
 def test_without_a_terminal_other_work_says_its_phases_alone() -> None:
     out = console(terminal=False)
     observer = ConsoleObserver(out)
