@@ -79,7 +79,7 @@ def _tell_falling(loop: TrainingLoop, figures: dict[str, Any]) -> None:
 def _tell_scoring(loop: TrainingLoop, figures: dict[str, Any]) -> None:
     """Say it once, when it is known how long a step takes, where scoring takes longer than training."""
     progress, context = loop.progress, loop.context
-    if figures["step"] != STEP_KNOWN:
+    if figures["step"] != min(STEP_KNOWN, context.total):
         return
     line = longer_than_training(loop.scoring_seconds, progress.seconds / progress.step, context.total)
     if line is not None:
