@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from gemma_ft.system.units import byte_size, number, percent
 from gemma_ft.ui.guarded_output import guarded
@@ -138,10 +139,10 @@ def _bars(console: Console, *, counted: bool, transient: bool) -> Progress:
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # folds in a narrow window
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("eta"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         ]
     return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)

@@ -83,6 +83,19 @@ def test_answers_are_told_with_their_speed_over_all_of_them(monkeypatch: pytest.
     assert shown(out).splitlines() == ["  2/3 answers  10 tok/s", "  3/3 answers  10 tok/s"]
 
 
+@pytest.mark.parametrize("width", [80, 110, 160])
+def test_a_narrow_terminal_folds_the_figures_and_hides_no_count(width: int) -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, width=width)
+    observer = ConsoleObserver(out, line=STEPS, stays=True)
+    with observer.job("train", 300) as job:
+        job.advance(loss=0.6931, eval_loss=0.7, **{"rewards/margins": 0.1, "rewards/accuracies": 1.0, "kl": -12.3},
+                    entropy=0.03, tokens_per_second=5532.0, peak_bytes=0)  # fmt: skip
+    text = " ".join(ESCAPES.sub("", shown(out)).split())
+    for told in ("1/300", "loss 0.6931", "entropy 0.030", "5,532", "eta"):
+        assert told in text
+    assert "…" not in text
+
+
 def test_scoring_is_told_without_a_terminal_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 101.0, 116.0, 117.0, 140.0])
     monkeypatch.setattr("gemma_ft.ui.progress.time.monotonic", lambda: next(now))
